@@ -1,0 +1,46 @@
+"""hf_lowrank: sparse + low-rank (+ binary) layers for Hugging Face Transformers.
+
+Importing it registers the plugin: compressed checkpoints then open with `from_pretrained`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .runtime.configuration import CompressionConfig, LayerSpec
+from .runtime.errors import CheckpointError, CompressionError, NumericalError
+from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
+from .runtime.quantizer import CompressionQuantizer, register
+
+if TYPE_CHECKING:
+    from .pipeline import compress
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "CompressedLinear",
+    "CompressionConfig",
+    "CompressionError",
+    "LayerSpec",
+    "NumericalError",
+    "SparseLowRankBinaryLinear",
+    "SparseLowRankLinear",
+    "compress",
+]
+
+_LAZY = {"compress": ".pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    """What makes compressed models is imported when it is first used; opening them needs only the runtime."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _compress_on_load(model: Any, config: CompressionConfig) -> None:
+    compress = importlib.import_module(".pipeline", __name__).compress
+    compress(model, config)
+
+
+CompressionQuantizer.compress_on_load = staticmethod(_compress_on_load)
+register(override=True)

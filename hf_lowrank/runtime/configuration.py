@@ -1,0 +1,182 @@
+"""CompressionConfig: the recipe of a compression, and what each compressed layer stores."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import CheckpointError, CompressionError
+from .packing import packed_width
+
+QUANT_METHOD = "hf_lowrank"
+FORMAT_VERSION = 1
+
+SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask")
+KINDS = ("sparse_lowrank", "sparse_lowrank_binary")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one compressed layer stores; enough, with the shape of the dense layer, to build its skeleton."""
+
+    kind: str = field(default="sparse_lowrank", metadata={"help": f"one of {', '.join(KINDS)}"})
+    sparse: str = field(default="none", metadata={"help": f"layout of the sparse part: one of {', '.join(SPARSE_LAYOUTS)}"})
+    kept: int = field(default=0, metadata={"help": "kept rows, kept columns, or kept values per row, according to the layout"})
+    rank: int = field(default=0, metadata={"help": "rank of the low-rank part"})
+    binary_rank: int = field(default=0, metadata={"help": "rank of the magnitudes of the binary part"})
+    bias: bool = field(default=False, metadata={"help": "whether the layer stores a bias"})
+
+    def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type ("float", or "uint8") of every tensor that the layer stores, by name."""
+        kept_rows = self.kept if self.sparse == "rows" else 0
+        kept_columns = self.kept if self.sparse == "columns" else 0
+        weight_shapes = {
+            "none": (0,),
+            "rows": (self.kept, in_features),
+            "columns": (out_features, self.kept),
+            "bitmask": (out_features, self.kept),
+        }
+        stored: dict[str, tuple[tuple[int, ...], str]] = {"weight": (weight_shapes[self.sparse], "float")}
+        if self.sparse == "bitmask":
+            stored["weight_mask"] = ((out_features, packed_width(in_features)), "uint8")
+        if self.rank:
+            stored["lowrank_a"] = ((self.rank, in_features - kept_columns), "float")
+            stored["lowrank_b"] = ((out_features - kept_rows, self.rank), "float")
+        if self.binary_rank:
+            stored["sign_bits"] = ((out_features, packed_width(in_features)), "uint8")
+            stored["scale_in"] = ((self.binary_rank, in_features), "float")
+            stored["scale_out"] = ((out_features, self.binary_rank), "float")
+        if self.bias:
+            stored["bias"] = ((out_features,), "float")
+        return stored
+
+    def stored_bits(self, out_features: int, in_features: int, value_bits: int, accounting: str = "bits") -> int:
+        """Bits that the layer takes in a checkpoint: masks, signs, scales, factors and bias all count.
+
+        `accounting="paper"` leaves the mask out, as published ratios of sparse methods do (papers: Wanda, SparseGPT, SLaB).
+        """
+        total = 0
+        for name, (shape, kind) in self.tensors(out_features, in_features).items():
+            if name == "weight_mask" and accounting == "paper":
+                continue
+            total += torch.Size(shape).numel() * (8 if kind == "uint8" else value_bits)
+        return total
+
+    def validate(self, layer: str, out_features: int, in_features: int) -> None:
+        """Check the spec against the dense layer that it replaces.
+
+        Raises:
+            CheckpointError: naming the layer, the field, what was found and what was expected.
+        """
+        limits = {"none": 0, "rows": out_features - 1, "columns": in_features - 1, "bitmask": in_features - 1}
+        if self.kind not in KINDS:
+            raise _bad_field(layer, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        if self.sparse not in SPARSE_LAYOUTS:
+            raise _bad_field(layer, "sparse", self.sparse, f"one of {', '.join(SPARSE_LAYOUTS)}")
+        if not isinstance(self.bias, bool):
+            raise _bad_field(layer, "bias", self.bias, "true or false")
+        smaller_side = min(out_features, in_features)
+        for name, limit in (("kept", limits[self.sparse]), ("rank", smaller_side), ("binary_rank", smaller_side)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
+                raise _bad_field(layer, name, value, f"an integer from 0 to {limit} in a {out_features} × {in_features} layer")
+        if (self.kind == "sparse_lowrank_binary") != (self.binary_rank > 0):
+            raise _bad_field(layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}")
+
+    @classmethod
+    def from_dict(cls, layer: str, values: Any) -> "LayerSpec":
+        """Read a spec from a config; unknown and missing fields are errors that name the layer."""
+        if not isinstance(values, dict):
+            raise _bad_field(layer, "spec", values, "a dictionary of fields")
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise _bad_field(layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it")
+        for name in known - {"bias"}:
+            if name not in values:
+                raise CheckpointError(f"{layer}: the field {name!r} is missing in quantization_config.layers; the config is damaged, download it again")
+        return cls(**values)
+
+
+@dataclass
+class CompressionConfig(QuantizationConfigMixin):
+    """How a model is compressed, and, in a checkpoint, what every compressed layer stores.
+
+    Register-and-forget: importing `hf_lowrank` makes `from_pretrained` understand checkpoints that carry it.
+    Passed as `quantization_config=` with a dense model it compresses on load.
+
+    Raises:
+        CompressionError: if a field is out of its range.
+    """
+
+    method: str = field(default="slab", metadata={"help": "compression method; `hf-lowrank methods` lists all"})
+    ratio: float = field(default=0.5, metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method, by name; defaults are the paper's"})
+    calibration: str = field(
+        default="self", metadata={"help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a text file"}
+    )
+    samples: int = field(default=128, metadata={"help": "number of calibration sequences"})
+    sequence_length: int | None = field(
+        default=None, metadata={"help": "tokens per calibration sequence; default: the model's context, at most 2048"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of everything random: same seed, same bytes"})
+    accounting: str = field(default="bits", metadata={"help": "'bits' counts everything stored; 'paper' leaves bitmask bits out"})
+    modules_to_not_convert: list[str] = field(
+        default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
+    )
+    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
+    layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
+    quant_method: str = field(default=QUANT_METHOD, init=False, metadata={"help": "the name under which transformers finds the plugin"})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
+            raise CompressionError(f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove")
+        for name in ("samples", "sequence_length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise CompressionError(f"seed: found {self.seed!r}, expected a whole number of at least 0")
+        if self.accounting not in ("bits", "paper"):
+            raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read a config from a checkpoint's `quantization_config`.
+
+        Raises:
+            CheckpointError: for an unknown field, a newer format, or a layer that cannot be.
+        """
+        values = copy.deepcopy(config_dict)
+        version = values.get("format_version")
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
+                "a newer checkpoint needs a newer hf_lowrank (pip install -U hf_lowrank)"
+            )
+        if values.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
+            raise CheckpointError(f"quantization_config.quant_method: found {config_dict['quant_method']!r}, expected {QUANT_METHOD!r}")
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for name in values:
+            if name not in known:
+                raise CheckpointError(f"quantization_config.{name}: unknown field; a newer hf_lowrank may know it (pip install -U hf_lowrank)")
+        layers = values.pop("layers", {})
+        if not isinstance(layers, dict):
+            raise CheckpointError(f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name")
+        config = cls(**values, layers={name: LayerSpec.from_dict(name, spec) for name, spec in layers.items()})
+        unused = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
+        for key in kwargs.keys() - unused.keys():
+            setattr(config, key, kwargs[key])
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def _bad_field(layer: str, name: str, found: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"{layer}: {name} is {found!r}, expected {expected}; the config is damaged or was made for another model")

@@ -1,0 +1,44 @@
+"""The entry that a checkpoint's `auto_map` names: with `trust_remote_code=True` it opens the checkpoint without the package.
+
+Each class here, `Compressed` + the name of an Auto class, registers the plugin and hands over to transformers, so that
+the native class (say, `LlamaForCausalLM`) comes back. An installed `hf_lowrank` is used instead of the files beside this
+one, which are then not even imported.
+"""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import transformers
+
+
+def _register() -> None:
+    if importlib.util.find_spec("hf_lowrank") is not None:
+        importlib.import_module("hf_lowrank")
+        return
+    from .quantizer import register
+
+    register()
+
+
+class _Entry:
+    """What transformers asks of a remote class, answered by the Auto class of the same name."""
+
+    auto_class: Any
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to remember: the native class is what comes back, and its saves carry this code by themselves."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        _register()
+        kwargs["trust_remote_code"] = False
+        return cls.auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def __getattr__(name: str) -> type[_Entry]:
+    auto_class = getattr(transformers, name.removeprefix("Compressed"), None) if name.startswith("CompressedAuto") else None
+    if auto_class is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return type(name, (_Entry,), {"auto_class": auto_class})

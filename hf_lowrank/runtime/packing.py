@@ -1,0 +1,56 @@
+"""Bitmaps, sign bits and kept values ⇄ dense matrices: the storage formats of a checkpoint.
+
+Bit j % 8 of byte j // 8 in a row stands for column j (little-endian bit order); padding bits are zero.
+"""
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+
+def packed_width(columns: int) -> int:
+    """Bytes that one bit per column takes in a row."""
+    return (columns + 7) // 8
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack booleans (..., n) into uint8 (..., ⌈n/8⌉)."""
+    columns = bits.shape[-1]
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, packed_width(columns) * 8 - columns))
+    grouped = padded.unflatten(-1, (packed_width(columns), 8))
+    return (grouped << _bit_positions(bits.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, columns: int) -> Tensor:
+    """Unpack uint8 (..., ⌈n/8⌉) into booleans (..., n)."""
+    bits = (packed.unsqueeze(-1) >> _bit_positions(packed.device)) & 1
+    return bits.flatten(-2)[..., :columns].bool()
+
+
+def pack_values(dense: Tensor, mask: Tensor) -> Tensor:
+    """The values (m, k) of a dense matrix (m, n) where `mask` (m, n) is set, in column order.
+
+    Raises:
+        CheckpointError: if the rows do not all keep the same number of values.
+    """
+    kept = mask.sum(dim=1)
+    if kept.numel() and not bool((kept == kept[0]).all()):
+        raise CheckpointError(
+            f"a bitmask keeps between {int(kept.min())} and {int(kept.max())} values per row, expected the same number in every row"
+        )
+    return dense[mask].view(dense.shape[0], int(kept[0]) if kept.numel() else 0)
+
+
+def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
+    """The dense matrix (m, n) that has `values` (m, k) where `mask` (m, n) is set and zeros elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def signs_to_values(sign_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """±1 (m, n) from packed sign bits; a set bit is +1."""
+    return unpack_bits(sign_bits, columns).to(dtype) * 2 - 1
+
+
+def _bit_positions(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,0 +1,136 @@
+"""The HfQuantizer: swaps the skeleton's linear layers before the weights arrive, and the way back to a dense model."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from .configuration import QUANT_METHOD, CompressionConfig
+from .errors import CompressionError
+from .layers import CompressedLinear, build_layer
+from .saving import CompleteSave
+from .validation import dense_shape, resolve_layers, validate_files
+
+
+class CompressionQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes compressed models inside transformers' own `from_pretrained` and `save_pretrained`.
+
+    Attributes:
+        compress_on_load: what `from_pretrained(dense, quantization_config=...)` calls after loading; set by the package,
+            as the runtime alone can open compressed checkpoints but not make them.
+    """
+
+    quantization_config: CompressionConfig
+    requires_calibration = False
+    compress_on_load: ClassVar[Callable[[PreTrainedModel, CompressionConfig], None] | None] = None
+
+    def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized and not quantization_config.layers:
+            raise CompressionError(
+                "quantization_config.layers: empty in a checkpoint that says it is compressed; "
+                "delete quantization_config from config.json if the weights are dense, else download the checkpoint again"
+            )
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized and self.compress_on_load is None:
+            raise CompressionError("compressing a dense model needs the package: pip install hf_lowrank, then import hf_lowrank")
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        layers = resolve_layers(model, config.layers)
+        shapes = {stored: dense_shape(model.get_submodule(name)) for stored, name in zip(config.layers, layers, strict=True)}
+        files = [file for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
+        if files:
+            validate_files(config, shapes, files)
+        config.layers = layers
+        for name, spec in layers.items():
+            swap_module(model, name, _build_like(model.get_submodule(name), spec))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            assert self.compress_on_load is not None
+            type(self).compress_on_load(model, self.quantization_config)  # type: ignore[misc]
+        else:
+            attach(model, self)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, CompressedLinear):
+                swap_module(model, name, dense_module(module, dtype))
+        CompleteSave.detach(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register(override: bool = False) -> None:
+    """Make transformers know the plugin.
+
+    A name can be registered only once, and a checkpoint's copy of this file must not displace an installed package, so
+    the two mappings are written directly: always by the package (`override`), else only if the name is free.
+    """
+    if override or QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CompressionConfig
+        AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
+
+
+def attach(model: PreTrainedModel, quantizer: CompressionQuantizer) -> None:
+    """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.quantization_config.quant_method
+    model.config.quantization_config = quantizer.quantization_config
+    model.config._is_quantized = True
+    CompleteSave.attach(model)
+
+
+def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is in the model."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense layer that multiplies by the same matrix: a `Conv1D` where there was one, else an `nn.Linear`."""
+    weight = layer.to_dense(dtype)
+    if getattr(layer, "replaces_conv1d", False):
+        conv = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
+        conv.weight = nn.Parameter(weight.T.contiguous())
+        if layer.bias is not None:
+            conv.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+        return conv
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return linear
+
+
+def _build_like(module: nn.Module, spec: Any) -> CompressedLinear:
+    out_features, in_features = dense_shape(module)
+    weight = module.weight
+    layer = build_layer(spec, in_features, out_features, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+    layer.replaces_conv1d = isinstance(module, Conv1D)
+    return layer

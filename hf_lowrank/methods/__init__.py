@@ -1,6 +1,6 @@
 """One file per method, the maths only; importing this package registers them all."""
 
-from . import slab, svd
+from . import asvd, fwsvd, magnitude, oats, slab, soco, sola, sparsegpt, svd, svd_llm, wanda
 from .base import Budget, Decomposition, Layer, Method, Statistics
 from .registry import make_method, method_class, register_method, registered_methods
 
@@ -10,10 +10,19 @@ __all__ = [
     "Layer",
     "Method",
     "Statistics",
+    "asvd",
+    "fwsvd",
+    "magnitude",
     "make_method",
     "method_class",
+    "oats",
     "register_method",
     "registered_methods",
     "slab",
+    "soco",
+    "sola",
+    "sparsegpt",
     "svd",
+    "svd_llm",
+    "wanda",
 ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from ..runtime.layers import SparseLowRankLinear
@@ -22,6 +23,11 @@ class Statistics:
         column_norms: ‖X_j‖₂ = √(Σ_t x_tj²), (n,) float64.
         mean: (Σ_t x_t) / T, (n,) float64.
         mean_abs: (Σ_t |x_t|) / T, (n,) float64.
+        squared_gradients: Σ_i F_ij of one linear layer, (n,) float64, F = mean over calibration batches of (∂L/∂W)²; belongs to that
+            layer alone. None unless the method `needs_gradients`.
+        shifted_gram: Ĉ = Σ_t x̂_t x̂_tᵀ, (n, n) float64, of the inputs x̂ that the layer sees in the compressed model. None unless the
+            method `needs_shifted`.
+        cross_gram: M = Σ_t x_t x̂_tᵀ, (n, n) float64: dense inputs against shifted ones, token by token. As `shifted_gram`.
     """
 
     tokens: int
@@ -29,6 +35,21 @@ class Statistics:
     mean: Tensor
     mean_abs: Tensor
     gram: Tensor | None = None
+    squared_gradients: Tensor | None = None
+    shifted_gram: Tensor | None = None
+    cross_gram: Tensor | None = None
+
+    def require(self, name: str, method: str) -> Tensor:
+        """The statistic `name`, which `method` cannot do without.
+
+        Raises:
+            CompressionError: if it was not measured.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise CompressionError(f"{method}: the statistics hold no {name}, which this method needs; collect it during calibration")
+        found: Tensor = value
+        return found
 
     def select(self, order: Tensor) -> "Statistics":
         """The statistics of the inputs `order`, (k,) indices: a permutation or a part."""
@@ -38,42 +59,10 @@ class Statistics:
             mean=self.mean[order],
             mean_abs=self.mean_abs[order],
             gram=None if self.gram is None else self.gram[order][:, order],
+            squared_gradients=None if self.squared_gradients is None else self.squared_gradients[order],
+            shifted_gram=None if self.shifted_gram is None else self.shifted_gram[order][:, order],
+            cross_gram=None if self.cross_gram is None else self.cross_gram[order][:, order],
         )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The stored bits that one layer may take.
-
-    Attributes:
-        bits: stored bits, as `LayerSpec.stored_bits` counts them.
-        out_features, in_features: m and n of the dense layer.
-        value_bits: bits of one stored value (16 for bf16).
-        accounting: "bits", or "paper" where mask bits are not counted.
-    """
-
-    bits: int
-    out_features: int
-    in_features: int
-    value_bits: int
-    accounting: str = "bits"
-
-    def rank(self, spec: LayerSpec = LayerSpec()) -> int:  # noqa: B008  (frozen)
-        """The largest rank with which a layer of this spec still fits."""
-        return self._largest("rank", spec, min(self.out_features, self.in_features))
-
-    def kept_per_row(self, spec: LayerSpec = LayerSpec(sparse="bitmask")) -> int:  # noqa: B008
-        """The largest number of kept values per row with which a bitmask layer of this spec still fits."""
-        return self._largest("kept", spec, self.in_features - 1)
-
-    def stored(self, spec: LayerSpec) -> int:
-        """Bits that a layer of this spec takes."""
-        return spec.stored_bits(self.out_features, self.in_features, self.value_bits, self.accounting)
-
-    def _largest(self, field: str, spec: LayerSpec, limit: int) -> int:
-        fixed = self.stored(replace(spec, **{field: 0}))
-        price = self.stored(replace(spec, **{field: 1})) - fixed
-        return max(min((self.bits - fixed) // price, limit), 0)
 
 
 @dataclass(frozen=True)
@@ -104,25 +93,6 @@ class Decomposition:
         return SparseLowRankLinear.from_parts(in_features, out_features, **parts, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer of a model as methods see it.
-
-    Attributes:
-        name: module name.
-        block, blocks: index of its block and number of blocks.
-        role: "query", "key", "value", "output", "ffn_in", "ffn_out" or "other" (see `architectures.py`).
-        out_features, in_features: m and n.
-    """
-
-    name: str
-    block: int
-    blocks: int
-    role: str
-    out_features: int
-    in_features: int
-
-
 class Method:
     """A method is its mathematics: weight + statistics + budget → decomposition. No model, no I/O, no global state.
 
@@ -131,6 +101,7 @@ class Method:
     Attributes:
         name: set by `register_method`.
         needs_gram: whether `Statistics.gram` is needed.
+        needs_gradients: whether `Statistics.squared_gradients` is needed.
         sequential: whether a block sees the compressed blocks before it (else the dense ones).
         source: where it was published.
     """
@@ -138,10 +109,25 @@ class Method:
     name: ClassVar[str]
     source: ClassVar[str]
     needs_gram: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
 
-    def leaves_dense(self, layer: Layer) -> str | None:
-        """Why the method leaves a layer dense; None if it compresses it."""
+    @property
+    def needs_shifted(self) -> bool:
+        """Whether `Statistics.shifted_gram` and `cross_gram` are needed, beside the statistics of the dense model."""
+        return False
+
+    def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
+        """Why the method leaves a layer dense at this ratio; None if it compresses it."""
+        return None
+
+    def neuron_order(self, statistics: Statistics, weight: Tensor) -> Tensor | None:
+        """The order, (f,) indices, in which the method wants the neurons of a feed-forward network; None if it does not care.
+
+        Args:
+            statistics: of the neurons, the inputs of the output matrix.
+            weight: the output matrix W_d, (d, f).
+        """
         return None
 
     def smallest(self, layer: Layer) -> LayerSpec:
@@ -151,6 +137,11 @@ class Method:
     def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         """The next larger thing: one more rank, or one more value per row. Budgets are spread in these steps."""
         return replace(spec, rank=spec.rank + 1)
+
+    def growth_limit(self, layer: Layer) -> int:
+        """How many such steps a layer can take: up to the last rank at which it is smaller than the dense layer."""
+        m, n = layer.out_features, layer.in_features
+        return (m * n - 1) // (m + n) - 1
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """Decompose `weight` (m, n), float64, within the budget.

@@ -4,14 +4,21 @@ With C = Σ x xᵀ = S Sᵀ and the SVD  W S = U Σ Vᵀ, keeping r components o
 ‖(W − W_r) X‖² = Σ_{i>r} σ_i²  on the calibration tokens (papers: SVD-LLM, theorem 1; SoLA §1.2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..budget import ModelBudget
+from ..runtime.configuration import LayerSpec
+from .base import Budget, Decomposition, Layer, Method, Statistics, too_small
+
 RELATIVE_JITTERS = tuple(10.0**exponent for exponent in range(-10, -5))
 SMALLEST_EIGENVALUE = 1e-10
 """Relative to the largest one; smaller ones are raised to it in the fallback."""
+
+POWER_ITERATIONS = 4
+"""Of `leading_components`; alternating methods start each call from the last one's vectors, and end as with full decompositions."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,93 @@ def matrix_root(gram: Tensor) -> tuple[Tensor, bool]:
     return eigenvectors * eigenvalues.clamp(min=SMALLEST_EIGENVALUE * float(eigenvalues[-1])).sqrt(), False
 
 
+def leading_components(matrix: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """U (m, r) and V (r, n) with U V ≈ the best rank-r approximation of `matrix` (m, n), by power iteration from `start` (r, n).
+
+    U carries half of the scale of each component, so that both fit a 16-bit range. A non-negative matrix has U, V ≥ 0 at rank 1.
+    """
+    V = _first_guess(matrix, rank) if start is None else start
+    for _ in range(POWER_ITERATIONS):
+        Q = torch.linalg.qr(matrix @ V.T).Q if rank > 1 else _normalised(matrix @ V.T)
+        V = Q.T @ matrix  # (r, n): Q V is the projection of the matrix onto the span of Q
+    scale = V.norm(dim=1).clamp(min=torch.finfo(V.dtype).tiny).sqrt()
+    return Q * scale, V / scale[:, None]
+
+
 def gram_error(difference: Tensor, gram: Tensor) -> float:
     """‖D X‖² = tr(D C Dᵀ) for D (m, n) and C = X Xᵀ."""
     return float(((difference @ gram) * difference).sum())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A layer whose spectrum is known and whose rank is not yet decided.
+
+    Attributes:
+        layer: which layer.
+        factorization: of the part that becomes low rank.
+        sparse, kept, weight: layout, size and values of the part that is kept as it is (none, rows or columns).
+        scores: learned importance of the components, (k,), falling; None if they stand in order of energy.
+        bias: learned deviation that is added to the output, (m,).
+    """
+
+    layer: Layer
+    factorization: Factorization
+    sparse: str = "none"
+    kept: int = 0
+    weight: Tensor | None = None
+    scores: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What is stored at rank 0."""
+        return LayerSpec(sparse=self.sparse, kept=self.kept, bias=self.bias is not None)
+
+    def finish(self, rank: int) -> Decomposition:
+        """The decomposition that keeps the first `rank` components."""
+        if rank == 0:
+            return Decomposition(sparse=self.sparse, weight=self.weight, bias=self.bias)
+        a, b = self.factorization.truncate(rank)
+        return Decomposition(sparse=self.sparse, weight=self.weight, lowrank_a=a, lowrank_b=b, bias=self.bias)
+
+
+class SpectralMethod(Method):
+    """A method that measures the spectra of all layers first and decides on their ranks after."""
+
+    def measure(self, layer: Layer, weight: Tensor, statistics: Statistics) -> Measurement:
+        """Factorize one weight (m, n), float64; by default whitened, all of it."""
+        return Measurement(layer, factorize(weight, statistics.require("gram", self.name) if self.needs_gram else None))
+
+    def allocate(self, measurements: dict[str, Measurement], budget: ModelBudget, available: int) -> dict[str, int | None]:
+        """The rank of each layer, None where it stays dense, together within `available` bits."""
+        raise NotImplementedError
+
+    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        """One layer by itself, at the largest rank that its budget allows."""
+        m, n = weight.shape
+        if self.needs_gram:
+            statistics.require("gram", self.name)
+        measurement = self.measure(Layer("layer", 0, 1, "other", m, n), weight, statistics)
+        rank = budget.rank(measurement.spec)
+        if rank < 1:
+            raise too_small(self.name, budget)
+        return measurement.finish(rank)
+
+
+def _first_guess(matrix: Tensor, rank: int) -> Tensor:
+    guess = torch.rand(rank, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    guess[0] = matrix.sum(dim=0) + torch.finfo(matrix.dtype).tiny  # close to the first right singular vector of a non-negative matrix
+    return guess
+
+
+def _normalised(columns: Tensor) -> Tensor:
+    return columns / columns.norm(dim=0).clamp(min=torch.finfo(columns.dtype).tiny)
+
+
+def prices(measurements: dict[str, Measurement], budget: ModelBudget) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Bits of one rank, of the dense layer, and of the parts beside the low rank, by layer."""
+    fixed = {name: budget.stored_bits(m.layer, m.spec) for name, m in measurements.items()}
+    price = {name: budget.stored_bits(m.layer, replace(m.spec, rank=1)) - fixed[name] for name, m in measurements.items()}
+    dense_price = {name: budget.dense_bits(m.layer) - budget.bias_bits[name] for name, m in measurements.items()}
+    return price, dense_price, fixed

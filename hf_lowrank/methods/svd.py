@@ -1,11 +1,12 @@
-"""Plain and whitened SVD with the same keep ratio for every layer."""
+"""Truncated SVD with the same keep ratio for every layer; `svd-llm`, `asvd` and `fwsvd` differ in what they measure the error by."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Budget, Decomposition, Method, Statistics, too_small
+from ..budget import Budget
+from .base import Decomposition, Method, Statistics, too_small
 from .registry import register_method
 from .spectral import factorize
 
@@ -19,25 +20,23 @@ class SVD(Method):
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ B A with r = ⌊bits / (v (m + n))⌋, minimising ‖W − B A‖_F."""
-        return _truncated(self.name, weight, None, budget)
+        a, b = factorize(weight).truncate(affordable_rank(self.name, budget))
+        return Decomposition(lowrank_a=a, lowrank_b=b)
 
 
-@register_method("svd-llm")
-@dataclass
-class SVDLLM(Method):
-    """Truncation-aware whitening: the best rank-r matrix on the calibration tokens."""
-
-    source: ClassVar[str] = "SVD-LLM, arXiv 2403.07378"
-    needs_gram: ClassVar[bool] = True
-
-    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """W ≈ B A, minimising ‖(W − B A) X‖_F."""
-        return _truncated(self.name, weight, statistics.gram, budget)
+def column_weighted_svd(weight: Tensor, scale: Tensor, rank: int) -> Decomposition:
+    """W ≈ B A of rank r, minimising ‖(W − B A) diag(scale)‖_F: the SVD of W diag(scale), and the scale undone in A; scale (n,) > 0."""
+    a, b = factorize(weight * scale).truncate(rank)
+    return Decomposition(lowrank_a=a / scale, lowrank_b=b)
 
 
-def _truncated(method: str, weight: Tensor, gram: Tensor | None, budget: Budget) -> Decomposition:
+def affordable_rank(method: str, budget: Budget) -> int:
+    """The largest rank within the budget.
+
+    Raises:
+        CompressionError: if that is none.
+    """
     rank = budget.rank()
     if rank < 1:
         raise too_small(method, budget)
-    a, b = factorize(weight, gram).truncate(rank)
-    return Decomposition(lowrank_a=a, lowrank_b=b)
+    return rank

@@ -1,0 +1,6 @@
+"""Texts → token batches; block inputs; statistics."""
+
+from .batches import TokenBatch, calibration_batches, fingerprint
+from .blocks import BlockBatch, block_statistics, capture, run_block
+
+__all__ = ["BlockBatch", "TokenBatch", "block_statistics", "calibration_batches", "capture", "fingerprint", "run_block"]

@@ -1,0 +1,101 @@
+"""Statistics of the inputs of a block's linear layers, collected by hooks; linears that see the same tensor share one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Statistics
+from ..runtime.errors import NumericalError
+
+
+class StatisticsCollector:
+    """Sums over tokens, in float64, of what `Statistics` holds.
+
+    Args:
+        layers: the linear layers of one block by module name.
+        needs_gram: whether to sum the Gram matrix too.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], needs_gram: bool) -> None:
+        self.layers, self.needs_gram = layers, needs_gram
+        self._leader: dict[str, str] = {}
+        self._sums: dict[str, _Sums] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+        self._mask: Tensor | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While active, every forward of the layers is counted."""
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start_batch(self, mask: Tensor | None) -> None:
+        """Tell which tokens of the next batch count: `mask` (B, T), or None for all."""
+        self._mask, self._seen = mask, []
+
+    def statistics(self) -> dict[str, Statistics | None]:
+        """The statistics by layer; None for a layer that was never called.
+
+        Raises:
+            NumericalError: if an input was not finite.
+        """
+        made = {leader: sums.statistics(leader) for leader, sums in self._sums.items()}
+        return {name: made[self._leader[name]] if name in self._leader else None for name in self.layers}
+
+    def _hook(self, name: str) -> Any:
+        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0]
+            if name not in self._leader:
+                same = next((leader for tensor, leader in self._seen if tensor is x), None)
+                self._leader[name] = same or name
+            if self._leader[name] == name:
+                self._seen.append((x, name))
+                if name not in self._sums:
+                    self._sums[name] = _Sums(x, self.needs_gram)
+                self._sums[name].add(self._counted_tokens(x))
+
+        return count
+
+    def _counted_tokens(self, x: Tensor) -> Tensor:
+        if self._mask is not None and x.shape[: self._mask.dim()] == self._mask.shape:
+            return x[self._mask.bool()]
+        return x.flatten(0, -2)
+
+
+class _Sums:
+    """Running sums for one input."""
+
+    def __init__(self, x: Tensor, needs_gram: bool) -> None:
+        n = x.shape[-1]
+        self.tokens = 0
+        self.total, self.total_abs, self.total_square = torch.zeros(3, n, dtype=torch.float64, device=x.device)
+        self.gram = torch.zeros(n, n, dtype=torch.float64, device=x.device) if needs_gram else None
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().double()
+        self.tokens += x.shape[0]
+        self.total += x.sum(dim=0)
+        self.total_abs += x.abs().sum(dim=0)
+        self.total_square += x.square().sum(dim=0)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+
+    def statistics(self, name: str) -> Statistics:
+        if not bool(self.total_square.isfinite().all()):
+            channel = int((~self.total_square.isfinite()).nonzero()[0])
+            raise NumericalError(f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype")
+        tokens = max(self.tokens, 1)
+        return Statistics(
+            tokens=self.tokens,
+            column_norms=self.total_square.sqrt(),
+            mean=self.total / tokens,
+            mean_abs=self.total_abs / tokens,
+            gram=self.gram,
+        )

@@ -1,0 +1,84 @@
+"""SparseGPT: pruning with second-order compensation (arXiv 2301.00774)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from ..runtime.errors import CompressionError
+from .base import Decomposition, Statistics
+from .registry import register_method
+from .sparsity import PATTERN_HELP, SparseMethod, largest_kept, largest_per_row, parse_pattern
+
+BLOCK = 128
+"""Columns whose mask is chosen at once, and between which updates are gathered into one matrix product."""
+
+
+@register_method("sparsegpt")
+@dataclass
+class SparseGPT(SparseMethod):
+    """Prunes column by column; what a removed entry did is taken over by the columns not yet visited."""
+
+    pattern: str = field(default="unstructured", metadata={"help": PATTERN_HELP})
+    damping: float = field(default=0.01, metadata={"help": "λ added to the diagonal of X Xᵀ, as a share of its mean"})
+
+    source: ClassVar[str] = "SparseGPT, arXiv 2301.00774"
+    needs_gram: ClassVar[bool] = True
+    sequential: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damping > 0:
+            raise CompressionError(f"sparsegpt: damping={self.damping}, expected a number above 0")
+
+    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        """Approximately minimises ‖(W − W_S) X‖_F, by H = X Xᵀ + λ I and the upper Cholesky factor U of H⁻¹ (papers §4).
+
+        In every block of columns the entries with the smallest w_ij² / U_jj² go; each leaves err = w_ij / U_jj, and
+        err · U_{j, j:} is subtracted from the columns from j on. A full N:M pattern chooses its mask group by group, from weights
+        that are up to date. Published runs compare the entries of all rows of a block; here every row of a block keeps the same number.
+        """
+        kept = self.kept_per_row(budget)
+        gram = statistics.require("gram", self.name)
+        U = inverse_cholesky(gram, self.damping)
+        W = weight * (gram.diagonal() > 0)  # what a dead channel would bring is nothing
+        n = W.shape[1]
+        group = parse_pattern(self.pattern)[1]
+        block = max(BLOCK // group, 1) * group
+        step = group if self.pattern != "unstructured" and kept == largest_kept(self.pattern, n) else block
+        usable = n // group * group  # columns after the last whole group cannot be kept
+
+        mask = torch.zeros_like(W, dtype=torch.bool)
+        for start in range(0, n, block):
+            end = min(start + block, n)
+            errors = torch.zeros_like(W[:, start:end])
+            for j in range(start, end):
+                if (j - start) % step == 0:
+                    stop = min(j + step, end)
+                    quota = min(stop, usable) * kept // usable - min(j, usable) * kept // usable
+                    mask[:, j:stop] = largest_per_row(W[:, j:stop].abs() / U.diagonal()[j:stop], quota, self.pattern)
+                error = torch.where(mask[:, j], 0.0, W[:, j] / U[j, j])
+                W[:, j:end] -= torch.outer(error, U[j, j:end])
+                errors[:, j - start] = error
+            W[:, end:] -= errors @ U[start:end, end:]
+        return Decomposition(sparse="bitmask", weight=torch.where(mask, W, 0.0), mask=mask)
+
+
+def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with (C + λ I)⁻¹ = Uᵀ U, λ = `damping` · mean C_jj; dead channels get the mean of the living ones.
+
+    Raises:
+        CompressionError: if C + λ I is singular in float64.
+    """
+    diagonal = gram.diagonal()
+    alive = diagonal > 0
+    mean = float(diagonal[alive].mean()) if bool(alive.any()) else 1.0
+    hessian = gram / mean + torch.diag(torch.where(alive, 0.0, 1.0) + damping)
+    root, singular = torch.linalg.cholesky_ex(hessian)
+    U, inverse_singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+    if int(singular) or int(inverse_singular):
+        raise CompressionError(f"sparsegpt: X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens")
+    upper: Tensor = U / mean**0.5
+    return upper

@@ -1,0 +1,56 @@
+"""SVD-LLM: truncation-aware data whitening (arXiv 2403.07378)."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..budget import Budget
+from .base import Decomposition, Method, Statistics
+from .registry import register_method
+from .spectral import factorize
+from .svd import affordable_rank
+
+
+@register_method("svd-llm")
+@dataclass
+class SVDLLM(Method):
+    """Truncation-aware whitening: the best rank-r matrix on the calibration tokens."""
+
+    update: bool = field(default=False, metadata={"help": "refit the left factor by least squares on the inputs of the compressed model"})
+
+    source: ClassVar[str] = "SVD-LLM, arXiv 2403.07378"
+    needs_gram: ClassVar[bool] = True
+
+    @property
+    def needs_shifted(self) -> bool:
+        return self.update
+
+    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        """W ≈ B A, minimising ‖(W − B A) X‖_F; with `update`, A stays and B minimises ‖W X − B A X̂‖_F (papers §4).
+
+        Only the training-free update of the paper's first version is here; the later one, two LoRA runs, is training.
+        """
+        rank = affordable_rank(self.name, budget)
+        a, b = factorize(weight, statistics.require("gram", self.name)).truncate(rank)
+        if self.update:
+            b = refit_left(weight, a, statistics.require("shifted_gram", self.name), statistics.require("cross_gram", self.name))
+        return Decomposition(lowrank_a=a, lowrank_b=b)
+
+
+def refit_left(weight: Tensor, right: Tensor, shifted_gram: Tensor, cross_gram: Tensor) -> Tensor:
+    """B (m, r) of smallest norm that minimises ‖W X − B A X̂‖_F: B = (W X)(A X̂)⁺ = W M Aᵀ (A Ĉ Aᵀ)⁺.
+
+    Args:
+        weight: W, (m, n).
+        right: A, (r, n).
+        shifted_gram: Ĉ = X̂ X̂ᵀ, (n, n), of the compressed model's inputs.
+        cross_gram: M = X X̂ᵀ, (n, n). With M = Ĉ the target is W X̂, which is what the authors' release fits.
+    """
+    normal = right @ shifted_gram @ right.T
+    target = weight @ cross_gram @ right.T
+    scale = normal.diagonal().clamp(min=torch.finfo(normal.dtype).tiny).sqrt()  # the rows of A differ in size by orders of magnitude
+    inverse = torch.linalg.pinv(normal / torch.outer(scale, scale), hermitian=True)
+    left: Tensor = target / scale @ inverse / scale
+    return left

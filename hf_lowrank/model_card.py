@@ -1,0 +1,355 @@
+"""Model cards: what a compressed checkpoint says about itself, made from its own files and from what was measured."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypedDict
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from .calibration.texts import DATASETS
+from .methods import method_class, registered_methods
+from .runtime.errors import CheckpointError
+from .runtime.saving import REPORT_FILE
+
+CARD_FILE = "README.md"
+NOT_MEASURED = "Not measured."
+
+TASKS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "Model": ("AutoModel", "feature-extraction"),
+}
+"""Auto class and pipeline tag of the Hub, by the end of the architecture's name."""
+
+PARTS = {
+    "weight": "kept values",
+    "weight_mask": "masks",
+    "lowrank_a": "low-rank factors",
+    "lowrank_b": "low-rank factors",
+    "sign_bits": "signs",
+    "scale_in": "scales",
+    "scale_out": "scales",
+    "bias": "biases",
+}
+"""What a compressed layer stores, by the name of the tensor."""
+OTHER_TENSORS = "other tensors"
+
+TAGS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "sparse": lambda layer: layer["sparse"] != "none",
+    "low-rank": lambda layer: layer["rank"] > 0,
+    "binary": lambda layer: layer["binary_rank"] > 0,
+}
+"""Tags of the Hub by what a layer stores."""
+
+
+class Quality(TypedDict, total=False):
+    """One metric on one text or task.
+
+    Attributes:
+        metric: such as "perplexity" or "acc_norm".
+        dataset: name to show; `dataset_id`: its id on the Hub, and `split`, if it has them.
+        settings: how it was measured, in a few words.
+        dense, compressed: the two values; `dense` is left out where the metric itself compares the two models.
+    """
+
+    metric: str
+    dataset: str
+    dataset_id: str
+    split: str
+    settings: str
+    dense: float
+    compressed: float
+
+
+class Speed(TypedDict):
+    """One measured speed: what was run, on which device, and the two values with their unit."""
+
+    what: str
+    device: str
+    unit: str
+    dense: float
+    compressed: float
+
+
+def write_model_card(folder: Path, name: str | None = None) -> ModelCard:
+    """Write the card of the compressed checkpoint in `folder` and return it; see `make_card`."""
+    card = make_card(folder, name)
+    card.save(folder / CARD_FILE)
+    return card
+
+
+def record(folder: Path, **facts: Any) -> None:
+    """Add facts to the report of the checkpoint in `folder` and write its card anew.
+
+    Args:
+        facts: any of `quality` (list of `Quality`), `speed` (list of `Speed`), `command` (the exact command that made the checkpoint) and
+            `license` (of the base model, as the Hub names it). What is recorded under the same name is replaced.
+    """
+    report = {**_read_json(folder / REPORT_FILE), **facts}
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_model_card(folder)
+
+
+def make_card(folder: Path, name: str | None = None) -> ModelCard:
+    """The card of the compressed checkpoint in `folder`; the same folder gives the same card.
+
+    Args:
+        name: what `from_pretrained` is to be given: the repo's id, by default the folder's name.
+
+    Raises:
+        CheckpointError: if there is no compressed checkpoint in `folder`.
+    """
+    config = read_config(folder)
+    stored = stored_bytes(folder, config["quantization_config"]["layers"])
+    return model_card(config, _read_json(folder / REPORT_FILE), stored, name or folder.resolve().name)
+
+
+def model_card(config: dict[str, Any], report: dict[str, Any], stored: dict[str, int], name: str) -> ModelCard:
+    """The card of a compressed checkpoint, from plain data.
+
+    Args:
+        config: content of its `config.json`.
+        report: content of its report (`report.Report` with what `record` added); {} if there is none.
+        stored: bytes by part, as `stored_bytes` counts them.
+        name: what `from_pretrained` is to be given.
+    """
+    if not _agrees(report, stored):
+        report = {key: value for key, value in report.items() if key not in ("ratio_stored", "ratio_paper", "layers")}
+    recipe = config["quantization_config"]
+    layers, provenance = recipe["layers"], recipe.get("provenance", {})
+    architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
+    auto_class, pipeline_tag = next((task for end, task in TASKS.items() if architecture.endswith(end)), ("AutoModel", None))
+    base = provenance.get("base_model", "")
+    on_hub = is_hub_id(base)
+    base_text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "the dense model"
+    calibration = DATASETS.get(recipe["calibration"], {}).get("path")
+    results = _eval_results(report.get("quality", []), pipeline_tag)
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        license=report.get("license"),
+        datasets=[calibration] if calibration else None,
+        tags=["hf_lowrank", recipe["method"], "compressed", *(tag for tag, has in TAGS.items() if any(map(has, layers.values())))],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    card: ModelCard = ModelCard.from_template(
+        data,
+        template_str=files(__package__).joinpath("data/model_card.md").read_text(encoding="utf-8"),
+        name=name,
+        architecture=architecture,
+        auto_class=auto_class,
+        base=base_text,
+        summary=_summary(recipe, report, base_text),
+        recipe=_recipe(recipe, report),
+        components=_components(layers, report),
+        sizes=_sizes(report, stored),
+        quality=_quality(report.get("quality", [])),
+        speed=_speed(report.get("speed", [])),
+        warnings=report.get("warnings", []),
+        origin=_origin(report, provenance),
+    )
+    return card
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of the compressed checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: if there is none, or it is that of a dense model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give the folder that save_pretrained or hf-lowrank compress wrote")
+    config = _read_json(path)
+    if not config.get("quantization_config", {}).get("layers"):
+        raise CheckpointError(f"{path}: no quantization_config.layers, so the model is dense; compress it first (hf-lowrank compress)")
+    return config
+
+
+def stored_bytes(folder: Path, layers: Iterable[str]) -> dict[str, int]:
+    """Bytes of the tensors in the safetensors files of `folder`: of the compressed layers by part, of all others under `OTHER_TENSORS`."""
+    compressed, stored = set(layers), Counter[str]()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                layer, _, tensor = name.rpartition(".")
+                view = file.get_slice(name)
+                bits = int(re.findall(r"\d+", view.get_dtype())[0])
+                stored[PARTS.get(tensor, tensor) if layer in compressed else OTHER_TENSORS] += math.prod(view.get_shape()) * bits // 8
+    return dict(stored)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a base model's name can only be an id on the Hub, not a path on this machine."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _agrees(report: dict[str, Any], stored: dict[str, int]) -> bool:
+    """Whether the checkpoint still stores what the report of its compression says; a merged LoRA or another dtype changes it."""
+    reported: int = sum(layer["stored_bits"] for layer in report.get("layers", []))
+    return reported == 8 * sum(count for part, count in stored.items() if part != OTHER_TENSORS)
+
+
+def _eval_results(measured: list[Quality], pipeline_tag: str | None) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=pipeline_tag or "other",
+            dataset_type=quality.get("dataset_id", "custom"),
+            dataset_name=quality["dataset"],
+            dataset_split=quality.get("split"),
+            metric_type=quality["metric"],
+            metric_name=quality["metric"],
+            metric_value=quality["compressed"],
+        )
+        for quality in measured
+    ]
+
+
+def _summary(recipe: dict[str, Any], report: dict[str, Any], base: str) -> str:
+    removed = report.get("ratio_stored")
+    share = f"{recipe['ratio']:.1%} (as asked for)" if removed is None else f"{removed:.1%}"
+    method = _method(recipe["method"])
+    return f"{base}, its linear layers compressed by {method}: {share} of their stored bits removed, all that takes their place counted."
+
+
+def _method(name: str) -> str:
+    source = method_class(name).source if name in registered_methods() else ""
+    return f"`{name}` ({source})" if source else f"`{name}`"
+
+
+def _recipe(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+    counted = {"bits": "everything that is stored", "paper": "everything but mask bits, as papers count"}[recipe["accounting"]]
+    text = recipe["calibration"]
+    calibration = "text sampled from the model itself" if text == "self" else text if text in DATASETS else Path(text).name
+    tokens = recipe.get("provenance", {}).get("calibration_tokens")
+    rows = [
+        ["method", _method(recipe["method"])],
+        ["options", ", ".join(f"{name} {value}" for name, value in sorted(recipe["options"].items())) or "none"],
+        ["removed, asked for", f"{recipe['ratio']:.2%} of the bits of the linear layers of the blocks, counting {counted}"],
+    ]
+    if "ratio_stored" in report:
+        rows.append(["removed, reached", f"{report['ratio_stored']:.2%} ({report['ratio_paper']:.2%} without counting masks)"])
+    rows += [
+        ["calibration", f"{calibration}, {f'{tokens:,} tokens, ' if tokens else ''}seed {recipe['seed']}"],
+        ["compressed layers", f"{len(recipe['layers'])}"],
+        ["linear layers left dense", _dense(report)],
+    ]
+    return _table(["", ""], rows)
+
+
+def _dense(report: dict[str, Any]) -> str:
+    if "dense" not in report:
+        return "not recorded"
+    reasons = Counter(report["dense"].values())
+    return "; ".join(f"{count} ({reason})" for reason, count in reasons.items()) or "none"
+
+
+def _components(layers: dict[str, dict[str, Any]], report: dict[str, Any]) -> str:
+    """One row per component (`q_proj`, ...): how many, what they store, bits per weight and error, as ranges over the blocks."""
+    measured = {layer["name"]: layer for layer in report.get("layers", [])}
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(name.rpartition(".")[2], []).append(name)
+    rows = []
+    for component, names in groups.items():
+        specs = [layers[name] for name in names]
+        sparse = ", ".join(sorted({spec["sparse"] for spec in specs}))
+        kept = "" if sparse == "none" else f": {_range(spec['kept'] for spec in specs)}"
+        known = [measured[name] for name in names if name in measured]
+        ranks = [_range(spec[name] for spec in specs) for name in ("rank", "binary_rank")]
+        bits = _range((layer["bits_per_weight"] for layer in known), ".2f")
+        errors = _range((layer["relative_error"] for layer in known), ".3f")
+        rows.append([f"`{component}`", str(len(names)), sparse + kept, *ranks, bits, errors])
+    return _table(["layers", "number", "kept values", "rank", "binary rank", "bits per weight", "relative error on calibration text"], rows)
+
+
+def _sizes(report: dict[str, Any], stored: dict[str, int]) -> str:
+    """Bytes of the block linears and of the whole model; of the dense ones only where the report still holds."""
+    total = sum(stored.values())
+    parts = {part: count for part, count in stored.items() if part != OTHER_TENSORS}
+    rows = [["whole model", "not recorded", _bytes(total), ""]]
+    if layers := report.get("layers"):
+        dense, kept = (sum(layer[name] for layer in layers) // 8 for name in ("dense_bits", "stored_bits"))
+        blocks = round((dense - kept) / report["ratio_stored"])
+        rows = [
+            _size_row("compressed linear layers", dense, kept),
+            _size_row("all linear layers of the blocks", blocks, blocks - dense + kept),
+            _size_row("whole model", total - kept + dense, total),
+        ]
+    shares = ", ".join(f"{part} {_bytes(count)}" for part, count in parts.items() if count)
+    table = _table(["", "dense", "stored", "removed"], rows)
+    return f"{table}\n\nMasks, signs, scales, factors and biases all count. The compressed layers store: {shares}."
+
+
+def _size_row(what: str, dense: int, stored: int) -> list[str]:
+    return [what, _bytes(dense), _bytes(stored), f"{1 - stored / dense:.1%}"]
+
+
+def _quality(measured: list[Quality]) -> str:
+    if not measured:
+        return NOT_MEASURED
+    rows = []
+    for quality in measured:
+        dense, compressed = quality.get("dense"), quality["compressed"]
+        difference = "" if dense is None else f"{compressed - dense:+.3g}"
+        where = quality["dataset"] + (f", {quality['settings']}" if quality.get("settings") else "")
+        rows.append([quality["metric"], where, "" if dense is None else f"{dense:.4g}", f"{compressed:.4g}", difference])
+    return _table(["metric", "on", "dense", "this model", "difference"], rows)
+
+
+def _speed(measured: list[Speed]) -> str:
+    if not measured:
+        return NOT_MEASURED
+    rows = [[s["what"], s["device"], f"{s['dense']:.4g} {s['unit']}", f"{s['compressed']:.4g} {s['unit']}"] for s in measured]
+    return _table(["", "device", "dense", "this model"], rows)
+
+
+def _origin(report: dict[str, Any], provenance: dict[str, Any]) -> str:
+    command = f"```\n{report['command']}\n```" if report.get("command") else "The command was not recorded."
+    facts = [f"{name} {version}" for name, version in sorted(provenance.get("versions", {}).items())]
+    if report.get("seconds"):
+        facts.append(f"{report['seconds']:.0f} s")
+    if provenance.get("calibration_sha256"):
+        facts.append(f"calibration tokens sha256 `{provenance['calibration_sha256']}`")
+    return command + (f"\n\n{', '.join(facts)}." if facts else "")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def _range(values: Iterable[float], form: str = "") -> str:
+    found = sorted(values)
+    if not found:
+        return ""
+    low, high = f"{found[0]:{form}}", f"{found[-1]:{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,309 @@
+"""compress(): walk the blocks of a model, decompose their linear layers, swap the results in."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from . import __version__
+from .allocation import check_reachable, uniform_budgets
+from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
+from .budget import Layer, ModelBudget
+from .calibration import BlockBatch, TokenBatch, block_statistics, calibration_batches, capture, fingerprint, run_block
+from .methods import Decomposition, Method, Statistics, make_method
+from .methods.soco import SoCo
+from .methods.spectral import Measurement, SpectralMethod
+from .progress import Step, progress_bar
+from .report import LayerReport, Report, layer_report
+from .runtime.configuration import CompressionConfig, LayerSpec
+from .runtime.errors import CompressionError, NumericalError
+from .runtime.layers import CompressedLinear
+from .runtime.quantizer import CompressionQuantizer, attach, swap_module
+from .runtime.saving import CompleteSave
+from .selection import select_layers
+from .spectrum_training import learn_spectrum
+
+SPECTRUM_STATE = "soco_state.safetensors"
+
+logger = logging.getLogger(__name__)
+
+
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig | None = None,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    *,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Compress the linear layers of a model's blocks, in place.
+
+    Args:
+        model: any dense transformers model with a list of blocks of `nn.Linear` or `Conv1D` layers.
+        config: the recipe; by default SLaB at half of the stored bits.
+        tokenizer: needed to calibrate on text; saved with the compressed model.
+        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a text file, or an
+            iterable of texts, token ids, chats or batches.
+        work_dir: where SoCo keeps the state of its training, so that a killed run goes on from it.
+        progress: whether to show a progress bar on a terminal.
+
+    Returns:
+        The same model, of its own class, with compressed layers; its `save_pretrained` writes a complete checkpoint.
+
+    Raises:
+        CompressionError: for a recipe that cannot be followed, before any work is done.
+        NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
+    """
+    config = config or CompressionConfig()
+    started = time.monotonic()
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+        raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
+    with progress_bar(progress) as step, torch.no_grad():
+        was_training = model.training
+        model.eval()
+        try:
+            run = _Compression(model, config, tokenizer, calibration, Path(work_dir) if work_dir else None, step)
+            run.run()
+        finally:
+            model.train(was_training)
+        run.finish(time.monotonic() - started)
+    return model
+
+
+class _Compression:
+    """One run of `compress`."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, calibration: Any, work_dir: Path | None, step: Step
+    ) -> None:
+        self.model, self.config, self.tokenizer, self.work_dir, self.step = model, config, tokenizer, work_dir, step
+        self.method: Method = make_method(config.method, config.options)
+        self.blocks = find_blocks(model)
+        layers = find_layers(self.blocks)
+        modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+        self.compressed, self.reasons = select_layers(model, layers, self.method, config)
+        self.dense = [layer for layer in layers if layer.name in self.reasons]
+        self.budget = ModelBudget(
+            config.ratio,
+            value_bits={name: module.weight.dtype.itemsize * 8 for name, module in modules.items()},  # type: ignore[operator, union-attr]
+            bias_bits={name: 0 if module.bias is None else module.bias.numel() * module.bias.itemsize * 8 for name, module in modules.items()},
+            accounting=config.accounting,
+        )
+        self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
+        self.warnings = _warnings(model, self.blocks)
+        self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
+        self.reports: list[LayerReport] = []
+        self.curve: dict[str, list[float]] | None = None
+
+    def run(self) -> None:
+        self.step("capturing block inputs", 0, len(self.compressed))
+        batches = capture(self.model, self.blocks, self.tokens)
+        if isinstance(self.method, SpectralMethod):
+            self.measure_then_decide(self.method, batches)
+        else:
+            self.layer_by_layer(batches)
+
+    def layer_by_layer(self, batches: list[BlockBatch]) -> None:
+        """Budgets first, then block by block."""
+        budgets = uniform_budgets(self.method, self.compressed, self.dense, self.budget)
+        for index, block, layers in self.walk():
+            statistics = self.gather(index, block, layers, batches)
+            for layer in layers:
+                begun = time.monotonic()
+                weight = self.weight(layer)
+                decomposition = self.method.decompose(weight, statistics[layer.name], budgets[layer.name])
+                self.swap(layer, decomposition, weight, statistics[layer.name], begun)
+            if self.method.sequential:
+                for batch in batches:
+                    batch.hidden = run_block(block, index, batch)
+
+    def measure_then_decide(self, method: SpectralMethod, batches: list[BlockBatch]) -> None:
+        """Spectra of all layers in the dense model first, then ranks, then the layers."""
+        measurements: dict[str, Measurement] = {}
+        statistics: dict[str, Statistics] = {}
+        for index, block, layers in self.walk():
+            statistics |= self.gather(index, block, layers, batches)
+            measurements |= {layer.name: method.measure(layer, self.weight(layer), statistics[layer.name]) for layer in layers}
+        if isinstance(method, SoCo):
+            measurements, ranks = self.learn(method, measurements)
+        else:
+            ranks = method.allocate(measurements, self.budget, self.available)
+        for layer in self.compressed:
+            begun = time.monotonic()
+            rank = ranks[layer.name]
+            if rank is None:
+                self.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
+            else:
+                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name], begun)
+
+    def learn(self, method: SoCo, measurements: dict[str, Measurement]) -> tuple[dict[str, Measurement], dict[str, int | None]]:
+        """SoCo's training; its state lives in the work folder until it is done."""
+        state = None
+        if self.work_dir is not None:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            state = self.work_dir / SPECTRUM_STATE
+        learned, ranks, curve = learn_spectrum(
+            self.model, method, measurements, self.tokens, self.budget, self.available, self.config.seed, state,
+            lambda done, total: self.step("learning the spectrum", done, total),
+        )  # fmt: skip
+        self.curve = curve.__dict__
+        return learned, ranks
+
+    def walk(self) -> Any:
+        """(index, block, its layers to compress) for every block."""
+        done = 0
+        for index, (name, block) in enumerate(self.blocks.items()):
+            layers = [layer for layer in self.compressed if layer.block == index]
+            self.step(name, done, len(self.compressed))
+            yield index, block, layers
+            done += len(layers)
+
+    def gather(self, index: int, block: nn.Module, layers: list[Layer], batches: list[BlockBatch]) -> dict[str, Statistics]:
+        """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
+        modules = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
+        found, outputs = block_statistics(block, index, batches, modules, self.method.needs_gram)
+        if not self.method.sequential:
+            for batch, output in zip(batches, outputs, strict=True):
+                batch.hidden = output
+        statistics = {}
+        for layer in layers:
+            known = found[layer.name]
+            if known is None:
+                self.warnings.append(f"{layer.name} saw no calibration token; it is compressed without data")
+            statistics[layer.name] = known or _no_data(layer, modules[layer.name])
+        self.order_neurons(index, block, statistics)
+        return statistics
+
+    def order_neurons(self, index: int, block: nn.Module, statistics: dict[str, Statistics]) -> None:
+        """Permute the neurons of the block's feed-forward networks as the method wants; the function of the block is unchanged."""
+        block_name = list(self.blocks)[index]
+        for network in find_feed_forwards(block):
+            output_name = f"{block_name}.{network.output}"
+            if output_name not in statistics:
+                continue
+            output = block.get_submodule(network.output)
+            order = self.method.neuron_order(statistics[output_name], dense_weight(output))
+            if order is None:
+                continue
+            for name in network.inputs:
+                permute_outputs(block.get_submodule(name), order)
+            permute_inputs(output, order)
+            statistics[output_name] = statistics[output_name].select(order)
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The dense weight, (m, n) float64.
+
+        Raises:
+            NumericalError: if it is not finite.
+        """
+        weight = dense_weight(self.model.get_submodule(layer.name)).double()
+        if not bool(weight.isfinite().all()):
+            raise NumericalError(f"{layer.name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
+        return weight
+
+    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, begun: float) -> None:
+        """Put the compressed layer in place and report on it.
+
+        Raises:
+            NumericalError: if a stored value is not finite.
+        """
+        dense = self.model.get_submodule(layer.name)
+        assert isinstance(dense.weight, Tensor)
+        bias = dense.bias if isinstance(dense.bias, Tensor) else None
+        made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
+        made.replaces_conv1d = isinstance(dense, Conv1D)
+        for name, parameter in made.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise NumericalError(f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype")
+        made.requires_grad_(dense.weight.requires_grad)
+        swap_module(self.model, layer.name, made.train(dense.training))
+        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), time.monotonic() - begun))
+
+    def finish(self, seconds: float) -> None:
+        """Make the model a compressed one for transformers, with its config and report."""
+        config = self.config
+        specs: dict[str, LayerSpec] = {
+            name: module.spec for name, module in self.model.named_modules() if isinstance(module, CompressedLinear)
+        }
+        provenance = {
+            "base_model": getattr(self.model.config, "_name_or_path", ""),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "calibration_sha256": fingerprint(self.tokens),
+            "calibration_tokens": sum(batch.tokens for batch in self.tokens),
+            "versions": {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        options = {name: getattr(self.method, name) for name in self.method.__dict__}
+        final = CompressionConfig.from_dict({**config.to_dict(), "options": options, "provenance": provenance, "layers": {}})
+        final.layers = specs
+        attach(self.model, CompressionQuantizer(final, pre_quantized=True))
+        save = CompleteSave.attach(self.model)
+        save.tokenizer = self.tokenizer
+        report = self.report(seconds)
+        save.report = report.to_dict()
+        for name, reason in self.reasons.items():
+            logger.info("%s stays dense: %s", name, reason)
+        for warning in report.warnings:
+            logger.warning(warning)
+
+    def report(self, seconds: float) -> Report:
+        layers = self.compressed + self.dense
+        total = sum(self.budget.dense_bits(layer) for layer in layers)
+        stored = {report.name: report.stored_bits for report in self.reports}
+        bits = sum(stored.get(layer.name, self.budget.dense_bits(layer)) for layer in layers)
+        masks = bits - sum(
+            module.stored_bits("paper") if isinstance(module, CompressedLinear) else self.budget.dense_bits(layer)
+            for layer in layers
+            for module in [self.model.get_submodule(layer.name)]
+        )
+        return Report(
+            method=self.method.name,
+            ratio_asked=self.config.ratio,
+            ratio_stored=1 - bits / total,
+            ratio_paper=1 - (bits - masks) / total,
+            accounting=self.config.accounting,
+            layers=self.reports,
+            dense=self.reasons,
+            warnings=self.warnings,
+            curve=self.curve,
+            seconds=round(seconds, 1),
+        )
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out_features, in_features)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+def permute_outputs(module: nn.Module, order: Tensor) -> None:
+    """Reorder the output features of a linear layer, in place."""
+    dense_weight(module).copy_(dense_weight(module)[order].clone())
+    if isinstance(module.bias, Tensor):
+        module.bias.data.copy_(module.bias.data[order].clone())
+
+
+def permute_inputs(module: nn.Module, order: Tensor) -> None:
+    """Reorder the input features of a linear layer, in place."""
+    dense_weight(module).copy_(dense_weight(module)[:, order].clone())
+
+
+def _no_data(layer: Layer, module: nn.Module) -> Statistics:
+    n, device = layer.in_features, dense_weight(module).device
+    ones = torch.ones(n, dtype=torch.float64, device=device)
+    return Statistics(tokens=0, column_norms=ones, mean=torch.zeros_like(ones), mean_abs=ones, gram=torch.diag(ones))
+
+
+def _warnings(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
+    experts = fused_experts(model, blocks)
+    if not experts:
+        return []
+    share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
+    return [f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {next(iter(experts))}) are not linear layers and stay dense"]

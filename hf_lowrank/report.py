@@ -1,0 +1,102 @@
+"""What was stored, what it cost, what it lost."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .methods.base import Statistics
+from .runtime.layers import CompressedLinear
+
+
+@dataclass
+class LayerReport:
+    """One compressed layer.
+
+    Attributes:
+        kind, sparse, kept, rank, binary_rank: as in `LayerSpec`.
+        out_features, in_features: m and n.
+        bits_per_weight: stored bits / (m n); dense_bits, stored_bits: of the whole layer with its bias.
+        relative_error: ‖(W − Ŵ) X‖ / ‖W X‖ on the calibration tokens, with the values as they are stored.
+        metric: "gram" if that is exact, "column_norms" if only the norms ‖X_j‖ were measured.
+        tokens: calibration tokens that the layer saw.
+        seconds: time to decompose it.
+    """
+
+    name: str
+    kind: str
+    sparse: str
+    kept: int
+    rank: int
+    binary_rank: int
+    out_features: int
+    in_features: int
+    bits_per_weight: float
+    dense_bits: int
+    stored_bits: int
+    relative_error: float
+    metric: str
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class Report:
+    """A whole compression, as it is saved beside the checkpoint.
+
+    Attributes:
+        ratio_asked, ratio_stored: fractions of the dense bits of all block linears that were to be, and are, removed.
+        ratio_paper: the same with mask bits left out, as papers count.
+        layers: one entry per compressed layer. dense: reason of each layer left dense, by name.
+        warnings: what the user must know.
+        curve: SoCo's loss, ratio and phase per step.
+    """
+
+    method: str
+    ratio_asked: float
+    ratio_stored: float
+    ratio_paper: float
+    accounting: str
+    layers: list[LayerReport]
+    dense: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+    curve: dict[str, list[float]] | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int, seconds: float) -> LayerReport:
+    """Measure a compressed layer against the weight (m, n) that it replaces."""
+    bits = layer.stored_bits()
+    spec = layer.spec
+    return LayerReport(
+        name,
+        spec.kind,
+        spec.sparse,
+        spec.kept,
+        spec.rank,
+        spec.binary_rank,
+        layer.out_features,
+        layer.in_features,
+        bits / weight.numel(),
+        dense_bits,
+        bits,
+        relative_error(weight, layer.to_dense(weight.dtype), statistics),
+        "column_norms" if statistics.gram is None else "gram",
+        statistics.tokens,
+        round(seconds, 3),
+    )
+
+
+def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
+    """‖(W − Ŵ) X‖ / ‖W X‖ in the metric of the statistics; 0 if the layer's output is always zero and stays so."""
+    lost, whole = (_energy(matrix, statistics) for matrix in (weight - approximation, weight))
+    return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
+
+
+def _energy(matrix: Tensor, statistics: Statistics) -> Tensor:
+    if statistics.gram is None:
+        return (matrix * statistics.column_norms).square().sum()
+    return ((matrix @ statistics.gram) * matrix).sum()

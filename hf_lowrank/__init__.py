@@ -10,11 +10,11 @@ from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
 from .runtime.quantizer import CompressionQuantizer, register
+from .version import __version__
 
 if TYPE_CHECKING:
     from .pipeline import compress
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "CompressedLinear",
@@ -24,6 +24,7 @@ __all__ = [
     "NumericalError",
     "SparseLowRankBinaryLinear",
     "SparseLowRankLinear",
+    "__version__",
     "compress",
 ]
 
@@ -38,8 +39,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _compress_on_load(model: Any, config: CompressionConfig) -> None:
-    compress = importlib.import_module(".pipeline", __name__).compress
-    compress(model, config)
+    importlib.import_module(".pipeline", __name__).compress_on_load(model, config)
 
 
 CompressionQuantizer.compress_on_load = staticmethod(_compress_on_load)

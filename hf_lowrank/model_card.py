@@ -5,14 +5,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
 from .calibration.texts import DATASETS
+from .inspection import inspect_checkpoint
 from .methods import method_class, registered_methods
 from .runtime.errors import CheckpointError
 from .runtime.saving import REPORT_FILE
@@ -31,19 +32,6 @@ TASKS = {
     "Model": ("AutoModel", "feature-extraction"),
 }
 """Auto class and pipeline tag of the Hub, by the end of the architecture's name."""
-
-PARTS = {
-    "weight": "kept values",
-    "weight_mask": "masks",
-    "lowrank_a": "low-rank factors",
-    "lowrank_b": "low-rank factors",
-    "sign_bits": "signs",
-    "scale_in": "scales",
-    "scale_out": "scales",
-    "bias": "biases",
-}
-"""What a compressed layer stores, by the name of the tensor."""
-OTHER_TENSORS = "other tensors"
 
 TAGS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "sparse": lambda layer: layer["sparse"] != "none",
@@ -110,22 +98,19 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     Raises:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
-    config = read_config(folder)
-    stored = stored_bytes(folder, config["quantization_config"]["layers"])
-    return model_card(config, _read_json(folder / REPORT_FILE), stored, name or folder.resolve().name)
+    config, report = read_config(folder), _read_json(folder / REPORT_FILE)
+    return model_card(config, asdict(inspect_checkpoint(folder)), report, name or folder.resolve().name)
 
 
-def model_card(config: dict[str, Any], report: dict[str, Any], stored: dict[str, int], name: str) -> ModelCard:
+def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[str, Any], name: str) -> ModelCard:
     """The card of a compressed checkpoint, from plain data.
 
     Args:
         config: content of its `config.json`.
-        report: content of its report (`report.Report` with what `record` added); {} if there is none.
-        stored: bytes by part, as `stored_bytes` counts them.
+        inspection: what its files store (`inspection.Inspection`, as a dictionary).
+        report: content of its report: of the compression, and what `record` added; {} if there is none.
         name: what `from_pretrained` is to be given.
     """
-    if not _agrees(report, stored):
-        report = {key: value for key, value in report.items() if key not in ("ratio_stored", "ratio_paper", "layers")}
     recipe = config["quantization_config"]
     layers, provenance = recipe["layers"], recipe.get("provenance", {})
     architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
@@ -153,16 +138,32 @@ def model_card(config: dict[str, Any], report: dict[str, Any], stored: dict[str,
         architecture=architecture,
         auto_class=auto_class,
         base=base_text,
-        summary=_summary(recipe, report, base_text),
-        recipe=_recipe(recipe, report),
-        components=_components(layers, report),
-        sizes=_sizes(report, stored),
+        summary=_summary(inspection, base_text),
+        recipe=_recipe(recipe, inspection),
+        components=_components(inspection["layers"]),
+        sizes=_sizes(inspection),
         quality=_quality(report.get("quality", [])),
         speed=_speed(report.get("speed", [])),
-        warnings=report.get("warnings", []),
+        warnings=inspection["warnings"],
         origin=_origin(report, provenance),
     )
     return card
+
+
+def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
+    """What a card shows of the evaluation on one text (`evaluation.perplexity.Evaluation`, as a dictionary)."""
+    text = evaluation["text"]
+    about: Quality = {"dataset": Path(text).name, "settings": f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens"}
+    if text in DATASETS:
+        about |= {"dataset": text, "dataset_id": DATASETS[text]["path"], "split": "test"}
+    if evaluation["stride"] < evaluation["window"]:
+        about["settings"] += f", {evaluation['stride']:,} apart"
+    rows: list[Quality] = [{**about, "metric": "perplexity", "compressed": evaluation["perplexity"]}]
+    if evaluation["reference_nll"] is not None:
+        rows[0]["dense"] = math.exp(evaluation["reference_nll"])
+        compared = {"kl_divergence": "kl", "top1_agreement": "top1_agreement"}
+        rows += [{**about, "metric": metric, "compressed": evaluation[name]} for metric, name in compared.items()]
+    return rows
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -180,19 +181,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def stored_bytes(folder: Path, layers: Iterable[str]) -> dict[str, int]:
-    """Bytes of the tensors in the safetensors files of `folder`: of the compressed layers by part, of all others under `OTHER_TENSORS`."""
-    compressed, stored = set(layers), Counter[str]()
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dictionary)
-                layer, _, tensor = name.rpartition(".")
-                view = file.get_slice(name)
-                bits = int(re.findall(r"\d+", view.get_dtype())[0])
-                stored[PARTS.get(tensor, tensor) if layer in compressed else OTHER_TENSORS] += math.prod(view.get_shape()) * bits // 8
-    return dict(stored)
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a base model's name can only be an id on the Hub, not a path on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
@@ -205,18 +193,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _agrees(report: dict[str, Any], stored: dict[str, int]) -> bool:
-    """Whether the checkpoint still stores what the report of its compression says; a merged LoRA or another dtype changes it."""
-    reported: int = sum(layer["stored_bits"] for layer in report.get("layers", []))
-    return reported == 8 * sum(count for part, count in stored.items() if part != OTHER_TENSORS)
-
-
 def _eval_results(measured: list[Quality], pipeline_tag: str | None) -> list[EvalResult]:
+    """The measurements as the Hub's model index; texts without an id there are told apart by `config`, or they would be merged."""
     return [
         EvalResult(
             task_type=pipeline_tag or "other",
             dataset_type=quality.get("dataset_id", "custom"),
             dataset_name=quality["dataset"],
+            dataset_config=None if "dataset_id" in quality else quality["dataset"],
             dataset_split=quality.get("split"),
             metric_type=quality["metric"],
             metric_name=quality["metric"],
@@ -226,10 +210,8 @@ def _eval_results(measured: list[Quality], pipeline_tag: str | None) -> list[Eva
     ]
 
 
-def _summary(recipe: dict[str, Any], report: dict[str, Any], base: str) -> str:
-    removed = report.get("ratio_stored")
-    share = f"{recipe['ratio']:.1%} (as asked for)" if removed is None else f"{removed:.1%}"
-    method = _method(recipe["method"])
+def _summary(inspection: dict[str, Any], base: str) -> str:
+    method, share = _method(inspection["method"]), f"{inspection['ratio_stored']:.1%}"
     return f"{base}, its linear layers compressed by {method}: {share} of their stored bits removed, all that takes their place counted."
 
 
@@ -238,68 +220,49 @@ def _method(name: str) -> str:
     return f"`{name}` ({source})" if source else f"`{name}`"
 
 
-def _recipe(recipe: dict[str, Any], report: dict[str, Any]) -> str:
+def _recipe(recipe: dict[str, Any], inspection: dict[str, Any]) -> str:
     counted = {"bits": "everything that is stored", "paper": "everything but mask bits, as papers count"}[recipe["accounting"]]
     text = recipe["calibration"]
     calibration = "text sampled from the model itself" if text == "self" else text if text in DATASETS else Path(text).name
     tokens = recipe.get("provenance", {}).get("calibration_tokens")
+    left = Counter(layer["reason"] for layer in inspection["layers"] if layer["kind"] == "dense")
     rows = [
         ["method", _method(recipe["method"])],
         ["options", ", ".join(f"{name} {value}" for name, value in sorted(recipe["options"].items())) or "none"],
         ["removed, asked for", f"{recipe['ratio']:.2%} of the bits of the linear layers of the blocks, counting {counted}"],
-    ]
-    if "ratio_stored" in report:
-        rows.append(["removed, reached", f"{report['ratio_stored']:.2%} ({report['ratio_paper']:.2%} without counting masks)"])
-    rows += [
+        ["removed, reached", f"{inspection['ratio_stored']:.2%} ({inspection['ratio_paper']:.2%} without counting masks)"],
         ["calibration", f"{calibration}, {f'{tokens:,} tokens, ' if tokens else ''}seed {recipe['seed']}"],
-        ["compressed layers", f"{len(recipe['layers'])}"],
-        ["linear layers left dense", _dense(report)],
+        ["compressed layers", str(len(recipe["layers"]))],
+        ["linear layers left dense", "; ".join(f"{count} ({reason})" for reason, count in left.items()) or "none"],
     ]
     return _table(["", ""], rows)
 
 
-def _dense(report: dict[str, Any]) -> str:
-    if "dense" not in report:
-        return "not recorded"
-    reasons = Counter(report["dense"].values())
-    return "; ".join(f"{count} ({reason})" for reason, count in reasons.items()) or "none"
-
-
-def _components(layers: dict[str, dict[str, Any]], report: dict[str, Any]) -> str:
-    """One row per component (`q_proj`, ...): how many, what they store, bits per weight and error, as ranges over the blocks."""
-    measured = {layer["name"]: layer for layer in report.get("layers", [])}
-    groups: dict[str, list[str]] = {}
-    for name in layers:
-        groups.setdefault(name.rpartition(".")[2], []).append(name)
+def _components(layers: list[dict[str, Any]]) -> str:
+    """One row per compressed component (`q_proj`, ...): how many, what they store, bits per weight and error, as ranges over the blocks."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        if layer["kind"] != "dense":
+            groups.setdefault(layer["name"].rpartition(".")[2], []).append(layer)
     rows = []
-    for component, names in groups.items():
-        specs = [layers[name] for name in names]
-        sparse = ", ".join(sorted({spec["sparse"] for spec in specs}))
-        kept = "" if sparse == "none" else f": {_range(spec['kept'] for spec in specs)}"
-        known = [measured[name] for name in names if name in measured]
-        ranks = [_range(spec[name] for spec in specs) for name in ("rank", "binary_rank")]
-        bits = _range((layer["bits_per_weight"] for layer in known), ".2f")
-        errors = _range((layer["relative_error"] for layer in known), ".3f")
-        rows.append([f"`{component}`", str(len(names)), sparse + kept, *ranks, bits, errors])
-    return _table(["layers", "number", "kept values", "rank", "binary rank", "bits per weight", "relative error on calibration text"], rows)
+    for component, group in groups.items():
+        sparse = ", ".join(sorted({layer["sparse"] for layer in group}))
+        forms = {"density": ".1%", "rank": "", "binary_rank": "", "bits_per_weight": ".2f", "relative_error": ".3f"}
+        ranges = [_range((layer[name] for layer in group if layer[name] is not None), form) for name, form in forms.items()]
+        rows.append([f"`{component}`", str(len(group)), sparse, *ranges])
+    header = ["layers", "number", "sparse part", "values kept", "rank", "binary rank", "bits per weight", "relative error when compressed"]
+    return _table(header, rows)
 
 
-def _sizes(report: dict[str, Any], stored: dict[str, int]) -> str:
-    """Bytes of the block linears and of the whole model; of the dense ones only where the report still holds."""
-    total = sum(stored.values())
-    parts = {part: count for part, count in stored.items() if part != OTHER_TENSORS}
-    rows = [["whole model", "not recorded", _bytes(total), ""]]
-    if layers := report.get("layers"):
-        dense, kept = (sum(layer[name] for layer in layers) // 8 for name in ("dense_bits", "stored_bits"))
-        blocks = round((dense - kept) / report["ratio_stored"])
-        rows = [
-            _size_row("compressed linear layers", dense, kept),
-            _size_row("all linear layers of the blocks", blocks, blocks - dense + kept),
-            _size_row("whole model", total - kept + dense, total),
-        ]
-    shares = ", ".join(f"{part} {_bytes(count)}" for part, count in parts.items() if count)
+def _sizes(inspection: dict[str, Any]) -> str:
+    """Bytes of the block linears and of the whole model, dense and stored."""
+    rows = [
+        _size_row("linear layers of the blocks", inspection["dense_block_bytes"], inspection["block_bytes"]),
+        _size_row("whole model", inspection["dense_model_bytes"], inspection["model_bytes"]),
+    ]
     table = _table(["", "dense", "stored", "removed"], rows)
-    return f"{table}\n\nMasks, signs, scales, factors and biases all count. The compressed layers store: {shares}."
+    on_disk = f"Weight files on disk: {inspection['disk_bytes']:,} bytes."
+    return f"{table}\n\nCounted from the weight files; masks, signs, scales, factors and biases all count. {on_disk}"
 
 
 def _size_row(what: str, dense: int, stored: int) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from . import __version__
+
 from .allocation import check_reachable, uniform_budgets
 from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
 from .budget import Layer, ModelBudget
@@ -28,6 +28,7 @@ from .runtime.quantizer import CompressionQuantizer, attach, swap_module
 from .runtime.saving import CompleteSave
 from .selection import select_layers
 from .spectrum_training import learn_spectrum
+from .version import __version__
 
 SPECTRUM_STATE = "soco_state.safetensors"
 
@@ -75,6 +76,23 @@ def compress(
             model.train(was_training)
         run.finish(time.monotonic() - started)
     return model
+
+
+def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
+    """What `from_pretrained(dense, quantization_config=config)` does after loading.
+
+    Text named in `config.calibration` needs the tokenizer beside the model; without one the model calibrates on itself.
+    """
+    tokenizer = None
+    if config.calibration == "self":
+        logger.warning("compressing on load: calibrating on text sampled from the model itself; name a text in calibration= to use that")
+        compress(model, config)
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    except (OSError, ValueError) as error:
+        logger.warning("compressing on load: no tokenizer beside the model (%s); calibrating on text sampled from the model itself", error)
+    compress(model, config, tokenizer, calibration=None if tokenizer else "self")
 
 
 class _Compression:

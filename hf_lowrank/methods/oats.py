@@ -13,9 +13,9 @@ from .base import Decomposition, Statistics, too_small
 from .registry import register_method
 from .sparsity import PATTERN_HELP, SparseMethod, largest_per_row, relative_scales
 
-OVERSAMPLING = 8
+OVERSAMPLING = 16
 """Directions carried along beside the rank, so that a slowly falling spectrum is still cut in the right place."""
-POWER_ITERATIONS = 2
+POWER_ITERATIONS = 4
 """Per alternation, each started from the basis of the last one."""
 
 

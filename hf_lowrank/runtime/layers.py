@@ -30,6 +30,9 @@ class CompressedLinear(nn.Linear):
         CheckpointError: if the spec does not fit the shape.
     """
 
+    replaces_conv1d = False
+    """Whether the dense layer is a transformers `Conv1D`, which `dequantize` then puts back."""
+
     def __init__(
         self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:

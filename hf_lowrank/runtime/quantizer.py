@@ -115,7 +115,7 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> nn.Module:
     """The dense layer that multiplies by the same matrix: a `Conv1D` where there was one, else an `nn.Linear`."""
     weight = layer.to_dense(dtype)
-    if getattr(layer, "replaces_conv1d", False):
+    if layer.replaces_conv1d:
         conv = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
         conv.weight = nn.Parameter(weight.T.contiguous())
         if layer.bias is not None:

@@ -1,0 +1,75 @@
+"""The whole job on the bundled model, offline: compress, save, reload, measure, compare."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import typer
+
+from .evaluation.perplexity import Evaluation
+from .models import files_size, load_model, load_tokenizer, new_folder
+from .pipeline import compress
+from .runtime.configuration import CompressionConfig
+
+BUNDLED_MODEL = Path(__file__).parent / "data" / "reference-7m"
+BUNDLED_TEXT = Path(__file__).parent / "data" / "demo.txt"
+
+RECIPES = {
+    "svd-llm": CompressionConfig(method="svd-llm", ratio=0.3),
+    "sola": CompressionConfig(method="sola", ratio=0.3),
+    "soco": CompressionConfig(method="soco", ratio=0.3, options={"steps": 100, "finish_steps": 10}),
+    "slab": CompressionConfig(method="slab", ratio=0.5),
+}
+
+
+def run_demo(output: Path | None = None, overwrite: bool = False) -> list[list[str]]:
+    """Compress the bundled model by every recipe and measure each in a fresh process; the rows of the table.
+
+    Args:
+        output: folder in which the checkpoints are kept; without it they are deleted at the end.
+    """
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return _rows(Path(folder))
+    with new_folder(output, overwrite) as folder:
+        return _rows(folder)
+
+
+def _rows(folder: Path) -> list[list[str]]:
+    dense = _measure(BUNDLED_MODEL)
+    rows = [_row("dense", None, 0.0, BUNDLED_MODEL, dense, 0.0)]
+    tokenizer = load_tokenizer(str(BUNDLED_MODEL))
+    for name, config in RECIPES.items():
+        typer.echo(f"{name}: removing {config.ratio:.0%} ...", err=True)
+        started = time.monotonic()
+        model = compress(load_model(str(BUNDLED_MODEL)), config, tokenizer)
+        seconds = time.monotonic() - started
+        stored = model.save_pretrained.report["ratio_stored"]
+        model.save_pretrained(folder / name)
+        rows.append(_row(name, config.ratio, stored, folder / name, _measure(folder / name), seconds))
+    return rows
+
+
+def _measure(checkpoint: Path) -> Evaluation:
+    """Evaluate in a fresh process, which knows nothing but the files."""
+    command = [sys.executable, "-m", "hf_lowrank", "evaluate", str(checkpoint), "--text", str(BUNDLED_TEXT)]
+    command += ["--reference", str(BUNDLED_MODEL), "--dtype", "float32", "--json"]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Evaluation(**json.loads(result.stdout)[0])
+
+
+def _row(name: str, asked: float | None, stored: float, folder: Path, measured: Evaluation, seconds: float) -> list[str]:
+    return [
+        name,
+        "" if asked is None else f"{asked:.0%}",
+        "" if asked is None else f"{stored:.2%}",
+        f"{files_size(folder) / 1e6:.2f}",
+        f"{measured.perplexity:.2f}",
+        f"{measured.nats_lost:.4f}",
+        f"{measured.kl:.4f}",
+        f"{measured.top1_agreement:.1%}",
+        f"{seconds:.0f}",
+    ]

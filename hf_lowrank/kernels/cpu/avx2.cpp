@@ -1,0 +1,304 @@
+// AVX2 (with FMA and F16C) loops: eight columns at a time, converted to float32.
+#include "product.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+
+#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX2_INLINE AVX2 __attribute__((always_inline)) static inline
+
+namespace hf_lowrank {
+namespace {
+
+constexpr int kLanes = 8;
+
+// For every mask byte, which of the next values each of eight columns takes; 0x80 where the bit is clear.
+struct Spread {
+    alignas(16) uint8_t words[256][16];  // as byte positions of 16-bit values, for pshufb
+    uint8_t lanes[256][8];               // as positions
+    constexpr Spread() : words(), lanes() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int position = 0;
+            for (int column = 0; column < 8; ++column) {
+                bool kept = mask >> column & 1;
+                lanes[mask][column] = static_cast<uint8_t>(kept ? position : 0x80);
+                words[mask][2 * column] = static_cast<uint8_t>(kept ? 2 * position : 0x80);
+                words[mask][2 * column + 1] = static_cast<uint8_t>(kept ? 2 * position + 1 : 0x80);
+                position += kept;
+            }
+        }
+    }
+};
+constexpr Spread kSpread;
+
+// --- eight values of a row as float32 ----------------------------------------------------------------------------------------
+
+struct Bits16 {
+    using Element = uint16_t;
+    AVX2_INLINE __m128i load_bits16(const Element* values) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)); }
+    AVX2_INLINE __m128i expand_bits16(const Element* values, uint8_t mask) {
+        return _mm_shuffle_epi8(load_bits16(values), _mm_load_si128(reinterpret_cast<const __m128i*>(kSpread.words[mask])));
+    }
+};
+
+struct BFloat16 : Bits16 {
+    AVX2_INLINE __m256 widen(__m128i bits) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)); }
+    AVX2_INLINE __m256 load(const Element* values) { return widen(load_bits16(values)); }
+    AVX2_INLINE __m256 expand(const Element* values, uint8_t mask) { return widen(expand_bits16(values, mask)); }
+};
+
+struct Float16 : Bits16 {
+    AVX2_INLINE __m256 load(const Element* values) { return _mm256_cvtph_ps(load_bits16(values)); }
+    AVX2_INLINE __m256 expand(const Element* values, uint8_t mask) { return _mm256_cvtph_ps(expand_bits16(values, mask)); }
+};
+
+struct Float32 {
+    using Element = float;
+    AVX2_INLINE __m256 load(const Element* values) { return _mm256_loadu_ps(values); }
+    AVX2_INLINE __m256 expand(const Element* values, uint8_t mask) {
+        __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.lanes[mask])));
+        __m256 moved = _mm256_permutevar8x32_ps(load(values), index);
+        return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), moved);
+    }
+};
+
+// --- sums ------------------------------------------------------------------------------------------------------------------
+
+template <int T>
+constexpr int kChains = T >= 4 ? 1 : 4 / T;  // independent sums per token, to hide the latency of the multiply-add
+
+template <int T>
+struct Sums {
+    __m256 of[kChains<T>][T];
+
+    AVX2_INLINE Sums zero() {
+        Sums sums;
+        for (auto& chain : sums.of)
+            for (auto& sum : chain) sum = _mm256_setzero_ps();
+        return sums;
+    }
+
+    AVX2_INLINE void add(Sums& sums, int chain, __m256 values, const float* x, int64_t token_stride) {
+        for (int t = 0; t < T; ++t) {
+            __m256& sum = sums.of[chain % kChains<T>][t];
+            sum = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + t * token_stride), sum);
+        }
+    }
+
+    AVX2_INLINE void store(const Sums& sums, const Rows& rows, int64_t row) {
+        for (int t = 0; t < T; ++t) {
+            __m256 total = sums.of[0][t];
+            for (int chain = 1; chain < kChains<T>; ++chain) total = _mm256_add_ps(total, sums.of[chain][t]);
+            __m128 four = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
+            __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            rows.sums[t * kBlockRows + row] += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+        }
+    }
+};
+
+// --- sparse ----------------------------------------------------------------------------------------------------------------
+
+template <class Values>
+struct SparseFor {
+    using Element = typename Values::Element;
+
+    template <int T>
+    struct Loop {
+        AVX2 static void run(const Product& product, const Prepared& prepared, const Rows& rows) {
+            const float* x = prepared.values + rows.first_token * prepared.padded;
+            const int64_t columns = prepared.columns, width = (columns + 7) / 8, kept = product.kept;
+            const Element* end = static_cast<const Element*>(product.values) + product.rows * kept;
+            for (int64_t i = 0; i < rows.count; ++i) {
+                const Element* values = static_cast<const Element*>(product.values) + (rows.first + i) * kept;
+                const uint8_t* mask = product.mask + (rows.first + i) * width;
+                auto sums = Sums<T>::zero();
+                int64_t byte = 0;
+                // Eight mask bytes at a time, while 64 values remain before the end of the tensor.
+                for (; byte + 8 <= width && end - values >= 64; byte += 8) {
+                    uint64_t bits;
+                    __builtin_memcpy(&bits, mask + byte, 8);
+                    uint64_t counts = bits - ((bits >> 1) & 0x5555555555555555u);
+                    counts = (counts & 0x3333333333333333u) + ((counts >> 2) & 0x3333333333333333u);
+                    counts = (counts + (counts >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+                    uint64_t before = (counts * 0x0101010101010101u) << 8;  // byte k: bits set in bytes 0 to k − 1
+#pragma GCC unroll 8
+                    for (int k = 0; k < 8; ++k) {
+                        __m256 unit = Values::expand(values + (before >> 8 * k & 0xff), static_cast<uint8_t>(bits >> 8 * k));
+                        Sums<T>::add(sums, k, unit, x + (byte + k) * kLanes, prepared.padded);
+                    }
+                    values += _mm_popcnt_u64(bits);
+                }
+                for (; byte < width; ++byte) {
+                    Element next[kLanes] = {};
+                    int64_t present = end - values < kLanes ? end - values : kLanes, used = _mm_popcnt_u32(mask[byte]);
+                    for (int64_t j = 0; j < present; ++j) next[j] = values[j];
+                    Sums<T>::add(sums, 0, Values::expand(next, mask[byte]), x + byte * kLanes, prepared.padded);
+                    values += used < present ? used : present;
+                }
+                Sums<T>::store(sums, rows, i);
+            }
+        }
+    };
+};
+
+void sparse_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    switch (product.values_dtype) {
+        case kFloat32: for_token_groups<SparseFor<Float32>::Loop>(rows, product, x); break;
+        case kFloat16: for_token_groups<SparseFor<Float16>::Loop>(rows, product, x); break;
+        default: for_token_groups<SparseFor<BFloat16>::Loop>(rows, product, x);
+    }
+}
+
+// --- dense -----------------------------------------------------------------------------------------------------------------
+
+template <class Values>
+struct DenseFor {
+    using Element = typename Values::Element;
+
+    template <int T>
+    struct Loop {
+        AVX2 static void run(const void* matrix, const Prepared& prepared, const Rows& rows) {
+            const float* x = prepared.values + rows.first_token * prepared.padded;
+            const int64_t columns = prepared.columns;
+            for (int64_t i = 0; i < rows.count; ++i) {
+                const Element* values = static_cast<const Element*>(matrix) + (rows.first + i) * columns;
+                auto sums = Sums<T>::zero();
+                int64_t column = 0;
+                for (; column + 4 * kLanes <= columns; column += 4 * kLanes) {
+#pragma GCC unroll 4
+                    for (int part = 0; part < 4; ++part) {
+                        int64_t at = column + part * kLanes;
+                        Sums<T>::add(sums, part, Values::load(values + at), x + at, prepared.padded);
+                    }
+                }
+                for (; column < columns; column += kLanes) {
+                    Element next[kLanes] = {};
+                    for (int64_t j = 0; j < kLanes && column + j < columns; ++j) next[j] = values[column + j];
+                    Sums<T>::add(sums, 0, Values::load(next), x + column, prepared.padded);
+                }
+                Sums<T>::store(sums, rows, i);
+            }
+        }
+    };
+};
+
+void dense_rows(const void* matrix, DType dtype, const Prepared& x, const Rows& rows) {
+    switch (dtype) {
+        case kFloat32: for_token_groups<DenseFor<Float32>::Loop>(rows, matrix, x); break;
+        case kFloat16: for_token_groups<DenseFor<Float16>::Loop>(rows, matrix, x); break;
+        default: for_token_groups<DenseFor<BFloat16>::Loop>(rows, matrix, x);
+    }
+}
+
+// --- binary ----------------------------------------------------------------------------------------------------------------
+
+// Eight rows times eight words of 32 sign bits, transposed: out[word * stride] holds the word of each row.
+AVX2_INLINE void transpose_words(const __m256i (&rows)[8], __m256i* out, int stride) {
+    __m256i pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+        fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+        fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        out[i * stride] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+        out[(i + 4) * stride] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+    }
+}
+
+// Lanes are rows. Three of four sign bits select among eight sums in each of two registers, the fourth between the two.
+template <int T>
+struct BinaryLoop {
+    static constexpr int kParts = T == 1 ? 4 : T <= 3 ? 2 : 1;
+    static constexpr int64_t kStep = 32;  // bytes of a row's bits per transposition
+
+    AVX2_INLINE void load_words(const Product& product, const Rows& rows, int64_t row, int64_t byte, int64_t width, __m256i* out) {
+        __m256i bits[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const uint8_t* signs = product.signs + (rows.first + (row + lane < rows.count ? row + lane : 0)) * width + byte;
+            alignas(32) uint8_t last[kStep] = {};
+            if (byte + kStep > width) {
+                __builtin_memcpy(last, signs, static_cast<unsigned long>(width - byte));
+                signs = last;
+            }
+            bits[lane] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(signs));
+        }
+        transpose_words(bits, out, kParts);
+    }
+
+    AVX2 static void run(const Product& product, const Prepared& x, const Rows& rows) {
+        const int64_t width = (x.columns + 7) / 8, table_size = x.padded / kTableColumns * kTableEntries;
+        for (int64_t term = 0; term < product.binary_rank; ++term) {
+            const float* tables = x.tables + (term * x.tokens + rows.first_token) * table_size;
+            for (int64_t first = 0; first < rows.count; first += kParts * kLanes) {
+                __m256 sums[T][kParts];
+                for (auto& token : sums)
+                    for (auto& sum : token) sum = _mm256_setzero_ps();
+                for (int64_t byte = 0; byte < width; byte += kStep) {
+                    __m256i words[kStep / 4][kParts];
+                    for (int part = 0; part < kParts; ++part)
+                        load_words(product, rows, first + part * kLanes, byte, width, &words[0][part]);
+                    for (int64_t word = 0; word < kStep / 4 && byte + 4 * word < width; ++word) {
+                        const float* table = tables + (byte + 4 * word) * (8 / kTableColumns) * kTableEntries;
+#pragma GCC unroll 8
+                        for (int group = 0; group < kUnit / kTableColumns; ++group) {
+                            for (int t = 0; t < T; ++t) {
+                                const float* entries = table + t * table_size + group * kTableEntries;
+                                __m256 minus = _mm256_load_ps(entries), plus = _mm256_load_ps(entries + 8);
+                                for (int part = 0; part < kParts; ++part) {
+                                    __m256i index = _mm256_srli_epi32(words[word][part], group * kTableColumns);
+                                    __m256i fourth = _mm256_slli_epi32(words[word][part], 28 - group * kTableColumns);
+                                    __m256 sum = _mm256_blendv_ps(_mm256_permutevar8x32_ps(minus, index),
+                                                                  _mm256_permutevar8x32_ps(plus, index), _mm256_castsi256_ps(fourth));
+                                    sums[t][part] = _mm256_add_ps(sums[t][part], sum);
+                                }
+                            }
+                        }
+                    }
+                }
+                for (int64_t i = first; i < rows.count && i < first + kParts * kLanes; ++i) {
+                    float scale = load_as_float(product.scale_out, (rows.first + i) * product.binary_rank + term, DType(product.scale_dtype));
+                    for (int t = 0; t < T; ++t) {
+                        alignas(32) float lanes[kLanes];
+                        _mm256_store_ps(lanes, sums[t][(i - first) / kLanes]);
+                        rows.sums[t * kBlockRows + i] += scale * lanes[i % kLanes];
+                    }
+                }
+            }
+        }
+    }
+};
+
+void binary_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    for_token_groups<BinaryLoop>(rows, product, x);
+}
+
+AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
+    // Bit j of an entry's index set: + column j; clear: − column j.
+    const __m256 signs[3] = {_mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1), _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1),
+                             _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1)};
+    for (int64_t column = 0; column < padded; column += kTableColumns, out += kTableEntries) {
+        __m256 sum = _mm256_mul_ps(signs[0], _mm256_set1_ps(scaled[column]));
+        for (int j = 1; j < 3; ++j) sum = _mm256_fmadd_ps(signs[j], _mm256_set1_ps(scaled[column + j]), sum);
+        __m256 last = _mm256_set1_ps(scaled[column + 3]);
+        _mm256_store_ps(out, _mm256_sub_ps(sum, last));
+        _mm256_store_ps(out + 8, _mm256_add_ps(sum, last));
+    }
+}
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, portable_kernels().unpack, false};
+    return kernels;
+}
+
+}  // namespace hf_lowrank
+
+#endif

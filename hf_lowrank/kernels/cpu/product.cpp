@@ -1,0 +1,217 @@
+// One compressed layer's product for a few tokens: prepare x, then blocks of rows in parallel.
+#include "product.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "threads.h"
+
+namespace hf_lowrank {
+namespace {
+
+InstructionSet best_instruction_set() {
+#if defined(__x86_64__) || defined(_M_X64)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        return kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+    return kPortable;
+}
+
+const Kernels& kernels_of(int32_t instruction_set) {
+#if defined(__x86_64__) || defined(_M_X64)
+    if (instruction_set == kAvx512) return avx512_kernels();
+    if (instruction_set == kAvx2) return avx2_kernels();
+#endif
+    return portable_kernels();
+}
+
+// Memory of one thread, kept between calls, for x in its prepared forms.
+class Scratch {
+   public:
+    ~Scratch() { std::free(memory_); }
+
+    char* at_least(size_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = (bytes + 63) / 64 * 64;
+            memory_ = static_cast<char*>(std::aligned_alloc(64, size_));
+            if (!memory_) size_ = 0;
+        }
+        return memory_;
+    }
+
+   private:
+    char* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// x in the forms that the loops read, in memory of the calling thread.
+struct Forms {
+    int64_t tokens, columns, padded, terms;
+    int pieces;
+
+    Forms(int64_t tokens, int64_t columns, int64_t terms, int pieces)
+        : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)), terms(terms), pieces(pieces) {}
+
+    int64_t table_size() const { return padded / kTableColumns * kTableEntries; }
+    int64_t floats() const { return tokens * (padded + (terms ? padded + terms * table_size() : 0)); }
+    size_t bytes() const { return static_cast<size_t>(floats() * 4 + round_up(pieces * tokens * padded * 2, 64)); }
+
+    Prepared in(char* memory) const {
+        float* values = reinterpret_cast<float*>(memory);
+        float* scaled = values + tokens * padded;
+        float* tables = scaled + (terms ? tokens * padded : 0);
+        uint16_t* parts = reinterpret_cast<uint16_t*>(values + floats());
+        return {tokens, columns, padded, values, scaled, tables, parts, pieces};
+    }
+};
+
+// The number of bfloat16 whose sum is any value of the dtype.
+int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
+
+// Converts one token, with zeros after the last column; false if a value is not finite.
+bool convert(const void* x, DType dtype, int64_t token, const Prepared& prepared) {
+    float* out = prepared.values + token * prepared.padded;
+    int64_t start = token * prepared.columns;
+    if (dtype == kFloat32) {
+        std::copy_n(static_cast<const float*>(x) + start, prepared.columns, out);
+    } else if (dtype == kBFloat16) {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + start;
+        for (int64_t j = 0; j < prepared.columns; ++j) out[j] = from_bfloat16(from[j]);
+    } else {
+        for (int64_t j = 0; j < prepared.columns; ++j) out[j] = load_as_float(x, start + j, dtype);
+    }
+    std::fill(out + prepared.columns, out + prepared.padded, 0.0f);
+    uint32_t not_finite = 0;
+    for (int64_t j = 0; j < prepared.columns; ++j) not_finite |= (to_bits(out[j]) & 0x7f800000u) == 0x7f800000u;
+    return !not_finite;
+}
+
+// Splits finite values into bfloat16 pieces, each the rounded rest of those before.
+void split(int64_t token, const Prepared& prepared) {
+    for (int piece = 0; piece < prepared.piece_count; ++piece) {
+        const float* values = prepared.values + token * prepared.padded;
+        uint16_t* out = prepared.pieces + (piece * prepared.tokens + token) * prepared.padded;
+        for (int64_t j = 0; j < prepared.padded; ++j) {
+            float rest = values[j];
+            for (int before = 0; before < piece; ++before)
+                rest -= from_bfloat16(prepared.pieces[(before * prepared.tokens + token) * prepared.padded + j]);
+            uint32_t bits = to_bits(rest);
+            out[j] = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+        }
+    }
+}
+
+bool prepare(const void* x, DType dtype, const Product& product, const Kernels& kernels, const Forms& forms, const Prepared& prepared) {
+    std::atomic<bool> finite{true};
+    auto prepare_token = [&](int64_t token) {
+        if (!convert(x, dtype, token, prepared)) {
+            finite = false;
+            return;
+        }
+        split(token, prepared);
+        const float* values = prepared.values + token * forms.padded;
+        float* scaled = prepared.scaled + token * forms.padded;
+        for (int64_t term = 0; term < forms.terms; ++term) {
+            for (int64_t j = 0; j < forms.columns; ++j)
+                scaled[j] = values[j] * load_as_float(product.scale_in, term * forms.columns + j, DType(product.scale_dtype));
+            std::fill(scaled + forms.columns, scaled + forms.padded, 0.0f);
+            kernels.tables(scaled, forms.padded, prepared.tables + (term * forms.tokens + token) * forms.table_size());
+        }
+    };
+    parallel_for(product.threads, forms.tokens, prepare_token);
+    return finite;
+}
+
+// Calls step(rows) for every block of rows and group of tokens, with float32 sums that start at zero, and stores them.
+template <class Step, class Store>
+void for_each_block(const Product& product, int64_t row_count, const Step& step, const Store& store) {
+    int64_t groups = (product.tokens + kBlockTokens - 1) / kBlockTokens;
+    auto block = [&](int64_t index) {
+        alignas(64) float sums[kBlockTokens * kBlockRows];
+        for (int64_t group = 0; group < groups; ++group) {
+            int64_t first = product.tokens * group / groups, last = product.tokens * (group + 1) / groups;
+            Rows rows = {index * kBlockRows, std::min(kBlockRows, row_count - index * kBlockRows), first, last - first, sums};
+            std::fill_n(sums, rows.token_count * kBlockRows, 0.0f);
+            step(rows);
+            for (int64_t t = 0; t < rows.token_count; ++t)
+                for (int64_t i = 0; i < rows.count; ++i) store(first + t, rows.first + i, sums[t * kBlockRows + i]);
+        }
+    };
+    parallel_for(product.threads, (row_count + kBlockRows - 1) / kBlockRows, block);
+}
+
+}  // namespace
+}  // namespace hf_lowrank
+
+using namespace hf_lowrank;
+
+extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_instruction_set() {
+    static const InstructionSet best = best_instruction_set();
+    return best;
+}
+
+// Computes product.y; 0 when done, 1 when x (or A x) has a value that is not finite, whose product is left to the caller: zeros
+// that are not stored would have to turn it into a NaN, or not, as in the dense product.
+extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(const Product* argument) {
+    const Product& product = *argument;
+    const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
+    DType dtype = DType(product.x_dtype);
+    bool bfloat16_matrix = (product.values && product.values_dtype == kBFloat16) || (product.lowrank_b && product.lowrank_dtype == kBFloat16);
+    Forms forms(product.tokens, product.columns, product.signs ? product.binary_rank : 0,
+                kernels.splits_bfloat16 && bfloat16_matrix ? exact_pieces(dtype) : 0);
+    // A x is rounded to 16 significant bits where the result has 8 or 11 of them.
+    bool chained = product.lowrank_a;
+    Forms inner_forms(product.tokens, chained ? product.rank : 0, 0,
+                      !chained || !forms.pieces ? 0 : dtype == kFloat32 ? 3 : 2);
+    thread_local Scratch scratch;
+    char* memory = scratch.at_least(forms.bytes() + inner_forms.bytes() + round_up(product.tokens * inner_forms.columns * 4, 64));
+    Prepared x = forms.in(memory);
+    if (!prepare(product.x, dtype, product, kernels, forms, x)) return 1;
+
+    DType lowrank_dtype = DType(product.lowrank_dtype);
+    Prepared inner = chained ? inner_forms.in(memory + forms.bytes()) : x;
+    if (chained) {
+        float* ax = reinterpret_cast<float*>(memory + forms.bytes() + inner_forms.bytes());
+        for_each_block(
+            product, product.rank, [&](const Rows& rows) { kernels.dense(product.lowrank_a, lowrank_dtype, x, rows); },
+            [&](int64_t token, int64_t row, float sum) { ax[token * product.rank + row] = sum; });
+        if (!prepare(ax, kFloat32, product, kernels, inner_forms, inner)) return 1;
+    }
+    for_each_block(
+        product, product.rows,
+        [&](const Rows& rows) {
+            if (product.signs) kernels.binary(product, x, rows);
+            if (product.values) kernels.sparse(product, x, rows);
+            if (product.lowrank_b) kernels.dense(product.lowrank_b, lowrank_dtype, inner, rows);
+        },
+        [&](int64_t token, int64_t row, float sum) {
+            if (product.bias) sum += load_as_float(product.bias, row, DType(product.bias_dtype));
+            store_from_float(product.y, token * product.rows + row, dtype, sum);
+        });
+    return 0;
+}
+
+// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse and binary parts, (row_count, columns) of dtype
+// x_dtype, to product.y.
+extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const Product* argument, int64_t first_row, int64_t row_count) {
+    const Product& product = *argument;
+    const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
+    int64_t padded = round_up(product.columns, kUnit), terms = product.signs ? product.binary_rank : 0;
+    thread_local Scratch scratch;
+    float* scale_in = reinterpret_cast<float*>(scratch.at_least(terms * padded * 4));
+    for (int64_t term = 0; term < terms; ++term)
+        for (int64_t j = 0; j < padded; ++j)
+            scale_in[term * padded + j] =
+                j < product.columns ? load_as_float(product.scale_in, term * product.columns + j, DType(product.scale_dtype)) : 0.0f;
+    int64_t row_bytes = product.columns * element_size(DType(product.x_dtype));
+    auto unpack = [&](int64_t row) {
+        kernels.unpack(product, scale_in, padded, first_row + row, static_cast<char*>(product.y) + row * row_bytes);
+    };
+    parallel_for(product.threads, row_count, unpack);
+}

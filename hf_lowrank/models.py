@@ -1,0 +1,136 @@
+"""Opening models from a folder or the Hub, and writing folders that appear only when they are complete."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from .runtime.configuration import QUANT_METHOD, CompressionConfig
+from .runtime.errors import CompressionError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_config(source: str) -> Any:
+    """The config of a model.
+
+    Raises:
+        CompressionError: if there is no model.
+    """
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
+        raise CompressionError(f"{source}: no such folder, and no name on the Hub (owner/model); check the path")
+    if path.exists() and not (path / "config.json").is_file():
+        raise CompressionError(f"{source}: not a model: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CompressionError(f"{source}: cannot be opened as a model ({_first_line(error)})") from error
+
+
+def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A model, dense or compressed, of the class that its config names.
+
+    Args:
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+
+    Raises:
+        CompressionError: if it cannot be opened, saying why.
+    """
+    if dtype not in DTYPES:
+        raise CompressionError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+    config = load_config(source)
+    auto_class = _auto_class(config)
+    try:
+        model = auto_class.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        return model.to(device).eval()  # type: ignore[no-any-return]
+    except CompressionError:
+        raise
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise CompressionError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        CompressionError: if there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise CompressionError(f"{source}: has no tokenizer that can be opened ({_first_line(error)}); add tokenizer.json to the folder") from error
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The dense model of a config on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config)  # type: ignore[no-any-return]
+
+
+def compression_of(config: Any) -> CompressionConfig | None:
+    """The compression that a model's config records; None for a model that is not compressed by this plugin."""
+    recorded = getattr(config, "quantization_config", None)
+    if isinstance(recorded, dict) and recorded.get("quant_method") == QUANT_METHOD:
+        return CompressionConfig.from_dict(recorded)  # type: ignore[no-any-return]
+    return recorded if isinstance(recorded, CompressionConfig) else None
+
+
+@contextmanager
+def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which takes its name only when the block ends well; nothing is left if it does not.
+
+    Raises:
+        CompressionError: if `folder` exists and is not empty (unless `overwrite`), or cannot be written.
+    """
+    target = Path(folder)
+    check_free(target, overwrite)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as stream:
+                        os.fsync(stream.fileno())
+            if target.exists():
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+            partial.replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise CompressionError(f"{target}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+
+
+def check_free(folder: str | Path, overwrite: bool = False) -> None:
+    """Raise CompressionError if an output folder holds something that may not be overwritten."""
+    target = Path(folder)
+    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
+        raise CompressionError(f"{target}: exists and is not empty; choose another folder or add --overwrite")
+
+
+def files_size(folder: str | Path) -> int:
+    """Bytes of a folder's weights on disk."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def _auto_class(config: Any) -> Any:
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
+        auto_class = getattr(transformers, name)
+        if type(config) in auto_class._model_mapping and auto_class._model_mapping[type(config)].__name__ == architecture:
+            return auto_class
+    return transformers.AutoModelForCausalLM if type(config) in transformers.AutoModelForCausalLM._model_mapping else transformers.AutoModel
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return json.dumps(text.splitlines()[0][:300])[1:-1] if text else type(error).__name__

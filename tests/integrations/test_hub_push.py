@@ -1,0 +1,214 @@
+"""Compressed models on the Hub: the pushed repo is complete, opens on both routes, and its card says what was measured and nothing else."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lowrank import CheckpointError, CompressionConfig, compress
+from hf_lowrank.hub import check_complete
+from hf_lowrank.inspection import inspect_checkpoint
+from hf_lowrank.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
+from hf_lowrank.runtime.saving import REPORT_FILE
+from tests.support.hub_card import check_card
+from tests.support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+
+QUALITY = {
+    "metric": "perplexity",
+    "dataset": "WikiText-2",
+    "dataset_id": "Salesforce/wikitext",
+    "split": "test",
+    "settings": "256 | tokens",
+}
+SPEED = {"what": "decode, batch 1", "device": "a | CPU", "unit": "tokens/s", "dense": 101.25, "compressed": 202.5}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed checkpoint in shards, and beside it the logits that it must give."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    compress(
+        model,
+        CompressionConfig(method="slab", ratio=0.5),
+        calibration=[torch.randint(64, (32,)).tolist() for _ in range(4)],
+        progress=False,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-slab"
+    model.save_pretrained(folder, max_shard_size="40KB")
+    torch.save(model.eval()(torch.arange(16)[None]).logits, folder.parent / "logits.pt")
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / saved.name))
+
+
+def report_saving(report: dict) -> int:
+    """Bytes that the compression saved."""
+    return sum(layer["dense_bits"] - layer["stored_bits"] for layer in report["layers"]) // 8
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
+PUSH = """
+import sys
+from pathlib import Path
+from huggingface_hub.errors import HfHubHTTPError
+from hf_lowrank.hub import push_folder
+folder = Path(sys.argv[1])
+try:
+    push_folder(folder, "tester/tiny-slab", private=True)
+    raise SystemExit("the first push was to fail")
+except HfHubHTTPError:
+    first = push_folder(folder, "tester/tiny-slab", private=True).oid
+(folder / "README.md").write_text((folder / "README.md").read_text() + "\\nWritten by hand.\\n")
+push_folder(folder, "tester/tiny-slab")
+print(first)
+"""
+LOAD = """
+import sys
+if sys.argv[1] == "remote code":
+    sys.modules["hf_lowrank"] = None  # as if it were not installed
+else:
+    import hf_lowrank
+import torch
+from transformers import AutoModelForCausalLM
+expected = torch.load(sys.argv[2])
+for options in ({}, {"revision": sys.argv[3]}, {"revision": sys.argv[3], "local_files_only": True}):
+    model = AutoModelForCausalLM.from_pretrained("tester/tiny-slab", trust_remote_code=sys.argv[1] == "remote code", **options)
+    print(type(model).__name__, torch.equal(model(torch.arange(16)[None]).logits, expected))
+"""
+
+
+def test_a_pushed_model_opens_on_both_routes(hub, folder, saved, tmp_path):
+    """Pushed in one process, after a push that failed at the commit; loaded in others with clean caches."""
+    hub.faults.append(Fault("POST", "/commit/main", 403))
+    commit = hub.client(PUSH, folder, home=tmp_path / "a", token=WRITE_TOKEN)
+    for route in ("plugin", "remote code"):
+        loaded = hub.client(LOAD, route, saved.parent / "logits.pt", commit, home=tmp_path / route, token=READ_TOKEN)
+        assert loaded.splitlines() == ["LlamaForCausalLM True"] * 3
+    read = "from huggingface_hub import ModelCard; print(ModelCard.load('tester/tiny-slab').text)"
+    card = hub.client(read, home=tmp_path / "b", token=READ_TOKEN)
+    assert 'from_pretrained("tester/tiny-slab"' in card
+    assert "Written by hand." in card
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "ops.py").unlink(), "ops.py: missing"),
+        (lambda folder: next(folder.glob("*.safetensors")).unlink(), "safetensors: missing"),
+        (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"\x10"), "not a whole safetensors file"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "the model is dense"),
+    ],
+    ids=["no runtime file", "no shard", "truncated shard", "no config", "dense"],
+)
+def test_an_incomplete_checkpoint_is_not_pushed(folder, damage, message):
+    check_complete(folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        check_complete(folder)
+
+
+def test_the_hub_accepts_the_card(folder):
+    record(
+        folder, quality=[{**QUALITY, "dense": 58.88, "compressed": 61.5}], speed=[SPEED], command="hf-lowrank compress ...", license="mit"
+    )
+    card = ModelCard.load(folder / "README.md")
+    assert check_card(str(card)) == ([], [])
+    assert {"hf_lowrank", "slab", "sparse", "binary"} <= set(card.data.tags)
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == ("transformers", "text-generation", "mit")
+    [result] = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type, result.dataset_split) == (
+        "perplexity",
+        61.5,
+        "Salesforce/wikitext",
+        "test",
+    )
+
+
+def test_each_measurement_keeps_its_text(folder):
+    """The model index groups results by data set; two local texts are two data sets."""
+    texts = {"a.txt": 10.0, "b.txt": 20.0}
+    record(folder, quality=[{"metric": "perplexity", "dataset": text, "compressed": value} for text, value in texts.items()])
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    assert {result.dataset_name: result.metric_value for result in results} == texts
+
+
+def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
+    bare = make_card(folder)
+    assert bare.text.count("Not measured.") == 2
+    assert bare.data.eval_results is None
+
+    record(folder, quality=[{**QUALITY, "dense": 58.88, "compressed": 61.5}])
+    record(folder, speed=[SPEED], command="hf-lowrank compress BASE --method slab")
+    text = (folder / "README.md").read_text()
+    assert "Not measured." not in text
+    for fact in ("58.88 | 61.5 | +2.62", "256 \\| tokens", "101.2 tokens/s | 202.5 tokens/s", "hf-lowrank compress BASE --method slab"):
+        assert fact in text
+    assert json.loads((folder / REPORT_FILE).read_text())["method"] == "slab"  # what the compression reported is still there
+
+
+def test_an_evaluation_becomes_rows_of_the_card(folder):
+    """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by its name alone."""
+    figures = {"windows": 3, "window": 8, "stride": 8, "perplexity": 4.0, "reference_nll": 1.0, "kl": 0.5, "top1_agreement": 0.75}
+    record(folder, quality=[row for text in ("wikitext2", "/home/me/private/text.txt") for row in text_quality({**figures, "text": text})])
+    card = ModelCard.load(folder / "README.md")
+    assert [(result.dataset_type, result.metric_type, result.metric_value) for result in card.data.eval_results] == [
+        (dataset, metric, value)
+        for dataset in ("Salesforce/wikitext", "custom")
+        for metric, value in (("perplexity", 4.0), ("kl_divergence", 0.5), ("top1_agreement", 0.75))
+    ]
+    assert "text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
+    assert "/home/me" not in str(card)
+
+
+def test_the_card_says_what_the_files_hold(folder):
+    """Sizes are counted from the weight files, whatever the report of the compression claims."""
+    tensors = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    report = json.loads((folder / REPORT_FILE).read_text())
+    reached = f"{report['ratio_stored']:.2%}"
+    record(folder, ratio_stored=0.99)
+    text = (folder / "README.md").read_text()
+    assert f"| removed, reached | {reached} (" in text
+    assert "99.00%" not in text
+    assert f"| whole model | {(tensors + report_saving(report)) / 1e3:.2f} kB | {tensors / 1e3:.2f} kB |" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "linked"),
+    [("me/base", True), ("/home/me/private/base", False), ("tests/support", False), ("base", False), ("", False)],
+    ids=["on the Hub", "path", "path that looks like an id", "name", "unknown"],
+)
+def test_only_a_base_model_on_the_hub_is_linked(folder, base, linked):
+    config = read_config(folder)
+    config["quantization_config"]["provenance"]["base_model"] = base
+    card = model_card(config, asdict(inspect_checkpoint(folder)), {}, "name")
+    expected = (base, "quantized") if linked else (None, None)
+    assert (card.data.base_model, card.data.get("base_model_relation")) == expected
+    assert (f"https://huggingface.co/{base}" in card.text) == linked
+    assert "/home/me" not in str(card)
+
+
+def test_the_same_folder_gives_the_same_card(folder):
+    assert str(make_card(folder)) == str(write_model_card(folder)) == str(ModelCard.load(folder / "README.md"))

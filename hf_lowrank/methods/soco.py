@@ -79,6 +79,10 @@ class SoCo(SpectralMethod):
         by_score = {name: (m.scores * price[name]).tolist() for name, m in measurements.items()}
         return greedy_ranks(by_score, price, dense_price, fixed, available)
 
+    def explored(self, step: int) -> float:
+        """How far phase 1 has come, 0 to 1; the target of ρ rises with it, so that the pace does not depend on λ_d."""
+        return min(step / (EXPLORATION * self.steps), 1.0)
+
     def phase(self, step: int) -> Phase:
         """The schedule (papers §2.3): T falls from 0.1 to 0.02 over phase 3, where λ_p rises from 0 to 1."""
         done = step / self.steps

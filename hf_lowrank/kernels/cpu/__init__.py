@@ -32,6 +32,15 @@ def register() -> None:
         register_kernel(operation, "cpu", "cpp", kernel)
 
 
+def describe(operation: str) -> tuple[str, str]:
+    """Name of the back end of an operation, and what it does here or why it cannot."""
+    if native.library() is None:
+        return "torch", "the C++ library was not built; install a C++ compiler and reinstall hf_lowrank"
+    many = "torch" if operation == "lowrank_linear" else "tiles unpacked in C++ and multiplied by torch"
+    name = native.INSTRUCTION_SETS[native.instruction_set()]
+    return f"cpp ({name})", f"up to {FEW_TOKENS} tokens from the packed form, more: {many}; bfloat16, float16, float32"
+
+
 def bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor | None:
     multiply = _multiply if _tokens(x) <= FEW_TOKENS else _multiply_tiles
     return multiply(x, weight_mask.shape[0], weight, weight_mask)

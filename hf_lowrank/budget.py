@@ -55,8 +55,8 @@ class Budget:
         return spec.stored_bits(self.out_features, self.in_features, self.value_bits, self.accounting)
 
     def _largest(self, field: str, spec: LayerSpec, limit: int) -> int:
-        fixed = self.stored(replace(spec, **{field: 0}))
-        price = self.stored(replace(spec, **{field: 1})) - fixed
+        fixed = self.stored(replace(spec, **{field: 0}))  # type: ignore[arg-type]
+        price = self.stored(replace(spec, **{field: 1})) - fixed  # type: ignore[arg-type]
         return max(min((self.bits - fixed) // price, limit), 0)
 
 

@@ -171,7 +171,17 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
         error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
         what = layer.reason or layer.sparse
         rows.append(
-            [layer.name, layer.kind, what, str(layer.rank), str(layer.binary_rank), f"{layer.density:.3f}", f"{layer.bits_per_weight:.2f}", error, f"{layer.bytes:,}"]
+            [
+                layer.name,
+                layer.kind,
+                what,
+                str(layer.rank),
+                str(layer.binary_rank),
+                f"{layer.density:.3f}",
+                f"{layer.bits_per_weight:.2f}",
+                error,
+                f"{layer.bytes:,}",
+            ]
         )
     columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
     _print_table(f"{folder}: {found.method}", columns, rows)

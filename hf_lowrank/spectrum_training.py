@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .budget import ModelBudget
 from .calibration import TokenBatch
-from .methods.soco import THRESHOLD, Phase, SoCo, effective_score, gate, learned, polarisation, score
+from .methods.soco import Phase, SoCo, effective_score, gate, learned, polarisation, score
 from .methods.spectral import Measurement, prices
 from .runtime.errors import CompressionError, NumericalError
 from .runtime.quantizer import swap_module
@@ -210,9 +210,7 @@ class _Run:
 
     def cut(self) -> None:
         """The final cut: the largest scores within the budget stay; a layer that costs as much as the dense one becomes it."""
-        scored = {
-            name: learned(self.measurements[name], score(layer.a.detach()), layer.d) for name, layer in self.layers.items()
-        }
+        scored = {name: learned(self.measurements[name], score(layer.a.detach()), layer.d) for name, layer in self.layers.items()}
         self.ranks = self.method.allocate(scored, self.budget, self.available)
         self.kept = {}
         for name, layer in self.layers.items():
@@ -293,7 +291,8 @@ class _Run:
                     with torch.no_grad():
                         parameter.copy_(tensors[f"{name}.{key}"])
                     self.optimizer.state[parameter] = {
-                        part: tensors[f"{name}.{key}.{part}"].to(parameter.device if part != "step" else "cpu") for part in ("exp_avg", "exp_avg_sq", "step")
+                        part: tensors[f"{name}.{key}.{part}"].to(parameter.device if part != "step" else "cpu")
+                        for part in ("exp_avg", "exp_avg_sq", "step")
                     }
         self.curve = LossCurve(**json.loads(metadata["curve"]))
         self.ranks, self.first_removed = json.loads(metadata["ranks"]), json.loads(metadata["first_removed"])

@@ -84,7 +84,9 @@ class LayerSpec:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
                 raise _bad_field(layer, name, value, f"an integer from 0 to {limit} in a {out_features} × {in_features} layer")
         if (self.kind == "sparse_lowrank_binary") != (self.binary_rank > 0):
-            raise _bad_field(layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}")
+            raise _bad_field(
+                layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}"
+            )
 
     @classmethod
     def from_dict(cls, layer: str, values: Any) -> "LayerSpec":
@@ -94,10 +96,14 @@ class LayerSpec:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise _bad_field(layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it")
+                raise _bad_field(
+                    layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it"
+                )
         for name in known - {"bias"}:
             if name not in values:
-                raise CheckpointError(f"{layer}: the field {name!r} is missing in quantization_config.layers; the config is damaged, download it again")
+                raise CheckpointError(
+                    f"{layer}: the field {name!r} is missing in quantization_config.layers; the config is damaged, download it again"
+                )
         return cls(**values)
 
 
@@ -127,7 +133,9 @@ class CompressionConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
     )
-    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"})
+    provenance: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
     layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
     quant_method: str = field(default=QUANT_METHOD, init=False, metadata={"help": "the name under which transformers finds the plugin"})
@@ -163,7 +171,9 @@ class CompressionConfig(QuantizationConfigMixin):
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in values:
             if name not in known:
-                raise CheckpointError(f"quantization_config.{name}: unknown field; a newer hf_lowrank may know it (pip install -U hf_lowrank)")
+                raise CheckpointError(
+                    f"quantization_config.{name}: unknown field; a newer hf_lowrank may know it (pip install -U hf_lowrank)"
+                )
         layers = values.pop("layers", {})
         if not isinstance(layers, dict):
             raise CheckpointError(f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name")

@@ -33,9 +33,7 @@ class CompressedLinear(nn.Linear):
     replaces_conv1d = False
     """Whether the dense layer is a transformers `Conv1D`, which `dequantize` then puts back."""
 
-    def __init__(
-        self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
         spec.validate(type(self).__name__, out_features, in_features)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec

@@ -110,9 +110,7 @@ def plain_bitmask_weight_grad(grad: Tensor, x: Tensor, weight_mask: Tensor, kept
     """The entries of g xᵀ where the mask is set, (m, k): the gradient of `bitmask_linear` in its kept values."""
     compute = torch.promote_types(x.dtype, torch.float32)
     g, inputs = grad.flatten(0, -2).to(compute), x.flatten(0, -2).to(compute)
-    kept_grad = [
-        (g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in _tiles(weight_mask, x)
-    ]
+    kept_grad = [(g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in _tiles(weight_mask, x)]
     return torch.cat(kept_grad)
 
 
@@ -200,9 +198,7 @@ def _declare() -> None:
     )
     bitmask_linear.register_fake(lambda x, weight, weight_mask: _outputs(x, weight_mask.shape[0]))
     binary_linear.register_fake(lambda x, sign_bits, scale_in, scale_out: _outputs(x, sign_bits.shape[0]))
-    bitmask_binary_linear.register_fake(
-        lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: _outputs(x, sign_bits.shape[0])
-    )
+    bitmask_binary_linear.register_fake(lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: _outputs(x, sign_bits.shape[0]))
     lowrank_linear.register_fake(lambda x, lowrank_a, lowrank_b: _outputs(x, lowrank_b.shape[0]))
 
     bitmask_linear.register_autograd(_bitmask_backward, setup_context=_save_inputs)

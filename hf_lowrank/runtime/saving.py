@@ -114,8 +114,12 @@ def _find(source: str, name: str) -> str | None:
         return None
     try:
         return cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False, local_files_only=True,
+            source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+            local_files_only=True,
         )
     except OSError:
         return None

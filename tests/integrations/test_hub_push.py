@@ -167,7 +167,7 @@ def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
 
 
 def test_an_evaluation_becomes_rows_of_the_card(folder):
-    """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by its name alone."""
+    """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by the end of its path."""
     figures = {"windows": 3, "window": 8, "stride": 8, "perplexity": 4.0, "reference_nll": 1.0, "kl": 0.5, "top1_agreement": 0.75}
     record(folder, quality=[row for text in ("wikitext2", "/home/me/private/text.txt") for row in text_quality({**figures, "text": text})])
     card = ModelCard.load(folder / "README.md")
@@ -176,7 +176,7 @@ def test_an_evaluation_becomes_rows_of_the_card(folder):
         for dataset in ("Salesforce/wikitext", "custom")
         for metric, value in (("perplexity", 4.0), ("kl_divergence", 0.5), ("top1_agreement", 0.75))
     ]
-    assert "text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
+    assert "private/text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
     assert "/home/me" not in str(card)
 
 

@@ -173,9 +173,11 @@ struct SparseFor {
             values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * product.kept;
             masks[r] = product.mask + (rows.first + first + r) * width;
         }
-        // While these rows are multiplied the next ones are fetched.
+        // While these rows are multiplied the next ones are fetched, and the signs of the next block.
+        const uint8_t* signs = product.signs ? product.signs + (rows.first + kBlockRows + first) * width : masks[0];
         Ahead values_ahead = Ahead::of(values[0] + R * product.kept, R * product.kept * sizeof(Element), columns / 64);
         Ahead masks_ahead = Ahead::of(masks[0] + R * width, R * width, columns / 128);
+        Ahead signs_ahead = Ahead::of(signs, R * width, columns / 128);
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
@@ -186,7 +188,7 @@ struct SparseFor {
             if (steps <= 0) break;
             for (int64_t stop = column + 64 * steps; column < stop; column += 64) {
                 Ahead::fetch(values_ahead);
-                if (column & 64) Ahead::fetch(masks_ahead);
+                Ahead::fetch(column & 64 ? signs_ahead : masks_ahead);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     uint64_t bits;
@@ -335,7 +337,7 @@ struct BinaryLoop {
                     for (int i = 0; i < 16; ++i) {
                         int64_t row = part * 16 + i;
                         const uint8_t* at = product.signs + (rows.first + row) * width + byte;
-                        _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);  // the next block's
+                        if (!product.values) _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);
                         bits[i] = row < rows.count ? _mm512_maskz_loadu_epi8(present, at) : _mm512_setzero_si512();
                     }
                     transpose_words(bits, &words[0][part], kParts);

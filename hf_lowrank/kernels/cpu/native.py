@@ -94,5 +94,7 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 def _number(name: str) -> int:
     available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best_instruction_set()) + 1]
     if name not in available:
-        raise ValueError(f"instruction set {name!r} is not available here, expected one of {', '.join(available)}; unset {ENVIRONMENT_VARIABLE}")
+        raise ValueError(
+            f"instruction set {name!r} is not available here, expected one of {', '.join(available)}; unset {ENVIRONMENT_VARIABLE}"
+        )
     return INSTRUCTION_SETS.index(name)

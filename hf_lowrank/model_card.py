@@ -16,9 +16,8 @@ from .calibration.texts import DATASETS
 from .inspection import inspect_checkpoint
 from .methods import method_class, registered_methods
 from .runtime.errors import CheckpointError
-from .runtime.saving import REPORT_FILE
+from .runtime.saving import CARD_FILE, REPORT_FILE
 
-CARD_FILE = "README.md"
 NOT_MEASURED = "Not measured."
 
 TASKS = {

@@ -120,6 +120,7 @@ class _Compression:
         self.budget = model_budget(model, layers, config)
         self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
         self.warnings = _warnings(model, self.blocks)
+        self.calibration = _described(config.calibration if calibration is None else calibration)
         self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
         self.reports: list[LayerReport] = []
         self.curve: dict[str, list[float]] | None = None
@@ -277,7 +278,9 @@ class _Compression:
             "versions": {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
         options = {name: getattr(self.method, name) for name in self.method.__dict__}
-        final = CompressionConfig.from_dict({**config.to_dict(), "options": options, "provenance": provenance, "layers": {}})
+        final = CompressionConfig.from_dict(
+            {**config.to_dict(), "calibration": self.calibration, "options": options, "provenance": provenance, "layers": {}}
+        )
         final.layers = specs
         attach(self.model, CompressionQuantizer(final, pre_quantized=True))
         save = CompleteSave.attach(self.model)
@@ -342,6 +345,10 @@ def permute_inputs(module: nn.Module, order: Tensor) -> None:
     dense_weight(module).copy_(dense_weight(module)[:, order].clone())
 
 
+def _described(calibration: Any) -> str:
+    return calibration if isinstance(calibration, str) else f"given by the caller ({type(calibration).__name__})"
+
+
 def _no_data(layer: Layer, module: nn.Module) -> Statistics:
     n, device = layer.in_features, dense_weight(module).device
     ones = torch.ones(n, dtype=torch.float64, device=device)
@@ -354,4 +361,6 @@ def _warnings(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]
         return []
     share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
     example = next(iter(experts))
-    return [f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {example}) are no linear layers and stay dense"]
+    return [
+        f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {example}) are no linear layers and stay dense"
+    ]

@@ -6,8 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,10 @@ from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.packing import pack_bits
 
+L = TypeVar("L", bound=nn.Linear)
+
+Call = Callable[[Tensor], Tensor | None]
+DENSE, GEMV = "torch's dense product", "the package's dense product"
 WORKING_SET_BYTES = 256 << 20
 """Copies of a layer take turns until they fill this much, so that weights come from memory and not from a cache, as in a model."""
 
@@ -80,21 +86,18 @@ class LayerSpeed:
 
 def paper_layout(method: str, ratio: float) -> Callable[[int, int], LayerSpec]:
     """The layer that `method` ("slab", "bitmask" or "lowrank") stores at a removed ratio, mask bits not counted, as papers do."""
-    specs: dict[str, tuple[LayerSpec, str]] = {
-        "slab": (LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", binary_rank=1), "kept"),
-        "bitmask": (LayerSpec(sparse="bitmask"), "kept"),
-        "lowrank": (LayerSpec(), "rank"),
+    layouts: dict[str, Callable[[int], LayerSpec]] = {
+        "slab": lambda kept: LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", kept=kept, binary_rank=1),
+        "bitmask": lambda kept: LayerSpec(sparse="bitmask", kept=kept),
+        "lowrank": lambda rank: LayerSpec(rank=rank),
     }
-    if method not in specs:
-        raise ValueError(f"unknown layout {method!r}, expected one of {', '.join(specs)}")
-    empty, field = specs[method]
+    if method not in layouts:
+        raise ValueError(f"unknown layout {method!r}, expected one of {', '.join(layouts)}")
+    of_size = layouts[method]
 
     def spec(rows: int, columns: int) -> LayerSpec:
-        def bits(size: int) -> int:
-            return replace(empty, **{field: size}).stored_bits(rows, columns, 16, "paper")
-
-        size = int(((1 - ratio) * 16 * rows * columns - bits(0)) // (bits(1) - bits(0)))
-        return replace(empty, **{field: max(size, 1)})
+        empty, one = (of_size(size).stored_bits(rows, columns, 16, "paper") for size in (0, 1))
+        return of_size(max(int(((1 - ratio) * 16 * rows * columns - empty) // (one - empty)), 1))
 
     return spec
 
@@ -134,10 +137,11 @@ def benchmark_layers(
             for batch in tokens:
                 with _threads(count):
                     x = torch.randn(batch, columns, device=device, dtype=dtype)
-                    calls = {name: [layer.forward for layer in copies] for name, copies in {"": dense, **compressed}.items()}
+                    calls: dict[str, list[Call]] = {name: [layer.forward for layer in copies] for name, copies in compressed.items()}
+                    calls[DENSE] = [layer.forward for layer in dense]
                     yardstick = _yardsticks(dense, x)
                     if yardstick:
-                        calls["gemv"] = yardstick
+                        calls[GEMV] = yardstick
                     timings = _in_turn(calls, x, repeats)
                 results += [
                     LayerSpeed(
@@ -148,9 +152,9 @@ def benchmark_layers(
                         count,
                         _stored_bytes(dense[0]),
                         _stored_bytes(copies[0]),
-                        timings[""],
+                        timings[DENSE],
                         timings[name],
-                        timings.get("gemv"),
+                        timings.get(GEMV),
                     )
                     for name, copies in compressed.items()
                 ]
@@ -160,11 +164,11 @@ def benchmark_layers(
 def random_layer(spec: LayerSpec, rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> CompressedLinear:
     """A layer whose kept columns and signs are random: the mask decides how evenly a kernel's work is spread."""
     layer = build_layer(spec, columns, rows, dtype=dtype)
-    if layer.weight_mask is not None:
+    if spec.sparse == "bitmask":
         packed = pack_bits(torch.rand(min(rows, 256), columns).argsort(dim=1) < spec.kept)
-        layer.weight_mask.copy_(packed.repeat(-(-rows // len(packed)), 1)[:rows])
-    if layer.sign_bits is not None:
-        layer.sign_bits.random_(0, 256)
+        layer.get_buffer("weight_mask").copy_(packed.repeat(-(-rows // len(packed)), 1)[:rows])
+    if spec.binary_rank:
+        layer.get_buffer("sign_bits").random_(0, 256)
     return layer.to(device)
 
 
@@ -204,7 +208,7 @@ def benchmark_model(
         new_tokens: tokens decoded after the first, which belongs to the prefill.
     """
     kernels.load()
-    with _threads(threads or torch.get_num_threads()), torch.inference_mode():
+    with _threads(threads or torch.get_num_threads()):
         loaded, resident = {}, {}
         for name, load in models.items():
             before = resident_bytes()
@@ -241,29 +245,30 @@ def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> fl
     """Seconds of one generation from random tokens; the end-of-text token does not stop it."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
-    return _seconds(
-        lambda: model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-        ),
-        model.device,
-    )
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    generate: Any = model.generate
+    return _seconds(partial(generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length), model.device)
 
 
-def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
+def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:
     """The package's own dense product of each copy, where this machine has one for x."""
     if x.device.type != "cpu" or native.library() is None or cpu.dense_linear(x, dense[0].weight) is None:
         return []
-    return [lambda x, weight=layer.weight: cpu.dense_linear(x, weight) for layer in dense]
+    return [partial(_gemv, layer.weight) for layer in dense]
+
+
+def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:
+    return cpu.dense_linear(x, weight)
 
 
 @torch.inference_mode()
-def _in_turn(calls: Mapping[str, Sequence[Callable[[Tensor], Tensor | None]]], x: Tensor, repeats: int) -> dict[str, Timing]:
+def _in_turn(calls: Mapping[str, Sequence[Call]], x: Tensor, repeats: int) -> dict[str, Timing]:
     """Every variant once per repeat, each time with its next copy; the first round, which warms up, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, copies in calls.items():
             call = copies[repeat % len(copies)]
-            seconds[name].append(_seconds(lambda call=call: call(x), x.device))
+            seconds[name].append(_seconds(partial(call, x), x.device))
     return {name: Timing.of(times[1:]) for name, times in seconds.items()}
 
 
@@ -277,8 +282,8 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _copies(layer: nn.Module) -> list[nn.Module]:
-    layer = layer.requires_grad_(False)
+def _copies(layer: L) -> list[L]:
+    layer.requires_grad_(False)
     count = max(-(-WORKING_SET_BYTES // _stored_bytes(layer)), 2)
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 

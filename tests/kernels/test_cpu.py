@@ -26,6 +26,12 @@ def kernel(operation: str) -> Callable[..., Tensor | None]:
     return getattr(cpu, operation)
 
 
+def multiplied(operation: str, x: Tensor, *arguments: Tensor) -> Tensor:
+    y = kernel(operation)(x, *arguments)
+    assert y is not None
+    return y
+
+
 def available() -> tuple[str, ...]:
     if native.library_path() is None:
         return ()
@@ -77,9 +83,9 @@ def test_every_kernel_agrees_with_the_float64_oracle(
 def test_input_and_weights_may_differ_in_dtype(instruction_set: str, operation: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     layer = random_layer(20, 77, 30, dtype)
     x = torch.randn(3, 77, generator=torch.Generator().manual_seed(1)).to(x_dtype)
-    y = kernel(operation)(x, *layer.arguments(operation))
+    y = multiplied(operation, x, *layer.arguments(operation))
     dense, magnitudes = layer.dense(operation)
-    assert y is not None and y.dtype == x_dtype
+    assert y.dtype == x_dtype
     assert bool(((y.double() - x.double() @ dense.T).abs() <= tolerance(y, x, magnitudes, tiled=False)).all())
 
 
@@ -88,10 +94,10 @@ def test_rows_and_columns_without_values_contribute_nothing(instruction_set: str
     layer = random_layer(40, 50, 0, torch.bfloat16)
     layer.scale_out[3], layer.scale_in[:, 7], layer.lowrank_b[3], layer.lowrank_a[:, 7] = 0, 0, 0, 0
     x = torch.ones(2, 50, dtype=torch.bfloat16)
-    y = kernel(operation)(x, *layer.arguments(operation))
+    y = multiplied(operation, x, *layer.arguments(operation))
     moved = x.index_fill(1, torch.tensor([7]), 5)
-    assert y is not None and bool((y[:, 3] == 0).all())
-    assert torch.equal(y, kernel(operation)(moved, *layer.arguments(operation)))
+    assert bool((y[:, 3] == 0).all())
+    assert torch.equal(y, multiplied(operation, moved, *layer.arguments(operation)))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -132,7 +138,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(instruction_set: st
         results = []
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            results.append(cpu.bitmask_binary_linear(x, *layer.arguments("bitmask_binary_linear")))
+            results.append(multiplied("bitmask_binary_linear", x, *layer.arguments("bitmask_binary_linear")))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -142,24 +148,21 @@ def test_the_result_does_not_depend_on_the_number_of_threads(instruction_set: st
 def test_concurrent_callers_get_what_a_single_one_gets(operation: str) -> None:
     layer = random_layer(500, 512, 220, torch.bfloat16, rank=64)
     inputs = [torch.randn(1 + i % 16, 512).bfloat16() for i in range(64)]
-    alone = [kernel(operation)(x, *layer.arguments(operation)) for x in inputs]
+    alone = [multiplied(operation, x, *layer.arguments(operation)) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda x: kernel(operation)(x, *layer.arguments(operation)), inputs))
+        together = list(pool.map(lambda x: multiplied(operation, x, *layer.arguments(operation)), inputs))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def _in_child(x: Tensor, arguments: tuple[Tensor, ...], queue: "multiprocessing.Queue[list[float]]") -> None:
-    y = cpu.bitmask_binary_linear(x, *arguments)
-    assert y is not None
-    queue.put(y.float().flatten().tolist())
+    queue.put(multiplied("bitmask_binary_linear", x, *arguments).float().flatten().tolist())
 
 
 def test_a_forked_child_computes_the_same() -> None:
     layer = random_layer(600, 512, 220, torch.bfloat16)
     arguments = layer.arguments("bitmask_binary_linear")
     x = torch.randn(2, 512).bfloat16()
-    expected = cpu.bitmask_binary_linear(x, *arguments)
-    assert expected is not None
+    expected = multiplied("bitmask_binary_linear", x, *arguments)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     with warnings.catch_warnings():

@@ -42,7 +42,7 @@ def dense_by_hand(layer: CompressedLinear) -> Tensor:
     stored = {name: tensor.detach().double().numpy() for name, tensor in layer.named_parameters()}
     dense = np.zeros((m, n))
     if spec.sparse == "bitmask":
-        mask = _bits(layer.weight_mask, n)
+        mask = bits_by_hand(layer.weight_mask, n)
         for row in range(m):
             dense[row, np.flatnonzero(mask[row])] = stored["weight"][row]
     elif spec.sparse == "rows":
@@ -53,13 +53,13 @@ def dense_by_hand(layer: CompressedLinear) -> Tensor:
         product = stored["lowrank_b"] @ stored["lowrank_a"]
         dense[m - product.shape[0] :, n - product.shape[1] :] += product
     for b in range(spec.binary_rank):
-        signs = np.where(_bits(layer.sign_bits, n), 1.0, -1.0)
+        signs = np.where(bits_by_hand(layer.sign_bits, n), 1.0, -1.0)
         dense += np.outer(stored["scale_out"][:, b], stored["scale_in"][b]) * signs
     return torch.from_numpy(dense)
 
 
-def _bits(packed: Tensor, columns: int) -> np.ndarray:
-    return np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[:, :columns].astype(bool)
+def bits_by_hand(packed: Tensor, columns: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[:, :columns].astype(bool))
 
 
 @st.composite

@@ -73,7 +73,7 @@ def _multiply(x: Tensor, rows: int, *parts: Tensor | None, **lowrank: Tensor) ->
     y = x.new_empty(*x.shape[:-1], rows)
     x = x.contiguous()
     product = _product(x, y, x.dtype, rows, *parts, **lowrank)
-    if product is None or native.library().hf_lowrank_multiply(ctypes.byref(product)):
+    if product is None or native.loaded().hf_lowrank_multiply(ctypes.byref(product)):
         return None
     return y
 
@@ -89,7 +89,7 @@ def _multiply_tiles(x: Tensor, rows: int, *parts: Tensor | None) -> Tensor | Non
     y = x.new_empty(inputs.shape[0], rows)
     for first in range(0, rows, len(tile)):
         count = min(len(tile), rows - first)
-        native.library().hf_lowrank_unpack(ctypes.byref(product), ctypes.c_int64(first), ctypes.c_int64(count))
+        native.loaded().hf_lowrank_unpack(ctypes.byref(product), ctypes.c_int64(first), ctypes.c_int64(count))
         y[:, first : first + count] = F.linear(inputs, tile[:count])
     return y.view(*x.shape[:-1], rows)
 

@@ -56,6 +56,13 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(path))
 
 
+def loaded() -> ctypes.CDLL:
+    """The library, for kernels, which are only registered where there is one."""
+    native = library()
+    assert native is not None
+    return native
+
+
 @cache
 def best_instruction_set() -> str:
     """The fastest instruction set that both the library and this processor have."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..budget import ModelBudget
 from ..runtime.configuration import LayerSpec
+from ..runtime.errors import CompressionError
 from .base import Budget, Decomposition, Layer, Method, Statistics, too_small
 
 RELATIVE_JITTERS = tuple(10.0**exponent for exponent in range(-10, -5))

@@ -143,12 +143,21 @@ class CompressionConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove")
-        for name in ("samples", "sequence_length"):
+        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise CompressionError(f"seed: found {self.seed!r}, expected a whole number of at least 0")
+            if name == "sequence_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least {least}")
+        for name in ("method", "calibration"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a name")
+        for name in ("options", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
+        names = self.modules_to_not_convert
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CompressionError(f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns")
         if self.accounting not in ("bits", "paper"):
             raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
 

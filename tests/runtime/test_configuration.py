@@ -78,6 +78,7 @@ def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
         ("seed", [-1, 1.5, True, "0", None]),
         ("accounting", ["bytes", None, 1]),
         ("modules_to_not_convert", ["lm_head", None, [1]]),
+        ("provenance", [None, "me"]),
     ],
 )
 def test_a_bad_recipe_is_one_line_with_field_found_and_expected(field: str, values: list) -> None:

@@ -81,7 +81,9 @@ class ModelBudget:
         return layer.out_features * layer.in_features * self.value_bits[layer.name] + self.bias_bits[layer.name]
 
     def stored_bits(self, layer: Layer, spec: LayerSpec) -> int:
-        """Bits of the compressed layer without its own bias."""
+        """Bits of the compressed layer without its own bias; a bias that the method adds goes into that one where there is one."""
+        if self.bias_bits[layer.name]:
+            spec = replace(spec, bias=False)
         return spec.stored_bits(layer.out_features, layer.in_features, self.value_bits[layer.name], self.accounting)
 
     def available(self, compressed: list[Layer], dense: list[Layer]) -> int:

@@ -120,6 +120,7 @@ class _Compression:
         self.budget = model_budget(model, layers, config)
         self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
         self.warnings = _warnings(model, self.blocks)
+        check_finite(model)
         self.calibration = _described(config.calibration if calibration is None else calibration)
         self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
         self.reports: list[LayerReport] = []
@@ -182,6 +183,8 @@ class _Compression:
             self.model, method, measurements, self.tokens, self.budget, self.available, self.config.seed, state,
             lambda done, total: self.step("learning the spectrum", done, total),
         )  # fmt: skip
+        if state is not None:
+            state.unlink(missing_ok=True)
         self.curve = curve.__dict__
         return learned, ranks
 
@@ -234,15 +237,8 @@ class _Compression:
             statistics[output_name] = statistics[output_name].select(order)
 
     def weight(self, layer: Layer) -> Tensor:
-        """The dense weight, (m, n) float64.
-
-        Raises:
-            NumericalError: if it is not finite.
-        """
-        weight = dense_weight(self.model.get_submodule(layer.name)).double()
-        if not bool(weight.isfinite().all()):
-            raise NumericalError(f"{layer.name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
-        return weight
+        """The dense weight, (m, n) float64."""
+        return dense_weight(self.model.get_submodule(layer.name)).double()
 
     def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, begun: float) -> None:
         """Put the compressed layer in place and report on it.
@@ -324,6 +320,13 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
         value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
         bias_bits[layer.name] = module.bias.numel() * module.bias.itemsize * 8 if isinstance(module.bias, Tensor) else 0
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise NumericalError if a weight is not finite, naming it: what it makes of the calibration would blame other layers."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
 
 
 def dense_weight(module: nn.Module) -> Tensor:

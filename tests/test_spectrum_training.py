@@ -65,7 +65,7 @@ def test_phases_follow_each_other_and_cover_all_steps() -> None:
     assert all(not phase.hard and phase.polarisation == 0 for phase in phases[:70])
     assert all(phase.hard for phase in phases[70:])
     temperatures = [phase.temperature for phase in phases]
-    assert temperatures == sorted(temperatures, reverse=True)
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(temperatures, temperatures[1:], strict=False))
     assert 0.02 <= min(temperatures) <= 0.022
 
 
@@ -174,4 +174,4 @@ def test_padding_does_not_count_in_the_loss() -> None:
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(NumericalError, match=r"soco: the loss is .* at step \d+; lower learning_rate"):
-        compress(tiny_models.llama(), recipe(deviation_rate=1e38, steps=20), calibration=IDS)
+        compress(tiny_models.llama(), recipe(deviation_rate=1e30, steps=20), calibration=IDS)

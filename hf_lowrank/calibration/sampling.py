@@ -4,11 +4,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, NumericalError
 
 SEQUENCES_AT_ONCE = 32
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Lets only logits pass that can be sampled from; suppressed tokens have −∞."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool((scores < float("inf")).all()):
+            raise NumericalError(
+                f"self-calibration: the logits of token {input_ids.shape[1]} are not finite; check the weights or use a wider dtype"
+            )
+        return scores
 
 
 def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: int) -> Tensor:
@@ -19,6 +30,7 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
 
     Raises:
         CompressionError: if the model cannot generate.
+        NumericalError: if a logit is not finite.
     """
     if not model.can_generate():
         raise CompressionError(f"{type(model).__name__} cannot generate text to calibrate on itself; give calibration= texts or a file")
@@ -43,6 +55,7 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=length - 1,
                     suppress_tokens=suppressed or None,
+                    logits_processor=LogitsProcessorList([_FiniteLogits()]),
                     **arguments,
                 )
                 if length > 1

@@ -2,7 +2,7 @@
 
 The c values of a row are cut into groups of `group` consecutive ones, the last of which may be shorter; each group has a scale s.
 A code q of b bits stands for (q − (2ᵇ − 1)/2) · s: 2ᵇ evenly spaced levels, symmetric about zero, none of which is zero. All levels
-are used and no zero point is stored. Codes of a row follow each other as a little-endian bit stream, cut into words of whole bytes.
+are used and no zero point is stored. The codes of a row are a little-endian bit stream.
 """
 
 import math
@@ -112,29 +112,31 @@ def group_sums(values: Tensor, group: int) -> Tensor:
 
 
 def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int, int]:
-    """Shape of the packed codes: rows, words per row, bytes per word. Three sides, so never that of the dense matrix."""
-    word_bytes, word_codes = _word(bits)
-    return rows, math.ceil(columns / word_codes), word_bytes
+    """Shape of packed codes: rows, bytes per row, 1. The third side is there so that it is never the shape of the dense matrix."""
+    return rows, math.ceil(columns * bits / 8), 1
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes (rows, c) into uint8 (rows, words, bytes); padding is zero."""
+    """Pack codes (rows, c) into uint8 (rows, ⌈c·bits/8⌉, 1); padding bits are zero."""
+    rows, width, _ = packed_shape(codes.shape[0], codes.shape[1], bits)
     word_bytes, word_codes = _word(bits)
-    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[1] % word_codes))
-    words = (padded.view(codes.shape[0], -1, word_codes) << _positions(word_codes, bits, padded)).sum(dim=2)
-    return ((words.unsqueeze(2) >> _positions(word_bytes, 8, words)) & 255).to(torch.uint8)
+    words = math.ceil(codes.shape[1] / word_codes)
+    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, words * word_codes - codes.shape[1]))
+    packed = (padded.view(rows, words, word_codes) << _positions(word_codes, bits, padded)).sum(dim=2, keepdim=True)
+    stream = ((packed >> _positions(word_bytes, 8, packed)) & 255).to(torch.uint8).flatten(1)
+    return stream[:, :width].unsqueeze(2).contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The codes, uint8 (rows, c), from uint8 (rows, words, bytes)."""
+    """The codes, uint8 (rows, c), from uint8 (rows, ⌈c·bits/8⌉, 1)."""
     word_bytes, word_codes = _word(bits)
-    if bits == 8:
-        return packed.flatten(1)
-    if word_bytes == 1:
-        words = packed
-    else:
-        wide = packed.to(torch.int32 if word_bytes <= 3 else torch.int64)
-        words = (wide << _positions(word_bytes, 8, wide)).sum(dim=2, keepdim=True, dtype=wide.dtype)
+    words = packed
+    if word_bytes > 1:
+        stream = torch.nn.functional.pad(packed.squeeze(2), (0, -packed.shape[1] % word_bytes))
+        parts = stream.unflatten(1, (stream.shape[1] // word_bytes, word_bytes)).to(torch.int32 if word_bytes <= 3 else torch.int64)
+        words = (parts << _positions(word_bytes, 8, parts)).sum(dim=2, keepdim=True, dtype=parts.dtype)
+    if word_codes == 1:
+        return words.squeeze(2)
     codes = (words >> _positions(word_codes, bits, words)) & (2**bits - 1)
     return codes.flatten(1)[:, :columns].to(torch.uint8)
 

@@ -18,7 +18,7 @@ def plain_quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor
     """Q x for a quantised Q (m, n); x (..., n).
 
     Args:
-        codes: packed codes of `kept` values per row, uint8 (m, words, bytes).
+        codes: packed codes of `kept` values per row, uint8 (m, ⌈kept·bits/8⌉, 1).
         scale: (m, ⌈kept/group⌉).
         mask: bitmap of where the values lie in their row, uint8 (m, ⌈n/8⌉); None where `kept` is n.
         bits, group: of the codes, see `quantization`.

@@ -44,11 +44,12 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
     """`weight` (m, n) quantised with the Gram matrix (n, n) of its input: GPTQ's algorithm 1, both float64.
 
     With U the upper Cholesky factor of (X Xᵀ + λ I)⁻¹, column j is rounded, err = (w_j − ŵ_j) / U_jj, and err · U_{j, j+1:} is subtracted
-    from the columns behind it. A group's scale is searched for when its first column is reached, on weights that are up to date.
+    from the columns behind it. A group's scale is the best for Σ err² when its first column is reached, on weights that are up to date.
     """
     m, n = weight.shape
     W = weight * (gram.diagonal() > 0)  # what a dead channel would bring is nothing
     U = inverse_cholesky(gram, damping)
+    importance = U.diagonal() ** -2  # what a column's squared error costs once the columns behind it are adapted
     scale = W.new_zeros(m, math.ceil(n / group))
     codes = torch.zeros(m, n, dtype=torch.uint8, device=W.device)
     block = max(BLOCK // group, 1) * group
@@ -57,7 +58,8 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
         errors = torch.zeros_like(W[:, start:end])
         for j in range(start, end):
             if j % group == 0:
-                scale[:, j // group] = group_scales(W[:, j : min(j + group, end)], bits, search=True)
+                columns = slice(j, min(j + group, end))
+                scale[:, j // group] = group_scales(W[:, columns], bits, importance[columns])
             s = scale[:, j // group]
             codes[:, j] = nearest_codes(W[:, j], s, bits)
             error = (W[:, j] - levels(codes[:, j], bits, W.dtype) * s) / U[j, j]

@@ -61,24 +61,29 @@ def quantize(values: Tensor, bits: int, group: int, search: bool = False) -> Qua
     rows, columns = values.shape
     groups = math.ceil(columns / group)
     padded = torch.nn.functional.pad(values, (0, groups * group - columns)).view(rows * groups, group)
-    scale = group_scales(padded, bits, search).view(rows, groups)
+    importance = torch.ones(1, dtype=values.dtype, device=values.device) if search else None
+    scale = group_scales(padded, bits, importance).view(rows, groups)
     return Quantized(nearest_codes(values, spread_scale(scale, group, columns), bits), scale, bits, group)
 
 
-def group_scales(values: Tensor, bits: int, search: bool = False) -> Tensor:
+def group_scales(values: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """The scale (k,) of each row of `values` (k, g), a group; zero for a group of zeros. Zeros that pad a group have no say.
 
     A scale is rounded to the eight significant bits of bfloat16, so that a checkpoint of any dtype holds it exactly.
+
+    Args:
+        importance: (g,), the weights of the squared errors whose sum is made least among `SCALE_FACTORS`; without them, the scale is
+            the one that just covers the group.
     """
     covering = values.abs().amax(dim=1) / 2 ** (bits - 1)
     best = _rounded(covering)
-    if not search:
+    if importance is None:
         return best
     least = torch.full_like(best, math.inf)
     for factor in SCALE_FACTORS:
         scale = _rounded(covering * factor)
         restored = levels(nearest_codes(values, scale[:, None], bits), bits, values.dtype) * scale[:, None]
-        error = torch.where(values == 0, 0.0, restored - values).square().sum(dim=1)
+        error = (torch.where(values == 0, 0.0, restored - values).square() * importance).sum(dim=1)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best

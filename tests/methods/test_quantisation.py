@@ -46,7 +46,8 @@ def loop(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> tor
     hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)
     for j in range(n):
         if j % group == 0:
-            scale = group_scales(W[:, j : j + group], bits, search=True)
+            cost = [1 / torch.linalg.inv(hessian[k:, k:])[0, 0] for k in range(j, min(j + group, n))]
+            scale = group_scales(W[:, j : j + group], bits, torch.stack(cost))
         step = W[:, j] / torch.where(scale == 0, 1.0, scale)
         out[:, j] = ((step + 2 ** (bits - 1)).floor().clamp(0, 2**bits - 1) - (2**bits - 1) / 2) * scale
         rest = slice(j + 1, n)

@@ -1,6 +1,7 @@
 """Pivoted factors: nothing is lost, nothing grows, and they live like every other part of a layer."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, LayerSpec, NumericalError, SparseLowRankLinear
+from hf_lowrank.budget import Budget
 from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.packing import pack_bits
 from hf_lowrank.runtime.pivoting import LARGEST_ENTRY, pivot, row_sources, unpivot
@@ -146,6 +148,15 @@ def test_compiles_copies_and_is_built_on_meta():
     assert {name: tensor.shape for name, tensor in skeleton.state_dict().items()} == {n: t.shape for n, t in layer.state_dict().items()}
     skeleton.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(skeleton(x), layer(x))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 20000), st.sampled_from([0, 4]))
+def test_a_budget_buys_the_largest_rank_that_fits(m, n, bits, quantised):
+    spec = LayerSpec(pivoted=True, lowrank_bits=quantised, lowrank_group=8 if quantised else 0)
+    rank = Budget(bits, m, n, 16).rank(spec)
+    assert 0 <= rank <= min(m, n)
+    assert rank == 0 or replace(spec, rank=rank).stored_bits(m, n, 16) <= bits
+    assert rank == min(m, n) or replace(spec, rank=rank + 1).stored_bits(m, n, 16) > bits
 
 
 def test_full_rank_stores_the_matrix_itself():

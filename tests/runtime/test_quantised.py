@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, LayerSpec, SparseLowRankLinear
 from hf_lowrank.runtime.configuration import QUANT_METHOD
 from hf_lowrank.runtime.layers import build_layer
+from hf_lowrank.runtime.ops import register_kernel
 from hf_lowrank.runtime.packing import pack_values
 from hf_lowrank.runtime.pivoting import pivot
 from hf_lowrank.runtime.quantization import (
@@ -211,8 +212,30 @@ def test_compiles_copies_and_is_built_on_meta(combination):
 def test_a_fresh_layer_is_valid_and_of_the_usual_scale():
     spec = LayerSpec(sparse="bitmask", kept=8, rank=3, pivoted=True, weight_bits=4, weight_group=4, lowrank_bits=8, lowrank_group=4)
     layer = build_layer(spec, N, M)
-    assert float(layer._sparse_lowrank_dense().abs().max()) < 1
+    assert float(layer.to_dense().abs().max()) < 1
     assert bool(layer(torch.ones(1, N)).isfinite().all())
+
+
+def test_a_pivoted_part_of_full_rank_has_no_other_rows():
+    a, b, pivots = pivot(random(6, 9), torch.eye(6, dtype=torch.float64))
+    layer = SparseLowRankLinear.from_parts(9, 6, lowrank_a=quantize(a, 8, 4), lowrank_b=quantize(b, 8, 4), pivots=pivots)
+    x = random(2, 9)
+    torch.testing.assert_close(layer(x), x @ quantize(a, 8, 4).dequantize().T)
+    layer(x).sum().backward()
+    assert layer.lowrank_b_scale.grad.shape == (0, 2)
+
+
+def test_a_kernel_is_asked_first_and_may_decline():
+    layer, _ = layer_of("full")
+    x, asked = random(2, N), []
+
+    def declines(x, codes, scale, mask, bits, group, kept):
+        asked.append((bits, group, kept, mask))
+
+    expected = layer(x)
+    register_kernel("quantized_linear", "cpu", "test", declines)
+    assert torch.equal(layer(x), expected)
+    assert asked == [(4, 8, N, None)]
 
 
 def test_both_factors_are_quantised_alike():

@@ -51,9 +51,7 @@ class CompressedLinear(nn.Linear):
     lowrank_pivots: Tensor
     sign_bits: Tensor
 
-    def __init__(
-        self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
         spec.validate(type(self).__name__, out_features, in_features)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
@@ -257,6 +255,8 @@ class SparseLowRankLinear(CompressedLinear):
         if sparse == "bitmask":
             assert weight is not None and mask is not None, "a bitmask needs `weight` and `mask`"
             values = weight if isinstance(weight, Quantized) else pack_values(weight, mask)
+            if values.shape != pack_values(mask, mask).shape:
+                raise CompressionError(f"{tuple(values.shape)} quantised values for a mask that keeps {tuple(pack_values(mask, mask).shape)}")
         parts = {"weight": values, "lowrank_a": lowrank_a, "lowrank_b": lowrank_b}
         parts |= {"scale_in": scale_in, "scale_out": scale_out, "bias": bias}
         kept = 0 if values is None or sparse == "full" else values.shape[0 if sparse == "rows" else 1]

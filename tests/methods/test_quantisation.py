@@ -35,7 +35,8 @@ def loss(weight: torch.Tensor, restored: torch.Tensor, gram: torch.Tensor) -> fl
 def restored(method: str, bits: int, **options) -> torch.Tensor:
     weight, statistics = problem()
     part = make_method(method, options).decompose(weight, statistics, budget_for(bits)).weight
-    assert isinstance(part, Quantized) and part.bits == bits
+    assert isinstance(part, Quantized)
+    assert part.bits == bits
     return part.dequantize()
 
 
@@ -119,8 +120,10 @@ def test_growth_is_in_bits(method):
     layer = Layer("layer", 0, 1, "other", 24, 100)
     free, fixed = make_method(method), make_method(method, {"bits": "4"})
     spec = free.smallest(layer)
-    assert spec.weight_bits == 2 and free.growth_limit(layer) == 6
-    assert fixed.smallest(layer).weight_bits == 4 and fixed.growth_limit(layer) == 0
+    assert spec.weight_bits == 2
+    assert free.growth_limit(layer) == 6
+    assert fixed.smallest(layer).weight_bits == 4
+    assert fixed.growth_limit(layer) == 0
     for _ in range(free.growth_limit(layer)):
         spec = free.grown(layer, spec)
     spec.validate("layer", 24, 100)
@@ -152,4 +155,5 @@ def test_the_inverse_is_factored():
 def test_a_group_longer_than_a_row_has_one_scale():
     weight, statistics = problem()
     part = compensated(weight, statistics.gram, 4, group=1000)
-    assert part.scale.shape == (24, 1) and spread_scale(part.scale, 1000, 100).shape == (24, 100)
+    assert part.scale.shape == (24, 1)
+    assert spread_scale(part.scale, 1000, 100).shape == (24, 100)

@@ -43,7 +43,9 @@ def test_pivoting_loses_nothing_and_bounds_every_entry(shape, decay, seed):
     m, n, rank = shape
     a, b = factors(m, n, rank, decay, seed)
     a2, b2, pivots = pivot(a, b)
-    assert a2.shape == (rank, n) and b2.shape == (m - rank, rank) and int(pivots.sum()) == rank
+    assert a2.shape == (rank, n)
+    assert b2.shape == (m - rank, rank)
+    assert int(pivots.sum()) == rank
     torch.testing.assert_close(unpivot(b2, pivots) @ a2, b @ a, rtol=1e-11, atol=1e-12)
     assert b2.numel() == 0 or float(b2.abs().max()) <= LARGEST_ENTRY + 1e-9
     torch.testing.assert_close(a2, (b @ a)[pivots])  # A' are rows of the matrix itself

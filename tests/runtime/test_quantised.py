@@ -44,7 +44,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_packing_keeps_every_code_in_the_fewest_bytes(bits, rows, columns, seed):
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack_codes(codes, bits)
-    assert packed.shape == packed_shape(rows, columns, bits) and packed.dtype == torch.uint8
+    assert packed.shape == packed_shape(rows, columns, bits)
+    assert packed.dtype == torch.uint8
     assert torch.equal(unpack_codes(packed, bits, columns), codes)
     if rows:
         assert 0 <= packed[0].numel() * 8 - columns * bits < 8
@@ -70,7 +71,8 @@ def test_quantising_by_hand():
 def test_rounding_is_to_the_nearest_level(bits, group, columns, search, seed):
     values = random(5, columns, seed=seed)
     part = quantize(values, bits, group, search)
-    assert part.codes.shape == values.shape and part.scale.shape == (5, math.ceil(columns / group))
+    assert part.codes.shape == values.shape
+    assert part.scale.shape == (5, math.ceil(columns / group))
     scale = spread_scale(part.scale, group, columns)
     every_level = levels(torch.arange(2**bits, dtype=torch.uint8), bits, torch.float64) * scale[..., None]
     nearest = (every_level - values[..., None]).abs().amin(dim=-1)
@@ -177,7 +179,8 @@ def test_bits_of_a_whole_matrix():
 def test_gradients_reach_input_scales_and_bias(combination):
     layer, _ = layer_of(combination)
     names, values = zip(*layer.named_parameters(), strict=True)
-    assert any(name.endswith("_scale") for name in names) and "bias" in names
+    assert any(name.endswith("_scale") for name in names)
+    assert "bias" in names
     x = random(3, N, seed=9).requires_grad_()
 
     def function(x, *values):
@@ -192,7 +195,8 @@ def test_only_float_tensors_are_parameters(combination):
     assert all(parameter.is_floating_point() for parameter in layer.parameters())
     assert {buffer.dtype for buffer in layer.buffers()} == {torch.uint8}
     half = copy.deepcopy(layer).to(torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and {buffer.dtype for buffer in half.buffers()} == {torch.uint8}
+    assert half.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in half.buffers()} == {torch.uint8}
     assert half(random(2, N).bfloat16()).dtype == torch.bfloat16
 
 
@@ -236,6 +240,16 @@ def test_a_kernel_is_asked_first_and_may_decline():
     register_kernel("quantized_linear", "cpu", "test", declines)
     assert torch.equal(layer(x), expected)
     assert asked == [(4, 8, N, None)]
+
+
+def test_a_mask_and_its_quantised_values_belong_together():
+    mask = torch.zeros(M, N, dtype=torch.bool)
+    mask[:, :6] = True
+    with pytest.raises(CompressionError, match="quantised values for a mask"):
+        SparseLowRankLinear.from_parts(N, M, sparse="bitmask", weight=quantize(random(M, 7), 4, 8), mask=mask)
+    mask[0, 6] = True
+    with pytest.raises(CompressionError, match="the same number in every row"):
+        SparseLowRankLinear.from_parts(N, M, sparse="bitmask", weight=quantize(random(M, 6), 4, 8), mask=mask)
 
 
 def test_both_factors_are_quantised_alike():
@@ -320,7 +334,8 @@ def test_a_checkpoint_opens_with_the_same_logits(tmp_path, dtype):
     logits = model(tokens).logits
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert type(loaded) is LlamaForCausalLM and loaded.dtype == dtype
+    assert type(loaded) is LlamaForCausalLM
+    assert loaded.dtype == dtype
     assert torch.equal(loaded(tokens).logits, logits)
     assert loaded.generate(tokens[:1], max_new_tokens=3, do_sample=False).shape == (1, 12)
     dense = loaded.dequantize()
@@ -355,7 +370,8 @@ def test_training_moves_scales_and_biases_and_keeps_the_codes():
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    assert codes and all(torch.equal(dict(model.named_buffers())[name], value) for name, value in codes.items())
+    assert codes
+    assert all(torch.equal(dict(model.named_buffers())[name], value) for name, value in codes.items())
 
 
 def test_a_lora_trains_on_top():
@@ -367,7 +383,8 @@ def test_a_lora_trains_on_top():
     assert torch.equal(adapted(tokens).logits, logits)
     adapted(tokens, labels=tokens).loss.backward()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert trained and all(parameter.grad is not None for parameter in trained)
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 def test_codes_of_a_group_of_zeros_stand_for_zero():

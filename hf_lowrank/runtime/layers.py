@@ -255,8 +255,9 @@ class SparseLowRankLinear(CompressedLinear):
         if sparse == "bitmask":
             assert weight is not None and mask is not None, "a bitmask needs `weight` and `mask`"
             values = weight if isinstance(weight, Quantized) else pack_values(weight, mask)
-            if values.shape != pack_values(mask, mask).shape:
-                raise CompressionError(f"{tuple(values.shape)} quantised values for a mask that keeps {tuple(pack_values(mask, mask).shape)}")
+            expected = pack_values(mask, mask).shape
+            if values.shape != expected:
+                raise CompressionError(f"{tuple(values.shape)} quantised values for a mask that keeps {tuple(expected)}")
         parts = {"weight": values, "lowrank_a": lowrank_a, "lowrank_b": lowrank_b}
         parts |= {"scale_in": scale_in, "scale_out": scale_out, "bias": bias}
         kept = 0 if values is None or sparse == "full" else values.shape[0 if sparse == "rows" else 1]

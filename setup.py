@@ -14,7 +14,15 @@ setup(
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             language="c++",
             # No -march: each file names the instruction sets of its own functions, and the best is chosen at run time.
-            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+            extra_compile_args=[
+                "-O3",
+                "-g0",
+                "-std=c++17",
+                "-fvisibility=hidden",
+                "-Wno-psabi",
+                "-Wno-uninitialized",
+                "-Wno-maybe-uninitialized",
+            ],
             extra_link_args=["-pthread"],
             optional=True,
         )

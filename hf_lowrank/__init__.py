@@ -4,12 +4,14 @@ Importing it registers the plugin: compressed checkpoints then open with `from_p
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
 from .runtime.quantizer import CompressionQuantizer, register
+from .runtime.saving import CompleteSave
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -42,5 +44,16 @@ def _compress_on_load(model: Any, config: CompressionConfig) -> None:
     importlib.import_module(".pipeline", __name__).compress_on_load(model, config)
 
 
+class _Publisher:
+    """Cards and uploads, imported when a model is saved."""
+
+    def write_card(self, folder: Path, name: str | None) -> None:
+        importlib.import_module(".model_card", __name__).write_model_card(folder, name)
+
+    def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
+        return importlib.import_module(".hub", __name__).upload(folder, repo_id, **options)
+
+
+CompleteSave.publisher = _Publisher()
 CompressionQuantizer.compress_on_load = staticmethod(_compress_on_load)
 register(override=True)

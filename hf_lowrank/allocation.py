@@ -97,9 +97,7 @@ def greedy_ranks(
     while True:
         left = available - sum(dense_price[name] for name in dense) - sum(fixed[name] for name in energies if name not in dense)
         ranks = {name: 0 for name in energies if name not in dense}
-        order = sorted(
-            ((energy / price[name], name) for name in ranks for energy in energies[name]), key=lambda item: (-item[0], item[1])
-        )
+        order = sorted(((energy / price[name], name) for name in ranks for energy in energies[name]), key=lambda item: (-item[0], item[1]))
         for _, name in order:
             if price[name] <= left:
                 ranks[name] += 1

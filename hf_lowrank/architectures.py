@@ -55,7 +55,7 @@ def find_layers(blocks: dict[str, nn.Module]) -> list[Layer]:
     layers = []
     for index, (block_name, block) in enumerate(blocks.items()):
         networks = find_feed_forwards(block)
-        roles = {name: "ffn_out" for name in (network.output for network in networks)}
+        roles = dict.fromkeys((network.output for network in networks), "ffn_out")
         roles |= {name: "ffn_in" for network in networks for name in network.inputs}
         for name, module in _linears(block):
             role = roles.get(name) or _attention_role(name)

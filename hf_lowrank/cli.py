@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -106,6 +107,7 @@ def compress(
     from .methods import make_method
     from .models import check_free, load_model, load_tokenizer, new_folder
     from .pipeline import compress as compress_model
+    from .runtime.saving import CompleteSave
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -116,8 +118,11 @@ def compress(
     dense = load_model(model, dtype, device)
     tokenizer = load_tokenizer(model) if calibration != "self" else _tokenizer_or_none(model)
     compressed = compress_model(dense, config, tokenizer, work_dir=work_dir)
+    save = CompleteSave.attach(compressed)
+    assert save.report is not None
+    save.report["command"] = shlex.join(["hf-lowrank", *sys.argv[1:]])
     with new_folder(output, overwrite) as folder:
-        compressed.save_pretrained(folder)
+        save(folder, name=output.name)
     _show_summary(output)
 
 
@@ -130,6 +135,7 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="tokens between window starts; default: the window")] = None,
     max_windows: Annotated[int | None, typer.Option(help="score only the first windows")] = None,
     reference: Annotated[str | None, typer.Option(help="model to compare with: KL, top-1 agreement, nats lost per token")] = None,
+    card: Annotated[bool, typer.Option("--card", help="write the figures into the model card of the checkpoint")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -143,6 +149,10 @@ def evaluate(
     results = [
         evaluate_text(subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense) for source in text
     ]
+    if card:
+        from .model_card import record, text_quality
+
+        record(Path(model), quality=[row for result in results for row in text_quality(result.to_dict())])
     if as_json:
         _print_json([result.to_dict() for result in results])
         return
@@ -171,7 +181,17 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
         error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
         what = layer.reason or layer.sparse
         rows.append(
-            [layer.name, layer.kind, what, str(layer.rank), str(layer.binary_rank), f"{layer.density:.3f}", f"{layer.bits_per_weight:.2f}", error, f"{layer.bytes:,}"]
+            [
+                layer.name,
+                layer.kind,
+                what,
+                str(layer.rank),
+                str(layer.binary_rank),
+                f"{layer.density:.3f}",
+                f"{layer.bits_per_weight:.2f}",
+                error,
+                f"{layer.bytes:,}",
+            ]
         )
     columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
     _print_table(f"{folder}: {found.method}", columns, rows)
@@ -199,6 +219,27 @@ def dense(
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
     typer.echo(f"wrote {output}: dense, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@app.command()
+@one_line_errors
+def push(
+    folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
+    repo: Annotated[str, typer.Argument(help="repository on the Hub: owner/name")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private, if it does not exist yet")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to push to")] = None,
+    message: Annotated[str | None, typer.Option(help="commit message")] = None,
+) -> None:
+    """Push a compressed checkpoint to the Hub, with its card and loading code; a push that broke off is simply repeated."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    from .hub import push_folder
+
+    try:
+        commit = push_folder(folder, repo, private=private or None, revision=revision, commit_message=message)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise CompressionError(f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`") from error
+    typer.echo(f"pushed {folder} to {commit.repo_url} ({commit.oid[:7]})")
 
 
 @app.command()
@@ -231,7 +272,8 @@ def _show_totals(found: Any) -> None:
         f"{len(found.layers) - dense_layers} layers compressed, {dense_layers} left dense"
     )
     typer.echo(
-        f"whole model: {found.model_ratio:.2%} removed, {found.model_bytes:,} of {found.dense_model_bytes:,} bytes; on disk {found.disk_bytes:,} bytes"
+        f"whole model: {found.model_ratio:.2%} removed, {found.model_bytes:,} of {found.dense_model_bytes:,} bytes; "
+        f"on disk {found.disk_bytes:,} bytes"
     )
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)

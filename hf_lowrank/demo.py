@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from .evaluation.perplexity import Evaluation
+from .inspection import inspect_checkpoint
 from .models import files_size, load_model, load_tokenizer, new_folder
 from .pipeline import compress
 from .runtime.configuration import CompressionConfig
@@ -47,8 +48,8 @@ def _rows(folder: Path) -> list[list[str]]:
         started = time.monotonic()
         model = compress(load_model(str(BUNDLED_MODEL)), config, tokenizer)
         seconds = time.monotonic() - started
-        stored = model.save_pretrained.report["ratio_stored"]
         model.save_pretrained(folder / name)
+        stored = inspect_checkpoint(folder / name).ratio_stored
         rows.append(_row(name, config.ratio, stored, folder / name, _measure(folder / name), seconds))
     return rows
 

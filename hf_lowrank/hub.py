@@ -4,12 +4,12 @@ import json
 import logging
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 
-from .model_card import CARD_FILE, make_card, read_config, write_model_card
+from .model_card import make_card, read_config, write_model_card
 from .runtime.errors import CheckpointError
-from .runtime.saving import RUNTIME_FILES
+from .runtime.saving import CARD_FILE, RUNTIME_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload compressed model",
+    commit_message: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
     """Push the compressed checkpoint in `folder` as one state of the repo: old weights that it does not have are removed.
@@ -43,6 +43,31 @@ def push_folder(
     card = folder / CARD_FILE
     if not card.is_file() or card.read_text(encoding="utf-8") == str(make_card(folder)):
         write_model_card(folder, name=repo_id)
+    return upload(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | str | None = None,
+) -> CommitInfo:
+    """Upload a checkpoint's folder as one state of the repo: old weights that it does not have are removed.
+
+    Args:
+        tags: added to those of the card.
+    """
+    path = folder / CARD_FILE
+    if tags and path.is_file():
+        card = ModelCard.load(path)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags)]))
+        card.save(path)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:
@@ -51,7 +76,8 @@ def push_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=revision,
-        commit_message=commit_message,
+        commit_message=commit_message or "Upload compressed model",
+        commit_description=commit_description,
         create_pr=create_pr,
         delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         ignore_patterns=["__pycache__/**"],

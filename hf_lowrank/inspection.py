@@ -92,7 +92,9 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         else:
             kept = own.get(f"{layer.name}.weight", ("", 0))[1]
             layers.append(
-                StoredLayer(layer.name, spec.kind, spec.sparse, spec.rank, spec.binary_rank, kept / weights, bits / weights, bits // 8, error)
+                StoredLayer(
+                    layer.name, spec.kind, spec.sparse, spec.rank, spec.binary_rank, kept / weights, bits / weights, bits // 8, error
+                )
             )
     model_bits = sum(BITS[dtype] * numel for dtype, numel in tensors.values())
     dense_model_bits = model_bits - stored_bits + dense_bits

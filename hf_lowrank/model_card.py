@@ -16,9 +16,8 @@ from .calibration.texts import DATASETS
 from .inspection import inspect_checkpoint
 from .methods import method_class, registered_methods
 from .runtime.errors import CheckpointError
-from .runtime.saving import REPORT_FILE
+from .runtime.saving import CARD_FILE, REPORT_FILE
 
-CARD_FILE = "README.md"
 NOT_MEASURED = "Not measured."
 
 TASKS = {
@@ -154,7 +153,7 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
 def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
     """What a card shows of the evaluation on one text (`evaluation.perplexity.Evaluation`, as a dictionary)."""
     text = evaluation["text"]
-    about: Quality = {"dataset": Path(text).name, "settings": f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens"}
+    about: Quality = {"dataset": text_name(text), "settings": f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens"}
     if text in DATASETS:
         about |= {"dataset": text, "dataset_id": DATASETS[text]["path"], "split": "test"}
     if evaluation["stride"] < evaluation["window"]:
@@ -180,6 +179,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not config.get("quantization_config", {}).get("layers"):
         raise CheckpointError(f"{path}: no quantization_config.layers, so the model is dense; compress it first (hf-lowrank compress)")
     return config
+
+
+def text_name(text: str) -> str:
+    """A dataset's name, or of a file the last two parts of its path: enough to tell texts apart, no more of this machine than that."""
+    return "/".join(part for part in Path(text).parts[-2:] if part != "/")
 
 
 def is_hub_id(name: str) -> bool:
@@ -224,7 +228,7 @@ def _method(name: str) -> str:
 def _recipe(recipe: dict[str, Any], inspection: dict[str, Any]) -> str:
     counted = {"bits": "everything that is stored", "paper": "everything but mask bits, as papers count"}[recipe["accounting"]]
     text = recipe["calibration"]
-    calibration = "text sampled from the model itself" if text == "self" else text if text in DATASETS else Path(text).name
+    calibration = "text sampled from the model itself" if text == "self" else text_name(text)
     tokens = recipe.get("provenance", {}).get("calibration_tokens")
     left = Counter(layer["reason"] for layer in inspection["layers"] if layer["kind"] == "dense")
     rows = [

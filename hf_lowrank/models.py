@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
@@ -50,7 +51,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrai
     auto_class = _auto_class(config)
     try:
         model = auto_class.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        return model.to(device).eval()  # type: ignore[no-any-return]
+        return model.to(device).eval()
     except CompressionError:
         raise
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
@@ -66,20 +67,22 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise CompressionError(f"{source}: has no tokenizer that can be opened ({_first_line(error)}); add tokenizer.json to the folder") from error
+        raise CompressionError(
+            f"{source}: has no tokenizer that can be opened ({_first_line(error)}); add tokenizer.json to the folder"
+        ) from error
 
 
 def skeleton(config: Any) -> PreTrainedModel:
     """The dense model of a config on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return _auto_class(config).from_config(config)  # type: ignore[no-any-return]
+        return _auto_class(config).from_config(config)
 
 
 def compression_of(config: Any) -> CompressionConfig | None:
     """The compression that a model's config records; None for a model that is not compressed by this plugin."""
     recorded = getattr(config, "quantization_config", None)
     if isinstance(recorded, dict) and recorded.get("quant_method") == QUANT_METHOD:
-        return CompressionConfig.from_dict(recorded)  # type: ignore[no-any-return]
+        return CompressionConfig.from_dict(recorded)
     return recorded if isinstance(recorded, CompressionConfig) else None
 
 
@@ -106,8 +109,9 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise CompressionError(f"{target}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
+        reason = getattr(error, "strerror", None) or error
+        raise CompressionError(f"{target}: cannot be written ({reason}); nothing was left behind") from error
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,20 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-
 from .allocation import check_reachable, uniform_budgets
 from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
 from .budget import Layer, ModelBudget
-from .calibration import BlockBatch, TokenBatch, block_statistics, calibration_batches, capture, fingerprint, run_block
+from .calibration import (
+    BlockBatch,
+    TokenBatch,
+    block_statistics,
+    calibration_batches,
+    capture,
+    fingerprint,
+    run_block,
+    shifted_sums,
+    squared_gradients,
+)
 from .methods import Decomposition, Method, Statistics, make_method
 from .methods.soco import SoCo
 from .methods.spectral import Measurement, SpectralMethod
@@ -105,24 +115,23 @@ class _Compression:
         self.method: Method = make_method(config.method, config.options)
         self.blocks = find_blocks(model)
         layers = find_layers(self.blocks)
-        modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
         self.compressed, self.reasons = select_layers(model, layers, self.method, config)
         self.dense = [layer for layer in layers if layer.name in self.reasons]
-        self.budget = ModelBudget(
-            config.ratio,
-            value_bits={name: module.weight.dtype.itemsize * 8 for name, module in modules.items()},  # type: ignore[operator, union-attr]
-            bias_bits={name: 0 if module.bias is None else module.bias.numel() * module.bias.itemsize * 8 for name, module in modules.items()},
-            accounting=config.accounting,
-        )
+        self.budget = model_budget(model, layers, config)
         self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
         self.warnings = _warnings(model, self.blocks)
+        self.calibration = _described(config.calibration if calibration is None else calibration)
         self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
         self.reports: list[LayerReport] = []
         self.curve: dict[str, list[float]] | None = None
+        self.gradients: dict[str, Tensor] = {}
 
     def run(self) -> None:
         self.step("capturing block inputs", 0, len(self.compressed))
         batches = capture(self.model, self.blocks, self.tokens)
+        if self.method.needs_gradients:
+            self.step("measuring gradients", 0, len(self.compressed))
+            self.gradients = squared_gradients(self.model, [layer.name for layer in self.compressed], self.tokens)
         if isinstance(self.method, SpectralMethod):
             self.measure_then_decide(self.method, batches)
         else:
@@ -138,9 +147,11 @@ class _Compression:
                 weight = self.weight(layer)
                 decomposition = self.method.decompose(weight, statistics[layer.name], budgets[layer.name])
                 self.swap(layer, decomposition, weight, statistics[layer.name], begun)
-            if self.method.sequential:
-                for batch in batches:
+            for batch in batches:
+                if self.method.sequential:
                     batch.hidden = run_block(block, index, batch)
+                elif self.method.needs_shifted:
+                    batch.shifted = run_block(block, index, batch, batch.shifted)
 
     def measure_then_decide(self, method: SpectralMethod, batches: list[BlockBatch]) -> None:
         """Spectra of all layers in the dense model first, then ranks, then the layers."""
@@ -186,9 +197,12 @@ class _Compression:
     def gather(self, index: int, block: nn.Module, layers: list[Layer], batches: list[BlockBatch]) -> dict[str, Statistics]:
         """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
+        shifted = shifted_sums(block, index, batches, modules) if self.method.needs_shifted else None
         found, outputs = block_statistics(block, index, batches, modules, self.method.needs_gram)
         if not self.method.sequential:
             for batch, output in zip(batches, outputs, strict=True):
+                if self.method.needs_shifted and batch.shifted is None:
+                    batch.shifted = batch.hidden
                 batch.hidden = output
         statistics = {}
         for layer in layers:
@@ -196,6 +210,10 @@ class _Compression:
             if known is None:
                 self.warnings.append(f"{layer.name} saw no calibration token; it is compressed without data")
             statistics[layer.name] = known or _no_data(layer, modules[layer.name])
+            if shifted is not None and known is not None:
+                statistics[layer.name] = shifted.extend(layer.name, known)
+            if layer.name in self.gradients:
+                statistics[layer.name] = replace(statistics[layer.name], squared_gradients=self.gradients[layer.name])
         self.order_neurons(index, block, statistics)
         return statistics
 
@@ -239,7 +257,9 @@ class _Compression:
         made.replaces_conv1d = isinstance(dense, Conv1D)
         for name, parameter in made.named_parameters():
             if not bool(parameter.isfinite().all()):
-                raise NumericalError(f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype")
+                raise NumericalError(
+                    f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype"
+                )
         made.requires_grad_(dense.weight.requires_grad)
         swap_module(self.model, layer.name, made.train(dense.training))
         self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), time.monotonic() - begun))
@@ -258,7 +278,9 @@ class _Compression:
             "versions": {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
         options = {name: getattr(self.method, name) for name in self.method.__dict__}
-        final = CompressionConfig.from_dict({**config.to_dict(), "options": options, "provenance": provenance, "layers": {}})
+        final = CompressionConfig.from_dict(
+            {**config.to_dict(), "calibration": self.calibration, "options": options, "provenance": provenance, "layers": {}}
+        )
         final.layers = specs
         attach(self.model, CompressionQuantizer(final, pre_quantized=True))
         save = CompleteSave.attach(self.model)
@@ -294,6 +316,16 @@ class _Compression:
         )
 
 
+def model_budget(model: PreTrainedModel, layers: list[Layer], config: CompressionConfig) -> ModelBudget:
+    """The budget of a model at the config's ratio; values count in the dtype that each layer has now."""
+    value_bits, bias_bits = {}, {}
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
+        bias_bits[layer.name] = module.bias.numel() * module.bias.itemsize * 8 if isinstance(module.bias, Tensor) else 0
+    return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (out_features, in_features)."""
     weight = module.weight
@@ -313,6 +345,10 @@ def permute_inputs(module: nn.Module, order: Tensor) -> None:
     dense_weight(module).copy_(dense_weight(module)[:, order].clone())
 
 
+def _described(calibration: Any) -> str:
+    return calibration if isinstance(calibration, str) else f"given by the caller ({type(calibration).__name__})"
+
+
 def _no_data(layer: Layer, module: nn.Module) -> Statistics:
     n, device = layer.in_features, dense_weight(module).device
     ones = torch.ones(n, dtype=torch.float64, device=device)
@@ -324,4 +360,7 @@ def _warnings(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]
     if not experts:
         return []
     share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
-    return [f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {next(iter(experts))}) are not linear layers and stay dense"]
+    example = next(iter(experts))
+    return [
+        f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {example}) are no linear layers and stay dense"
+    ]

@@ -67,7 +67,9 @@ class Report:
         return asdict(self)
 
 
-def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int, seconds: float) -> LayerReport:
+def layer_report(
+    name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int, seconds: float
+) -> LayerReport:
     """Measure a compressed layer against the weight (m, n) that it replaces."""
     bits = layer.stored_bits()
     spec = layer.spec

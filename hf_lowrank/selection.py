@@ -11,7 +11,9 @@ from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
 
 
-def select_layers(model: PreTrainedModel, layers: list[Layer], method: Method, config: CompressionConfig) -> tuple[list[Layer], dict[str, str]]:
+def select_layers(
+    model: PreTrainedModel, layers: list[Layer], method: Method, config: CompressionConfig
+) -> tuple[list[Layer], dict[str, str]]:
     """The layers to compress, and the reason of each layer that stays dense, by name.
 
     Raises:
@@ -39,7 +41,13 @@ def select_layers(model: PreTrainedModel, layers: list[Layer], method: Method, c
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a module name is the pattern, ends with it after a dot, lies under it, or fits it as a shell pattern."""
-    return name == pattern or name.endswith(f".{pattern}") or name.startswith(f"{pattern}.") or f".{pattern}." in name or fnmatchcase(name, pattern)
+    return (
+        name == pattern
+        or name.endswith(f".{pattern}")
+        or name.startswith(f"{pattern}.")
+        or f".{pattern}." in name
+        or fnmatchcase(name, pattern)
+    )
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .budget import ModelBudget
 from .calibration import TokenBatch
-from .methods.soco import THRESHOLD, Phase, SoCo, effective_score, gate, learned, polarisation, score
+from .methods.soco import Phase, SoCo, effective_score, gate, learned, polarisation, score
 from .methods.spectral import Measurement, prices
 from .runtime.errors import CompressionError, NumericalError
 from .runtime.quantizer import swap_module
@@ -143,6 +143,7 @@ class _Run:
         self.curve = LossCurve([], [], [])
         self.kept: dict[str, Tensor] | None = None
         self.ranks: dict[str, int | None] | None = None
+        self.first_removed: float | None = None
 
     def step(self, step: int) -> None:
         phase = self.method.phase(min(step, self.method.steps - 1))
@@ -155,7 +156,7 @@ class _Run:
             raise NumericalError(f"soco: the loss is {loss.item()} at step {step}; lower learning_rate, or use a wider dtype")
         self.optimizer.zero_grad()
         loss.backward()
-        removed = self.budget.ratio if self.kept is not None else self.add_decrease(phase)
+        removed = self.budget.ratio if self.kept is not None else self.add_decrease(step, phase)
         self.optimizer.step()
         self.curve.loss.append(loss.item())
         self.curve.ratio.append(removed)
@@ -181,15 +182,21 @@ class _Run:
         bits = sum(self.fixed[name] + self.price[name] * gate(s, phase.temperature).sum() for name, s in scores.items())
         return 1 - (1 - self.budget.ratio) * bits / self.available
 
-    def add_decrease(self, phase: Phase) -> float:
-        """Add the gradients of L_dec, active while ρ < R and scaled to λ_d times the norm of L_inc's, and of λ_p L_pol; give ρ."""
+    def add_decrease(self, step: int, phase: Phase) -> float:
+        """Add the gradients of L_dec, active while ρ is under its target and scaled to λ_d times the norm of L_inc's, and of λ_p L_pol.
+
+        Returns ρ.
+        """
         scores = {name: score(layer.a) for name, layer in self.layers.items()}
         removed = self.removed(scores, phase)
+        if self.first_removed is None:
+            self.first_removed = removed.item()
+        target = self.first_removed + (self.budget.ratio - self.first_removed) * self.method.explored(step)
         parameters = [layer.a for layer in self.layers.values()]
         length = torch.cat([a.grad.flatten() for a in parameters if a.grad is not None]).norm()
         terms = []
-        if removed.item() < self.budget.ratio:
-            terms.append((self.budget.ratio - removed, self.method.decrease))
+        if removed.item() < target:
+            terms.append((target - removed, self.method.decrease))
         if phase.polarisation > 0:
             gates = torch.cat([gate(s, phase.temperature) for s in scores.values()])
             terms.append((polarisation(gates), phase.polarisation))
@@ -203,9 +210,7 @@ class _Run:
 
     def cut(self) -> None:
         """The final cut: the largest scores within the budget stay; a layer that costs as much as the dense one becomes it."""
-        scored = {
-            name: learned(self.measurements[name], score(layer.a.detach()), layer.d) for name, layer in self.layers.items()
-        }
+        scored = {name: learned(self.measurements[name], score(layer.a.detach()), layer.d) for name, layer in self.layers.items()}
         self.ranks = self.method.allocate(scored, self.budget, self.available)
         self.kept = {}
         for name, layer in self.layers.items():
@@ -260,7 +265,7 @@ class _Run:
             if self.kept is not None:
                 tensors[f"{name}.kept"] = self.kept[name]
         metadata = {"step": str(step), "fingerprint": self.fingerprint(), "curve": json.dumps(self.curve.__dict__)}
-        metadata["ranks"] = json.dumps(self.ranks)
+        metadata |= {"ranks": json.dumps(self.ranks), "first_removed": json.dumps(self.first_removed)}
         partial = file.with_suffix(".partial")
         save_file(tensors, partial, metadata=metadata)
         partial.replace(file)
@@ -286,10 +291,11 @@ class _Run:
                     with torch.no_grad():
                         parameter.copy_(tensors[f"{name}.{key}"])
                     self.optimizer.state[parameter] = {
-                        part: tensors[f"{name}.{key}.{part}"].to(parameter.device if part != "step" else "cpu") for part in ("exp_avg", "exp_avg_sq", "step")
+                        part: tensors[f"{name}.{key}.{part}"].to(parameter.device if part != "step" else "cpu")
+                        for part in ("exp_avg", "exp_avg_sq", "step")
                     }
         self.curve = LossCurve(**json.loads(metadata["curve"]))
-        self.ranks = json.loads(metadata["ranks"])
+        self.ranks, self.first_removed = json.loads(metadata["ranks"]), json.loads(metadata["first_removed"])
         if self.ranks is not None:
             self.kept = {name: tensors[f"{name}.kept"].to(layer.a.device) for name, layer in self.layers.items()}
         return int(metadata["step"])

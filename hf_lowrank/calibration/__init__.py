@@ -1,6 +1,17 @@
 """Texts → token batches; block inputs; statistics."""
 
 from .batches import TokenBatch, calibration_batches, fingerprint
-from .blocks import BlockBatch, block_statistics, capture, run_block
+from .blocks import BlockBatch, block_statistics, capture, run_block, shifted_sums
+from .gradients import squared_gradients
 
-__all__ = ["BlockBatch", "TokenBatch", "block_statistics", "calibration_batches", "capture", "fingerprint", "run_block"]
+__all__ = [
+    "BlockBatch",
+    "TokenBatch",
+    "block_statistics",
+    "calibration_batches",
+    "capture",
+    "fingerprint",
+    "run_block",
+    "shifted_sums",
+    "squared_gradients",
+]

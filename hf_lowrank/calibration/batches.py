@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,9 @@ class TokenBatch:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
-def calibration_batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any = None, calibration: Any = None) -> list[TokenBatch]:
+def calibration_batches(
+    model: PreTrainedModel, config: CompressionConfig, tokenizer: Any = None, calibration: Any = None
+) -> list[TokenBatch]:
     """Make calibration batches from `calibration`, or from `config.calibration` if it is None.
 
     Args:
@@ -55,9 +57,9 @@ def calibration_batches(model: PreTrainedModel, config: CompressionConfig, token
         raise CompressionError("calibration: found an empty iterable, expected texts, token ids, chats or batches")
     if isinstance(items[0], str):
         return _rows_to_batches(_choose_windows(token_stream(_needed(tokenizer, "texts"), items), length, config))
-    if isinstance(items[0], dict) and "input_ids" in items[0]:
+    if isinstance(items[0], Mapping) and "input_ids" in items[0]:
         return [_batch_from_mapping(item) for item in items]
-    if isinstance(items[0], dict) and "text" in items[0]:
+    if isinstance(items[0], Mapping) and "text" in items[0]:
         return calibration_batches(model, config, tokenizer, [item["text"] for item in items])
     rows = [_token_ids(item, tokenizer)[:length] for item in items[: config.samples]]
     return _pad_rows([row for row in rows if row.numel()])
@@ -71,7 +73,9 @@ def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_SEQUENCE
     if config.sequence_length is not None and config.sequence_length > context:
-        raise CompressionError(f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} tokens")
+        raise CompressionError(
+            f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} tokens"
+        )
     return config.sequence_length or min(context, LONGEST_SEQUENCE)
 
 
@@ -89,7 +93,9 @@ def fingerprint(batches: Iterable[TokenBatch]) -> str:
 def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> Tensor:
     rows = windows(stream, length)
     if len(rows) < config.samples:
-        logger.warning("calibration text has %d sequences of %d tokens, fewer than the %d asked for; all are used", len(rows), length, config.samples)
+        logger.warning(
+            "calibration text has %d sequences of %d tokens, fewer than the %d asked for; all are used", len(rows), length, config.samples
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     return rows[order[: config.samples].sort().values]
 

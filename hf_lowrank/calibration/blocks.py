@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
 from .batches import TokenBatch
-from .statistics import StatisticsCollector
+from .statistics import ShiftedSums, StatisticsCollector
 
 
 @dataclass
@@ -21,11 +21,13 @@ class BlockBatch:
         hidden: input of the next block, (B, T, d).
         calls: for each block, the other positional and keyword arguments with which the model called it.
         mask: (B, T) of the tokens that count; None for all.
+        shifted: input of the next block in the compressed model, for methods that compare the two.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     mask: Tensor | None
+    shifted: Tensor | None = None
 
 
 @torch.no_grad()
@@ -64,15 +66,17 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
             handle.remove()
     if called != list(blocks):
         missing = sorted(set(blocks) - set(called)) or called
-        raise CompressionError(f"{type(model).__name__}: its blocks were not called once each in order ({missing[:3]}); this architecture is not supported")
+        raise CompressionError(
+            f"{type(model).__name__}: its blocks were not called once each in order ({missing[:3]}); this architecture is not supported"
+        )
     return BlockBatch(first_hidden[0], calls, batch.attention_mask)
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
-    """The block's hidden states for a batch, called as the model called it."""
+def run_block(block: nn.Module, index: int, batch: BlockBatch, hidden: Tensor | None = None) -> Tensor:
+    """The block's hidden states for a batch, or for other `hidden` states, called as the model called it."""
     args, kwargs = batch.calls[index]
-    output = block(batch.hidden, *args, **kwargs)
+    output = block(batch.hidden if hidden is None else hidden, *args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -87,6 +91,19 @@ def block_statistics(
             collector.start_batch(batch.mask)
             outputs.append(run_block(block, index, batch))
     return collector.statistics(), outputs
+
+
+@torch.no_grad()
+def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module]) -> ShiftedSums:
+    """Sums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
+    sums = ShiftedSums(layers)
+    for batch in batches:
+        with sums.inputs() as dense:
+            run_block(block, index, batch)
+        with sums.inputs() as shifted:
+            run_block(block, index, batch, batch.shifted)
+        sums.add(dense, shifted, batch.mask)
+    return sums
 
 
 def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:

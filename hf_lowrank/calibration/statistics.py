@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,14 +60,9 @@ class StatisticsCollector:
                 self._seen.append((x, name))
                 if name not in self._sums:
                     self._sums[name] = _Sums(x, self.needs_gram)
-                self._sums[name].add(self._counted_tokens(x))
+                self._sums[name].add(_counted(x, self._mask))
 
         return count
-
-    def _counted_tokens(self, x: Tensor) -> Tensor:
-        if self._mask is not None and x.shape[: self._mask.dim()] == self._mask.shape:
-            return x[self._mask.bool()]
-        return x.flatten(0, -2)
 
 
 class _Sums:
@@ -90,7 +86,9 @@ class _Sums:
     def statistics(self, name: str) -> Statistics:
         if not bool(self.total_square.isfinite().all()):
             channel = int((~self.total_square.isfinite()).nonzero()[0])
-            raise NumericalError(f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype")
+            raise NumericalError(
+                f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype"
+            )
         tokens = max(self.tokens, 1)
         return Statistics(
             tokens=self.tokens,
@@ -99,3 +97,47 @@ class _Sums:
             mean_abs=self.total_abs / tokens,
             gram=self.gram,
         )
+
+
+class ShiftedSums:
+    """Ĉ = Σ x̂ x̂ᵀ and M = Σ x x̂ᵀ of a block's linear layers: dense inputs x against those of the compressed model, token by token."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.layers = layers
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        """While active, the last input of every layer is kept, by name."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                kept[name] = inputs[0].detach()
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(keep(name)) for name, module in self.layers.items()]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, dense: dict[str, Tensor], shifted: dict[str, Tensor], mask: Tensor | None) -> None:
+        """Count the tokens of one batch that the mask (B, T) lets through."""
+        for name, x in dense.items():
+            x, y = (_counted(each, mask).double() for each in (x, shifted[name]))
+            gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
+            self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
+
+    def extend(self, name: str, statistics: Statistics) -> Statistics:
+        """The statistics of a layer with its two matrices."""
+        gram, cross = self._sums[name]
+        return replace(statistics, shifted_gram=gram, cross_gram=cross)
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and x.shape[: mask.dim()] == mask.shape:
+        return x[mask.bool()]
+    return x.flatten(0, -2)

@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
-    "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}},
+    "c4": {
+        "path": "allenai/c4",
+        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    },
 }
 """Datasets by the names that papers use, as `datasets.load_dataset` takes them."""
 
@@ -37,7 +41,7 @@ def read_documents(source: str, split: str = "train", limit: int | None = None) 
     try:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
             text = stream.read()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise CompressionError(f"{source}: cannot be read as UTF-8 text ({error})") from error
     documents = [part.strip("\n") for part in text.split(DOCUMENT_SEPARATOR)] if DOCUMENT_SEPARATOR in text else [text]
     documents = [document.strip() if len(documents) > 1 else document for document in documents if document.strip()]
@@ -65,7 +69,9 @@ def windows(stream: Tensor, length: int, stride: int | None = None) -> Tensor:
         CompressionError: if the stream is shorter than one window.
     """
     if stream.numel() < length:
-        raise CompressionError(f"the text has {stream.numel()} tokens, fewer than one window of {length}; give more text or a shorter sequence length")
+        raise CompressionError(
+            f"the text has {stream.numel()} tokens, fewer than one window of {length}; give more text or a shorter sequence length"
+        )
     return stream.unfold(0, length, stride or length)
 
 
@@ -83,4 +89,6 @@ def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
         return [row["text"] for row, _ in zip(rows, range(limit or 10_000), strict=False)]
     except Exception as error:  # datasets raises many kinds when offline; all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CompressionError(f"dataset {name!r} cannot be loaded ({reason}); without network use a text file or calibration='self'") from error
+        raise CompressionError(
+            f"dataset {name!r} cannot be loaded ({reason}); without network use a text file or calibration='self'"
+        ) from error

@@ -93,7 +93,7 @@ def evaluate_windows(
                 scored[0] = True
         sums += _score(model, batch, scored, source, reference)
         first += len(batch)
-    tokens, nll, reference_nll, kl, agreements = (sums / sums[0]).tolist()
+    _, nll, reference_nll, kl, agreements = (sums / sums[0]).tolist()
     measured = Evaluation(source, len(rows), length, stride, int(sums[0]), nll, math.exp(min(nll, 700.0)))
     if reference is None:
         return measured
@@ -118,5 +118,7 @@ def _score(model: PreTrainedModel, batch: Tensor, scored: Tensor, source: str, r
 def _log_probabilities(model: PreTrainedModel, batch: Tensor, scored: Tensor, source: str) -> Tensor:
     logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1].float().cpu()[scored]
     if not bool(logits.isfinite().all()):
-        raise NumericalError(f"{source}: {type(model).__name__} gives logits that are not finite; the model is broken, or its dtype too narrow")
+        raise NumericalError(
+            f"{source}: {type(model).__name__} gives logits that are not finite; the model is broken, or its dtype too narrow"
+        )
     return logits.log_softmax(dim=-1)

@@ -89,7 +89,9 @@ class Decomposition:
     scale_out: Tensor | None = None
     bias: Tensor | None = None
 
-    def to_layer(self, out_features: int, in_features: int, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> SparseLowRankLinear:
+    def to_layer(
+        self, out_features: int, in_features: int, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> SparseLowRankLinear:
         """The compressed layer, rounded once to `dtype`; `bias` (m,) is that of the dense layer."""
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if bias is not None:

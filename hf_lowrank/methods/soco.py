@@ -52,7 +52,7 @@ class SoCo(SpectralMethod):
     base: str = field(default="whitened", metadata={"help": "'whitened' or 'plain' singular value decomposition to start from"})
     deviation: bool = field(default=True, metadata={"help": "learn the deviation term d, stored as a bias"})
     loss: str = field(default="kl", metadata={"help": "L_inc: 'kl' to the dense model, or 'cross_entropy' on the calibration text"})
-    decrease: float = field(default=3.0, metadata={"help": "λ_d: norm of L_dec's gradient relative to L_inc's"})
+    decrease: float = field(default=1.0, metadata={"help": "λ_d: norm of L_dec's gradient relative to L_inc's"})
     finish_steps: int = field(default=40, metadata={"help": "steps that re-fit scores and deviation after the final cut"})
 
     source: ClassVar[str] = "SoCo, arXiv 2502.15092"
@@ -76,8 +76,12 @@ class SoCo(SpectralMethod):
     def allocate(self, measurements: dict[str, Measurement], budget: ModelBudget, available: int) -> dict[str, int | None]:
         """Keep the components of the largest scores, whatever their energy, until the budget is met."""
         price, dense_price, fixed = prices(measurements, budget)
-        by_score = {name: (m.scores * price[name]).tolist() for name, m in measurements.items()}
+        by_score = {name: (m.require_scores() * price[name]).tolist() for name, m in measurements.items()}
         return greedy_ranks(by_score, price, dense_price, fixed, available)
+
+    def explored(self, step: int) -> float:
+        """How far phase 1 has come, 0 to 1; the target of ρ rises with it, so that the pace does not depend on λ_d."""
+        return min(step / (EXPLORATION * self.steps), 1.0)
 
     def phase(self, step: int) -> Phase:
         """The schedule (papers §2.3): T falls from 0.1 to 0.02 over phase 3, where λ_p rises from 0 to 1."""

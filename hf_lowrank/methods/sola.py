@@ -38,8 +38,12 @@ class SoLA(SpectralMethod):
     """Soft activation sparsity: prime neurons exact, marginal neurons and attention by whitened low rank, adaptive ranks."""
 
     prime_share: float = field(default=0.15, metadata={"help": "share of the feed-forward neurons that are kept exactly"})
-    allocation: str = field(default="exact", metadata={"help": "'exact' greedy over all layers, or 'components': the paper's rule, one rank per type of layer"})
-    skip_blocks: int | None = field(default=None, metadata={"help": "dense blocks at either end; default: the paper's 2 of 32, scaled to the model"})
+    allocation: str = field(
+        default="exact", metadata={"help": "'exact' greedy over all layers, or 'components': the paper's rule, one rank per type of layer"}
+    )
+    skip_blocks: int | None = field(
+        default=None, metadata={"help": "dense blocks at either end; default: the paper's 2 of 32, scaled to the model"}
+    )
     neuron_score: str = field(default="activation", metadata={"help": "'activation': mean |h_j|; 'output': mean |h_j| ‖W_d[:, j]‖₂"})
 
     source: ClassVar[str] = "SoLA, arXiv 2604.03258"
@@ -96,7 +100,9 @@ class SoLA(SpectralMethod):
         wanted = component_ranks(measurements, budget, available) if self.allocation == "components" else None
         price, dense_price, fixed = prices(measurements, budget)
         if wanted is not None:
-            return fitted_ranks(wanted, price, dense_price, fixed, {name: len(m.factorization.sigma) for name, m in measurements.items()}, available)
+            return fitted_ranks(
+                wanted, price, dense_price, fixed, {name: len(m.factorization.sigma) for name, m in measurements.items()}, available
+            )
         energies = {name: (m.factorization.sigma**2 / total_energy(m)).tolist() for name, m in measurements.items()}
         return greedy_ranks(energies, price, dense_price, fixed, available)
 
@@ -127,7 +133,9 @@ def component_ranks(measurements: dict[str, Measurement], budget: ModelBudget, a
     while True:
         ranks = _searched_ranks(measurements, excluded, budget, available)
         near_dense = {
-            name for name, rank in ranks.items() if rank + DENSE_WITHIN_STEPS * _grid(measurements[name]) > _break_even(measurements[name].layer)
+            name
+            for name, rank in ranks.items()
+            if rank + DENSE_WITHIN_STEPS * _grid(measurements[name]) > _break_even(measurements[name].layer)
         }
         if near_dense <= excluded or len(excluded | near_dense) == len(ranks) + len(excluded):
             break
@@ -166,7 +174,9 @@ def _searched_ranks(measurements: dict[str, Measurement], excluded: set[str], bu
             unsearched += fixed[name] + int((1 - budget.ratio) * _break_even(m.layer)) * price[name]
     clamp = FIRST_CLAMP
     while unsearched + sum(fixed[name] + ranks[name] * price[name] for name in ranks) > available:
-        falls = {name: energy(name, ranks[name]) - energy(name, ranks[name] - _grid(m)) for name, m in searched.items() if ranks[name] > _grid(m)}
+        falls = {
+            name: energy(name, ranks[name]) - energy(name, ranks[name] - _grid(m)) for name, m in searched.items() if ranks[name] > _grid(m)
+        }
         if not falls:
             break
         candidates = [name for name, fall in falls.items() if fall <= clamp and energy(name, ranks[name]) >= LEAST_ENERGY]

@@ -128,6 +128,12 @@ class Measurement:
     scores: Tensor | None = None
     bias: Tensor | None = None
 
+    def require_scores(self) -> Tensor:
+        """The learned scores; an error before they are learned."""
+        if self.scores is None:
+            raise CompressionError(f"{self.layer.name}: its spectrum has no learned scores yet; call `learned` first")
+        return self.scores
+
     @property
     def spec(self) -> LayerSpec:
         """What is stored at rank 0."""

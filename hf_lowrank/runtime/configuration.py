@@ -131,7 +131,9 @@ class LayerSpec:
                 raise _bad_field(layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it")
         for name in known - OPTIONAL_FIELDS:
             if name not in values:
-                raise CheckpointError(f"{layer}: the field {name!r} is missing in quantization_config.layers; the config is damaged, download it again")
+                raise CheckpointError(
+                    f"{layer}: the field {name!r} is missing in quantization_config.layers; the config is damaged, download it again"
+                )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +168,9 @@ class CompressionConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
     )
-    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"})
+    provenance: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
     layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
     quant_method: str = field(default=QUANT_METHOD, init=False, metadata={"help": "the name under which transformers finds the plugin"})
@@ -174,12 +178,21 @@ class CompressionConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove")
-        for name in ("samples", "sequence_length"):
+        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least 1")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise CompressionError(f"seed: found {self.seed!r}, expected a whole number of at least 0")
+            if name == "sequence_length" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least {least}")
+        for name in ("method", "calibration"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a name")
+        for name in ("options", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
+        names = self.modules_to_not_convert
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CompressionError(f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns")
         if self.accounting not in ("bits", "paper"):
             raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
 
@@ -202,7 +215,9 @@ class CompressionConfig(QuantizationConfigMixin):
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in values:
             if name not in known:
-                raise CheckpointError(f"quantization_config.{name}: unknown field; a newer hf_lowrank may know it (pip install -U hf_lowrank)")
+                raise CheckpointError(
+                    f"quantization_config.{name}: unknown field; a newer hf_lowrank may know it (pip install -U hf_lowrank)"
+                )
         layers = values.pop("layers", {})
         if not isinstance(layers, dict):
             raise CheckpointError(f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name")

@@ -340,7 +340,7 @@ def _form_of(part: Tensor | Quantized | None) -> tuple[int, int]:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast does to the input of `nn.Linear`, which it cannot do for operations it does not know."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    """What autocast does to the input of `nn.Linear` (float64 excepted), which it cannot do for operations it does not know."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

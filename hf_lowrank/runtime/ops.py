@@ -137,7 +137,7 @@ def plain_binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, s
 def plain_binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `binary_linear` in `scale_in` (b, n) and `scale_out` (m, b)."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    g, inputs = grad.flatten(0, -2).to(compute), x.flatten(0, -2).to(compute)
+    g, inputs = _as_matrix(grad).to(compute), _as_matrix(x).to(compute)
     in_grad = torch.zeros(scale_in.shape, dtype=compute, device=x.device)
     out_grad = []
     for rows in row_tiles(sign_bits, x):
@@ -274,10 +274,10 @@ def _lowrank_backward(ctx, grad):  # type: ignore[no-untyped-def]
     grad_x = inner_grad @ lowrank_a.to(grad.dtype) if ctx.needs_input_grad[0] else None
     grad_a = grad_b = None
     if ctx.needs_input_grad[1]:
-        grad_a = (inner_grad.flatten(0, -2).T @ x.flatten(0, -2)).to(lowrank_a.dtype)
+        grad_a = (_as_matrix(inner_grad).T @ _as_matrix(x)).to(lowrank_a.dtype)
     if ctx.needs_input_grad[2]:
         inner = F.linear(x, lowrank_a.to(x.dtype))
-        grad_b = (grad.flatten(0, -2).T @ inner.flatten(0, -2)).to(lowrank_b.dtype)
+        grad_b = (_as_matrix(grad).T @ _as_matrix(inner)).to(lowrank_b.dtype)
     return grad_x, grad_a, grad_b
 
 

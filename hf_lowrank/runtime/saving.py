@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
@@ -26,6 +27,7 @@ RUNTIME_FILES = (
     "validation.py",
 )
 REPORT_FILE = "compression_report.json"
+CARD_FILE = "README.md"
 ENTRY_MODULE = "modeling_hf_lowrank"
 
 AUTO_CLASSES = (
@@ -48,42 +50,96 @@ AUTO_CLASSES = (
 logger = logging.getLogger(__name__)
 
 
+class Publisher(Protocol):
+    """What the installed package adds to a save: the model card and the upload."""
+
+    def write_card(self, folder: Path, name: str | None) -> None:
+        """Write the card of the checkpoint in `folder`; `name` is how `from_pretrained` will call it."""
+
+    def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
+        """Upload the folder as one state of the repo."""
+
+
 class CompleteSave:
     """Stands in for `model.save_pretrained`: companions first (a push uploads what it finds), then transformers' own save.
 
     It lives on the instance, so that the model's class stays the native one; it copies and pickles with the model.
+
+    Attributes:
+        publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came from, and
+            leaves pushing to transformers.
     """
+
+    publisher: ClassVar[Publisher | None] = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.tokenizer: Any = None
         self.report: dict[str, Any] | None = None
 
-    def __call__(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        model = self.model
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model, folder = self.model, Path(save_directory)
         model.config.auto_map = auto_map(model)
-        if is_main_process and not os.path.isfile(save_directory):
-            os.makedirs(save_directory, exist_ok=True)
-            self.write_companions(Path(save_directory))
+        if is_main_process and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write_companions(folder)
+        publisher = CompleteSave.publisher
+        if publisher is None:
+            type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message", "create_pr") if key in kwargs}
         type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process and folder.is_dir():
+            publisher.write_card(folder, name)
+            if push_to_hub:
+                publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
     def write_companions(self, folder: Path) -> None:
-        """Write the runtime's files, the report and the tokenizer; the latter two from where the model came from if need be."""
+        """Write the runtime's files, the report, the tokenizer and the card; the latter three from where the model came from if need be."""
         here = Path(__file__).parent
         for name in RUNTIME_FILES:
             if here.resolve() != folder.resolve():
                 shutil.copyfile(here / name, folder / name)
-        source = getattr(self.model.config, "_name_or_path", "")
         if self.report is not None:
             (folder / REPORT_FILE).write_text(json.dumps(self.report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        elif report := _find(source, REPORT_FILE):
-            if Path(report).resolve() != (folder / REPORT_FILE).resolve():
-                shutil.copyfile(report, folder / REPORT_FILE)
+        else:
+            self.carry_over(REPORT_FILE, folder)
+        if CompleteSave.publisher is None:
+            self.carry_over(CARD_FILE, folder)
         tokenizer = self.tokenizer
-        if tokenizer is None and _find(source, "tokenizer_config.json"):
-            tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer is None and self.find("tokenizer_config.json"):
+            config = self.model.config
+            tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, revision=getattr(config, "_commit_hash", None))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+
+    def carry_over(self, name: str, folder: Path) -> None:
+        """Copy a file of the checkpoint that the model came from, if that has it."""
+        found = self.find(name)
+        if found and Path(found).resolve() != (folder / name).resolve():
+            shutil.copyfile(found, folder / name)
+
+    def find(self, name: str) -> str | None:
+        """A file of the checkpoint that the model came from, fetched if need be; None if that has no such file or cannot be reached."""
+        config = self.model.config
+        source = getattr(config, "_name_or_path", "")
+        if not source or os.path.isdir(source):
+            path = Path(source) / name
+            return str(path) if source and path.is_file() else None
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+        revision = getattr(config, "_commit_hash", None)
+        try:
+            found = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
+            return found or cached_file(source, name, revision=revision, **quiet)
+        except (OSError, ValueError):
+            return None
 
     @staticmethod
     def attach(model: PreTrainedModel) -> "CompleteSave":
@@ -91,14 +147,29 @@ class CompleteSave:
         save = model.__dict__.get("save_pretrained")
         if not isinstance(save, CompleteSave):
             save = model.__dict__["save_pretrained"] = CompleteSave(model)
+            if CompleteSave.publisher is not None:
+                model.__dict__["push_to_hub"] = CompletePush(save, CompleteSave.publisher)
         return save
 
     @staticmethod
     def detach(model: PreTrainedModel) -> None:
         """Back to transformers' own save, for a model that is dense again."""
         model.__dict__.pop("save_pretrained", None)
+        model.__dict__.pop("push_to_hub", None)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map
+
+
+class CompletePush:
+    """Stands in for `model.push_to_hub`, which would put a card without content in the place of the model's own."""
+
+    def __init__(self, save: CompleteSave, publisher: Publisher) -> None:
+        self.save, self.publisher = save, publisher
+
+    def __call__(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, max_shard_size=max_shard_size, name=repo_id)
+            return self.publisher.upload(Path(folder), repo_id, **options)
 
 
 def auto_map(model: PreTrainedModel) -> dict[str, str]:
@@ -109,16 +180,3 @@ def auto_map(model: PreTrainedModel) -> dict[str, str]:
         if auto_class is not None and type(model.config) in auto_class._model_mapping:
             entries[name] = f"{ENTRY_MODULE}.Compressed{name}"
     return entries
-
-
-def _find(source: str, name: str) -> str | None:
-    """Where a file of the checkpoint that the model came from lies on this machine, if it has one."""
-    if not source:
-        return None
-    try:
-        return cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False, local_files_only=True,
-        )
-    except OSError:
-        return None

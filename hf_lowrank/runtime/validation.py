@@ -75,7 +75,9 @@ def validate_files(config: CompressionConfig, shapes: Mapping[str, tuple[int, in
             stored.get(layer, set()).discard("bias")
         for tensor, (shape, kind) in expected.items():
             if f"{layer}.{tensor}" not in headers:
-                raise CheckpointError(f"{layer}.{tensor}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again")
+                raise CheckpointError(
+                    f"{layer}.{tensor}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again"
+                )
             dtype, found, file = headers[f"{layer}.{tensor}"]
             if found != shape or dtype not in (FLOAT_TYPES if kind == "float" else ("U8",)):
                 raise CheckpointError(
@@ -83,7 +85,9 @@ def validate_files(config: CompressionConfig, shapes: Mapping[str, tuple[int, in
                 )
         extra = stored.get(layer, set()) - expected.keys()
         if extra:
-            raise CheckpointError(f"{layer}: unexpected tensors {sorted(extra)} in the checkpoint's files; they do not belong to its config")
+            raise CheckpointError(
+                f"{layer}: unexpected tensors {sorted(extra)} in the checkpoint's files; they do not belong to its config"
+            )
 
 
 def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -104,5 +108,7 @@ def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, RecursionError) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error}); download it again") from error
     if os.path.getsize(file) != size:
-        raise CheckpointError(f"{file}: {os.path.getsize(file)} bytes, expected {size}; the file is truncated or damaged, download it again")
+        raise CheckpointError(
+            f"{file}: {os.path.getsize(file)} bytes, expected {size}; the file is truncated or damaged, download it again"
+        )
     return result

@@ -16,9 +16,10 @@ from hf_lowrank import CheckpointError, CompressionConfig, compress
 from hf_lowrank.hub import check_complete
 from hf_lowrank.inspection import inspect_checkpoint
 from hf_lowrank.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
-from hf_lowrank.runtime.saving import REPORT_FILE
+from hf_lowrank.runtime.saving import REPORT_FILE, RUNTIME_FILES
 from tests.support.hub_card import check_card
 from tests.support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
+from tests.support.hub_storage import Repository
 
 QUALITY = {
     "metric": "perplexity",
@@ -109,6 +110,33 @@ def test_a_pushed_model_opens_on_both_routes(hub, folder, saved, tmp_path):
     assert "Written by hand." in card
 
 
+PUSH_MODEL = """
+import sys
+if sys.argv[1] == "remote code":
+    sys.modules["hf_lowrank"] = None
+else:
+    import hf_lowrank
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=sys.argv[1] == "remote code")
+model.push_to_hub(sys.argv[3], tags=["mine"], max_shard_size="40KB")
+model.push_to_hub(sys.argv[3])
+"""
+
+
+def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
+    """`model.push_to_hub`, by plugin and then by remote code from that repo: all files arrive, the card too, and no old shard is left."""
+    hub.client(PUSH_MODEL, "plugin", folder, "tester/first", home=tmp_path / "a", token=WRITE_TOKEN)
+    hub.client(PUSH_MODEL, "remote code", "tester/first", "tester/second", home=tmp_path / "b", token=WRITE_TOKEN)
+    expected = {*RUNTIME_FILES, "README.md", REPORT_FILE, "config.json", "generation_config.json", "model.safetensors", ".gitattributes"}
+    for name in ("tester/first", "tester/second"):
+        commit = Repository(hub.root / name).read_commit("main")
+        assert commit is not None
+        assert set(commit.files) == expected
+        card = ModelCard.load(Repository(hub.root / name).content_path(commit.files["README.md"]))
+        assert {"hf_lowrank", "slab"} <= set(card.data.tags)
+        assert "removed, reached" in card.text
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -167,7 +195,7 @@ def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
 
 
 def test_an_evaluation_becomes_rows_of_the_card(folder):
-    """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by its name alone."""
+    """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by the end of its path."""
     figures = {"windows": 3, "window": 8, "stride": 8, "perplexity": 4.0, "reference_nll": 1.0, "kl": 0.5, "top1_agreement": 0.75}
     record(folder, quality=[row for text in ("wikitext2", "/home/me/private/text.txt") for row in text_quality({**figures, "text": text})])
     card = ModelCard.load(folder / "README.md")
@@ -176,7 +204,7 @@ def test_an_evaluation_becomes_rows_of_the_card(folder):
         for dataset in ("Salesforce/wikitext", "custom")
         for metric, value in (("perplexity", 4.0), ("kl_divergence", 0.5), ("top1_agreement", 0.75))
     ]
-    assert "text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
+    assert "private/text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
     assert "/home/me" not in str(card)
 
 

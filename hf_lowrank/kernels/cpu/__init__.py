@@ -32,6 +32,15 @@ def register() -> None:
         register_kernel(operation, "cpu", "cpp", kernel)
 
 
+def describe(operation: str) -> tuple[str, str]:
+    """Name of the back end of an operation, and what it does here or why it cannot."""
+    if native.library() is None:
+        return "torch", "the C++ library was not built; install a C++ compiler and reinstall hf_lowrank"
+    many = "torch" if operation == "lowrank_linear" else "tiles unpacked in C++ and multiplied by torch"
+    name = native.INSTRUCTION_SETS[native.instruction_set()]
+    return f"cpp ({name})", f"up to {FEW_TOKENS} tokens from the packed form, more: {many}; bfloat16, float16, float32"
+
+
 def bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor | None:
     multiply = _multiply if _tokens(x) <= FEW_TOKENS else _multiply_tiles
     return multiply(x, weight_mask.shape[0], weight, weight_mask)
@@ -64,7 +73,7 @@ def _multiply(x: Tensor, rows: int, *parts: Tensor | None, **lowrank: Tensor) ->
     y = x.new_empty(*x.shape[:-1], rows)
     x = x.contiguous()
     product = _product(x, y, x.dtype, rows, *parts, **lowrank)
-    if product is None or native.library().hf_lowrank_multiply(ctypes.byref(product)):
+    if product is None or native.loaded().hf_lowrank_multiply(ctypes.byref(product)):
         return None
     return y
 
@@ -80,7 +89,7 @@ def _multiply_tiles(x: Tensor, rows: int, *parts: Tensor | None) -> Tensor | Non
     y = x.new_empty(inputs.shape[0], rows)
     for first in range(0, rows, len(tile)):
         count = min(len(tile), rows - first)
-        native.library().hf_lowrank_unpack(ctypes.byref(product), ctypes.c_int64(first), ctypes.c_int64(count))
+        native.loaded().hf_lowrank_unpack(ctypes.byref(product), ctypes.c_int64(first), ctypes.c_int64(count))
         y[:, first : first + count] = F.linear(inputs, tile[:count])
     return y.view(*x.shape[:-1], rows)
 

@@ -325,6 +325,11 @@ struct BinaryLoop {
         int64_t width = (x.columns + 7) / 8;
         int64_t table_size = x.padded / kTableColumns * kTableEntries;
         __m512i words[16][kParts];
+        // The memory would idle meanwhile: fetch the next block's signs, or the first rows that sparse_rows takes next.
+        int64_t row_bytes = product.values ? product.kept * element_size(DType(product.values_dtype)) : width;
+        const char* soon = product.values ? static_cast<const char*>(product.values) + rows.first * row_bytes
+                                          : reinterpret_cast<const char*>(product.signs + (rows.first + kBlockRows) * width);
+        Ahead ahead = Ahead::of(soon, row_bytes * (product.values ? kBlockRows / 4 : kBlockRows), (width + 63) / 64 * kBlockRows);
         for (int64_t term = 0; term < product.binary_rank; ++term) {
             const float* tables = x.tables + (term * x.tokens + rows.first_token) * table_size;
             __m512 sums[T][kParts];
@@ -337,6 +342,7 @@ struct BinaryLoop {
                     for (int i = 0; i < 16; ++i) {
                         int64_t row = part * 16 + i;
                         const uint8_t* at = product.signs + (rows.first + row) * width + byte;
+                        Ahead::fetch(ahead);
                         bits[i] = row < rows.count ? _mm512_maskz_loadu_epi8(present, at) : _mm512_setzero_si512();
                     }
                     transpose_words(bits, &words[0][part], kParts);

@@ -56,6 +56,13 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(path))
 
 
+def loaded() -> ctypes.CDLL:
+    """The library, for kernels, which are only registered where there is one."""
+    native = library()
+    assert native is not None
+    return native
+
+
 @cache
 def best_instruction_set() -> str:
     """The fastest instruction set that both the library and this processor have."""
@@ -94,5 +101,7 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 def _number(name: str) -> int:
     available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best_instruction_set()) + 1]
     if name not in available:
-        raise ValueError(f"instruction set {name!r} is not available here, expected one of {', '.join(available)}; unset {ENVIRONMENT_VARIABLE}")
+        raise ValueError(
+            f"instruction set {name!r} is not available here, expected one of {', '.join(available)}; unset {ENVIRONMENT_VARIABLE}"
+        )
     return INSTRUCTION_SETS.index(name)

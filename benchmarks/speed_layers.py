@@ -1,0 +1,37 @@
+"""The per-layer table of speed.md: `python benchmarks/speed_layers.py [--threads 1 4] [--tokens 1] [--shapes 4096x4096 ...]`."""
+
+import argparse
+
+from hf_lowrank.evaluation.speed import LayerSpeed, benchmark_layers
+
+HEADER = (
+    "| layout | shape | tokens | threads | dense ms | compressed ms (spread) | × dense | bytes limit | share of limit | GB/s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(result: LayerSpeed) -> str:
+    share = "–" if result.share_of_limit is None else f"{result.share_of_limit:.2f}"
+    return (
+        f"| {result.layout} | {result.rows} × {result.columns} | {result.tokens} | {result.threads} | {result.dense.median * 1e3:.3f} "
+        f"| {result.compressed.median * 1e3:.3f} ({result.compressed.spread * 1e3:.3f}) | {result.ratio:.2f} | {result.bytes_limit:.2f} "
+        f"| {share} | {result.bandwidth / 1e9:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], help="out x in")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    print(HEADER)
+    for shape in arguments.shapes:
+        rows, columns = map(int, shape.split("x"))
+        for result in benchmark_layers([(rows, columns)], tokens=arguments.tokens, threads=arguments.threads, repeats=arguments.repeats):
+            print(row(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The end-to-end table of speed.md: a Llama of 1.1 B parameters with random weights, dense and with every block linear compressed.
+
+`python benchmarks/speed_model.py [--threads 4] [--layout "SLaB 50 %"] [--prompt 512] [--new 32]`
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lowrank.evaluation.speed import PAPER_LAYOUTS, benchmark_model, random_layer
+from hf_lowrank.runtime.configuration import LayerSpec
+
+CONFIG = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=32000,
+    max_position_embeddings=2048,
+)
+
+
+def dense(layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig.from_dict({**CONFIG.to_dict(), "num_hidden_layers": layers})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def compressed(layers: int, layout: Callable[[int, int], LayerSpec]) -> LlamaForCausalLM:
+    config = LlamaConfig.from_dict({**CONFIG.to_dict(), "num_hidden_layers": layers})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for block in model.model.layers:
+        for name, linear in list(block.named_modules()):
+            if isinstance(linear, nn.Linear):
+                rows, columns = linear.weight.shape
+                block.set_submodule(name, random_layer(layout(rows, columns), rows, columns, torch.bfloat16))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layout", default="SLaB 50 %", choices=PAPER_LAYOUTS)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=CONFIG.num_hidden_layers)
+    arguments = parser.parse_args()
+    layout = PAPER_LAYOUTS[arguments.layout]
+    results = benchmark_model(
+        {"dense": lambda: dense(arguments.layers), arguments.layout: lambda: compressed(arguments.layers, layout)},
+        prompt_tokens=arguments.prompt,
+        new_tokens=arguments.new,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+    )
+    reference = results[0]
+    print(
+        "| model | GB stored | GB resident | prefill tokens/s (spread s) | decode tokens/s (spread s) | × dense prefill | × dense decode |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for result in results:
+        resident = "–" if result.resident_bytes is None else f"{result.resident_bytes / 1e9:.2f}"
+        print(
+            f"| {result.name} | {result.stored_bytes / 1e9:.2f} | {resident} | {result.prefill_tokens_per_second:.1f} "
+            f"({result.prefill.spread:.2f}) | {result.decode_tokens_per_second:.2f} ({result.decode.spread:.2f}) "
+            f"| {reference.prefill.median / result.prefill.median:.2f} | {reference.decode.median / result.decode.median:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+// Random products through the C interface, for a run under the address and undefined-behaviour sanitizers:
+//
+//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Ihf_lowrank/kernels/cpu
+//       hf_lowrank/kernels/cpu/*.cpp tests/kernels/sanitized_products.cpp -pthread -ldl -o sanitized_products && ./sanitized_products
+//
+// Every tensor has its exact size on the heap, so that a read or write past an end is found; masks may keep more or fewer values
+// than are stored, as in a damaged file.
+#include "product.h"
+
+#include <cstdio>
+#include <random>
+#include <vector>
+
+using namespace hf_lowrank;
+
+extern "C" int32_t hf_lowrank_instruction_set();
+extern "C" int32_t hf_lowrank_multiply(const Product*);
+extern "C" void hf_lowrank_unpack(const Product*, int64_t first_row, int64_t row_count);
+
+int main() {
+    std::mt19937 random(0);
+    auto between = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
+    auto tensor = [&](int64_t elements, DType dtype) {
+        std::vector<char> data(static_cast<size_t>(elements * element_size(dtype)));
+        for (int64_t i = 0; i < elements; ++i) store_from_float(data.data(), i, dtype, std::normal_distribution<float>()(random));
+        return data;
+    };
+    auto bits = [&](int64_t count) {
+        std::vector<uint8_t> data(static_cast<size_t>(count));
+        for (auto& byte : data) byte = static_cast<uint8_t>(between(0, 255));
+        return data;
+    };
+    int products = 0;
+    for (int round = 0; round < 400; ++round) {
+        for (int32_t instruction_set = 0; instruction_set <= hf_lowrank_instruction_set(); ++instruction_set) {
+            DType dtype = DType(between(0, 2)), x_dtype = DType(between(0, 2));
+            int64_t rows = between(1, 150), columns = between(1, 400), tokens = between(1, 20), kept = between(0, columns);
+            int64_t terms = between(1, 3), rank = between(1, 40), width = (columns + 7) / 8;
+            auto x = tensor(tokens * columns, x_dtype), y = tensor(tokens * rows, x_dtype), values = tensor(rows * kept, dtype);
+            auto mask = bits(rows * width), signs = bits(rows * width);
+            auto scale_in = tensor(terms * columns, dtype), scale_out = tensor(rows * terms, dtype), bias = tensor(rows, dtype);
+            auto a = tensor(rank * columns, dtype), b = tensor(rows * rank, dtype), tile = tensor(rows * columns, x_dtype);
+            Product product = {};
+            product.tokens = tokens, product.columns = columns, product.rows = rows;
+            product.x = x.data(), product.y = y.data();
+            product.x_dtype = x_dtype, product.values_dtype = product.scale_dtype = product.lowrank_dtype = product.bias_dtype = dtype;
+            if (between(0, 1)) product.values = values.data(), product.mask = mask.data(), product.kept = kept;
+            if (between(0, 1)) product.signs = signs.data(), product.scale_in = scale_in.data(), product.scale_out = scale_out.data();
+            product.binary_rank = product.signs ? terms : 0;
+            if (between(0, 1)) product.lowrank_a = a.data(), product.lowrank_b = b.data(), product.rank = rank;
+            if (between(0, 1)) product.bias = bias.data();
+            product.threads = static_cast<int32_t>(between(1, 3));
+            product.instruction_set = instruction_set;
+            products += hf_lowrank_multiply(&product) == 0;
+            product.y = tile.data();
+            hf_lowrank_unpack(&product, 0, rows);
+        }
+    }
+    std::printf("%d products, no error found\n", products);
+    return products ? 0 : 1;
+}

@@ -1,0 +1,306 @@
+"""The layers: y = x Wᵀ + bias for the W of `to_dense()`, for everything a layer can store, and `nn.Linear`'s surface around it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from hf_lowrank import CheckpointError, CompressionError, LayerSpec, SparseLowRankBinaryLinear, SparseLowRankLinear
+from hf_lowrank.runtime.layers import build_layer
+
+from .layer_cases import FLOAT_NAMES, LAYOUTS, bits_by_hand, dense_by_hand, layer_cases, make_spec, random_layer
+
+RELATIVE_ERROR = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest ‖y − ŷ‖∞ / ‖y‖∞, a few roundings of the dtype: one per part of a layer, and that of the result."""
+
+FULL = make_spec("bitmask", 5, rank=3, binary_rank=1, bias=True)
+EVERY_PART = [FULL, make_spec("rows", 4, 3, 0, True), make_spec("columns", 4, 3, 0, False), make_spec("none", 0, 3, 2, False)]
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def spec_id(spec: LayerSpec) -> str:
+    return f"{spec.sparse}-{spec.rank}-{spec.binary_rank}"
+
+
+def stored_parameters(layer: nn.Module) -> list[Tensor]:
+    """All but the empty `weight` of a layer that has no sparse part."""
+    return [parameter for parameter in layer.parameters() if parameter.numel()]
+
+
+def expected(layer: nn.Module, x: Tensor) -> Tensor:
+    y = x.double() @ dense_by_hand(layer).T  # type: ignore[arg-type]
+    return y if layer.bias is None else y + layer.bias.detach().double()  # type: ignore[operator, union-attr]
+
+
+def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert found.shape == wanted.shape
+    scale = wanted.abs().max() if wanted.numel() else torch.tensor(1.0)
+    assert torch.all((found.double() - wanted).abs() <= RELATIVE_ERROR[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("binary_rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("sparse", LAYOUTS)
+def test_forward_is_the_dense_product(sparse: str, rank: int, binary_rank: int, bias: bool, dtype: torch.dtype) -> None:
+    layer = random_layer(make_spec(sparse, 7, rank, binary_rank, bias), 20, 27, dtype)
+    x = tokens(5, 27, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert_close(y, expected(layer, x), dtype)
+
+
+@given(case=layer_cases(), seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_any_layer_is_its_dense_matrix(case: tuple[LayerSpec, int, int], seed: int) -> None:
+    spec, m, n = case
+    layer = random_layer(spec, m, n, torch.float64, seed)
+    dense = layer.to_dense()
+    assert torch.allclose(dense, dense_by_hand(layer), rtol=1e-14, atol=1e-14)
+    x = tokens(3, n, dtype=torch.float64)
+    assert_close(layer(x), expected(layer, x), torch.float64)
+
+
+@pytest.mark.parametrize(("m", "n"), [(172, 64), (64, 172), (352, 130), (130, 352), (1, 9), (9, 1)])
+@pytest.mark.parametrize("sparse", LAYOUTS)
+def test_any_size(sparse: str, m: int, n: int) -> None:
+    kept = (m if sparse == "rows" else n) // 3
+    layer = random_layer(make_spec(sparse, kept, 1, 1, False), m, n)
+    x = tokens(2, n)
+    assert_close(layer(x), expected(layer, x), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (4,), (2, 3), (2, 0, 3), (2, 1, 2, 2)])
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_batch_shapes_are_free_forward_and_backward(spec: LayerSpec, shape: tuple[int, ...]) -> None:
+    layer = random_layer(spec, 12, 11)
+    x = tokens(*shape, 11).requires_grad_()
+    y = layer(x)
+    assert y.shape == (*shape, 12)
+    assert_close(y, expected(layer, x.detach()), torch.float32)
+    y.sum().backward()
+    assert x.grad is not None
+    assert_close(x.grad, dense_by_hand(layer).sum(dim=0).expand(x.shape), torch.float32)
+    for parameter in stored_parameters(layer):
+        assert parameter.grad is not None
+        assert parameter.grad.shape == parameter.shape
+
+
+@pytest.mark.parametrize("binary_rank", [0, 1, 2])
+@pytest.mark.parametrize("sparse", LAYOUTS)
+def test_gradients_of_every_float_tensor(sparse: str, binary_rank: int) -> None:
+    layer = random_layer(make_spec(sparse, 2, 2, binary_rank, bias=True), 4, 5, torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def forward(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = tokens(2, 3, 5, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(forward, (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_half_precision_gradients_are_rounded_gradients(spec: LayerSpec, dtype: torch.dtype) -> None:
+    layer = random_layer(spec, 12, 11, dtype)
+    exact = copy.deepcopy(layer).double()
+    x = tokens(6, 11, dtype=dtype)
+    layer(x).sum().backward()
+    exact(x.double()).sum().backward()
+    for parameter, reference in zip(stored_parameters(layer), stored_parameters(exact), strict=True):
+        assert parameter.grad.dtype == dtype  # type: ignore[union-attr]
+        assert_close(parameter.grad, reference.grad, dtype)  # type: ignore[arg-type]
+
+
+def test_only_float_tensors_are_trainable() -> None:
+    layer = random_layer(FULL, 8, 8)
+    assert {name for name, _ in layer.named_parameters()} == set(FLOAT_NAMES)
+    assert dict(layer.named_buffers()).keys() == {"weight_mask", "sign_bits"}
+
+
+def test_training_keeps_the_sparsity() -> None:
+    layer = random_layer(make_spec("bitmask", 3, 0, 0, False), 8, 9)
+    zeros = layer.to_dense() == 0
+    layer(tokens(4, 9)).square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(layer.to_dense() == 0, zeros)
+
+
+@pytest.mark.parametrize("spec", [FULL, make_spec("columns", 4, 3, 0, True)], ids=spec_id)
+def test_compiles_in_one_graph(spec: LayerSpec) -> None:
+    layer = random_layer(spec, 10, 12)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    x = tokens(3, 12)
+    wanted, found = layer(x), compiled(x)
+    assert_close(found, wanted.detach().double(), torch.float32)
+    wanted.sum().backward()
+    found.sum().backward()
+    for reference, parameter in zip(layer.parameters(), compiled.parameters(), strict=True):
+        assert_close(parameter.grad, reference.grad.double(), torch.float32)  # type: ignore[union-attr, arg-type]
+
+
+def test_compiles_with_inductor() -> None:
+    layer = random_layer(FULL, 10, 12).requires_grad_(False)
+    x = tokens(3, 12)
+    assert_close(torch.compile(layer, fullgraph=True)(x), layer(x).double(), torch.float32)
+
+
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_independent(spec: LayerSpec, copied) -> None:  # type: ignore[no-untyped-def]
+    layer = random_layer(spec, 12, 11)
+    twin = copied(layer)
+    x = tokens(3, 11)
+    assert type(twin) is type(layer)
+    assert twin.spec == layer.spec
+    assert torch.equal(twin(x), layer(x))
+    before = layer(x)
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.zero_()
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_state_goes_through_safetensors_into_a_meta_skeleton(spec: LayerSpec, dtype: torch.dtype) -> None:
+    layer = random_layer(spec, 12, 11, dtype)
+    skeleton = build_layer(spec, 11, 12, device="meta", dtype=dtype)
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    skeleton.load_state_dict(load(save(layer.state_dict())), strict=True, assign=True)
+    x = tokens(3, 11, dtype=dtype)
+    assert torch.equal(skeleton(x), layer(x))
+
+
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_a_dtype_change_leaves_masks_and_signs_alone(spec: LayerSpec) -> None:
+    layer = random_layer(spec, 12, 11)
+    bits = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
+    for name, buffer in layer.named_buffers():
+        assert buffer.dtype == torch.uint8
+        assert torch.equal(buffer, bits[name])
+
+
+def test_a_new_layer_is_a_valid_one() -> None:
+    layer = SparseLowRankBinaryLinear(11, 12, sparse="bitmask", kept=4, rank=2, binary_rank=2, bias=True)
+    assert torch.isfinite(layer.to_dense()).all()
+    assert_close(layer(tokens(2, 11)), expected(layer, tokens(2, 11)), torch.float32)
+
+
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_it_is_an_nn_linear_of_the_dense_shape(spec: LayerSpec) -> None:
+    layer = random_layer(spec, 12, 11)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (11, 12)
+    assert (layer.bias is not None) == spec.bias
+    assert layer.weight.shape != (12, 11)
+
+
+def test_repr_says_what_is_stored() -> None:
+    text = repr(random_layer(FULL, 16, 16))
+    for part in ("in_features=16", "out_features=16", "bitmask", "5 of 16", "rank=3", "binary_rank=1", "bias=True"):
+        assert part in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_stored_bits_are_the_bytes_of_the_state(spec: LayerSpec) -> None:
+    layer = random_layer(spec, 12, 11, torch.bfloat16)
+    assert layer.stored_bits() == 8 * sum(tensor.numel() * tensor.itemsize for tensor in layer.state_dict().values())
+
+
+@given(
+    m=st.integers(1, 9), n=st.integers(2, 12), density=st.floats(0, 0.9), bias=st.booleans(), dtype=st.sampled_from(list(RELATIVE_ERROR))
+)
+@settings(deadline=None)
+def test_from_dense_is_exact(m: int, n: int, density: float, bias: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(m * 100 + n)
+    weight = torch.randn(m, n, generator=generator) * (torch.rand(m, n, generator=generator) < density)
+    weight[:, 0] = 0
+    weight, bias_values = weight.to(dtype), torch.randn(m, generator=generator).to(dtype) if bias else None
+    layer = SparseLowRankLinear.from_dense(weight, bias_values)
+    assert torch.equal(layer.to_dense(), weight)
+    assert layer.weight.dtype == dtype
+    assert layer.bias is None if bias_values is None else torch.equal(layer.bias, bias_values)
+
+
+def test_from_dense_refuses_a_matrix_without_zeros() -> None:
+    with pytest.raises(CompressionError, match="keep it as a dense"):
+        SparseLowRankLinear.from_dense(torch.ones(3, 4))
+
+
+@given(case=layer_cases(max_side=12), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None)
+def test_from_parts_inverts_taking_apart(case: tuple[LayerSpec, int, int], dtype: torch.dtype) -> None:
+    spec, m, n = case
+    if not (spec.sparse != "none" or spec.rank or spec.binary_rank or spec.bias):
+        return
+    layer = random_layer(spec, m, n, dtype)
+    parts = {name: parameter for name, parameter in layer.named_parameters() if name != "weight"}
+    if spec.sparse == "bitmask":
+        sparse_only = random_layer(make_spec("bitmask", spec.kept, 0, 0, False), m, n)
+        sparse_only.load_state_dict({name: getattr(layer, name) for name in ("weight", "weight_mask")})
+        mask = bits_by_hand(layer.weight_mask, n)
+        parts |= {"weight": sparse_only.to_dense(dtype), "mask": mask}
+    elif spec.sparse != "none":
+        parts["weight"] = layer.weight
+    if spec.binary_rank:
+        parts["signs"] = bits_by_hand(layer.sign_bits, n)
+    again = SparseLowRankLinear.from_parts(n, m, sparse=spec.sparse, **parts)
+    assert type(again) is type(layer)
+    assert again.spec == spec
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_parts_are_rounded_once_to_the_dtype_asked_for() -> None:
+    a, b = tokens(2, 6, dtype=torch.float64), tokens(5, 2, dtype=torch.float64)
+    layer = SparseLowRankLinear.from_parts(6, 5, lowrank_a=a, lowrank_b=b, dtype=torch.bfloat16)
+    assert torch.equal(layer.lowrank_a, a.bfloat16())
+    assert torch.equal(layer.lowrank_b, b.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_autocast_as_for_nn_linear(spec: LayerSpec, dtype: torch.dtype) -> None:
+    layer = random_layer(spec, 12, 11)
+    linear = nn.Linear(11, 12, bias=spec.bias)
+    if dtype == torch.float64:
+        layer, linear = layer.double(), linear.double()
+    x = tokens(3, 11, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == linear(x).dtype
+    assert_close(y, expected(layer, x), torch.bfloat16)
+    y.sum().backward()
+    assert all(parameter.grad.dtype == parameter.dtype for parameter in stored_parameters(layer))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"sparse": "diagonal"}, "sparse"),
+        ({"sparse": "bitmask", "kept": 8}, "kept"),
+        ({"sparse": "rows", "kept": 6}, "kept"),
+        ({"kept": 1}, "kept"),
+        ({"rank": 7}, "rank"),
+        ({"rank": -1}, "rank"),
+        ({"rank": 1.0}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"bias": 1}, "bias"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(arguments: dict, field: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"SparseLowRankLinear: {field} is .*, expected "):
+        SparseLowRankLinear(8, 6, **arguments)

@@ -1,7 +1,9 @@
 """What may be stored: by one layer, and by a whole model. All ratios have one denominator: the block linears, dense, in their dtype."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .runtime.configuration import LayerSpec
 
@@ -44,7 +46,7 @@ class Budget:
 
     def rank(self, spec: LayerSpec = LayerSpec()) -> int:  # noqa: B008  (frozen)
         """The largest rank with which a layer of this spec still fits."""
-        return self._largest("rank", spec, min(self.out_features, self.in_features))
+        return self._largest("rank", spec, min(spec.lowrank_shape(self.out_features, self.in_features)))
 
     def kept_per_row(self, spec: LayerSpec = LayerSpec(sparse="bitmask")) -> int:  # noqa: B008
         """The largest number of kept values per row with which a bitmask layer of this spec still fits."""
@@ -55,9 +57,11 @@ class Budget:
         return spec.stored_bits(self.out_features, self.in_features, self.value_bits, self.accounting)
 
     def _largest(self, field: str, spec: LayerSpec, limit: int) -> int:
-        fixed = self.stored(replace(spec, **{field: 0}))  # type: ignore[arg-type]
-        price = self.stored(replace(spec, **{field: 1})) - fixed  # type: ignore[arg-type]
-        return max(min((self.bits - fixed) // price, limit), 0)
+        def stored(value: int) -> int:
+            fields: dict[str, Any] = {field: value}
+            return self.stored(replace(spec, **fields))
+
+        return max(bisect_right(range(limit + 1), self.bits, key=stored) - 1, 0)  # stored bits grow with either field
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ TASKS = {
 """Auto class and pipeline tag of the Hub, by the end of the architecture's name."""
 
 TAGS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "sparse": lambda layer: layer["sparse"] != "none",
+    "sparse": lambda layer: layer["sparse"] not in ("none", "full"),
     "low-rank": lambda layer: layer["rank"] > 0,
     "binary": lambda layer: layer["binary_rank"] > 0,
+    "quantized": lambda layer: bool(layer.get("weight_bits") or layer.get("lowrank_bits")),
 }
 """Tags of the Hub by what a layer stores."""
 

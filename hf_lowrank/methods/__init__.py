@@ -1,6 +1,6 @@
 """One file per method, the maths only; importing this package registers them all."""
 
-from . import asvd, fwsvd, magnitude, oats, slab, soco, sola, sparsegpt, svd, svd_llm, wanda
+from . import asvd, fwsvd, gptq, magnitude, oats, rtn, slab, soco, sola, sparsegpt, svd, svd_llm, wanda
 from .base import Budget, Decomposition, Layer, Method, Statistics
 from .registry import make_method, method_class, register_method, registered_methods
 
@@ -12,12 +12,14 @@ __all__ = [
     "Statistics",
     "asvd",
     "fwsvd",
+    "gptq",
     "magnitude",
     "make_method",
     "method_class",
     "oats",
     "register_method",
     "registered_methods",
+    "rtn",
     "slab",
     "soco",
     "sola",

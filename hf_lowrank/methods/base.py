@@ -11,6 +11,7 @@ from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from ..runtime.layers import SparseLowRankLinear
+from ..runtime.quantization import Quantized
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,18 @@ class Decomposition:
 
     Attributes:
         sparse: layout of the sparse part.
-        weight: its values: (p, n), (m, p), or for a bitmask the dense (m, n) matrix that `mask` selects from.
+        weight: its values: (p, n), (m, p), (m, n), or for a bitmask the dense (m, n) matrix that `mask` selects from; or quantised.
+        lowrank_a, lowrank_b: the factors A and B; or both quantised.
+        pivots: which rows of the low-rank part are stored as they are, if B comes without its identity block (see `pivot`).
         bias: what the method adds to the output (m,), beside the layer's own bias.
     """
 
     sparse: str = "none"
-    weight: Tensor | None = None
+    weight: Tensor | Quantized | None = None
     mask: Tensor | None = None
-    lowrank_a: Tensor | None = None
-    lowrank_b: Tensor | None = None
+    lowrank_a: Tensor | Quantized | None = None
+    lowrank_b: Tensor | Quantized | None = None
+    pivots: Tensor | None = None
     signs: Tensor | None = None
     scale_in: Tensor | None = None
     scale_out: Tensor | None = None

@@ -11,6 +11,7 @@ from ..runtime.errors import CompressionError
 from .base import Decomposition, Statistics
 from .registry import register_method
 from .sparsity import PATTERN_HELP, SparseMethod, largest_kept, largest_per_row, parse_pattern
+from .spectral import inverse_cholesky
 
 BLOCK = 128
 """Columns whose mask is chosen at once, and between which updates are gathered into one matrix product."""
@@ -64,21 +65,3 @@ class SparseGPT(SparseMethod):
                 errors[:, j - start] = error
             W[:, end:] -= errors @ U[start:end, end:]
         return Decomposition(sparse="bitmask", weight=torch.where(mask, W, 0.0), mask=mask)
-
-
-def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with (C + λ I)⁻¹ = Uᵀ U, λ = `damping` · mean C_jj; dead channels get the mean of the living ones.
-
-    Raises:
-        CompressionError: if C + λ I is singular in float64.
-    """
-    diagonal = gram.diagonal()
-    alive = diagonal > 0
-    mean = float(diagonal[alive].mean()) if bool(alive.any()) else 1.0
-    hessian = gram / mean + torch.diag(torch.where(alive, 0.0, 1.0) + damping)
-    root, singular = torch.linalg.cholesky_ex(hessian)
-    U, inverse_singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
-    if int(singular) or int(inverse_singular):
-        raise CompressionError(f"sparsegpt: X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens")
-    upper: Tensor = U / mean**0.5
-    return upper

@@ -85,6 +85,24 @@ def leading_components(matrix: Tensor, rank: int, start: Tensor | None = None) -
     return Q * scale, V / scale[:, None]
 
 
+def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with (C + λ I)⁻¹ = Uᵀ U, λ = `damping` · mean C_jj; dead channels get the mean of the living ones.
+
+    Raises:
+        CompressionError: if C + λ I is singular in float64.
+    """
+    diagonal = gram.diagonal()
+    alive = diagonal > 0
+    mean = float(diagonal[alive].mean()) if bool(alive.any()) else 1.0
+    hessian = gram / mean + torch.diag(torch.where(alive, 0.0, 1.0) + damping)
+    root, singular = torch.linalg.cholesky_ex(hessian)
+    U, inverse_singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+    if int(singular) or int(inverse_singular):
+        raise CompressionError(f"X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens")
+    upper: Tensor = U / mean**0.5
+    return upper
+
+
 def gram_error(difference: Tensor, gram: Tensor) -> float:
     """‖D X‖² = tr(D C Dᵀ) for D (m, n) and C = X Xᵀ."""
     return float(((difference @ gram) * difference).sum())

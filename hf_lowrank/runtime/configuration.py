@@ -10,12 +10,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError, CompressionError
 from .packing import packed_width
+from .quantization import BITS, packed_shape
 
 QUANT_METHOD = "hf_lowrank"
 FORMAT_VERSION = 1
 
-SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask")
+SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask", "full")
 KINDS = ("sparse_lowrank", "sparse_lowrank_binary")
+OPTIONAL_FIELDS = frozenset({"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group"})
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,31 @@ class LayerSpec:
     rank: int = field(default=0, metadata={"help": "rank of the low-rank part"})
     binary_rank: int = field(default=0, metadata={"help": "rank of the magnitudes of the binary part"})
     bias: bool = field(default=False, metadata={"help": "whether the layer stores a bias"})
+    pivoted: bool = field(default=False, metadata={"help": "whether the left factor is stored without its identity block"})
+    weight_bits: int = field(default=0, metadata={"help": "bits of a quantised value of the sparse part; 0: in the checkpoint's dtype"})
+    weight_group: int = field(default=0, metadata={"help": "quantised values of the sparse part that share a scale"})
+    lowrank_bits: int = field(default=0, metadata={"help": "bits of a quantised value of both factors; 0: in the checkpoint's dtype"})
+    lowrank_group: int = field(default=0, metadata={"help": "quantised values of a factor that share a scale"})
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and type ("float", or "uint8") of every tensor that the layer stores, by name."""
-        kept_rows = self.kept if self.sparse == "rows" else 0
-        kept_columns = self.kept if self.sparse == "columns" else 0
-        weight_shapes = {
+        rows, columns = self.lowrank_shape(out_features, in_features)
+        values = {
             "none": (0,),
             "rows": (self.kept, in_features),
             "columns": (out_features, self.kept),
             "bitmask": (out_features, self.kept),
+            "full": (out_features, in_features),
         }
-        stored: dict[str, tuple[tuple[int, ...], str]] = {"weight": (weight_shapes[self.sparse], "float")}
+        stored = _values("weight", values[self.sparse], self.weight_bits, self.weight_group)
         if self.sparse == "bitmask":
             stored["weight_mask"] = ((out_features, packed_width(in_features)), "uint8")
         if self.rank:
-            stored["lowrank_a"] = ((self.rank, in_features - kept_columns), "float")
-            stored["lowrank_b"] = ((out_features - kept_rows, self.rank), "float")
+            stored |= _values("lowrank_a", (self.rank, columns), self.lowrank_bits, self.lowrank_group)
+            free_rows = rows - self.rank if self.pivoted else rows
+            stored |= _values("lowrank_b", (free_rows, self.rank), self.lowrank_bits, self.lowrank_group)
+            if self.pivoted:
+                stored["lowrank_pivots"] = ((packed_width(rows),), "uint8")
         if self.binary_rank:
             stored["sign_bits"] = ((out_features, packed_width(in_features)), "uint8")
             stored["scale_in"] = ((self.binary_rank, in_features), "float")
@@ -52,6 +62,13 @@ class LayerSpec:
         if self.bias:
             stored["bias"] = ((out_features,), "float")
         return stored
+
+    def lowrank_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Rows and columns that the low-rank part covers: those that are not kept dense."""
+        return (
+            out_features - (self.kept if self.sparse == "rows" else 0),
+            in_features - (self.kept if self.sparse == "columns" else 0),
+        )
 
     def stored_bits(self, out_features: int, in_features: int, value_bits: int, accounting: str = "bits") -> int:
         """Bits that the layer takes in a checkpoint: masks, signs, scales, factors and bias all count.
@@ -71,22 +88,37 @@ class LayerSpec:
         Raises:
             CheckpointError: naming the layer, the field, what was found and what was expected.
         """
-        limits = {"none": 0, "rows": out_features - 1, "columns": in_features - 1, "bitmask": in_features - 1}
+        limits = {"none": 0, "rows": out_features - 1, "columns": in_features - 1, "bitmask": in_features - 1, "full": 0}
         if self.kind not in KINDS:
             raise _bad_field(layer, "kind", self.kind, f"one of {', '.join(KINDS)}")
         if self.sparse not in SPARSE_LAYOUTS:
             raise _bad_field(layer, "sparse", self.sparse, f"one of {', '.join(SPARSE_LAYOUTS)}")
-        if not isinstance(self.bias, bool):
-            raise _bad_field(layer, "bias", self.bias, "true or false")
+        for name in ("bias", "pivoted"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad_field(layer, name, getattr(self, name), "true or false")
         smaller_side = min(out_features, in_features)
         for name, limit in (("kept", limits[self.sparse]), ("rank", smaller_side), ("binary_rank", smaller_side)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
                 raise _bad_field(layer, name, value, f"an integer from 0 to {limit} in a {out_features} × {in_features} layer")
         if (self.kind == "sparse_lowrank_binary") != (self.binary_rank > 0):
-            raise _bad_field(
-                layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}"
-            )
+            raise _bad_field(layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}")
+        covered = self.lowrank_shape(out_features, in_features)
+        if self.pivoted and not 1 <= self.rank <= min(covered):
+            raise _bad_field(layer, "rank", self.rank, f"1 to {min(covered)} for a pivoted low-rank part of {covered[0]} × {covered[1]}")
+        self._validate_bits(layer, "weight", self.sparse != "none")
+        self._validate_bits(layer, "lowrank", self.rank > 0)
+        if self.sparse == "full" and not self.weight_bits:
+            raise _bad_field(layer, "weight_bits", self.weight_bits, "at least 2 for the full layout; an nn.Linear stores plain values")
+
+    def _validate_bits(self, layer: str, part: str, stored: bool) -> None:
+        bits, group = getattr(self, f"{part}_bits"), getattr(self, f"{part}_group")
+        allowed = (0, *BITS) if stored else (0,)
+        if type(bits) is not int or bits not in allowed:
+            expected = f"one of {', '.join(map(str, allowed))}" if stored else "0 without that part"
+            raise _bad_field(layer, f"{part}_bits", bits, expected)
+        if type(group) is not int or (group < 1 if bits else group != 0):
+            raise _bad_field(layer, f"{part}_group", group, "at least 1" if bits else f"0 without {part}_bits")
 
     @classmethod
     def from_dict(cls, layer: str, values: Any) -> "LayerSpec":
@@ -96,15 +128,18 @@ class LayerSpec:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise _bad_field(
-                    layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it"
-                )
-        for name in known - {"bias"}:
+                raise _bad_field(layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it")
+        for name in known - OPTIONAL_FIELDS:
             if name not in values:
                 raise CheckpointError(
                     f"{layer}: the field {name!r} is missing in quantization_config.layers; the config is damaged, download it again"
                 )
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain values, without those optional fields that say nothing; `from_dict` reads it."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value or name not in OPTIONAL_FIELDS - {"bias"}}
 
 
 @dataclass
@@ -194,7 +229,16 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values."""
-        return dataclasses.asdict(self)
+        values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "layers"}
+        return values | {"layers": {name: spec.to_dict() for name, spec in self.layers.items()}}
+
+
+def _values(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The tensors of a matrix of values: themselves, or packed codes and a scale per group."""
+    if not bits:
+        return {name: (shape, "float")}
+    rows, columns = shape
+    return {name: (packed_shape(rows, columns, bits), "uint8"), f"{name}_scale": ((rows, -(-columns // group)), "float")}
 
 
 def _bad_field(layer: str, name: str, found: Any, expected: str) -> CheckpointError:

@@ -4,6 +4,7 @@ A layer is its storage and its forward. `weight` holds the packed values of the 
 dense one on purpose, so that a load without this plugin fails instead of filling the layer with noise.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,14 +13,23 @@ from torch import Tensor, nn
 
 from .configuration import LayerSpec
 from .errors import CompressionError
-from .ops import binary_linear, bitmask_binary_linear, bitmask_linear, lowrank_linear
+from .ops import binary_linear, bitmask_binary_linear, bitmask_linear, lowrank_linear, pivoted_linear
 from .packing import pack_bits, pack_values, signs_to_values, unpack_bits, unpack_values
+from .pivoting import row_sources, unpivot
+from .quantization import Quantized, pack_codes, unpack_codes
+from .quantized_ops import quantized_linear
+
+VALUES = ("weight", "lowrank_a", "lowrank_b")
+"""What may be quantised: then a buffer of packed codes, beside the parameter `<name>_scale`."""
+FLOATS = ("scale_in", "scale_out", "bias")
+BITMAPS = ("weight_mask", "lowrank_pivots", "sign_bits")
+EXTRA_FIELDS = ("rank", "pivoted", "binary_rank", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group")
 
 
 class CompressedLinear(nn.Linear):
     """Stands in for an `nn.Linear` of the same shape; what it stores is said by its `LayerSpec`.
 
-    Only float tensors are parameters; masks and signs are buffers, so training cannot lose the sparsity.
+    Only float tensors are parameters; masks, signs and quantised values are buffers, so training cannot lose the sparsity.
 
     Args:
         in_features, out_features: n and m of the dense layer.
@@ -33,29 +43,47 @@ class CompressedLinear(nn.Linear):
     replaces_conv1d = False
     """Whether the dense layer is a transformers `Conv1D`, which `dequantize` then puts back."""
 
+    lowrank_a: Tensor
+    lowrank_b: Tensor
+    scale_in: Tensor
+    scale_out: Tensor
+    weight_mask: Tensor
+    lowrank_pivots: Tensor
+    sign_bits: Tensor
+
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
         spec.validate(type(self).__name__, out_features, in_features)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         stored = spec.tensors(out_features, in_features)
-        for name in ("weight", "lowrank_a", "lowrank_b", "scale_in", "scale_out", "bias"):
-            shape = stored[name][0] if name in stored else None
-            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        for name in ("weight_mask", "sign_bits"):
-            shape = stored[name][0] if name in stored else None
-            self.register_buffer(name, None if shape is None else torch.empty(shape, device=device, dtype=torch.uint8))
+        for name in (*VALUES, *(f"{name}_scale" for name in VALUES), *FLOATS, *BITMAPS):
+            shape, kind = stored.get(name, (None, "uint8" if name in BITMAPS else "float"))
+            if kind == "float":
+                self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            else:
+                self.register_buffer(name, None if shape is None else torch.empty(shape, device=device, dtype=torch.uint8))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A valid, random layer: `nn.Linear`'s scale, the first k columns kept, all signs −1."""
+        """A valid, random layer: `nn.Linear`'s scale, the first k columns kept, the first r rows pivots, all signs −1, all codes 0."""
         bound = 1 / math.sqrt(max(self.in_features, 1))
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
-        if self.weight_mask is not None and self.weight_mask.device.type != "meta":
-            kept = torch.arange(self.in_features, device=self.weight_mask.device) < self.spec.kept
-            self.weight_mask.copy_(pack_bits(kept.expand(self.out_features, -1)))
+        for name, bits in (("weight", self.spec.weight_bits), ("lowrank_a", self.spec.lowrank_bits), ("lowrank_b", self.spec.lowrank_bits)):
+            if bits and getattr(self, name) is not None:
+                getattr(self, name).zero_()
+                getattr(self, f"{name}_scale").data /= 2 ** (bits - 1)
+        rows, _ = self.spec.lowrank_shape(self.out_features, self.in_features)
+        for bitmap, count, length in ((self.weight_mask, self.spec.kept, self.in_features), (self.lowrank_pivots, self.spec.rank, rows)):
+            if bitmap is not None and bitmap.device.type != "meta":
+                bitmap.copy_(pack_bits(torch.arange(length, device=bitmap.device) < count))
         if self.sign_bits is not None:
             self.sign_bits.zero_()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the float tensors; `weight` itself may hold packed codes."""
+        return next(self.parameters(recurse=False)).dtype
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (m, n) matrix that the layer multiplies by, summed in float64 and rounded once to `dtype` (the layer's own)."""
@@ -63,43 +91,63 @@ class CompressedLinear(nn.Linear):
         if self.spec.binary_rank:
             signs = signs_to_values(self.sign_bits, self.in_features, torch.float64)
             dense = dense + signs * (self.scale_out.double() @ self.scale_in.double())
-        return dense.to(dtype or self.weight.dtype)
+        return dense.to(dtype or self.dtype)
 
     def _sparse_lowrank_dense(self) -> Tensor:
         m, n, spec = self.out_features, self.in_features, self.spec
         dense = torch.zeros(m, n, dtype=torch.float64, device=self.weight.device)
-        weight = self.weight.detach().double()
         if spec.sparse == "bitmask":
-            dense = unpack_values(weight, unpack_bits(self.weight_mask, n))
+            dense = unpack_values(self._values("weight", spec.kept), unpack_bits(self.weight_mask, n))
+        elif spec.sparse == "full":
+            dense = self._values("weight", n)
         elif spec.sparse == "rows":
-            dense[: spec.kept] = weight
+            dense[: spec.kept] = self._values("weight", n)
         elif spec.sparse == "columns":
-            dense[:, : spec.kept] = weight
+            dense[:, : spec.kept] = self._values("weight", spec.kept)
         if spec.rank:
-            first_row = spec.kept if spec.sparse == "rows" else 0
-            first_column = spec.kept if spec.sparse == "columns" else 0
-            dense[first_row:, first_column:] += self.lowrank_b.detach().double() @ self.lowrank_a.detach().double()
+            rows, columns = spec.lowrank_shape(m, n)
+            a, b = self._values("lowrank_a", columns), self._values("lowrank_b", spec.rank)
+            if spec.pivoted:
+                b = unpivot(b, unpack_bits(self.lowrank_pivots, rows))
+            dense[m - rows :, n - columns :] += b @ a
         return dense
+
+    def _values(self, name: str, columns: int) -> Tensor:
+        """A matrix of values, dequantised if it is quantised, in float64."""
+        values: Tensor = getattr(self, name)
+        bits, group = self._form(name)
+        if not bits:
+            return values.detach().double()
+        scale = getattr(self, f"{name}_scale").detach().double()
+        return Quantized(unpack_codes(values, bits, columns), scale, bits, group).dequantize()
+
+    def _form(self, name: str) -> tuple[int, int]:
+        """Bits and group of a matrix of values."""
+        spec = self.spec
+        return (spec.weight_bits, spec.weight_group) if name == "weight" else (spec.lowrank_bits, spec.lowrank_group)
 
     def stored_bits(self, accounting: str = "bits") -> int:
         """Bits that the layer takes in a checkpoint of its dtype."""
-        return self.spec.stored_bits(self.out_features, self.in_features, self.weight.dtype.itemsize * 8, accounting)
+        return self.spec.stored_bits(self.out_features, self.in_features, self.dtype.itemsize * 8, accounting)
 
     def extra_repr(self) -> str:
         spec = self.spec
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
-        if spec.sparse != "none":
+        if spec.sparse == "full":
+            parts.append("sparse=full")
+        elif spec.sparse != "none":
             of = {"rows": f"{self.out_features} rows", "columns": f"{self.in_features} columns", "bitmask": f"{self.in_features} per row"}
             parts.append(f"sparse={spec.sparse}({spec.kept} of {of[spec.sparse]})")
-        parts += [f"{name}={getattr(spec, name)}" for name in ("rank", "binary_rank") if getattr(spec, name)]
+        parts += [f"{name}={getattr(spec, name)}" for name in EXTRA_FIELDS if getattr(spec, name)]
         bits = self.stored_bits() / max(self.in_features * self.out_features, 1)
         return ", ".join([*parts, f"bias={spec.bias}", f"bits_per_weight={bits:.2f}"])
 
 
 class SparseLowRankLinear(CompressedLinear):
-    """y = S x + B (A x) + bias, the sparse part S stored as rows, columns or a bitmask with its kept values.
+    """y = S x + B (A x) + bias, the sparse part S stored as rows, columns, a bitmask with its kept values, or (quantised) in full.
 
-    With `rows` (`columns`) the low-rank part covers only the other rows (columns).
+    With `rows` (`columns`) the low-rank part covers only the other rows (columns). `form` takes the other fields of `LayerSpec`:
+    `pivoted`, `weight_bits`, `weight_group`, `lowrank_bits`, `lowrank_group`.
     """
 
     def __init__(
@@ -112,8 +160,9 @@ class SparseLowRankLinear(CompressedLinear):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **form: Any,
     ) -> None:
-        spec = LayerSpec(kind="sparse_lowrank", sparse=sparse, kept=kept, rank=rank, bias=bias)
+        spec = LayerSpec(kind="sparse_lowrank", sparse=sparse, kept=kept, rank=rank, bias=bias, **form)
         super().__init__(in_features, out_features, spec, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,21 +173,41 @@ class SparseLowRankLinear(CompressedLinear):
 
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
         spec = self.spec
+        if spec.sparse == "none":
+            return self._lowrank(x)
         if spec.sparse == "rows":
-            kept = nn.functional.linear(x, self.weight.to(x.dtype))
-            return torch.cat([kept, self._lowrank(x, self.out_features - spec.kept)], dim=-1)
+            return torch.cat([self._sparse(x), self._lowrank(x)], dim=-1)
         if spec.sparse == "columns":
-            kept = nn.functional.linear(x[..., : spec.kept], self.weight.to(x.dtype))
-            return kept + self._lowrank(x[..., spec.kept :], self.out_features) if spec.rank else kept
-        if spec.sparse == "bitmask":
-            kept = bitmask_linear(x, self.weight, self.weight_mask)
-            return kept + self._lowrank(x, self.out_features) if spec.rank else kept
-        return self._lowrank(x, self.out_features)
+            kept = self._sparse(x[..., : spec.kept])
+            return kept + self._lowrank(x[..., spec.kept :]) if spec.rank else kept
+        kept = self._sparse(x)
+        return kept + self._lowrank(x) if spec.rank else kept
 
-    def _lowrank(self, x: Tensor, out_features: int) -> Tensor:
-        if self.lowrank_a is None:
-            return x.new_zeros(*x.shape[:-1], out_features)
+    def _sparse(self, x: Tensor) -> Tensor:
+        if self.spec.weight_bits:
+            return self._quantized("weight", x, self.weight_mask)
+        if self.spec.sparse == "bitmask":
+            return bitmask_linear(x, self.weight, self.weight_mask)
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+    def _lowrank(self, x: Tensor) -> Tensor:
+        spec = self.spec
+        rows, _ = spec.lowrank_shape(self.out_features, self.in_features)
+        if not spec.rank:
+            return x.new_zeros(*x.shape[:-1], rows)
+        if spec.lowrank_bits:
+            z = self._quantized("lowrank_a", x)
+            y = self._quantized("lowrank_b", z)
+            if not spec.pivoted:
+                return y
+            return torch.cat([z, y], dim=-1).index_select(-1, row_sources(self.lowrank_pivots, rows, spec.rank))
+        if spec.pivoted:
+            return pivoted_linear(x, self.lowrank_a, self.lowrank_b, self.lowrank_pivots, rows)
         return lowrank_linear(x, self.lowrank_a, self.lowrank_b)
+
+    def _quantized(self, name: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        kept = x.shape[-1] if mask is None else self.spec.kept
+        return quantized_linear(x, getattr(self, name), getattr(self, f"{name}_scale"), mask, *self._form(name), kept)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> "SparseLowRankLinear":
@@ -161,10 +230,11 @@ class SparseLowRankLinear(CompressedLinear):
         in_features: int,
         out_features: int,
         sparse: str = "none",
-        weight: Tensor | None = None,
+        weight: Tensor | Quantized | None = None,
         mask: Tensor | None = None,
-        lowrank_a: Tensor | None = None,
-        lowrank_b: Tensor | None = None,
+        lowrank_a: Tensor | Quantized | None = None,
+        lowrank_b: Tensor | Quantized | None = None,
+        pivots: Tensor | None = None,
         signs: Tensor | None = None,
         scale_in: Tensor | None = None,
         scale_out: Tensor | None = None,
@@ -174,32 +244,54 @@ class SparseLowRankLinear(CompressedLinear):
         """Make a layer from its parts, rounding them once to `dtype` (that of the parts).
 
         Args:
-            sparse: layout. `weight` is (p, n) for rows, (m, p) for columns, and for a bitmask the dense (m, n) matrix
-                from which `mask` (m, n, boolean, equally many per row) picks the kept values.
-            lowrank_a, lowrank_b: A (r, n') and B (m', r).
+            sparse: layout. `weight` is (p, n) for rows, (m, p) for columns, (m, n) for full, and for a bitmask the dense (m, n) matrix
+                from which `mask` (m, n, boolean, equally many per row) picks the kept values, or these themselves, quantised, (m, k).
+            lowrank_a, lowrank_b: A (r, n') and B (m', r); both quantised alike, or neither.
+            pivots: (m',) boolean, r of them True, for a B (m' − r, r) without its identity block; see `pivot`.
             signs: (m, n) boolean, True = +1; with `scale_in` (b, n) and `scale_out` (m, b) they make a binary part.
             bias: (m,).
         """
-        parts = {"lowrank_a": lowrank_a, "lowrank_b": lowrank_b, "scale_in": scale_in, "scale_out": scale_out, "bias": bias}
         values = weight
         if sparse == "bitmask":
             assert weight is not None and mask is not None, "a bitmask needs `weight` and `mask`"
-            values = pack_values(weight, mask)
-        kept = 0 if values is None else values.shape[0 if sparse == "rows" else 1]
+            values = weight if isinstance(weight, Quantized) else pack_values(weight, mask)
+            expected = pack_values(mask, mask).shape
+            if values.shape != expected:
+                raise CompressionError(f"{tuple(values.shape)} quantised values for a mask that keeps {tuple(expected)}")
+        parts = {"weight": values, "lowrank_a": lowrank_a, "lowrank_b": lowrank_b}
+        parts |= {"scale_in": scale_in, "scale_out": scale_out, "bias": bias}
+        kept = 0 if values is None or sparse == "full" else values.shape[0 if sparse == "rows" else 1]
         rank = 0 if lowrank_a is None else lowrank_a.shape[0]
-        reference = next(part for part in (values, *parts.values()) if part is not None)
-        factory: dict[str, Any] = {"device": reference.device, "dtype": dtype or reference.dtype}
+        weight_bits, weight_group = _form_of(values)
+        lowrank_bits, lowrank_group = _form_of(lowrank_a)
+        if _form_of(lowrank_b) != (lowrank_bits, lowrank_group):
+            raise CompressionError("both factors of a low-rank part must be quantised alike, with the same bits and the same group")
+        reference = next(part for part in parts.values() if part is not None)
+        form: dict[str, Any] = {
+            "pivoted": pivots is not None,
+            "weight_bits": weight_bits,
+            "weight_group": weight_group,
+            "lowrank_bits": lowrank_bits,
+            "lowrank_group": lowrank_group,
+            "device": reference.device,
+            "dtype": dtype or reference.dtype,
+        }
         layer: SparseLowRankLinear
         if scale_in is None:
-            layer = SparseLowRankLinear(in_features, out_features, sparse, kept, rank, bias is not None, **factory)
+            layer = SparseLowRankLinear(in_features, out_features, sparse, kept, rank, bias is not None, **form)
         else:
-            layer = SparseLowRankBinaryLinear(in_features, out_features, sparse, kept, rank, scale_in.shape[0], bias is not None, **factory)
+            layer = SparseLowRankBinaryLinear(in_features, out_features, sparse, kept, rank, scale_in.shape[0], bias is not None, **form)
         with torch.no_grad():
-            for name, part in {"weight": values, **parts}.items():
-                if part is not None:
+            for name, part in parts.items():
+                if isinstance(part, Quantized):
+                    getattr(layer, name).copy_(pack_codes(part.codes, part.bits))
+                    getattr(layer, f"{name}_scale").copy_(part.scale)
+                elif part is not None:
                     getattr(layer, name).copy_(part)
             if mask is not None and sparse == "bitmask":
                 layer.weight_mask.copy_(pack_bits(mask))
+            if pivots is not None:
+                layer.lowrank_pivots.copy_(pack_bits(pivots))
             if signs is not None:
                 layer.sign_bits.copy_(pack_bits(signs))
         return layer
@@ -219,15 +311,16 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **form: Any,
     ) -> None:
-        spec = LayerSpec(kind="sparse_lowrank_binary", sparse=sparse, kept=kept, rank=rank, binary_rank=binary_rank, bias=bias)
+        spec = LayerSpec(kind="sparse_lowrank_binary", sparse=sparse, kept=kept, rank=rank, binary_rank=binary_rank, bias=bias, **form)
         CompressedLinear.__init__(self, in_features, out_features, spec, device, dtype)
 
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
         binary = (self.sign_bits, self.scale_in, self.scale_out)
-        if self.spec.sparse == "bitmask":
+        if self.spec.sparse == "bitmask" and not self.spec.weight_bits:
             y = bitmask_binary_linear(x, self.weight, self.weight_mask, *binary)
-            return y + self._lowrank(x, self.out_features) if self.spec.rank else y
+            return y + self._lowrank(x) if self.spec.rank else y
         y = binary_linear(x, *binary)
         return y if self.spec.sparse == "none" and not self.spec.rank else y + super()._sparse_lowrank(x)
 
@@ -236,10 +329,14 @@ def build_layer(
     spec: LayerSpec, in_features: int, out_features: int, device: Any = None, dtype: torch.dtype | None = None
 ) -> CompressedLinear:
     """The empty layer that a spec describes."""
-    arguments = {name: getattr(spec, name) for name in ("sparse", "kept", "rank", "bias")}
+    arguments = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name not in ("kind", "binary_rank")}
     if spec.kind == "sparse_lowrank_binary":
         return SparseLowRankBinaryLinear(in_features, out_features, binary_rank=spec.binary_rank, device=device, dtype=dtype, **arguments)
     return SparseLowRankLinear(in_features, out_features, device=device, dtype=dtype, **arguments)
+
+
+def _form_of(part: Tensor | Quantized | None) -> tuple[int, int]:
+    return (part.bits, part.group) if isinstance(part, Quantized) else (0, 0)
 
 
 def _autocast(x: Tensor) -> Tensor:

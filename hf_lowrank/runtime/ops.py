@@ -6,12 +6,14 @@ backward pass.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .packing import signs_to_values, unpack_bits, unpack_values
+from .pivoting import row_sources
 
 NAMESPACE = "hf_lowrank"
 TILE_ELEMENTS = 1 << 24
@@ -36,7 +38,8 @@ def registered_kernels(operation: str, device_type: str) -> list[str]:
     return [name for name, _ in reversed(_kernels.get((operation, device_type), []))]
 
 
-def _dispatch(operation: str, plain: Callable[..., Tensor], x: Tensor, *arguments: Tensor) -> Tensor:
+def dispatch(operation: str, plain: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """The result of the first kernel that takes these arguments, else of the plain function."""
     for _, kernel in reversed(_kernels.get((operation, x.device.type), [])):
         result = kernel(x, *arguments)
         if result is not None:
@@ -50,14 +53,14 @@ def _dispatch(operation: str, plain: Callable[..., Tensor], x: Tensor, *argument
 def plain_bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor:
     """S x for the sparse S (m, n) with kept values `weight` (m, k) and bitmap `weight_mask` (m, ⌈n/8⌉); x (..., n)."""
     compute = compute_dtype(x)
-    y = [F.linear(x.to(compute), _sparse_rows(weight, weight_mask, rows, x.shape[-1], compute)) for rows in _tiles(weight_mask, x)]
+    y = [F.linear(x.to(compute), _sparse_rows(weight, weight_mask, rows, x.shape[-1], compute)) for rows in row_tiles(weight_mask, x)]
     return torch.cat(y, dim=-1).to(x.dtype)
 
 
 def plain_binary_linear(x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
     """Σ_b scale_out_b ⊙ (±1 · (scale_in_b ⊙ x)); `sign_bits` (m, ⌈n/8⌉), `scale_in` (b, n), `scale_out` (m, b); x (..., n)."""
     compute = compute_dtype(x)
-    y = [F.linear(x.to(compute), _binary_rows(sign_bits, scale_in, scale_out, rows, compute)) for rows in _tiles(sign_bits, x)]
+    y = [F.linear(x.to(compute), _binary_rows(sign_bits, scale_in, scale_out, rows, compute)) for rows in row_tiles(sign_bits, x)]
     return torch.cat(y, dim=-1).to(x.dtype)
 
 
@@ -67,7 +70,7 @@ def plain_bitmask_binary_linear(
     """The sum of `bitmask_linear` and `binary_linear`, rounded once; the product of a SLaB layer."""
     compute = compute_dtype(x)
     y = []
-    for rows in _tiles(sign_bits, x):
+    for rows in row_tiles(sign_bits, x):
         tile = _sparse_rows(weight, weight_mask, rows, x.shape[-1], compute)
         y.append(F.linear(x.to(compute), tile + _binary_rows(sign_bits, scale_in, scale_out, rows, compute)))
     return torch.cat(y, dim=-1).to(x.dtype)
@@ -78,12 +81,20 @@ def plain_lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Ten
     return F.linear(F.linear(x, lowrank_a.to(x.dtype)), lowrank_b.to(x.dtype))
 
 
+def plain_pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor:
+    """P [I; B'] (A' x) for A' (r, n), B' (m − r, r) and the bitmap of the pivots, (⌈m/8⌉,); x (..., n), `rows` = m."""
+    z = F.linear(x, lowrank_a.to(x.dtype))
+    y = torch.cat([z, F.linear(z, lowrank_b.to(x.dtype))], dim=-1)
+    return y.index_select(-1, row_sources(lowrank_pivots, rows, lowrank_a.shape[0]))
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The input's dtype; float32 for half precision on a CPU, where it is the exact and usually the faster product."""
     return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
 
 
-def _tiles(packed: Tensor, x: Tensor) -> Iterator[slice]:
+def row_tiles(packed: Tensor, x: Tensor) -> Iterator[slice]:
+    """The rows of a packed matrix in tiles of at most `TILE_ELEMENTS` entries, as many columns as x (..., n) has."""
     rows, columns = packed.shape[0], max(x.shape[-1], 1)
     step = max(TILE_ELEMENTS // columns, 1)
     yield from (slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
@@ -103,20 +114,22 @@ def _binary_rows(sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor, rows: s
 
 def plain_bitmask_input_grad(grad: Tensor, weight: Tensor, weight_mask: Tensor, columns: int) -> Tensor:
     """Sᵀ g for g (..., m): the gradient of `bitmask_linear` in x."""
-    return _sum_over_tiles(grad, weight_mask, columns, lambda rows, dtype: _sparse_rows(weight, weight_mask, rows, columns, dtype))
+    return sum_over_tiles(grad, weight_mask, columns, lambda rows, dtype: _sparse_rows(weight, weight_mask, rows, columns, dtype))
 
 
 def plain_bitmask_weight_grad(grad: Tensor, x: Tensor, weight_mask: Tensor, kept: int) -> Tensor:
     """The entries of g xᵀ where the mask is set, (m, k): the gradient of `bitmask_linear` in its kept values."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    g, inputs = _as_matrix(grad).to(compute), _as_matrix(x).to(compute)
-    kept_grad = [(g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in _tiles(weight_mask, x)]
+    g, inputs = grad.flatten(0, -2).to(compute), x.flatten(0, -2).to(compute)
+    kept_grad = [
+        (g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in row_tiles(weight_mask, x)
+    ]
     return torch.cat(kept_grad)
 
 
 def plain_binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
     """The gradient of `binary_linear` in x."""
-    return _sum_over_tiles(
+    return sum_over_tiles(
         grad, sign_bits, scale_in.shape[1], lambda rows, dtype: _binary_rows(sign_bits, scale_in, scale_out, rows, dtype)
     )
 
@@ -127,22 +140,18 @@ def plain_binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_i
     g, inputs = _as_matrix(grad).to(compute), _as_matrix(x).to(compute)
     in_grad = torch.zeros(scale_in.shape, dtype=compute, device=x.device)
     out_grad = []
-    for rows in _tiles(sign_bits, x):
+    for rows in row_tiles(sign_bits, x):
         signed = (g[:, rows].T @ inputs) * signs_to_values(sign_bits[rows], x.shape[-1], compute)
         in_grad += scale_out[rows].to(compute).T @ signed
         out_grad.append(signed @ scale_in.to(compute).T)
     return in_grad, torch.cat(out_grad)
 
 
-def _as_matrix(x: Tensor) -> Tensor:
-    """x (..., n) as (tokens, n); a single vector is one token."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _sum_over_tiles(grad: Tensor, packed: Tensor, columns: int, rows_of: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
+def sum_over_tiles(grad: Tensor, packed: Tensor, columns: int, rows_of: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
+    """Mᵀ g, (..., n), for g (..., m) and the matrix M whose rows `rows_of` unpacks, a tile at a time."""
     compute = compute_dtype(grad)
     total = torch.zeros(*grad.shape[:-1], columns, dtype=compute, device=grad.device)
-    for rows in _tiles(packed, total):
+    for rows in row_tiles(packed, total):
         total += grad[..., rows].to(compute) @ rows_of(rows, compute)
     return total.to(grad.dtype)
 
@@ -150,7 +159,7 @@ def _sum_over_tiles(grad: Tensor, packed: Tensor, columns: int, rows_of: Callabl
 # --- the declarations ---------------------------------------------------------------------------------------------
 
 
-def _outputs(x: Tensor, out_features: int) -> Tensor:
+def outputs(x: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -175,41 +184,49 @@ def _declare() -> None:
 
     @torch.library.custom_op(f"{NAMESPACE}::bitmask_linear", mutates_args=())
     def bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor:
-        return _dispatch("bitmask_linear", plain_bitmask_linear, x, weight, weight_mask)
+        return dispatch("bitmask_linear", plain_bitmask_linear, x, weight, weight_mask)
 
     @torch.library.custom_op(f"{NAMESPACE}::binary_linear", mutates_args=())
     def binary_linear(x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        return _dispatch("binary_linear", plain_binary_linear, x, sign_bits, scale_in, scale_out)
+        return dispatch("binary_linear", plain_binary_linear, x, sign_bits, scale_in, scale_out)
 
     @torch.library.custom_op(f"{NAMESPACE}::bitmask_binary_linear", mutates_args=())
     def bitmask_binary_linear(
         x: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
     ) -> Tensor:
-        return _dispatch("bitmask_binary_linear", plain_bitmask_binary_linear, x, weight, weight_mask, sign_bits, scale_in, scale_out)
+        return dispatch("bitmask_binary_linear", plain_bitmask_binary_linear, x, weight, weight_mask, sign_bits, scale_in, scale_out)
 
     @torch.library.custom_op(f"{NAMESPACE}::lowrank_linear", mutates_args=())
     def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor:
-        return _dispatch("lowrank_linear", plain_lowrank_linear, x, lowrank_a, lowrank_b)
+        return dispatch("lowrank_linear", plain_lowrank_linear, x, lowrank_a, lowrank_b)
 
-    bitmask_input_grad.register_fake(lambda grad, weight, weight_mask, columns: _outputs(grad, columns))
+    @torch.library.custom_op(f"{NAMESPACE}::pivoted_linear", mutates_args=())
+    def pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor:
+        return dispatch("pivoted_linear", plain_pivoted_linear, x, lowrank_a, lowrank_b, lowrank_pivots, rows)
+
+    bitmask_input_grad.register_fake(lambda grad, weight, weight_mask, columns: outputs(grad, columns))
     bitmask_weight_grad.register_fake(
         lambda grad, x, weight_mask, kept: x.new_empty(weight_mask.shape[0], kept, dtype=torch.promote_types(x.dtype, torch.float32))
     )
-    binary_input_grad.register_fake(lambda grad, sign_bits, scale_in, scale_out: _outputs(grad, scale_in.shape[1]))
+    binary_input_grad.register_fake(lambda grad, sign_bits, scale_in, scale_out: outputs(grad, scale_in.shape[1]))
     binary_scale_grads.register_fake(
         lambda grad, x, sign_bits, scale_in, scale_out: tuple(
             torch.empty_like(scale, dtype=torch.promote_types(x.dtype, torch.float32)) for scale in (scale_in, scale_out)
         )
     )
-    bitmask_linear.register_fake(lambda x, weight, weight_mask: _outputs(x, weight_mask.shape[0]))
-    binary_linear.register_fake(lambda x, sign_bits, scale_in, scale_out: _outputs(x, sign_bits.shape[0]))
-    bitmask_binary_linear.register_fake(lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: _outputs(x, sign_bits.shape[0]))
-    lowrank_linear.register_fake(lambda x, lowrank_a, lowrank_b: _outputs(x, lowrank_b.shape[0]))
+    bitmask_linear.register_fake(lambda x, weight, weight_mask: outputs(x, weight_mask.shape[0]))
+    binary_linear.register_fake(lambda x, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0]))
+    bitmask_binary_linear.register_fake(
+        lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0])
+    )
+    lowrank_linear.register_fake(lambda x, lowrank_a, lowrank_b: outputs(x, lowrank_b.shape[0]))
+    pivoted_linear.register_fake(lambda x, lowrank_a, lowrank_b, lowrank_pivots, rows: outputs(x, rows))
 
     bitmask_linear.register_autograd(_bitmask_backward, setup_context=_save_inputs)
     binary_linear.register_autograd(_binary_backward, setup_context=_save_inputs)
     bitmask_binary_linear.register_autograd(_bitmask_binary_backward, setup_context=_save_inputs)
     lowrank_linear.register_autograd(_lowrank_backward, setup_context=_save_inputs)
+    pivoted_linear.register_autograd(_pivoted_backward, setup_context=_save_pivoted)
 
 
 def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -264,6 +281,26 @@ def _lowrank_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, grad_a, grad_b
 
 
+def _save_pivoted(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _pivoted_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    x, lowrank_a, lowrank_b, lowrank_pivots = ctx.saved_tensors
+    rows, rank = grad.shape[-1], lowrank_a.shape[0]
+    sorted_grad = grad.index_select(-1, row_sources(lowrank_pivots, rows, rank).argsort())
+    pivot_grad, other_grad = sorted_grad[..., :rank], sorted_grad[..., rank:]
+    inner_grad = pivot_grad + other_grad @ lowrank_b.to(grad.dtype)
+    grad_x = inner_grad @ lowrank_a.to(grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[1]:
+        grad_a = (inner_grad.flatten(0, -2).T @ x.flatten(0, -2)).to(lowrank_a.dtype)
+    if ctx.needs_input_grad[2]:
+        inner = F.linear(x, lowrank_a.to(x.dtype))
+        grad_b = (other_grad.flatten(0, -2).T @ inner.flatten(0, -2)).to(lowrank_b.dtype)
+    return grad_x, grad_a, grad_b, None, None
+
+
 # The operations belong to the process: a checkpoint's copy of this file finds those of the package, or of another checkpoint.
 if not hasattr(getattr(torch.ops, NAMESPACE), "lowrank_linear"):
     _declare()
@@ -272,3 +309,4 @@ bitmask_linear = torch.ops.hf_lowrank.bitmask_linear
 binary_linear = torch.ops.hf_lowrank.binary_linear
 bitmask_binary_linear = torch.ops.hf_lowrank.bitmask_binary_linear
 lowrank_linear = torch.ops.hf_lowrank.lowrank_linear
+pivoted_linear = torch.ops.hf_lowrank.pivoted_linear

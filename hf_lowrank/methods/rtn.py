@@ -1,0 +1,59 @@
+"""Round to nearest: plain weight quantisation, the yardstick of every compressor."""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..runtime.configuration import LayerSpec
+from ..runtime.errors import CompressionError
+from ..runtime.quantization import BITS, quantize
+from .base import Budget, Decomposition, Layer, Method, Statistics, too_small
+from .registry import register_method
+
+
+@register_method("rtn")
+@dataclass
+class RTN(Method):
+    """Every weight to the nearest of 2ᵇ even levels of its group; blind to the activations."""
+
+    bits: int | None = field(default=None, metadata={"help": "bits per weight, 2 to 8; default: the most that the budget holds"})
+    group_size: int = field(default=32, metadata={"help": "weights of a row that share a scale"})
+
+    source: ClassVar[str] = "round to nearest; grouped as in GPTQ, arXiv 2210.17323"
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in BITS:
+            raise CompressionError(f"{self.name}: bits={self.bits}, expected {BITS[0]} to {BITS[-1]}, or none to follow the budget")
+        if self.group_size < 1:
+            raise CompressionError(f"{self.name}: group_size={self.group_size}, expected at least 1")
+
+    def smallest(self, layer: Layer) -> LayerSpec:
+        return self.spec(self.bits or BITS[0])
+
+    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+        """One more bit per weight."""
+        return replace(spec, weight_bits=spec.weight_bits + 1)
+
+    def growth_limit(self, layer: Layer) -> int:
+        """How many bits a weight can grow by."""
+        return 0 if self.bits else BITS[-1] - BITS[0]
+
+    def spec(self, bits: int) -> LayerSpec:
+        """What a layer stores at so many bits per weight."""
+        return LayerSpec(sparse="full", weight_bits=bits, weight_group=self.group_size)
+
+    def affordable_bits(self, budget: Budget) -> int:
+        """The bits per weight asked for, or the most that fit.
+
+        Raises:
+            CompressionError: if they do not fit.
+        """
+        fitting = [bits for bits in ((self.bits,) if self.bits else BITS) if budget.stored(self.spec(bits)) <= budget.bits]
+        if not fitting:
+            raise too_small(self.name, budget)
+        return max(fitting)
+
+    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        """ŵ = (⌊w/s⌋ + ½) s, clamped to 2ᵇ levels; s is such that they just cover the group."""
+        return Decomposition(sparse="full", weight=quantize(weight, self.affordable_bits(budget), self.group_size))

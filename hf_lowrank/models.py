@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,10 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         CompressionError: if `folder` exists and is not empty (unless `overwrite`), or cannot be written.
     """
-    target = Path(folder)
+    target = Path(folder).absolute()
     check_free(target, overwrite)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         try:
@@ -109,6 +110,9 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
             partial.replace(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # it holds the result
+                    parent.rmdir()
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
         reason = getattr(error, "strerror", None) or error
         raise CompressionError(f"{target}: cannot be written ({reason}); nothing was left behind") from error

@@ -102,10 +102,10 @@ def test_the_bundled_model_compresses_and_reopens(tmp_path: Path, method: str) -
 def test_same_seed_same_bytes(tmp_path: Path, method: str) -> None:
     for run in ("first", "second"):
         torch.manual_seed(17 if run == "first" else 18)  # the caller's random state has no say
-        compress(tiny_models.llama(), config(method), tiny_models.tokenizer()).save_pretrained(tmp_path / run)
-    assert digests(tmp_path / "first") == digests(tmp_path / "second")
-    compress(tiny_models.llama(), config(method, seed=1), tiny_models.tokenizer()).save_pretrained(tmp_path / "third")
-    differs = {name for name, digest in digests(tmp_path / "third").items() if digest != digests(tmp_path / "first")[name]}
+        compress(tiny_models.llama(), config(method), tiny_models.tokenizer()).save_pretrained(tmp_path / run / "model")
+    assert digests(tmp_path / "first" / "model") == digests(tmp_path / "second" / "model")
+    compress(tiny_models.llama(), config(method, seed=1), tiny_models.tokenizer()).save_pretrained(tmp_path / "third" / "model")
+    differs = {name for name, digest in digests(tmp_path / "third" / "model").items() if digest != digests(tmp_path / "first" / "model")[name]}
     assert "config.json" in differs
     assert ("model.safetensors" in differs) == (method != "svd")  # the only one here that never looks at the calibration
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
 
 from .. import kernels
 from ..kernels import cpu
@@ -221,9 +222,9 @@ def benchmark_model(
         decodes: dict[str, list[float]] = {name: [] for name in loaded}
         for _ in range(repeats):
             for name, model in loaded.items():
-                first = _generate(model, prompt_tokens, 1)
-                prefills[name].append(first)
-                decodes[name].append(_generate(model, prompt_tokens, new_tokens + 1) - first)
+                prefill, decode = _generate(model, prompt_tokens, new_tokens + 1)
+                prefills[name].append(prefill)
+                decodes[name].append(decode)
     return [
         ModelSpeed(
             name, _stored_bytes(model), resident[name], Timing.of(prefills[name]), Timing.of(decodes[name]), prompt_tokens, new_tokens
@@ -241,13 +242,30 @@ def resident_bytes() -> int | None:
     return int(line.split()[1]) << 10
 
 
-def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> float:
-    """Seconds of one generation from random tokens; the end-of-text token does not stop it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
+class _Clock(BaseStreamer):
+    """Notes when `generate` hands out the prompt and each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token and from there to the last, greedy, from random tokens; an end-of-text token does not stop it.
+
+    `generate` moves every token to the CPU before it hands it out, so that a GPU has finished by then.
+    """
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    clock = _Clock()
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     generate: Any = model.generate
-    return _seconds(partial(generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length), model.device)
+    generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, streamer=clock, **length)
+    return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
 
 
 def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:

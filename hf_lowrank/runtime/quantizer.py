@@ -47,8 +47,7 @@ class CompressionQuantizer(HfQuantizer):
         config = self.quantization_config
         layers = resolve_layers(model, config.layers)
         shapes = {stored: dense_shape(model.get_submodule(name)) for stored, name in zip(config.layers, layers, strict=True)}
-        files = [file for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
-        if files:
+        if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
             validate_files(config, shapes, files)
         config.layers = layers
         for name, spec in layers.items():

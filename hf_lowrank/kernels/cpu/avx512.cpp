@@ -6,114 +6,16 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <immintrin.h>
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2,f16c,fma")))
-#define AVX512_INLINE AVX512 __attribute__((always_inline)) static inline
+#include "avx512_values.h"
 
 namespace hf_lowrank {
+
+// avx512_unpack.cpp
+void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out);
+
 namespace {
 
-AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
-
 AVX512_INLINE __mmask64 first_of_64(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
-
-// --- 32 values of a row and their product with 32 columns of x ---------------------------------------------------------------
-
-// Keeps a value in a register: expand instructions with a memory operand take a micro-operation per element on AMD.
-#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
-
-// vpexpandw waits for the old value of its destination although it zeroes it; a cleared register is never waited for.
-AVX512_INLINE __m512i expand_words(__m512i values, uint32_t mask) {
-    __m512i out = _mm512_setzero_si512();
-    __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "+v"(out) : "v"(values), "Yk"(mask));
-    return out;
-}
-
-struct Bits16 {
-    using Element = uint16_t;
-    using Unit = __m512i;
-    AVX512_INLINE Unit load(const Element* values) { return _mm512_loadu_si512(values); }
-    AVX512_INLINE Unit load_first(const Element* values, int64_t count) {
-        return _mm512_maskz_loadu_epi16(first_of_32(count), values);
-    }
-    AVX512_INLINE Unit expand(Unit values, uint32_t mask) { return expand_words(values, mask); }
-};
-
-// bfloat16, multiplied by each of the pieces whose sum is x.
-template <int Pieces>
-struct BFloat16 : Bits16 {
-    AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
-        low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(unit)), 16));
-        high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(unit, 1)), 16));
-    }
-    struct Inputs {
-        const uint16_t* at;
-        int64_t token_stride, piece_stride;
-    };
-    AVX512_INLINE Inputs inputs(const Prepared& x, const Rows& rows) {
-        return {x.pieces + rows.first_token * x.padded, x.padded, x.tokens * x.padded};
-    }
-    AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
-        for (int piece = 0; piece < Pieces; ++piece) {
-            const uint16_t* at = x.at + token * x.token_stride + piece * x.piece_stride + column;
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)unit, (__m512bh)_mm512_loadu_si512(at));
-        }
-    }
-};
-
-struct FloatInputs {
-    struct Inputs {
-        const float* at;
-        int64_t token_stride;
-    };
-    AVX512_INLINE Inputs inputs(const Prepared& x, const Rows& rows) {
-        return {x.values + rows.first_token * x.padded, x.padded};
-    }
-};
-
-struct Float16 : Bits16, FloatInputs {
-    AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
-        low = _mm512_cvtph_ps(_mm512_castsi512_si256(unit));
-        high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(unit, 1));
-    }
-    AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
-        const float* at = x.at + token * x.token_stride + column;
-        __m512 low, high;
-        widen(unit, low, high);
-        sum = _mm512_fmadd_ps(low, _mm512_loadu_ps(at), sum);
-        sum = _mm512_fmadd_ps(high, _mm512_loadu_ps(at + 16), sum);
-    }
-};
-
-struct Float32 : FloatInputs {
-    using Element = float;
-    struct Unit {
-        __m512 low, high;
-    };
-    AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
-        low = unit.low;
-        high = unit.high;
-    }
-    AVX512_INLINE Unit load(const Element* values) { return {_mm512_loadu_ps(values), _mm512_loadu_ps(values + 16)}; }
-    AVX512_INLINE Unit load_first(const Element* values, int64_t count) {
-        uint32_t present = first_of_32(count);
-        return {_mm512_maskz_loadu_ps(present & 0xffff, values), _mm512_maskz_loadu_ps(present >> 16, values + 16)};
-    }
-    AVX512_INLINE Unit expand(Unit values, uint32_t mask) {
-        // The upper 16 columns take the values that the lower 16 left over: move them to the front first.
-        __m512i index = _mm512_add_epi32(_mm512_set1_epi32(_mm_popcnt_u32(mask & 0xffff)),
-                                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        __m512 rest = _mm512_permutex2var_ps(values.low, index, values.high);
-        IN_REGISTER(values.low);
-        return {_mm512_maskz_expand_ps(mask & 0xffff, values.low), _mm512_maskz_expand_ps(mask >> 16, rest)};
-    }
-    AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
-        const float* at = x.at + token * x.token_stride + column;
-        sum = _mm512_fmadd_ps(unit.low, _mm512_loadu_ps(at), sum);
-        sum = _mm512_fmadd_ps(unit.high, _mm512_loadu_ps(at + 16), sum);
-    }
-};
 
 // --- sums of several rows and tokens ---------------------------------------------------------------------------------------
 
@@ -325,11 +227,6 @@ struct BinaryLoop {
         int64_t width = (x.columns + 7) / 8;
         int64_t table_size = x.padded / kTableColumns * kTableEntries;
         __m512i words[16][kParts];
-        // The memory would idle meanwhile: fetch the next block's signs, or the first rows that sparse_rows takes next.
-        int64_t row_bytes = product.values ? product.kept * element_size(DType(product.values_dtype)) : width;
-        const char* soon = product.values ? static_cast<const char*>(product.values) + rows.first * row_bytes
-                                          : reinterpret_cast<const char*>(product.signs + (rows.first + kBlockRows) * width);
-        Ahead ahead = Ahead::of(soon, row_bytes * (product.values ? kBlockRows / 4 : kBlockRows), (width + 63) / 64 * kBlockRows);
         for (int64_t term = 0; term < product.binary_rank; ++term) {
             const float* tables = x.tables + (term * x.tokens + rows.first_token) * table_size;
             __m512 sums[T][kParts];
@@ -342,7 +239,8 @@ struct BinaryLoop {
                     for (int i = 0; i < 16; ++i) {
                         int64_t row = part * 16 + i;
                         const uint8_t* at = product.signs + (rows.first + row) * width + byte;
-                        Ahead::fetch(ahead);
+                        // The next block's, unless sparse_rows fetches them between here and there.
+                        if (!product.values) _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);
                         bits[i] = row < rows.count ? _mm512_maskz_loadu_epi8(present, at) : _mm512_setzero_si512();
                     }
                     transpose_words(bits, &words[0][part], kParts);
@@ -391,81 +289,10 @@ AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
     }
 }
 
-// --- unpacking -------------------------------------------------------------------------------------------------------------
-
-AVX512_INLINE void store_first(void* out, int64_t at, DType dtype, __m512 low, __m512 high, __mmask32 present) {
-    if (dtype == kFloat32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(out) + at, present & 0xffff, low);
-        _mm512_mask_storeu_ps(static_cast<float*>(out) + at + 16, present >> 16, high);
-    } else {
-        __m256i halves[2];
-        if (dtype == kBFloat16) {
-            halves[0] = (__m256i)_mm512_cvtneps_pbh(low);
-            halves[1] = (__m256i)_mm512_cvtneps_pbh(high);
-        } else {
-            halves[0] = _mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT);
-            halves[1] = _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT);
-        }
-        _mm512_mask_storeu_epi16(static_cast<uint16_t*>(out) + at, present, _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1));
-    }
-}
-
-// Columns [column, column + 32) of a row; `whole` where all 32 exist.
-template <class Values, bool whole>
-AVX512_INLINE void unpack_unit(const Product& product, const float* scale_in, int64_t padded, int64_t row, int64_t column,
-                               const typename Values::Element*& values, const typename Values::Element* end, void* out) {
-    const int64_t width = (product.columns + 7) / 8;
-    __m512 low = _mm512_setzero_ps(), high = low;
-    if (product.values) {
-        uint32_t bits = load_bits(product.mask + row * width, width, column >> 3);
-        int64_t used = _mm_popcnt_u32(bits);
-        if (end - values >= kUnit) {
-            Values::widen(Values::expand(Values::load(values), bits), low, high);
-            values += used;
-        } else {
-            int64_t present = end - values;
-            Values::widen(Values::expand(Values::load_first(values, present), bits), low, high);
-            values += used < present ? used : present;
-        }
-    }
-    if (product.signs) {
-        __m512 magnitudes[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t term = 0; term < product.binary_rank; ++term) {
-            __m512 scale = _mm512_set1_ps(load_as_float(product.scale_out, row * product.binary_rank + term, DType(product.scale_dtype)));
-            magnitudes[0] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(scale_in + term * padded + column), magnitudes[0]);
-            magnitudes[1] = _mm512_fmadd_ps(scale, _mm512_loadu_ps(scale_in + term * padded + column + 16), magnitudes[1]);
-        }
-        const __m512 negative = _mm512_set1_ps(-0.0f);
-        uint32_t minus = ~load_bits(product.signs + row * width, width, column >> 3);
-        low = _mm512_add_ps(low, _mm512_mask_xor_ps(magnitudes[0], minus & 0xffff, magnitudes[0], negative));
-        high = _mm512_add_ps(high, _mm512_mask_xor_ps(magnitudes[1], minus >> 16, magnitudes[1], negative));
-    }
-    store_first(out, column, DType(product.x_dtype), low, high, whole ? ~0u : first_of_32(product.columns - column));
-}
-
-template <class Values>
-AVX512 void unpack_row(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out) {
-    using Element = typename Values::Element;
-    const Element* values = static_cast<const Element*>(product.values) + row * product.kept;
-    const Element* end = static_cast<const Element*>(product.values) + product.rows * product.kept;
-    int64_t column = 0;
-    for (; column + kUnit <= product.columns; column += kUnit)
-        unpack_unit<Values, true>(product, scale_in, padded, row, column, values, end, out);
-    if (column < product.columns) unpack_unit<Values, false>(product, scale_in, padded, row, column, values, end, out);
-}
-
-void unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out) {
-    switch (product.values_dtype) {
-        case kFloat32: unpack_row<Float32>(product, scale_in, padded, row, out); break;
-        case kFloat16: unpack_row<Float16>(product, scale_in, padded, row, out); break;
-        default: unpack_row<BFloat16<1>>(product, scale_in, padded, row, out);
-    }
-}
-
 }  // namespace
 
 const Kernels& avx512_kernels() {
-    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, unpack, true};
+    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, avx512_unpack, true};
     return kernels;
 }
 

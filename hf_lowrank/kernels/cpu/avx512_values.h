@@ -1,0 +1,114 @@
+// 32 values of a row in AVX-512 registers: loading, spreading by a mask word, widening, multiplying with 32 columns of x.
+#pragma once
+
+#include "product.h"
+
+#include <immintrin.h>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2,f16c,fma")))
+#define AVX512_INLINE AVX512 __attribute__((always_inline)) static inline
+
+namespace hf_lowrank {
+namespace {
+
+AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
+
+// --- 32 values of a row and their product with 32 columns of x ---------------------------------------------------------------
+
+// Keeps a value in a register: expand instructions with a memory operand take a micro-operation per element on AMD.
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
+
+// vpexpandw waits for the old value of its destination although it zeroes it; a cleared register is never waited for.
+AVX512_INLINE __m512i expand_words(__m512i values, uint32_t mask) {
+    __m512i out = _mm512_setzero_si512();
+    __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "+v"(out) : "v"(values), "Yk"(mask));
+    return out;
+}
+
+struct Bits16 {
+    using Element = uint16_t;
+    using Unit = __m512i;
+    AVX512_INLINE Unit load(const Element* values) { return _mm512_loadu_si512(values); }
+    AVX512_INLINE Unit load_first(const Element* values, int64_t count) {
+        return _mm512_maskz_loadu_epi16(first_of_32(count), values);
+    }
+    AVX512_INLINE Unit expand(Unit values, uint32_t mask) { return expand_words(values, mask); }
+};
+
+// bfloat16, multiplied by each of the pieces whose sum is x.
+template <int Pieces>
+struct BFloat16 : Bits16 {
+    AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
+        low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(unit)), 16));
+        high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(unit, 1)), 16));
+    }
+    struct Inputs {
+        const uint16_t* at;
+        int64_t token_stride, piece_stride;
+    };
+    AVX512_INLINE Inputs inputs(const Prepared& x, const Rows& rows) {
+        return {x.pieces + rows.first_token * x.padded, x.padded, x.tokens * x.padded};
+    }
+    AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
+        for (int piece = 0; piece < Pieces; ++piece) {
+            const uint16_t* at = x.at + token * x.token_stride + piece * x.piece_stride + column;
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)unit, (__m512bh)_mm512_loadu_si512(at));
+        }
+    }
+};
+
+struct FloatInputs {
+    struct Inputs {
+        const float* at;
+        int64_t token_stride;
+    };
+    AVX512_INLINE Inputs inputs(const Prepared& x, const Rows& rows) {
+        return {x.values + rows.first_token * x.padded, x.padded};
+    }
+};
+
+struct Float16 : Bits16, FloatInputs {
+    AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
+        low = _mm512_cvtph_ps(_mm512_castsi512_si256(unit));
+        high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(unit, 1));
+    }
+    AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
+        const float* at = x.at + token * x.token_stride + column;
+        __m512 low, high;
+        widen(unit, low, high);
+        sum = _mm512_fmadd_ps(low, _mm512_loadu_ps(at), sum);
+        sum = _mm512_fmadd_ps(high, _mm512_loadu_ps(at + 16), sum);
+    }
+};
+
+struct Float32 : FloatInputs {
+    using Element = float;
+    struct Unit {
+        __m512 low, high;
+    };
+    AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
+        low = unit.low;
+        high = unit.high;
+    }
+    AVX512_INLINE Unit load(const Element* values) { return {_mm512_loadu_ps(values), _mm512_loadu_ps(values + 16)}; }
+    AVX512_INLINE Unit load_first(const Element* values, int64_t count) {
+        uint32_t present = first_of_32(count);
+        return {_mm512_maskz_loadu_ps(present & 0xffff, values), _mm512_maskz_loadu_ps(present >> 16, values + 16)};
+    }
+    AVX512_INLINE Unit expand(Unit values, uint32_t mask) {
+        // The upper 16 columns take the values that the lower 16 left over: move them to the front first.
+        __m512i index = _mm512_add_epi32(_mm512_set1_epi32(_mm_popcnt_u32(mask & 0xffff)),
+                                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        __m512 rest = _mm512_permutex2var_ps(values.low, index, values.high);
+        IN_REGISTER(values.low);
+        return {_mm512_maskz_expand_ps(mask & 0xffff, values.low), _mm512_maskz_expand_ps(mask >> 16, rest)};
+    }
+    AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
+        const float* at = x.at + token * x.token_stride + column;
+        sum = _mm512_fmadd_ps(unit.low, _mm512_loadu_ps(at), sum);
+        sum = _mm512_fmadd_ps(unit.high, _mm512_loadu_ps(at + 16), sum);
+    }
+};
+
+}  // namespace
+}  // namespace hf_lowrank

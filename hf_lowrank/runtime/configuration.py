@@ -102,7 +102,9 @@ class LayerSpec:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
                 raise _bad_field(layer, name, value, f"an integer from 0 to {limit} in a {out_features} × {in_features} layer")
         if (self.kind == "sparse_lowrank_binary") != (self.binary_rank > 0):
-            raise _bad_field(layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}")
+            raise _bad_field(
+                layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}"
+            )
         covered = self.lowrank_shape(out_features, in_features)
         if self.pivoted and not 1 <= self.rank <= min(covered):
             raise _bad_field(layer, "rank", self.rank, f"1 to {min(covered)} for a pivoted low-rank part of {covered[0]} × {covered[1]}")
@@ -128,7 +130,9 @@ class LayerSpec:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise _bad_field(layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it")
+                raise _bad_field(
+                    layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it"
+                )
         for name in known - OPTIONAL_FIELDS:
             if name not in values:
                 raise CheckpointError(

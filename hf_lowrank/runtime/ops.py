@@ -5,6 +5,7 @@ faster, the functions in this file stay the oracle. A matrix is unpacked a tile 
 backward pass.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,24 +121,20 @@ def plain_bitmask_input_grad(grad: Tensor, weight: Tensor, weight_mask: Tensor, 
 def plain_bitmask_weight_grad(grad: Tensor, x: Tensor, weight_mask: Tensor, kept: int) -> Tensor:
     """The entries of g xᵀ where the mask is set, (m, k): the gradient of `bitmask_linear` in its kept values."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    g, inputs = grad.flatten(0, -2).to(compute), x.flatten(0, -2).to(compute)
-    kept_grad = [
-        (g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in row_tiles(weight_mask, x)
-    ]
+    g, inputs = as_matrix(grad).to(compute), as_matrix(x).to(compute)
+    kept_grad = [(g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in row_tiles(weight_mask, x)]
     return torch.cat(kept_grad)
 
 
 def plain_binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
     """The gradient of `binary_linear` in x."""
-    return sum_over_tiles(
-        grad, sign_bits, scale_in.shape[1], lambda rows, dtype: _binary_rows(sign_bits, scale_in, scale_out, rows, dtype)
-    )
+    return sum_over_tiles(grad, sign_bits, scale_in.shape[1], lambda rows, dtype: _binary_rows(sign_bits, scale_in, scale_out, rows, dtype))
 
 
 def plain_binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `binary_linear` in `scale_in` (b, n) and `scale_out` (m, b)."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    g, inputs = _as_matrix(grad).to(compute), _as_matrix(x).to(compute)
+    g, inputs = as_matrix(grad).to(compute), as_matrix(x).to(compute)
     in_grad = torch.zeros(scale_in.shape, dtype=compute, device=x.device)
     out_grad = []
     for rows in row_tiles(sign_bits, x):
@@ -145,6 +142,11 @@ def plain_binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_i
         in_grad += scale_out[rows].to(compute).T @ signed
         out_grad.append(signed @ scale_in.to(compute).T)
     return in_grad, torch.cat(out_grad)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x (..., n) as (tokens, n); a single vector is one token."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def sum_over_tiles(grad: Tensor, packed: Tensor, columns: int, rows_of: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
@@ -216,9 +218,7 @@ def _declare() -> None:
     )
     bitmask_linear.register_fake(lambda x, weight, weight_mask: outputs(x, weight_mask.shape[0]))
     binary_linear.register_fake(lambda x, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0]))
-    bitmask_binary_linear.register_fake(
-        lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0])
-    )
+    bitmask_binary_linear.register_fake(lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0]))
     lowrank_linear.register_fake(lambda x, lowrank_a, lowrank_b: outputs(x, lowrank_b.shape[0]))
     pivoted_linear.register_fake(lambda x, lowrank_a, lowrank_b, lowrank_pivots, rows: outputs(x, rows))
 
@@ -274,10 +274,10 @@ def _lowrank_backward(ctx, grad):  # type: ignore[no-untyped-def]
     grad_x = inner_grad @ lowrank_a.to(grad.dtype) if ctx.needs_input_grad[0] else None
     grad_a = grad_b = None
     if ctx.needs_input_grad[1]:
-        grad_a = (_as_matrix(inner_grad).T @ _as_matrix(x)).to(lowrank_a.dtype)
+        grad_a = (as_matrix(inner_grad).T @ as_matrix(x)).to(lowrank_a.dtype)
     if ctx.needs_input_grad[2]:
         inner = F.linear(x, lowrank_a.to(x.dtype))
-        grad_b = (_as_matrix(grad).T @ _as_matrix(inner)).to(lowrank_b.dtype)
+        grad_b = (as_matrix(grad).T @ as_matrix(inner)).to(lowrank_b.dtype)
     return grad_x, grad_a, grad_b
 
 
@@ -294,10 +294,10 @@ def _pivoted_backward(ctx, grad):  # type: ignore[no-untyped-def]
     grad_x = inner_grad @ lowrank_a.to(grad.dtype) if ctx.needs_input_grad[0] else None
     grad_a = grad_b = None
     if ctx.needs_input_grad[1]:
-        grad_a = (inner_grad.flatten(0, -2).T @ x.flatten(0, -2)).to(lowrank_a.dtype)
+        grad_a = (as_matrix(inner_grad).T @ as_matrix(x)).to(lowrank_a.dtype)
     if ctx.needs_input_grad[2]:
         inner = F.linear(x, lowrank_a.to(x.dtype))
-        grad_b = (other_grad.flatten(0, -2).T @ inner.flatten(0, -2)).to(lowrank_b.dtype)
+        grad_b = (as_matrix(other_grad).T @ as_matrix(inner)).to(lowrank_b.dtype)
     return grad_x, grad_a, grad_b, None, None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import NAMESPACE, compute_dtype, dispatch, outputs, row_tiles, sum_over_tiles
+from .ops import NAMESPACE, as_matrix, compute_dtype, dispatch, outputs, row_tiles, sum_over_tiles
 from .packing import unpack_bits, unpack_values
 from .quantization import group_sums, levels, spread_scale, unpack_codes
 
@@ -34,15 +34,13 @@ def plain_quantized_input_grad(
     grad: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int, columns: int
 ) -> Tensor:
     """Qᵀ g for g (..., m): the gradient of `quantized_linear` in x (..., n), n = `columns`."""
-    return sum_over_tiles(
-        grad, codes, columns, lambda rows, dtype: _unpacked(codes, scale, mask, rows, bits, group, kept, columns, dtype)
-    )
+    return sum_over_tiles(grad, codes, columns, lambda rows, dtype: _unpacked(codes, scale, mask, rows, bits, group, kept, columns, dtype))
 
 
 def plain_quantized_scale_grad(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor:
     """The gradient of `quantized_linear` in the scales, (m, ⌈kept/group⌉): over each group, levels times the entries of g xᵀ."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    g, inputs = grad.flatten(0, -2).to(compute), x.flatten(0, -2).to(compute)
+    g, inputs = as_matrix(grad).to(compute), as_matrix(x).to(compute)
     sums = []
     for rows in row_tiles(codes, x):
         outer = g[:, rows].T @ inputs

@@ -187,7 +187,12 @@ def test_a_config_without_the_field_still_opens():
 def test_a_checkpoint_opens_with_the_same_logits(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

@@ -291,8 +291,14 @@ def test_specs_survive_their_dictionary():
 def tiny_model(dtype: torch.dtype) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, attention_bias=True,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
     )
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -1,5 +1,6 @@
 """One budget for the model → ranks and densities of every layer."""
 
+import heapq
 import math
 from typing import TYPE_CHECKING
 
@@ -133,3 +134,62 @@ def fitted_ranks(
         if not too_large:
             return {name: taken.get(name) for name in wanted}
         dense |= too_large
+
+
+def cheapest_choices(options: dict[str, list[tuple[int, float]]], available: int) -> dict[str, int]:
+    """One option per layer such that the sum of losses is least within `available` bits.
+
+    Every layer starts from its smallest option on the lower convex hull of (bits, loss); then the step along a hull that saves most
+    loss per bit is taken, as long as one fits. On the hulls that is optimal up to the last step.
+
+    Args:
+        options: (bits, loss) of each layer's options.
+
+    Returns:
+        The index of the chosen option by layer.
+
+    Raises:
+        CompressionError: if even the smallest options take more than `available`.
+    """
+    hulls = {name: _convex_hull(each) for name, each in options.items()}
+    left = available - sum(options[name][hull[0]][0] for name, hull in hulls.items())
+    if left < 0:
+        raise CompressionError(f"the smallest of what the layers can become takes {-left} bits more than the {available} available")
+    taken = dict.fromkeys(hulls, 0)
+    steps: list[tuple[float, str]] = []
+
+    def step(name: str) -> tuple[int, float]:
+        (bits, loss), (more, less) = (options[name][hulls[name][taken[name] + each]] for each in (0, 1))
+        return more - bits, loss - less
+
+    def offer(name: str) -> None:
+        if taken[name] + 1 < len(hulls[name]):
+            bits, saved = step(name)
+            heapq.heappush(steps, (-saved / bits, name))
+
+    for name in hulls:
+        offer(name)
+    while steps:
+        _, name = heapq.heappop(steps)
+        bits, _ = step(name)
+        if bits <= left:
+            left -= bits
+            taken[name] += 1
+            offer(name)
+    return {name: hull[taken[name]] for name, hull in hulls.items()}
+
+
+def _convex_hull(options: list[tuple[int, float]]) -> list[int]:
+    """Indices of the options on the lower convex hull, by rising bits and falling loss."""
+    hull: list[int] = []
+    for index in sorted(range(len(options)), key=lambda each: options[each]):
+        bits, loss = options[index]
+        if hull and loss >= options[hull[-1]][1]:
+            continue
+        while len(hull) > 1:
+            (b0, l0), (b1, l1) = options[hull[-2]], options[hull[-1]]
+            if (l0 - l1) * (bits - b1) > (l1 - loss) * (b1 - b0):
+                break
+            hull.pop()
+        hull.append(index)
+    return hull

@@ -1,5 +1,6 @@
 """compress(): walk the blocks of a model, decompose their linear layers, swap the results in."""
 
+import copy
 import logging
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .allocation import check_reachable, uniform_budgets
+from .allocation import cheapest_choices, check_reachable, uniform_budgets
 from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
 from .budget import Layer, ModelBudget
 from .calibration import (
@@ -22,11 +23,16 @@ from .calibration import (
     calibration_batches,
     capture,
     fingerprint,
+    output_grams,
     run_block,
     shifted_sums,
     squared_gradients,
+    stage_sums,
+    stages,
+    stream_writers,
 )
 from .methods import Decomposition, Method, Statistics, make_method
+from .methods.base import Choice, ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import Measurement, SpectralMethod
 from .progress import Step, progress_bar
@@ -126,6 +132,7 @@ class _Compression:
         self.reports: list[LayerReport] = []
         self.curve: dict[str, list[float]] | None = None
         self.gradients: dict[str, Tensor] = {}
+        self.output_grams: dict[str, Tensor] = {}
 
     def run(self) -> None:
         self.step("capturing block inputs", 0, len(self.compressed))
@@ -133,7 +140,12 @@ class _Compression:
         if self.method.needs_gradients:
             self.step("measuring gradients", 0, len(self.compressed))
             self.gradients = squared_gradients(self.model, [layer.name for layer in self.compressed], self.tokens)
-        if isinstance(self.method, SpectralMethod):
+        if self.method.needs_output_gram:
+            self.step("measuring curvature", 0, len(self.compressed))
+            self.output_grams = output_grams(self.model, [layer.name for layer in self.compressed], self.tokens, self.config.seed)
+        if isinstance(self.method, ChoosingMethod):
+            self.choose_then_build(self.method, batches)
+        elif isinstance(self.method, SpectralMethod):
             self.measure_then_decide(self.method, batches)
         else:
             self.layer_by_layer(batches)
@@ -172,6 +184,63 @@ class _Compression:
                 self.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
             else:
                 self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name], begun)
+
+    def choose_then_build(self, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
+        """What each layer could become, measured in the dense model; one budget for all; then stage by stage, each on corrected targets."""
+        inputs = [batch.hidden for batch in batches]
+        choices: dict[str, list[Choice]] = {}
+        statistics: dict[str, Statistics] = {}
+        for index, block, layers in self.walk():
+            statistics |= self.gather(index, block, layers, batches)
+            for layer in layers:
+                choices[layer.name] = method.choices(layer, self.weight(layer), statistics[layer.name], self.budget.value_bits[layer.name])
+        chosen = self.choose(choices)
+        for batch, hidden in zip(batches, inputs, strict=True):
+            batch.hidden = batch.shifted = hidden
+        for index, block, layers in self.walk():
+            dense, block_name = copy.deepcopy(block), list(self.blocks)[index]
+            local = {layer.name.removeprefix(f"{block_name}."): layer for layer in layers}
+            writers = self.stream_writers(block, index, layers, batches[0])
+            order = stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
+            for names in order:
+                writer = None
+                if names[0] in writers:
+                    writer = (
+                        "output" if names[0] == max(writers, key=lambda name: [name in stage for stage in order].index(True)) else "input"
+                    )
+                sums = stage_sums(dense, block, index, batches, names, writer)
+                for name in names:
+                    layer, begun = local[name], time.monotonic()
+                    spec, weight, known = chosen[layer.name], self.weight(layer), statistics[layer.name]
+                    if spec is None:
+                        self.reasons[layer.name] = f"{method.name} finds that its bytes are best spent on the dense layer"
+                        continue
+                    target = weight if sums is None else sums.target(weight)
+                    fitted = known if sums is None else sums.statistics(known)
+                    self.swap(layer, method.build(target, fitted, spec), weight, known, begun)
+            for batch in batches:
+                batch.shifted = run_block(block, index, batch, batch.shifted)
+                batch.hidden = run_block(dense, index, batch)
+
+    def choose(self, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
+        """One choice per layer within the budget; None for a layer that stays dense."""
+        layers = {layer.name: layer for layer in self.compressed}
+        options = {
+            name: [(self.budget.stored_bits(layers[name], choice.spec), choice.loss) for choice in each]
+            + [(self.budget.dense_bits(layers[name]) - self.budget.bias_bits[name], 0.0)]
+            for name, each in choices.items()
+        }
+        taken = cheapest_choices(options, self.available)
+        return {name: each[taken[name]].spec if taken[name] < len(each) else None for name, each in choices.items()}
+
+    def stream_writers(self, block: nn.Module, index: int, layers: list[Layer], batch: BlockBatch) -> list[str]:
+        """The two layers of a block that write to the residual stream, named within it; none if the block is not made that way."""
+        block_name = list(self.blocks)[index]
+        found = {layer.role: layer.name.removeprefix(f"{block_name}.") for layer in layers if layer.role in ("output", "ffn_out")}
+        count = sum(layer.role in ("output", "ffn_out") for layer in layers)
+        if len(found) != 2 or count != 2 or not stream_writers(block, index, batch, {n: block.get_submodule(n) for n in found.values()}):
+            return []
+        return list(found.values())
 
     def learn(self, method: SoCo, measurements: dict[str, Measurement]) -> tuple[dict[str, Measurement], dict[str, int | None]]:
         """SoCo's training; its state lives in the work folder until it is done."""
@@ -217,6 +286,8 @@ class _Compression:
                 statistics[layer.name] = shifted.extend(layer.name, known)
             if layer.name in self.gradients:
                 statistics[layer.name] = replace(statistics[layer.name], squared_gradients=self.gradients[layer.name])
+            if layer.name in self.output_grams:
+                statistics[layer.name] = replace(statistics[layer.name], output_gram=self.output_grams[layer.name])
         self.order_neurons(index, block, statistics)
         return statistics
 

@@ -2,6 +2,8 @@
 
 from .batches import TokenBatch, calibration_batches, fingerprint
 from .blocks import BlockBatch, block_statistics, capture, run_block, shifted_sums
+from .correction import stage_sums, stages, stream_writers
+from .curvature import output_grams
 from .gradients import squared_gradients
 
 __all__ = [
@@ -13,5 +15,9 @@ __all__ = [
     "fingerprint",
     "run_block",
     "shifted_sums",
+    "output_grams",
     "squared_gradients",
+    "stage_sums",
+    "stages",
+    "stream_writers",
 ]

@@ -60,7 +60,7 @@ class StatisticsCollector:
                 self._seen.append((x, name))
                 if name not in self._sums:
                     self._sums[name] = _Sums(x, self.needs_gram)
-                self._sums[name].add(_counted(x, self._mask))
+                self._sums[name].add(counted(x, self._mask))
 
         return count
 
@@ -127,7 +127,7 @@ class ShiftedSums:
     def add(self, dense: dict[str, Tensor], shifted: dict[str, Tensor], mask: Tensor | None) -> None:
         """Count the tokens of one batch that the mask (B, T) lets through."""
         for name, x in dense.items():
-            x, y = (_counted(each, mask).double() for each in (x, shifted[name]))
+            x, y = (counted(each, mask).double() for each in (x, shifted[name]))
             gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
             self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
 
@@ -137,7 +137,8 @@ class ShiftedSums:
         return replace(statistics, shifted_gram=gram, cross_gram=cross)
 
 
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens (T', n) of x (B, T, n) that the mask (B, T) lets through."""
     if mask is not None and x.shape[: mask.dim()] == mask.shape:
         return x[mask.bool()]
     return x.flatten(0, -2)

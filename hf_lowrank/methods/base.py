@@ -29,6 +29,8 @@ class Statistics:
         shifted_gram: Ĉ = Σ_t x̂_t x̂_tᵀ, (n, n) float64, of the inputs x̂ that the layer sees in the compressed model. None unless the
             method `needs_shifted`.
         cross_gram: M = Σ_t x_t x̂_tᵀ, (n, n) float64: dense inputs against shifted ones, token by token. As `shifted_gram`.
+        output_gram: G = Σ_t g_t g_tᵀ, (m, m) float64, of the gradients of the loss by the layer's outputs; belongs to that layer
+            alone. None unless the method `needs_output_gram`, or if no token reached it: then all outputs count alike.
     """
 
     tokens: int
@@ -39,6 +41,7 @@ class Statistics:
     squared_gradients: Tensor | None = None
     shifted_gram: Tensor | None = None
     cross_gram: Tensor | None = None
+    output_gram: Tensor | None = None
 
     def require(self, name: str, method: str) -> Tensor:
         """The statistic `name`, which `method` cannot do without.
@@ -108,6 +111,7 @@ class Method:
         name: set by `register_method`.
         needs_gram: whether `Statistics.gram` is needed.
         needs_gradients: whether `Statistics.squared_gradients` is needed.
+        needs_output_gram: whether `Statistics.output_gram` is needed.
         sequential: whether a block sees the compressed blocks before it (else the dense ones).
         source: where it was published.
     """
@@ -116,6 +120,7 @@ class Method:
     source: ClassVar[str]
     needs_gram: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+    needs_output_gram: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
 
     @property
@@ -156,6 +161,48 @@ class Method:
             CompressionError: if the budget is too small for any decomposition of this method.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that a layer could become.
+
+    Attributes:
+        spec: what it would store.
+        loss: what that is expected to cost, comparable between layers.
+    """
+
+    spec: LayerSpec
+    loss: float
+
+
+class ChoosingMethod(Method):
+    """A method that looks at every layer of the dense model, chooses what each becomes from one budget, and then makes them in turn.
+
+    Layers are made in the order of the data's way, each fitted to the dense outputs on the inputs that the compressed layers before
+    it give (`calibration/correction.py`).
+    """
+
+    needs_gram: ClassVar[bool] = True
+    needs_output_gram: ClassVar[bool] = True
+
+    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+        """What the layer could become, in any order; the dense layer is always possible and not listed."""
+        raise NotImplementedError
+
+    def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
+        """Decompose `weight` (m, n), float64, into what `spec` says."""
+        raise NotImplementedError
+
+    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        """One layer by itself: the best choice within its budget."""
+        statistics.require("gram", self.name)
+        m, n = weight.shape
+        choices = self.choices(Layer("layer", 0, 1, "other", m, n), weight, statistics, budget.value_bits)
+        fitting = [choice for choice in choices if budget.stored(choice.spec) <= budget.bits]
+        if not fitting:
+            raise too_small(self.name, budget)
+        return self.build(weight, statistics, min(fitting, key=lambda choice: (choice.loss, budget.stored(choice.spec))).spec)
 
 
 def too_small(method: str, budget: Budget) -> CompressionError:

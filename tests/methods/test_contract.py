@@ -14,6 +14,7 @@ from hf_lowrank import CompressionError
 from hf_lowrank.budget import Budget, Layer
 from hf_lowrank.methods import Decomposition, Method, Statistics, make_method, method_class, registered_methods
 from hf_lowrank.runtime.layers import SparseLowRankLinear
+from hf_lowrank.runtime.pivoting import unpivot
 from hf_lowrank.runtime.quantization import BITS, Quantized
 
 from .problems import VALUE_BITS, budget_of, correlated_tokens, gaussian, problem, relative_error, statistics_of
@@ -77,7 +78,8 @@ def dense_of(decomposition: Decomposition, out_features: int, in_features: int) 
         columns = slice(kept.shape[1], None)
         dense[:, : kept.shape[1]] = kept
     if d.lowrank_a is not None:
-        dense[rows, columns] += values_of(d.lowrank_b) @ values_of(d.lowrank_a)
+        left = values_of(d.lowrank_b)
+        dense[rows, columns] += (left if d.pivots is None else unpivot(left, d.pivots)) @ values_of(d.lowrank_a)
     if d.scale_in is not None and d.scale_out is not None and d.signs is not None:
         dense += torch.where(d.signs, 1.0, -1.0) * (d.scale_out @ d.scale_in)
     return dense

@@ -1,0 +1,137 @@
+"""Targets that make each layer undo what the compressed layers before it did: least squares on the compressed model's inputs.
+
+With x the input of a layer in the dense model and x̂ in the compressed one, the layer is fitted to y = W x on x̂:
+‖W X − Ŵ X̂‖² = ‖(W' − Ŵ) X̂‖² + const,  W' = W M Ĉ⁻¹,  M = Σ x x̂ᵀ,  Ĉ = Σ x̂ x̂ᵀ  (GPTAQ, arXiv 2504.02692; SAES-SVD, papers §6).
+A layer that writes to the residual stream h also makes up for what the stream has lost: its target is W x + h − ĥ.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Statistics
+from .blocks import BlockBatch, run_block
+from .statistics import counted
+
+RIDGE = 1e-3
+"""Of the regression, as a share of the mean of the diagonal of Ĉ; pulls W' towards W."""
+
+
+@dataclass
+class Sums:
+    """Ĉ (n, n), M − Ĉ (n, n) and, for a layer that writes to the residual stream, E = Σ (h − ĥ) x̂ᵀ (m, n); all float64."""
+
+    gram: Tensor
+    shift: Tensor
+    residual: Tensor | None = None
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W' (m, n): W + (W (M − Ĉ) + E)(Ĉ + λ I)⁻¹."""
+        mean = self.gram.diagonal().mean()
+        if not float(mean) > 0:
+            return weight
+        wanted = weight @ self.shift if self.residual is None else weight @ self.shift + self.residual
+        hessian = self.gram / mean + RIDGE * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        target: Tensor = weight + torch.linalg.solve(hessian, wanted / mean, left=False)
+        return target
+
+    def statistics(self, dense: Statistics) -> Statistics:
+        """The statistics of the compressed model's inputs, so far as the sums know them."""
+        return replace(dense, gram=self.gram, column_norms=self.gram.diagonal().sqrt())
+
+
+@torch.no_grad()
+def stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The layers in the order of the data's way, those that see the same input together; layers that no token of `batch` reaches last."""
+    inputs: dict[str, Tensor] = {}
+    handles = [layer.register_forward_pre_hook(_keep(inputs, name)) for name, layer in layers.items()]
+    run_block(block, index, batch)
+    for handle in handles:
+        handle.remove()
+    found: dict[int, list[str]] = {}
+    for name, x in inputs.items():
+        found.setdefault(id(x), []).append(name)
+    unseen = [name for name in layers if name not in inputs]
+    return [*found.values(), *([unseen] if unseen else [])]
+
+
+@torch.no_grad()
+def stage_sums(
+    dense: nn.Module, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], writer: str | None
+) -> Sums | None:
+    """The sums over all batches for layers that share an input; None if no token reached them in both models.
+
+    Args:
+        dense: a copy of the block as it was.
+        block: the same block, some of it compressed.
+        names: the layers, named within the block.
+        writer: how the layer writes to the residual stream: "input" if the stream before it is the block's input, "output" if the
+            layer is the block's last, None if it writes elsewhere.
+    """
+    total: Sums | None = None
+    for batch in batches:
+        assert batch.shifted is not None
+        here, there = _run(dense, index, batch, names[0], batch.hidden), _run(block, index, batch, names[0], batch.shifted)
+        if here is None or there is None or here.x.shape != there.x.shape:  # experts that see other tokens
+            continue
+        x, x_hat = counted(here.x, batch.mask).double(), counted(there.x, batch.mask).double()
+        gram, shift, residual = x_hat.T @ x_hat, (x - x_hat).T @ x_hat, None
+        if writer is not None:
+            lost = batch.hidden.double() - batch.shifted.double()
+            if writer == "output":
+                lost = (here.block.double() - there.block.double()) - (here.y.double() - there.y.double())
+            residual = counted(lost, batch.mask).T @ x_hat
+        if total is not None:
+            gram, shift = gram + total.gram, shift + total.shift
+            residual = None if residual is None or total.residual is None else residual + total.residual
+        total = Sums(gram, shift, residual)
+    return total
+
+
+@torch.no_grad()
+def stream_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: dict[str, nn.Module]) -> bool:
+    """Whether the block's output is its input plus the outputs of these layers, tried out with random ones in their place."""
+    if not candidates:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    expected = batch.hidden.double()
+    handles = []
+    for layer in candidates.values():
+        noise = torch.randn(batch.hidden.shape, generator=generator).to(batch.hidden)
+        expected = expected + noise.double()
+        handles.append(layer.register_forward_hook(lambda module, inputs, output, noise=noise: noise.view_as(output)))
+    try:
+        found = run_block(block, index, batch).double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tolerance = 4 * len(candidates) * torch.finfo(batch.hidden.dtype).eps
+    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Input and output of a layer, and the output of its block."""
+
+    x: Tensor
+    y: Tensor
+    block: Tensor
+
+
+def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, hidden: Tensor) -> _Pass | None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = block.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    try:
+        output = run_block(block, index, batch, hidden)
+    finally:
+        handle.remove()
+    return _Pass(*seen[0], output) if seen else None
+
+
+def _keep(inputs: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs[name] = arguments[0]
+
+    return hook

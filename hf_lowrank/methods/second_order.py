@@ -1,0 +1,118 @@
+"""Steps that lower ‖(W − Ŵ) X‖² = Σ_i d_i C d_iᵀ, d_i the rows of W − Ŵ and C = X Xᵀ the Gram matrix of the inputs."""
+
+import torch
+from torch import Tensor
+
+from .sparsity import largest_per_row
+
+DAMPING = 1e-3
+"""Added to the diagonal of C, as a share of its mean."""
+JITTER = 1e-9
+"""The same for a small system that is solved, relative to its own diagonal."""
+LARGEST_BATCH = 2**24
+"""Entries of the systems that are solved at once."""
+
+# ADMM with a growing penalty, after 3BASiL (papers §4); C has a diagonal of ones.
+ADMM_STEPS = 60
+FIRST_PENALTY = 0.1
+PENALTY_GROWTH = 1.1
+STEPS_PER_PENALTY = 3
+
+
+def damped(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(C + λ I) scaled to a diagonal of ones, (n, n), and the scale d (n,) that does it; the identity for C = 0. Relative to the mean."""
+    mean = gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if not float(mean) > 0:
+        return eye, gram.new_ones(len(gram))
+    d = (gram.diagonal() + DAMPING * mean).sqrt()
+    return (gram + DAMPING * mean * eye) / torch.outer(d, d), d
+
+
+def output_weights(gram: Tensor | None, features: int) -> Tensor:
+    """What the squared error of each output counts, (m,): the diagonal of the output Gram matrix, damped; ones without one."""
+    if gram is None or not float(mean := gram.diagonal().mean()) > 0:
+        return torch.ones(features, dtype=torch.float64, device=None if gram is None else gram.device)
+    return gram.diagonal() + 0.1 * mean
+
+
+def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
+    """d C dᵀ of every row d of `difference` (m, n), (m,)."""
+    return ((difference @ gram) * difference).sum(dim=1)
+
+
+def refit_values(target: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+    """The values S (m, n), zero off the mask, that minimise Σ_i (r_i − s_i) C (r_i − s_i)ᵀ: C_MM s_M = (C r)_M in every row.
+
+    Args:
+        target: R, (m, n).
+        mask: equally many True in every row.
+    """
+    S = torch.zeros_like(target)
+    kept = int(mask[0].sum()) if len(mask) else 0
+    if not kept:
+        return S
+    columns = mask.nonzero()[:, 1].view(-1, kept)
+    wanted = (target @ gram).gather(1, columns)
+    eye = torch.eye(kept, dtype=gram.dtype, device=gram.device)
+    rows = max(LARGEST_BATCH // kept**2, 1)
+    solved = []
+    for some, right in zip(columns.split(rows), wanted.split(rows), strict=True):
+        systems = gram[some[:, :, None], some[:, None, :]]
+        systems = systems + JITTER * systems.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * eye
+        solved.append(torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(systems)).squeeze(2))
+    return S.scatter(1, columns, torch.cat(solved))
+
+
+def admm_support(target: Tensor, gram: Tensor, kept: int, start: Tensor) -> Tensor:
+    """A mask (m, n) of `kept` entries per row on which `target` (m, n) is well approximated in the metric of `gram`.
+
+    ADMM over S = D, S free and D sparse: S ← (C + ρI)⁻¹(C R − V + ρ D), D ← the largest of S + V/ρ, V ← V + ρ (S − D); ρ grows until
+    the support stands. The eigenvectors of C serve every ρ.
+    """
+    energies, Q = torch.linalg.eigh(gram)
+    energies = energies.clamp(min=0)
+    right, D, V, rho = target @ gram, start, torch.zeros_like(target), FIRST_PENALTY
+    mask = start != 0
+    for step in range(1, ADMM_STEPS + 1):
+        S = ((right - V + rho * D) @ Q / (energies + rho)) @ Q.T
+        Z = S + V / rho
+        mask = largest_per_row(Z.abs(), kept)
+        D = torch.where(mask, Z, 0.0)
+        V = V + rho * (S - D)
+        if step % STEPS_PER_PENALTY == 0:
+            rho *= PENALTY_GROWTH
+    return mask
+
+
+def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor) -> Tensor:
+    """One pass over the columns of ±1 (m, n): each sign is flipped where that alone lowers the error of `target` − magnitudes ⊙ signs."""
+    B = signs.clone()
+    E = (target - magnitudes * B) @ gram
+    for j in range(B.shape[1]):
+        step = -2 * magnitudes[:, j] * B[:, j]
+        flip = 2 * step * E[:, j] > step.square() * gram[j, j]
+        B[:, j] = torch.where(flip, -B[:, j], B[:, j])
+        E -= torch.outer(torch.where(flip, step, 0.0), gram[j])
+    return B
+
+
+def refit_scales(target: Tensor, gram: Tensor, signs: Tensor, scale_in: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """u (m,) and v (n,) by least squares in turn, twice: target (m, n) ≈ (u vᵀ) ⊙ B, rows weighted.
+
+    For given v: u_i = (p_i C r_iᵀ) / (p_i C p_iᵀ) with p_i = b_i ⊙ v. For given u: (C ⊙ Bᵀ diag(ω u²) B) v = Σ_i ω_i u_i b_i ⊙ (C r_i).
+    """
+    weights = target.new_ones(len(target)) if row_weights is None else row_weights / row_weights.mean()
+    right, v = target @ gram, scale_in
+    tiny = torch.finfo(target.dtype).tiny
+    for _ in range(2):
+        P = signs * v
+        u = (P * right).sum(dim=1) / row_errors(P, gram).clamp(min=tiny)
+        system = gram * (signs.T @ (signs * (weights * u.square())[:, None]))
+        mean = system.diagonal().mean()
+        if not float(mean) > 0:
+            return u, v
+        system = system / mean + JITTER * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        v = torch.linalg.solve(system, (signs * right * (weights * u)[:, None]).sum(dim=0) / mean)
+    balance = (v.norm() / u.norm().clamp(min=tiny)).sqrt()  # both carry the same share of the scale
+    return (u * balance, v / balance) if float(balance) > 0 else (u, v)

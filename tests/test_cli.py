@@ -231,7 +231,9 @@ def test_a_full_disk_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "output"
     assert run("compress", dense, "--method", "svd", *QUICK, "-o", output).exit_code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}

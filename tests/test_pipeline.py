@@ -105,9 +105,7 @@ def test_same_seed_same_bytes(tmp_path: Path, method: str) -> None:
         compress(tiny_models.llama(), config(method), tiny_models.tokenizer()).save_pretrained(tmp_path / run / "model")
     assert digests(tmp_path / "first" / "model") == digests(tmp_path / "second" / "model")
     compress(tiny_models.llama(), config(method, seed=1), tiny_models.tokenizer()).save_pretrained(tmp_path / "third" / "model")
-    differs = {
-        name for name, digest in digests(tmp_path / "third" / "model").items() if digest != digests(tmp_path / "first" / "model")[name]
-    }
+    differs = {name for name, digest in digests(tmp_path / "third" / "model").items() if digest != digests(tmp_path / "first" / "model")[name]}
     assert "config.json" in differs
     assert ("model.safetensors" in differs) == (method != "svd")  # the only one here that never looks at the calibration
 
@@ -282,9 +280,7 @@ def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
     with torch.no_grad():
         before = model(ids).logits
         for block in find_blocks(model).values():
-            ffn = {"llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}[
-                name
-            ]
+            ffn = {"llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}[name]
             modules = [block.get_submodule(part) for part in ffn]
             neurons = modules[-1].in_features if name != "gpt2" else modules[-1].weight.shape[0]
             order = torch.randperm(neurons, generator=torch.Generator().manual_seed(3))

@@ -167,9 +167,7 @@ def test_every_option_meets_the_budget(tmp_path: Path, options: dict) -> None:
 def test_padding_does_not_count_in_the_loss() -> None:
     """Rows of unequal length give the losses that the same rows give one by one."""
     rows = [tiny_models.token_ids(1, length, seed=length)[0].tolist() for length in (24, 9)]
-    loss = lambda ids: compress(tiny_models.llama(), recipe(steps=1, finish_steps=0), calibration=ids).save_pretrained.report["curve"][
-        "loss"
-    ][0]  # noqa: E731
+    loss = lambda ids: compress(tiny_models.llama(), recipe(steps=1, finish_steps=0), calibration=ids).save_pretrained.report["curve"]["loss"][0]  # noqa: E731
     together, *alone = loss(rows), loss(rows[:1]), loss(rows[1:])
     assert together == pytest.approx(0.0, abs=1e-2) or min(alone) <= together <= max(alone)
 

@@ -14,7 +14,7 @@ from .registry import register_method
 from .spectral import factorize
 
 OUTPUT_DAMPING = 0.1
-"""Added to the output Gram matrix, as a share of its mean eigenvalue; directions that the loss hardly sees are not given away for nothing."""
+"""Added to the output Gram matrix, as a share of its mean eigenvalue: no direction is given away for nothing."""
 
 
 @register_method("lowrank")
@@ -32,7 +32,7 @@ class LowRank(ChoosingMethod):
         return max(min(layer.out_features, layer.in_features) - 2, 0)
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
-        """Every rank; truncation loses tr(G D C Dᵀ) = Σ_{i>r} σ_i² of G^½ W C^½, which is twice the loss that one token is expected to cost."""
+        """Every rank; truncation loses tr(G D C Dᵀ) = Σ_{i>r} σ_i² of G^½ W C^½."""
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
         sigma = factorize(root @ weight, statistics.require("gram", self.name)).sigma
         energy = sigma.square().flip(0).cumsum(0).flip(0) / max(statistics.tokens, 1)

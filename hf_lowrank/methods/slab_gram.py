@@ -1,7 +1,9 @@
 """Second-order SLaB: sparse plus rank-one times binary, fitted to the layer's outputs on the whole Gram matrix of its inputs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
+from ..runtime.quantization import Quantized
 from .base import Choice, ChoosingMethod, Decomposition, Statistics
 from .registry import register_method
 from .second_order import admm_support, damped, output_weights, refit_scales, refit_values, row_errors, sign_descent
@@ -37,6 +40,18 @@ class Parts:
         """(u vᵀ) ⊙ B."""
         return torch.outer(self.scale_out, self.scale_in) * self.signs
 
+    def decomposition(self, d: Tensor, quantised: Quantized | None = None) -> Decomposition:
+        """The parts of W from those of W diag(d), d (n,); `quantised` holds the values if they are stored as codes."""
+        kept = bool(self.mask.any())
+        return Decomposition(
+            sparse="bitmask" if kept else "none",
+            weight=None if not kept else self.values / d if quantised is None else quantised,
+            mask=self.mask if kept else None,
+            signs=self.signs > 0,
+            scale_in=(self.scale_in / d)[None],
+            scale_out=self.scale_out[:, None],
+        )
+
 
 @register_method("slab-gram")
 @dataclass
@@ -46,39 +61,38 @@ class SLaBGram(ChoosingMethod):
     source: ClassVar[str] = "SLaB, arXiv 2604.04493, with the support step of 3BASiL"
 
     def smallest(self, layer: Layer) -> LayerSpec:
-        return LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", kept=0, binary_rank=1)
+        return kept_spec(0)
 
     def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
-        return replace(spec, kept=spec.kept + 1)
+        return kept_spec(spec.kept + 1)
 
     def growth_limit(self, layer: Layer) -> int:
         return layer.in_features - 1
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """Every number of kept values per row; losses from one round of the alternation at a few numbers."""
-        smallest, n = self.smallest(layer), layer.in_features
-        levels = sorted({min(round(share * n), n - 1) for share in ESTIMATED_SHARES})
         C, d = damped(statistics.require("gram", self.name))
         weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
-        logs = []
-        for kept in levels:
-            parts = fit(weight * d, C, kept, rounds=1)
-            loss = (row_errors(weight * d - parts.values - parts.binary(), C) * weights).sum()
-            logs.append(math.log(max(float(loss), torch.finfo(loss.dtype).tiny)))
-        return [Choice(replace(smallest, kept=kept), math.exp(interpolated(levels, logs, kept))) for kept in range(n)]
+
+        def loss(parts: Parts) -> float:
+            return float((row_errors(weight * d - parts.values - parts.binary(), C) * weights).sum())
+
+        losses = interpolated_losses(weight * d, C, layer.in_features - 1, loss)
+        return [Choice(kept_spec(kept), value) for kept, value in enumerate(losses)]
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
         """W ≈ W_S + (u vᵀ) ⊙ B, approximately minimising ‖(W − Ŵ) X‖_F; see `fit`."""
         C, d = damped(statistics.require("gram", self.name))
-        parts = fit(weight * d, C, spec.kept, output_weights(statistics.output_gram, weight.shape[0]))
-        return Decomposition(
-            sparse="bitmask",
-            weight=parts.values / d,
-            mask=parts.mask,
-            signs=parts.signs > 0,
-            scale_in=(parts.scale_in / d)[None],
-            scale_out=parts.scale_out[:, None],
-        )
+        return fit(weight * d, C, spec.kept, output_weights(statistics.output_gram, weight.shape[0])).decomposition(d)
+
+
+def kept_spec(kept: int, bits: int = 0, group: int = 0) -> LayerSpec:
+    """Signs and scales, and `kept` values per row beside them, quantised if `bits` are given."""
+    if not kept:
+        return LayerSpec(kind="sparse_lowrank_binary", binary_rank=1)
+    return LayerSpec(
+        kind="sparse_lowrank_binary", sparse="bitmask", kept=kept, binary_rank=1, weight_bits=bits, weight_group=min(group, kept)
+    )
 
 
 def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = None, rounds: int = ROUNDS) -> Parts:
@@ -119,10 +133,12 @@ def first_guess(weight: Tensor, kept: int) -> Parts:
     return Parts(S, mask, U[:, 0], V[0], B)
 
 
-def interpolated(positions: list[int], values: list[float], at: int) -> float:
-    """Piecewise linear through (position, value); beyond the last position along the last piece."""
-    if len(positions) == 1:
-        return values[0]
-    piece = next((each for each in range(len(positions) - 1) if at <= positions[each + 1]), len(positions) - 2)
-    (x0, x1), (y0, y1) = positions[piece : piece + 2], values[piece : piece + 2]
-    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+def interpolated_losses(weight: Tensor, gram: Tensor, most: int, loss: Callable[[Parts], float]) -> list[float]:
+    """The loss with 0 to `most` kept values per row: measured by `loss` at a few numbers after one round, log-linear between them."""
+    positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES} | {most})
+    tiny = torch.finfo(weight.dtype).tiny
+    logs = [math.log(max(loss(fit(weight, gram, kept, rounds=1)), tiny)) for kept in positions]
+    found = [math.exp(logs[0])]
+    for (start, end), (low, high) in zip(pairwise(positions), pairwise(logs), strict=True):
+        found += [math.exp(low + (high - low) * (kept - start) / (end - start)) for kept in range(start + 1, end + 1)]
+    return found

@@ -75,9 +75,7 @@ def test_statistics_equal_a_direct_computation(name: str) -> None:
 
 
 # the base model of GPT-2 numbers positions from the padding on, so that left padding would change what it computes
-@pytest.mark.parametrize(
-    ("name", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("gemma2", "right"), ("gemma2", "left")]
-)
+@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("gemma2", "right"), ("gemma2", "left")])
 def test_padding_leaves_no_trace_in_the_statistics(name: str, side: str) -> None:
     model = MODELS[name]()
     rows = [tiny_models.token_ids(1, length, seed=length)[0] for length in (24, 9, 17)]

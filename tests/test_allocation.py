@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lowrank import CompressionError, LayerSpec
-from hf_lowrank.allocation import check_reachable, fitted_ranks, greedy_ranks, uniform_budgets
+from hf_lowrank.allocation import cheapest_choices, check_reachable, fitted_ranks, greedy_ranks, uniform_budgets
 from hf_lowrank.budget import Layer, ModelBudget
 from hf_lowrank.methods import make_method
 
@@ -171,3 +171,26 @@ def test_a_layer_budget_buys_the_largest_thing_that_fits(shape: tuple[int, int],
         limit = min(shape)
     assert count == 0 or budget.stored(made(count)) <= bits
     assert count == limit or budget.stored(made(count + 1)) > bits
+
+
+@given(data=st.data())
+def test_chosen_options_fit_and_no_others_on_the_hulls_lose_less(data: st.DataObject) -> None:
+    """Against all combinations: within the bits; and optimal whenever the bits are those of a greedy solution."""
+    pair = st.tuples(st.integers(1, 50), st.floats(0, 100))
+    options = {str(each): data.draw(st.lists(pair, min_size=1, max_size=4), label=f"layer {each}") for each in range(3)}
+    least = sum(min(bits for bits, _ in each) for each in options.values())
+    available = least + data.draw(st.integers(0, 100), label="spare")
+    chosen = cheapest_choices(options, available)
+    taken = [options[name][index] for name, index in chosen.items()]
+    bits, loss = sum(bits for bits, _ in taken), sum(loss for _, loss in taken)
+    assert bits <= available
+    for combination in itertools.product(*options.values()):
+        if sum(each for each, _ in combination) <= bits:
+            assert loss <= sum(each for _, each in combination) + max(each for pairs in options.values() for _, each in pairs)
+    again = cheapest_choices(options, bits)
+    assert sum(options[name][index][1] for name, index in again.items()) == pytest.approx(loss)
+
+
+def test_too_few_bits_for_the_smallest_options_is_an_error() -> None:
+    with pytest.raises(CompressionError, match="3 bits more than the 7"):
+        cheapest_choices({"a": [(4, 1.0)], "b": [(6, 1.0), (9, 0.0)]}, 7)

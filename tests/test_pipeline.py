@@ -25,6 +25,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sola": {},
     "soco": {"steps": 6, "finish_steps": 2, "batch_tokens": 64},
     "slab": {"iterations": 2},
+    "lowrank": {},
+    "slab-gram": {},
+    "auto": {},
 }
 MODELS = {"llama": tiny_models.llama, "gpt2": tiny_models.gpt2, "opt": tiny_models.opt}
 IDS = tiny_models.token_ids(4, 24).tolist()

@@ -127,7 +127,10 @@ def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, hidden: Ten
         output = run_block(block, index, batch, hidden)
     finally:
         handle.remove()
-    return _Pass(*seen[0], output) if seen else None
+    if not seen:
+        return None
+    x, y = (each.view(*hidden.shape[:2], -1) if each.shape[:-1].numel() == hidden.shape[:2].numel() else each for each in seen[0])
+    return _Pass(x, y, output)
 
 
 def _keep(inputs: dict[str, Tensor], name: str) -> Any:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
-from ..runtime.quantization import BITS, Quantized
+from ..runtime.quantization import Quantized
 from .base import Choice, ChoosingMethod, Decomposition, Statistics
 from .lowrank import LowRank
 from .registry import register_method
-from .rounding import INPUT_DAMPING, OUTPUT_DAMPING, compensated_both, gram_root, rounded_values, rounding_loss
+from .rounding import INPUT_DAMPING, OUTPUT_DAMPING, compensated_both, gram_root, rounded_values, rounding_losses
 from .second_order import damped, output_weights, refit_scales, row_errors
 from .slab_gram import Parts, SLaBGram, fit, interpolated_losses, kept_spec
 
@@ -57,11 +57,10 @@ class Auto(ChoosingMethod):
         """Quantised matrices, at every number of bits."""
         inputs, outputs = self.roots(weight, statistics)
         rows, columns = outputs.diagonal() ** -2 / max(statistics.tokens, 1), inputs.diagonal() ** -2
-        found = []
+        found: list[Choice] = []
         for group in sorted({min(group, weight.shape[1]) for group in GROUPS}):
-            for bits in BITS:
-                spec = LayerSpec(sparse="full", weight_bits=bits, weight_group=group)
-                found.append(Choice(spec, rounding_loss(weight, bits, group, rows, columns)))
+            losses = rounding_losses(weight, group, rows, columns)
+            found += [Choice(LayerSpec(sparse="full", weight_bits=bits, weight_group=group), loss) for bits, loss in losses.items()]
         return found
 
     def kept_choices(self, layer: Layer, weight: Tensor, statistics: Statistics) -> list[Choice]:

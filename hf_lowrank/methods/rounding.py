@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..runtime.quantization import Quantized, group_scales, levels, nearest_codes, spread_scale
+from ..runtime.quantization import BITS, Quantized, group_scales, levels, nearest_codes, spread_scale
 from .spectral import inverse_cholesky
 
 INPUT_DAMPING = 0.01
 OUTPUT_DAMPING = 0.3
 """Added to the diagonals of the Gram matrices of inputs and output gradients, as shares of their means."""
+SAMPLED_ROWS = 128
+LARGEST_MEASURED_BITS = 4
+"""Of the estimates that the allocation goes by."""
 
 
 def searched_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> Tensor:
@@ -17,15 +20,26 @@ def searched_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -
     return torch.stack([group_scales(weight[:, at : at + group], bits, importance[at : at + group]) for at in starts], dim=1)
 
 
-def rounding_loss(weight: Tensor, bits: int, group: int, rows: Tensor, columns: Tensor) -> float:
-    """About tr(G D C Dᵀ) after `compensated_both`: Σ_ij δ_ij² / (U_ii² U_jj²), δ the errors of rounding each weight (m, n) by itself.
+def rounding_losses(weight: Tensor, group: int, rows: Tensor, columns: Tensor) -> dict[int, float]:
+    """About tr(G D C Dᵀ) after `compensated_both`, by bits: Σ_ij δ_ij² / (U_ii² U_jj²), δ the errors of rounding each weight by itself.
+
+    Measured on a sample of the rows up to `LARGEST_MEASURED_BITS`; from there on each bit divides the loss by four.
 
     Args:
+        weight: (m, n).
         rows, columns: U_ii⁻² (m,) and U_jj⁻² (n,), see `compensated_both`.
     """
-    scale = spread_scale(searched_scales(weight, bits, group, columns), group, weight.shape[1])
-    restored = levels(nearest_codes(weight, scale, bits), bits, weight.dtype) * scale
-    return float(rows @ (weight - restored).square() @ columns)
+    sample = slice(None, None, -(-weight.shape[0] // SAMPLED_ROWS))
+    some, share = weight[sample], rows.sum() / rows[sample].sum()
+    found: dict[int, float] = {}
+    for bits in BITS:
+        if bits > LARGEST_MEASURED_BITS:
+            found[bits] = found[bits - 1] / 4
+            continue
+        scale = spread_scale(searched_scales(some, bits, group, columns), group, weight.shape[1])
+        restored = levels(nearest_codes(some, scale, bits), bits, weight.dtype) * scale
+        found[bits] = float(rows[sample] @ (some - restored).square() @ columns * share)
+    return found
 
 
 def compensated_both(weight: Tensor, input_root: Tensor, output_root: Tensor, bits: int, group: int) -> Quantized:

@@ -13,7 +13,7 @@ LARGEST_BATCH = 2**24
 """Entries of the systems that are solved at once."""
 
 # ADMM with a growing penalty, after 3BASiL (papers §4); C has a diagonal of ones.
-ADMM_STEPS = 60
+ADMM_STEPS = 40
 FIRST_PENALTY = 0.1
 PENALTY_GROWTH = 1.1
 STEPS_PER_PENALTY = 3

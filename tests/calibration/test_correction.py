@@ -1,0 +1,79 @@
+"""Corrected targets: the least-squares problem that they stand for, and what is learned about a block by trying it out."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_lowrank.architectures import find_blocks, find_layers
+from hf_lowrank.calibration import TokenBatch, capture, output_grams, stage_sums, stages, stream_writers
+from hf_lowrank.calibration.correction import Sums
+
+from .. import tiny_models
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_target_is_that_of_least_squares() -> None:
+    """W' minimises ‖W X + (H − Ĥ) − W' X̂‖² up to the ridge; unshifted inputs and streams leave W as it is."""
+    x, weight = gaussian(400, 12, seed=0), gaussian(7, 12, seed=1)
+    shifted, lost = x + 0.3 * gaussian(400, 12, seed=2), 0.1 * gaussian(400, 7, seed=3)
+    sums = Sums(shifted.T @ shifted, (x - shifted).T @ shifted, lost.T @ shifted)
+    expected = torch.linalg.lstsq(shifted, x @ weight.T + lost).solution.T
+    torch.testing.assert_close(sums.target(weight), expected, rtol=0, atol=1e-3)
+    same = Sums(x.T @ x, torch.zeros(12, 12, dtype=torch.float64), torch.zeros(7, 12, dtype=torch.float64))
+    torch.testing.assert_close(same.target(weight), weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("make", "plain"), [(tiny_models.llama, True), (tiny_models.gpt2, True), (tiny_models.gemma2, False)])
+def test_residual_streams_are_found_by_trying(make: object, plain: bool) -> None:
+    model = make().eval()  # type: ignore[operator]
+    blocks = find_blocks(model)
+    batch = capture(model, blocks, [TokenBatch(tiny_models.token_ids(2, 16), None)])[0]
+    name, block = next(iter(blocks.items()))
+    layers = [layer for layer in find_layers(blocks) if layer.block == 0]
+    found = {layer.name.removeprefix(f"{name}."): layer.role for layer in layers}
+    writers = {each: block.get_submodule(each) for each, role in found.items() if role in ("output", "ffn_out")}
+    assert len(writers) == 2
+    assert stream_writers(block, 0, batch, writers) is plain
+
+
+def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
+    model = tiny_models.llama()
+    blocks = find_blocks(model)
+    batch = capture(model, blocks, [TokenBatch(tiny_models.token_ids(2, 16), None)])[0]
+    batch.shifted = batch.hidden + 0.1
+    name, block = next(iter(blocks.items()))
+    layers = {
+        layer.name.removeprefix(f"{name}."): block.get_submodule(layer.name.removeprefix(f"{name}."))
+        for layer in find_layers(blocks)
+        if layer.block == 0
+    }
+    order = [{each.rpartition(".")[2] for each in stage} for stage in stages(block, 0, batch, layers)]
+    assert order == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    dense = copy.deepcopy(block)
+    sums = stage_sums(dense, block, 0, [batch], ["self_attn.q_proj"], None)
+    assert sums is not None
+    x, x_hat = (block.input_layernorm(each).flatten(0, 1).double() for each in (batch.hidden, batch.shifted))  # type: ignore[operator]
+    torch.testing.assert_close(sums.gram, x_hat.T @ x_hat)
+    torch.testing.assert_close(sums.shift, (x - x_hat).T @ x_hat)
+    output = stage_sums(dense, block, 0, [batch], ["mlp.down_proj"], "output")
+    assert output is not None
+    assert output.residual is not None
+
+
+def test_output_grams_are_reproducible_and_positive() -> None:
+    model = tiny_models.llama()
+    names = [layer.name for layer in find_layers(find_blocks(model))]
+    batches = [TokenBatch(tiny_models.token_ids(2, 16), None)]
+    first, second = (output_grams(model, names, batches, seed=3) for _ in range(2))
+    assert first.keys() == set(names)
+    for name, gram in first.items():
+        assert torch.equal(gram, second[name])
+        assert gram.shape[0] == model.get_submodule(name).out_features
+        assert float(torch.linalg.eigvalsh(gram)[0]) > -1e-9 * float(gram.diagonal().max())
+        assert float(gram.diagonal().sum()) > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())

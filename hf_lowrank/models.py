@@ -54,7 +54,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrai
         return model.to(device).eval()
     except CompressionError:
         raise
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CompressionError(f"{source}: cannot be loaded ({_first_line(error)})") from error
 
 

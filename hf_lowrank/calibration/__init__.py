@@ -1,7 +1,7 @@
 """Texts → token batches; block inputs; statistics."""
 
 from .batches import TokenBatch, calibration_batches, fingerprint
-from .blocks import BlockBatch, block_statistics, capture, run_block, shifted_sums
+from .blocks import BlockBatch, block_statistics, capture, run_block, shifted_sums, starts_anew
 from .gradients import squared_gradients
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "run_block",
     "shifted_sums",
     "squared_gradients",
+    "starts_anew",
 ]

@@ -1,9 +1,10 @@
 """Whatever the user calibrates on → batches of token ids with a mask of the tokens that count."""
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,14 +24,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids (B, T) and the mask (B, T) of those that are no padding; None if all count."""
+    """What a model is given in calibration.
+
+    Attributes:
+        input_ids: token ids (B, T); (B, 0) for a model that reads none.
+        attention_mask: (B, T) of those that are no padding; None if all count.
+        others: the model's other inputs by name: `pixel_values`, `input_features`, `decoder_input_ids`, ...
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    others: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The arguments for a forward pass of the model, on its device and in its dtype, without a cache."""
+        given = {"input_ids": self.input_ids if self.input_ids.numel() else None, "attention_mask": self.attention_mask, **self.others}
+        arguments: dict[str, Any] = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in given.items()
+            if tensor is not None
+        }
+        return arguments | ({"use_cache": False} if "use_cache" in _accepted(model) else {})
 
 
 def calibration_batches(
@@ -40,7 +58,8 @@ def calibration_batches(
 
     Args:
         calibration: "self", a dataset name, a text file, or an iterable of texts, token ids, chat conversations (lists of
-            messages), or batches with `input_ids` (a DataLoader).
+            messages), or batches of the model's inputs (a DataLoader). An encoder-decoder model without `decoder_input_ids` gets
+            the batch's `labels`, or else the text itself, one token late, as in its training.
 
     Raises:
         CompressionError: if there is nothing to calibrate on, or too little for one sequence.
@@ -48,6 +67,10 @@ def calibration_batches(
     source = config.calibration if calibration is None else calibration
     length = sequence_length(model, config)
     if isinstance(source, str) and source == "self":
+        if model.config.is_encoder_decoder:
+            raise CompressionError(
+                f"{type(model).__name__} reads one text and writes another, and cannot calibrate on itself; give calibration= texts or batches"
+            )
         return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed))
     if isinstance(source, str):
         documents = read_documents(source, limit=8 * config.samples)

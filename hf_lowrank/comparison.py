@@ -331,5 +331,5 @@ def _move(folder: Path, target: Path) -> None:
 
 
 def _summary(record: Record) -> str:
-    losses = ", ".join(f"{Path(text['text']).name} {text['perplexity']:.4g} ({text['nats_lost']:+.4f} nats)" for text in record["texts"])
+    losses = ", ".join(f"{Path(text['text']).stem} {text['perplexity']:.4g} ({text['nats_lost']:+.4f} nats)" for text in record["texts"])
     return f"{record['bits_per_weight']:.2f} bits/weight; perplexity {losses}"

@@ -19,6 +19,11 @@ def check_plotting() -> None:
         raise CompressionError("the frontier plot needs matplotlib: pip install 'hf_lowrank[eval]'")
 
 
+def text_name(source: str) -> str:
+    """A text as tables call it: the file with its folder, or the dataset."""
+    return "/".join(Path(source).parts[-2:])
+
+
 def best(records: list[Record], text: int) -> dict[float, Record]:
     """The record that loses the fewest nats on a text, for each ratio asked for."""
     winners: dict[float, Record] = {}
@@ -34,7 +39,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     dense, records = results["dense"], results["combinations"]
     for number, measured in enumerate(dense["texts"]):
-        name = Path(measured["text"]).name if Path(measured["text"]).is_file() else measured["text"]
+        name = text_name(measured["text"])
         winners = best(records, number)
         rows.append([name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{measured['perplexity']:.4g}", "", "", "", "", ""])
         for record in sorted(_measured(records), key=lambda record: (record["ratio"], _lost(record, number))):
@@ -92,8 +97,9 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
         axes.set_xlabel("stored bits per weight of the block linears")
         axes.set_ylabel("nats lost per token")
-        axes.set_title(f"{Path(measured['text']).name}, dense perplexity {measured['perplexity']:.4g}", fontsize=10)
+        axes.set_title(f"{text_name(measured['text'])}, dense perplexity {measured['perplexity']:.4g}", fontsize=10)
         axes.grid(alpha=0.3)
+        axes.margins(0.15)
         if labels:
             axes.legend(fontsize=7)
     figure.savefig(file, dpi=150, metadata={"Software": None})

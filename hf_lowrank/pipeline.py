@@ -1,7 +1,6 @@
 """compress(): walk the blocks of a model, decompose their linear layers, swap the results in."""
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .calibration import (
     run_block,
     shifted_sums,
     squared_gradients,
+    starts_anew,
 )
 from .methods import Decomposition, Method, Statistics, make_method
 from .methods.soco import SoCo
@@ -73,7 +73,6 @@ def compress(
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()
-    started = time.monotonic()
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     with progress_bar(progress) as step, torch.no_grad():
@@ -84,7 +83,7 @@ def compress(
             run.run()
         finally:
             model.train(was_training)
-        run.finish(time.monotonic() - started)
+        run.finish()
     return model
 
 
@@ -144,10 +143,9 @@ class _Compression:
         for index, block, layers in self.walk():
             statistics = self.gather(index, block, layers, batches)
             for layer in layers:
-                begun = time.monotonic()
                 weight = self.weight(layer)
                 decomposition = self.method.decompose(weight, statistics[layer.name], budgets[layer.name])
-                self.swap(layer, decomposition, weight, statistics[layer.name], begun)
+                self.swap(layer, decomposition, weight, statistics[layer.name])
             for batch in batches:
                 if self.method.sequential:
                     batch.hidden = run_block(block, index, batch)
@@ -166,12 +164,11 @@ class _Compression:
         else:
             ranks = method.allocate(measurements, self.budget, self.available)
         for layer in self.compressed:
-            begun = time.monotonic()
             rank = ranks[layer.name]
             if rank is None:
                 self.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
             else:
-                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name], begun)
+                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name])
 
     def learn(self, method: SoCo, measurements: dict[str, Measurement]) -> tuple[dict[str, Measurement], dict[str, int | None]]:
         """SoCo's training; its state lives in the work folder until it is done."""
@@ -240,12 +237,13 @@ class _Compression:
         """The dense weight, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
-    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, begun: float) -> None:
+    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics) -> None:
         """Put the compressed layer in place and report on it.
 
         Raises:
             NumericalError: if a stored value is not finite.
         """
+        self.step(layer.name, len(self.reports), len(self.compressed))
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
@@ -258,9 +256,9 @@ class _Compression:
                 )
         made.requires_grad_(dense.weight.requires_grad)
         swap_module(self.model, layer.name, made.train(dense.training))
-        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), time.monotonic() - begun))
+        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer)))
 
-    def finish(self, seconds: float) -> None:
+    def finish(self) -> None:
         """Make the model a compressed one for transformers, with its config and report."""
         config = self.config
         specs: dict[str, LayerSpec] = {
@@ -281,14 +279,14 @@ class _Compression:
         attach(self.model, CompressionQuantizer(final, pre_quantized=True))
         save = CompleteSave.attach(self.model)
         save.tokenizer = self.tokenizer
-        report = self.report(seconds)
+        report = self.report()
         save.report = report.to_dict()
         for name, reason in self.reasons.items():
             logger.info("%s stays dense: %s", name, reason)
         for warning in report.warnings:
             logger.warning(warning)
 
-    def report(self, seconds: float) -> Report:
+    def report(self) -> Report:
         layers = self.compressed + self.dense
         total = sum(self.budget.dense_bits(layer) for layer in layers)
         stored = {report.name: report.stored_bits for report in self.reports}
@@ -308,7 +306,6 @@ class _Compression:
             dense=self.reasons,
             warnings=self.warnings,
             curve=self.curve,
-            seconds=round(seconds, 1),
         )
 
 

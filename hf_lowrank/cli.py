@@ -26,6 +26,8 @@ app = typer.Typer(
 
 HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(CompressionConfig)}
 
+OUT_OF_MEMORY = "out of memory; use fewer --samples, a shorter --sequence-length or a smaller dtype"
+
 Json = Annotated[bool, typer.Option("--json", help="print JSON for machines instead of a table")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="device to work on, such as cpu or cuda")]
@@ -43,7 +45,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except CompressionError as error:
             _fail(str(error))
         except MemoryError:
-            _fail("out of memory; use fewer --samples, a shorter --sequence-length or a smaller dtype")
+            _fail(OUT_OF_MEMORY)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in ("out of memory", "DefaultCPUAllocator")):
+                raise
+            _fail(OUT_OF_MEMORY)
         except OSError as error:
             _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and the free space")
         except KeyboardInterrupt:

@@ -21,6 +21,7 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from .architectures import find_blocks, find_layers
+from .calibration.texts import DATASETS, read_documents
 from .inspection import inspect_checkpoint
 from .methods import make_method
 from .models import compression_of, load_config, skeleton
@@ -97,8 +98,8 @@ class Comparison:
         """Everything that the figures depend on; a finished combination is valid as long as it does not change."""
         return {
             "model": model_sha256(self.model),
-            "texts": {text: file_sha256(text) for text in self.texts},
-            "calibration": {"source": self.calibration, "sha256": file_sha256(self.calibration)},
+            "texts": {text: text_sha256(text) for text in self.texts},
+            "calibration": {"source": self.calibration, "sha256": text_sha256(self.calibration)},
             "recipe": {"samples": self.samples, "sequence_length": self.sequence_length, "seed": self.seed, "dtype": self.dtype},
             "windows": {"window": self.window, "max_windows": self.max_windows},
             "versions": versions(),
@@ -159,9 +160,9 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
     """
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
+    inputs = comparison.inputs()
     finished_files, working = out / "combinations", out / "working"
     finished_files.mkdir(parents=True, exist_ok=True)
-    inputs = comparison.inputs()
     dense = finished(finished_files / "dense.json", inputs, say)
     if dense is None:
         dense = {"inputs": inputs, **dense_storage(comparison), "texts": _evaluate(comparison, comparison.model)}
@@ -229,18 +230,27 @@ def write_text(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def model_sha256(source: str) -> dict[str, str | None]:
+def model_sha256(source: str) -> dict[str, str]:
     """sha256 of a model's files, by name; a model on the Hub is downloaded if it is not there yet."""
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=MODEL_FILES))
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
-    return {file.name: file_sha256(str(file)) for file in files}
+    return {file.name: file_sha256(file) for file in files}
 
 
-def file_sha256(source: str) -> str | None:
-    """sha256 of a file; None for a dataset, which its name fixes, or "self"."""
-    if not Path(source).is_file():
+def text_sha256(source: str) -> str | None:
+    """sha256 of a text file; None for "self", and for a dataset, which its name fixes.
+
+    Raises:
+        CompressionError: if it is none of these, or cannot be read as text.
+    """
+    if source == "self" or source in DATASETS:
         return None
-    with open(source, "rb") as stream:
+    read_documents(source)
+    return file_sha256(Path(source))
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
         digest = hashlib.sha256()
         while part := stream.read(1 << 20):
             digest.update(part)

@@ -14,6 +14,7 @@ from .inspection import inspect_checkpoint
 from .models import files_size, load_model, load_tokenizer, new_folder
 from .pipeline import compress
 from .runtime.configuration import CompressionConfig
+from .runtime.errors import CompressionError
 
 BUNDLED_MODEL = Path(__file__).parent / "data" / "reference-7m"
 BUNDLED_TEXT = Path(__file__).parent / "data" / "demo.txt"
@@ -58,7 +59,11 @@ def _measure(checkpoint: Path) -> Evaluation:
     """Evaluate in a fresh process, which knows nothing but the files."""
     command = [sys.executable, "-m", "hf_lowrank", "evaluate", str(checkpoint), "--text", str(BUNDLED_TEXT)]
     command += ["--reference", str(BUNDLED_MODEL), "--dtype", "float32", "--json"]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        raise CompressionError(
+            f"{checkpoint.name}: its evaluation in a fresh process failed ({(result.stderr.strip() or 'no message').splitlines()[-1]})"
+        )
     return Evaluation(**json.loads(result.stdout)[0])
 
 

@@ -100,7 +100,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         axes.set_title(f"{text_name(measured['text'])}, dense perplexity {measured['perplexity']:.4g}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.margins(0.15)
-        if labels:
+        if axes.lines:
             axes.legend(fontsize=7)
     figure.savefig(file, dpi=150, metadata={"Software": None})
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import check_reachable, uniform_budgets
-from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
+from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts, in_list, is_linear
 from .budget import Layer, ModelBudget
 from .calibration import (
     BlockBatch,
@@ -21,6 +21,7 @@ from .calibration import (
     calibration_batches,
     capture,
     fingerprint,
+    noting_calls,
     run_block,
     shifted_sums,
     squared_gradients,
@@ -36,7 +37,7 @@ from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
 from .runtime.quantizer import CompressionQuantizer, attach, swap_module
 from .runtime.saving import CompleteSave
-from .selection import select_layers
+from .selection import TIED, select_layers
 from .spectrum_training import learn_spectrum
 from .version import __version__
 
@@ -122,13 +123,17 @@ class _Compression:
         check_finite(model)
         self.calibration = _described(config.calibration if calibration is None else calibration)
         self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
+        if self.method.needs_gradients or isinstance(self.method, SoCo):
+            check_predicts_next_token(model, self.method.name, self.tokens)
         self.reports: list[LayerReport] = []
         self.curve: dict[str, list[float]] | None = None
         self.gradients: dict[str, Tensor] = {}
 
     def run(self) -> None:
         self.step("capturing block inputs", 0, len(self.compressed))
-        batches = capture(self.model, self.blocks, self.tokens)
+        with noting_calls({layer.name: self.model.get_submodule(layer.name) for layer in self.compressed}) as called:
+            batches = capture(self.model, self.blocks, self.tokens)
+        self.leave_uncalled_dense(called)
         if self.method.needs_gradients:
             self.step("measuring gradients", 0, len(self.compressed))
             self.gradients = squared_gradients(self.model, [layer.name for layer in self.compressed], self.tokens)
@@ -136,6 +141,29 @@ class _Compression:
             self.measure_then_decide(self.method, batches)
         else:
             self.layer_by_layer(batches)
+
+    def leave_uncalled_dense(self, called: set[str]) -> None:
+        """Layers that calibration never calls stay as they are, as the model may read their weights in another way.
+
+        Experts (layers in a list inside a block) are only called for some tokens: those without any are compressed without data.
+
+        Raises:
+            CompressionError: if the others cannot make up for them.
+        """
+        used = {layer.block for layer in self.compressed if layer.name in called}
+        left = {}
+        for layer in self.compressed:
+            if layer.block not in used:
+                left[layer.name] = "no calibration batch comes through its block; give batches with the inputs that it reads"
+            elif layer.name not in called and not in_list(self.blocks, layer):
+                left[layer.name] = "calibration never calls it: its weight is not used, or read in another way"
+        if left:
+            self.reasons |= left
+            self.dense += [layer for layer in self.compressed if layer.name in left]
+            self.compressed = [layer for layer in self.compressed if layer.name not in left]
+            name, reason = next(iter(left.items()))
+            self.warnings.append(f"{len(left)} layers stay dense, such as {name}: {reason}")
+            self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
 
     def layer_by_layer(self, batches: list[BlockBatch]) -> None:
         """Budgets first, then block by block."""
@@ -149,8 +177,8 @@ class _Compression:
             for batch in batches:
                 if self.method.sequential:
                     batch.hidden = run_block(block, index, batch)
-                elif self.method.needs_shifted:
-                    batch.shifted = run_block(block, index, batch, batch.shifted)
+                elif batch.shifted is not None:
+                    batch.shifted.hidden = run_block(block, index, batch.shifted)
 
     def measure_then_decide(self, method: SpectralMethod, batches: list[BlockBatch]) -> None:
         """Spectra of all layers in the dense model first, then ranks, then the layers."""
@@ -196,13 +224,15 @@ class _Compression:
 
     def gather(self, index: int, block: nn.Module, layers: list[Layer], batches: list[BlockBatch]) -> dict[str, Statistics]:
         """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
+        if starts_anew(batches, index):
+            self.start_list(index, batches)
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
         shifted = shifted_sums(block, index, batches, modules) if self.method.needs_shifted else None
         found, outputs = block_statistics(block, index, batches, modules, self.method.needs_gram)
         if not self.method.sequential:
             for batch, output in zip(batches, outputs, strict=True):
                 if self.method.needs_shifted and batch.shifted is None:
-                    batch.shifted = batch.hidden
+                    batch.shifted = BlockBatch(batch.hidden, batch.calls)
                 batch.hidden = output
         statistics = {}
         for layer in layers:
@@ -217,19 +247,36 @@ class _Compression:
         self.order_neurons(index, block, statistics)
         return statistics
 
+    def start_list(self, index: int, batches: list[BlockBatch]) -> None:
+        """Take up the inputs of a block that does not go on from the one before it, from the model as it is by now where that is asked for.
+
+        A decoder also reads the encoder's states: those of the compressed encoder, if the method is sequential.
+        """
+        now = capture(self.model, self.blocks, self.tokens) if self.method.sequential or self.method.needs_shifted else batches
+        for position, batch in enumerate(batches):
+            if self.method.sequential:
+                batches[position] = now[position]
+                batches[position].hidden = batch.hidden
+            elif batch.shifted is not None:
+                now[position].hidden = batch.shifted.hidden
+                batch.shifted = now[position]
+                batch.shifted.enter(index)
+            batches[position].enter(index)
+
     def order_neurons(self, index: int, block: nn.Module, statistics: dict[str, Statistics]) -> None:
         """Permute the neurons of the block's feed-forward networks as the method wants; the function of the block is unchanged."""
         block_name = list(self.blocks)[index]
         for network in find_feed_forwards(block):
             output_name = f"{block_name}.{network.output}"
-            if output_name not in statistics:
+            names = [f"{block_name}.{name}" for name in network.inputs]
+            if output_name not in statistics or any(self.reasons.get(name) == TIED for name in names):
                 continue
             output = block.get_submodule(network.output)
             order = self.method.neuron_order(statistics[output_name], dense_weight(output))
             if order is None:
                 continue
             for name in network.inputs:
-                permute_outputs(block.get_submodule(name), order)
+                permute_outputs(block.get_submodule(name), torch.cat([order, order + len(order)]) if network.fused else order)
             permute_inputs(output, order)
             statistics[output_name] = statistics[output_name].select(order)
 
@@ -319,6 +366,15 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
 
 
+def check_predicts_next_token(model: PreTrainedModel, method: str, batches: list[TokenBatch]) -> None:
+    """Raise CompressionError if the loss that a method learns from, that of the next token of a text, is not what the model is for."""
+    if not model.can_generate() or model.config.is_encoder_decoder or any(batch.others for batch in batches):
+        raise CompressionError(
+            f"{method} learns from the loss of the next token of a text, which is not what {type(model).__name__} is given; "
+            "use a method without training, such as slab or sola"
+        )
+
+
 def check_finite(model: PreTrainedModel) -> None:
     """Raise NumericalError if a weight is not finite, naming it: what it makes of the calibration would blame other layers."""
     for name, parameter in model.named_parameters():
@@ -356,11 +412,15 @@ def _no_data(layer: Layer, module: nn.Module) -> Statistics:
 
 
 def _warnings(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
-    experts = fused_experts(model, blocks)
-    if not experts:
-        return []
-    share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
-    example = next(iter(experts))
-    return [
-        f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {example}) are no linear layers and stay dense"
-    ]
+    warnings = []
+    if experts := fused_experts(model, blocks):
+        share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
+        warnings.append(
+            f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {next(iter(experts))}) "
+            "are no linear layers and stay dense"
+        )
+    for block_name, block in blocks.items():
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and not is_linear(module):
+                warnings.append(f"{block_name}.{name} stays dense: {type(module).__name__} may compute something else than nn.Linear")
+    return warnings

@@ -10,6 +10,9 @@ from .methods import Method
 from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
 
+TIED = "its weight is tied to another module"
+ROUTER = "it routes tokens to experts or weighs them, and is tiny"
+
 
 def select_layers(
     model: PreTrainedModel, layers: list[Layer], method: Method, config: CompressionConfig
@@ -29,7 +32,9 @@ def select_layers(
         if any(matches(layer.name, pattern) for pattern in config.modules_to_not_convert):
             reasons[layer.name] = "left dense by modules_to_not_convert"
         elif id(module.weight) in shared:
-            reasons[layer.name] = "its weight is tied to another module"
+            reasons[layer.name] = TIED
+        elif layer.role == "router":
+            reasons[layer.name] = ROUTER
         elif reason := method.leaves_dense(layer, config.ratio):
             reasons[layer.name] = reason
         else:

@@ -23,6 +23,11 @@ WHISPER = {
     "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
 PICTURE = {"image_size": 16, "patch_size": 4}
+LLAVA = {
+    "vision_config": {"model_type": "clip_vision_model", **SIZES, **PICTURE, "projection_dim": 32},
+    "text_config": {"model_type": "llama", **GROUPED, "vocab_size": 64, "max_position_embeddings": 64, "pad_token_id": 0},
+    "image_token_index": 63, "image_seq_length": 16, "vision_feature_layer": -1,
+}  # fmt: skip
 
 
 def text(rows: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
@@ -138,7 +143,7 @@ FAMILIES = {
     ),
     "Whisper": Family("WhisperForConditionalGeneration", WHISPER, batches=sound_batches),
     "ViT": Family("ViTForImageClassification", {**SIZES, **PICTURE}, batches=picture_batches),
-    "LLaVA": Family("LlavaForConditionalGeneration", {}, batches=picture_and_text_batches),
+    "LLaVA": Family("LlavaForConditionalGeneration", LLAVA, batches=picture_and_text_batches),
     "BitNet-style sub-norm": Family("BitNetForCausalLM", GROUPED),
     "GPT-OSS": Family(
         "GptOssForCausalLM", {**GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}

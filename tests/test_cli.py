@@ -219,11 +219,14 @@ def test_an_empty_output_folder_may_be_used(dense: Path, tmp_path: Path, monkeyp
     (tmp_path / "empty").mkdir()
     assert run("compress", dense, "--method", "svd", *QUICK, "-o", "empty").exit_code == 0
     assert (tmp_path / "empty" / "model.safetensors").exists()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert run("compress", dense, "--method", "svd", *QUICK, "-o", ".").exit_code == 0
-    assert "here" in (tmp_path / "here" / "README.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "here"]
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_current_folder_is_not_replaced(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--overwrite"]):
+        fails("is the current folder, which cannot be replaced", "compress", dense, "--method", "svd", *QUICK, "-o", ".", *options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:

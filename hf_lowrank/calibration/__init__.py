@@ -1,7 +1,7 @@
 """Texts → token batches; block inputs; statistics."""
 
 from .batches import TokenBatch, calibration_batches, fingerprint
-from .blocks import BlockBatch, block_statistics, capture, run_block, shifted_sums, starts_anew
+from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_block, shifted_sums, starts_anew
 from .gradients import squared_gradients
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "calibration_batches",
     "capture",
     "fingerprint",
+    "noting_calls",
     "run_block",
     "shifted_sums",
     "squared_gradients",

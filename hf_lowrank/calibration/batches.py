@@ -1,6 +1,7 @@
 """Whatever the user calibrates on → batches of token ids with a mask of the tokens that count."""
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,13 +41,16 @@ class TokenBatch:
     def tokens(self) -> int:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """All that there is, by name."""
+        given = {"input_ids": self.input_ids if self.input_ids.numel() else None, "attention_mask": self.attention_mask, **self.others}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         """The arguments for a forward pass of the model, on its device and in its dtype, without a cache."""
-        given = {"input_ids": self.input_ids if self.input_ids.numel() else None, "attention_mask": self.attention_mask, **self.others}
         arguments: dict[str, Any] = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in given.items()
-            if tensor is not None
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None) for name, tensor in self.inputs.items()
         }
         parameters = inspect.signature(model.forward).parameters.values()
         if any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -71,11 +75,10 @@ def calibration_batches(
     if model.config.is_encoder_decoder:
         batches = [_with_decoder_inputs(model, batch) for batch in batches]
     for batch in batches:
-        reads = {name for name, tensor in batch.arguments(model.base_model).items() if isinstance(tensor, Tensor)}
-        if reads.isdisjoint({model.base_model.main_input_name, "inputs_embeds"}):
+        if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
             raise CompressionError(
-                f"calibration: {type(model).__name__} reads {model.base_model.main_input_name}; give batches that have it "
-                f"(found {', '.join(sorted(reads)) or 'nothing'})"
+                f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+                f"(found {', '.join(batch.inputs) or 'nothing'})"
             )
     return batches
 
@@ -187,7 +190,9 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
         counted = text != IGNORED_LABEL
         text = text.masked_fill(~counted, 0)
     if not text.numel():
-        raise CompressionError(f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or labels")
+        raise CompressionError(
+            f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or labels"
+        )
     start = getattr(model.config, "decoder_start_token_id", None)
     first = torch.full_like(text[:, :1], model.config.pad_token_id or 0 if start is None else start)
     others["decoder_input_ids"] = torch.cat([first, text[:, :-1]], dim=1)

@@ -1,6 +1,8 @@
 """The inputs of a model's blocks: captured once, then carried from block to block by replaying each block's own arguments."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,7 +71,7 @@ def starts_anew(batches: list[BlockBatch], index: int) -> bool:
 
 def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch) -> BlockBatch:
     calls: dict[str, Call] = {}
-    outputs: dict[str, Tensor] = {}
+    last: dict[str, Any] = {}  # the output of the block that ran last, by its name
     before = dict(zip(list(blocks)[1:], blocks, strict=False))
 
     def remember(name: str) -> Any:
@@ -79,7 +81,7 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
                     f"{type(model).__name__}: its blocks were not called once each in order ({name} twice); this architecture is not supported"
                 )
             hidden, rest, named = _split(name, args, kwargs)
-            continues = name in before and hidden is outputs.get(before[name])
+            continues = name in before and hidden is last.get(before[name])
             context = inspect.signature(module.forward).bind(hidden, *rest, **named).arguments.get("encoder_hidden_states")
             start = None if continues else hidden
             if context is None:
@@ -92,7 +94,8 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[name] = _hidden(output)
+            last.clear()
+            last[name] = _hidden(output)
 
         return hook
 
@@ -110,6 +113,18 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
     ordered = [calls.get(name) for name in blocks]
     first = next(call.start for call in ordered if call is not None and call.start is not None)
     return BlockBatch(first, ordered)
+
+
+@contextmanager
+def noting_calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
+    """While active, the names of the layers that are called are noted."""
+    called: set[str] = set()
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in layers.items()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -92,6 +92,8 @@ class CompleteSave:
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
+        # tensors keep the names of their modules, as in `quantization_config.layers`: older formats of some families rename or split layers
+        kwargs["save_original_format"] = False
         publisher = CompleteSave.publisher
         if publisher is None:
             type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)

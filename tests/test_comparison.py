@@ -109,7 +109,8 @@ def test_run_that_broke_off_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
-    file, said = tmp_path / "one.json", []
+    file = tmp_path / "one.json"
+    said: list[str] = []
     comparison.write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
     assert comparison.finished(file, {"model": "a", "texts": "b"}, said.append) == {"inputs": {"model": "a", "texts": "b"}, "value": 1}
     assert said == []

@@ -18,7 +18,13 @@ from hf_lowrank.methods import make_method
 from . import tiny_models
 
 TABLES = ("sola", "soco", "slab")
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 SHAPE |= {"vocab_size": tiny_models.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 TASK = """task: {name}
 dataset_path: json
@@ -47,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, and an lm-eval task."""
     folder = tmp_path_factory.mktemp("papers")
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    items = [{"question": "the cat", "choices": [" sat", " ran"], "label": label} for label in (0, 1, 1, 0, 1, 0)]
+    items = [{"question": "the cat " * number, "choices": [" sat", " ran"], "label": number % 2} for number in range(1, 8)]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     (folder / "tiny.yaml").write_text(TASK.format(name="tiny_choice", data=folder / "items.jsonl"), encoding="utf-8")
     return folder

@@ -269,7 +269,7 @@ def push(
 @one_line_errors
 def compare(
     model: Annotated[str, typer.Argument(help="dense model, before the options: a folder or a name on the Hub")],
-    method_names: Annotated[list[str], typer.Option("--methods", help="one or more, as name or 'name[option=value,...]'")],
+    method_names: Annotated[list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")],
     ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
     text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
     out: Annotated[Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")],

@@ -52,7 +52,7 @@ class Candidate:
 
     @property
     def file_name(self) -> str:
-        return re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_") + f"-{self.ratio:g}"
+        return re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_") + f"-{self.ratio}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Comparison:
     max_windows: int | None = None
 
     def compress_command(self, candidate: Candidate, folder: Path) -> list[str]:
-        arguments = ["compress", self.model, "-o", str(folder), "--method", candidate.method, "--ratio", f"{candidate.ratio:g}"]
+        arguments = ["compress", self.model, "-o", str(folder), "--method", candidate.method, "--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
             arguments += ["--set", f"{key}={value}"]
         arguments += ["--calibration", self.calibration, "--samples", str(self.samples), "--seed", str(self.seed)]
@@ -231,8 +231,16 @@ def write_text(file: Path, text: str) -> None:
 
 
 def model_sha256(source: str) -> dict[str, str]:
-    """sha256 of a model's files, by name; a model on the Hub is downloaded if it is not there yet."""
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=MODEL_FILES))
+    """sha256 of a model's files, by name; a model on the Hub is downloaded if it is not there yet.
+
+    Raises:
+        CompressionError: if there is no such model, or it cannot be downloaded.
+    """
+    try:
+        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=MODEL_FILES))
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CompressionError(f"{source}: no such folder, and not to be had from the Hub ({reason})") from error
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
     return {file.name: file_sha256(file) for file in files}
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import check_reachable, uniform_budgets
-from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts, in_list, is_linear
+from .architectures import find_blocks, find_feed_forwards, find_layers
 from .budget import Layer, ModelBudget
 from .calibration import (
     BlockBatch,
@@ -37,7 +37,7 @@ from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
 from .runtime.quantizer import CompressionQuantizer, attach, swap_module
 from .runtime.saving import CompleteSave
-from .selection import TIED, select_layers
+from .selection import TIED, left_out, select_layers, uncalled_layers
 from .spectrum_training import learn_spectrum
 from .version import __version__
 
@@ -119,7 +119,7 @@ class _Compression:
         self.dense = [layer for layer in layers if layer.name in self.reasons]
         self.budget = model_budget(model, layers, config)
         self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
-        self.warnings = _warnings(model, self.blocks)
+        self.warnings = left_out(model, self.blocks)
         check_finite(model)
         self.calibration = _described(config.calibration if calibration is None else calibration)
         self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
@@ -143,20 +143,12 @@ class _Compression:
             self.layer_by_layer(batches)
 
     def leave_uncalled_dense(self, called: set[str]) -> None:
-        """Layers that calibration never calls stay as they are, as the model may read their weights in another way.
-
-        Experts (layers in a list inside a block) are only called for some tokens: those without any are compressed without data.
+        """Layers that calibration never calls stay as they are.
 
         Raises:
             CompressionError: if the others cannot make up for them.
         """
-        used = {layer.block for layer in self.compressed if layer.name in called}
-        left = {}
-        for layer in self.compressed:
-            if layer.block not in used:
-                left[layer.name] = "no calibration batch comes through its block; give batches with the inputs that it reads"
-            elif layer.name not in called and not in_list(self.blocks, layer):
-                left[layer.name] = "calibration never calls it: its weight is not used, or read in another way"
+        left = uncalled_layers(self.blocks, self.compressed, called)
         if left:
             self.reasons |= left
             self.dense += [layer for layer in self.compressed if layer.name in left]
@@ -409,18 +401,3 @@ def _no_data(layer: Layer, module: nn.Module) -> Statistics:
     n, device = layer.in_features, dense_weight(module).device
     ones = torch.ones(n, dtype=torch.float64, device=device)
     return Statistics(tokens=0, column_norms=ones, mean=torch.zeros_like(ones), mean_abs=ones, gram=torch.diag(ones))
-
-
-def _warnings(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
-    warnings = []
-    if experts := fused_experts(model, blocks):
-        share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
-        warnings.append(
-            f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {next(iter(experts))}) "
-            "are no linear layers and stay dense"
-        )
-    for block_name, block in blocks.items():
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and not is_linear(module):
-                warnings.append(f"{block_name}.{name} stays dense: {type(module).__name__} may compute something else than nn.Linear")
-    return warnings

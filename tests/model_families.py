@@ -92,10 +92,22 @@ LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope
 DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 T5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 BART = {
-    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
-    **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 1},
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 1,
 }
-WHISPER = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32, "suppress_tokens": None, "begin_suppress_tokens": None}
+WHISPER = {
+    "num_mel_bins": 8,
+    "max_source_positions": 16,
+    "max_target_positions": 32,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 PICTURE = {"image_size": 16, "patch_size": 4}
 LLAVA = {
     "vision_config": {"model_type": "clip_vision_model", **SIZES, **PICTURE, "projection_dim": 32},

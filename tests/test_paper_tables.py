@@ -18,14 +18,8 @@ from hf_lowrank.methods import make_method
 from . import tiny_models
 
 TABLES = ("sola", "soco", "slab")
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-SHAPE |= {"vocab_size": tiny_models.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE |= {"max_position_embeddings": 64, "vocab_size": tiny_models.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}

@@ -118,7 +118,7 @@ def accuracies(
 
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
     manager = TaskManager(include_path=task_folder)
-    found = {}
+    found: dict[str, float] = {}
     for shots in sorted({task.get("shots", 0) for task in tasks.values()}):
         chosen = {name: task for name, task in tasks.items() if task.get("shots", 0) == shots}
         results = simple_evaluate(

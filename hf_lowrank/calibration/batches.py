@@ -88,7 +88,7 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
     if isinstance(source, str) and source == "self":
         if model.config.is_encoder_decoder:
             raise CompressionError(
-                f"{type(model).__name__} reads one text and writes another, and cannot calibrate on itself; give calibration= texts or batches"
+                f"{type(model).__name__} reads one text and writes another: it cannot calibrate on itself; give calibration= texts"
             )
         return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed))
     if isinstance(source, str):

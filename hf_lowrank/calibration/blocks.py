@@ -78,7 +78,8 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in calls:
                 raise CompressionError(
-                    f"{type(model).__name__}: its blocks were not called once each in order ({name} twice); this architecture is not supported"
+                    f"{type(model).__name__}: its blocks were not called once each in order ({name} twice); "
+                    "this architecture is not supported"
                 )
             hidden, rest, named = _split(name, args, kwargs)
             continues = name in before and hidden is last.get(before[name])
@@ -102,7 +103,8 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
     handles = [block.register_forward_pre_hook(remember(name), with_kwargs=True) for name, block in blocks.items()]
     handles += [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
     try:
-        model.base_model(**batch.arguments(model.base_model))
+        base: Any = model.base_model
+        base(**batch.arguments(base))
     finally:
         for handle in handles:
             handle.remove()

@@ -155,9 +155,13 @@ def _mask_of(x: Tensor, mask: Tensor | None, context: tuple[Tensor, Tensor | Non
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of an input that count, (tokens, n); x is (..., n), maybe with batch and sequence flattened already."""
+    """The tokens of an input (..., n) that count, (tokens, n).
+
+    The mask (B, T) fits inputs (B, T, ..., n), (B, 1, T, n) and (B T, n); of any other all count.
+    """
     if mask is not None and x.shape[: mask.dim()] == mask.shape:
-        return x[mask.bool()]
-    if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-        return x[mask.bool().flatten()]
+        return x[mask.bool()].flatten(0, -2)
+    sides = [side for side in x.shape[:-1] if side > 1]
+    if mask is not None and sides in ([side for side in mask.shape if side > 1], [mask.numel()]):
+        return x.flatten(0, -2)[mask.bool().flatten()]
     return x.flatten(0, -2)

@@ -4,13 +4,14 @@ Importing it registers the plugin: compressed checkpoints then open with `from_p
 """
 
 import importlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .registration import after_import
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
-from .runtime.quantizer import CompressionQuantizer, register
 from .runtime.saving import CompleteSave
 from .version import __version__
 
@@ -55,5 +56,15 @@ class _Publisher:
 
 
 CompleteSave.publisher = _Publisher()
-CompressionQuantizer.compress_on_load = staticmethod(_compress_on_load)
-register(override=True)
+
+
+def _register() -> None:
+    quantizer = sys.modules[_QUANTIZER]
+    quantizer.CompressionQuantizer.compress_on_load = staticmethod(_compress_on_load)
+    quantizer.register(override=True)
+
+
+# Importing transformers' quantizers takes seconds, which is for the first `from_pretrained` to spend, not for this import.
+_QUANTIZER = f"{__name__}.runtime.quantizer"
+after_import(_QUANTIZER, _register)
+after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))

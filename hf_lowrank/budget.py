@@ -15,7 +15,7 @@ class Layer:
     Attributes:
         name: module name.
         block, blocks: index of its block and number of blocks.
-        role: "query", "key", "value", "output", "ffn_in", "ffn_out" or "other" (see `architectures.py`).
+        role: "query", "key", "value", "output", "ffn_in", "ffn_out", "router" or "other" (see `architectures.py`).
         out_features, in_features: m and n.
     """
 

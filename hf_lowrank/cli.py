@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
@@ -24,6 +25,8 @@ app = typer.Typer(
 )
 
 HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(CompressionConfig)}
+
+OUT_OF_MEMORY = "out of memory; use fewer --samples, a shorter --sequence-length or a smaller dtype"
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON for machines instead of a table")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16")]
@@ -42,7 +45,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except CompressionError as error:
             _fail(str(error))
         except MemoryError:
-            _fail("out of memory; use fewer --samples, a shorter --sequence-length or a smaller dtype")
+            _fail(OUT_OF_MEMORY)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in ("out of memory", "DefaultCPUAllocator")):
+                raise
+            _fail(OUT_OF_MEMORY)
         except OSError as error:
             _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and the free space")
         except KeyboardInterrupt:
@@ -50,6 +57,22 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return run
+
+
+class SeveralValues(typer.core.TyperCommand):
+    """Options of several values take them one after the other: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+        spread: list[str] = []
+        option = None
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument if argument in several else None
+            elif option is not None and spread[-1] != option:
+                spread.append(option)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
 
 
 @app.callback()
@@ -122,7 +145,7 @@ def compress(
     assert save.report is not None
     save.report["command"] = shlex.join(["hf-lowrank", *sys.argv[1:]])
     with new_folder(output, overwrite) as folder:
-        save(folder, name=output.name)
+        save(folder, name=output.absolute().name)
     _show_summary(output)
 
 
@@ -240,6 +263,46 @@ def push(
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise CompressionError(f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`") from error
     typer.echo(f"pushed {folder} to {commit.repo_url} ({commit.oid[:7]})")
+
+
+@app.command(cls=SeveralValues)
+@one_line_errors
+def compare(
+    model: Annotated[str, typer.Argument(help="dense model, before the options: a folder or a name on the Hub")],
+    method_names: Annotated[list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")],
+    ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
+    text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
+    out: Annotated[Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")],
+    calibration: Annotated[str, typer.Option(help=HELP["calibration"])] = "self",
+    samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
+    sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
+    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    window: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="score only the first windows of each text")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the compressed checkpoints; otherwise they are deleted once measured")] = False,
+    dtype: Annotated[str, typer.Option(help="of the checkpoints: auto (as stored), float32, bfloat16 or float16")] = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Compress by several methods at several ratios; one table and one plot of what each loses at which size.
+
+    Options of several values take them one after the other: --methods slab sola --ratios 0.2 0.3.
+    """
+    from rich.markup import escape
+
+    from . import frontier
+    from .comparison import Comparison, candidates, compare, write_text
+
+    frontier.check_plotting()
+    comparison = Comparison(model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows)
+    wanted = candidates(method_names, ratios)
+    results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
+    write_text(out / "table.md", frontier.markdown(results))
+    frontier.plot(results, out / "frontier.png")
+    rows = [[escape(cell) for cell in row] for row in frontier.table(results)]
+    _print_table(f"{model} (★ the best method at each size)", frontier.COLUMNS, rows)
+    for failure in frontier.failures(results):
+        typer.echo(f"not reached: {failure}")
+    typer.echo(f"wrote {out / 'table.md'}, {out / 'frontier.png'}, {out / 'results.json'}")
 
 
 @app.command()

@@ -9,19 +9,25 @@ from pathlib import Path
 
 import typer
 
+from .calibration.batches import sequence_length
+from .calibration.sampling import sample_sequences
 from .evaluation.perplexity import Evaluation
 from .inspection import inspect_checkpoint
 from .models import files_size, load_model, load_tokenizer, new_folder
 from .pipeline import compress
 from .runtime.configuration import CompressionConfig
+from .runtime.errors import CompressionError
 
 BUNDLED_MODEL = Path(__file__).parent / "data" / "reference-7m"
 BUNDLED_TEXT = Path(__file__).parent / "data" / "demo.txt"
 
+SAMPLES, MEASURED_WINDOWS = 64, 60
+"""Half of the default calibration and a part of the text, so that the demo takes minutes on two cores."""
+
 RECIPES = {
     "svd-llm": CompressionConfig(method="svd-llm", ratio=0.3),
     "sola": CompressionConfig(method="sola", ratio=0.3),
-    "soco": CompressionConfig(method="soco", ratio=0.3, options={"steps": 100, "finish_steps": 10}),
+    "soco": CompressionConfig(method="soco", ratio=0.3, options={"steps": 300, "batch_tokens": 256, "finish_steps": 30}),
     "slab": CompressionConfig(method="slab", ratio=0.5),
 }
 
@@ -43,10 +49,13 @@ def _rows(folder: Path) -> list[list[str]]:
     dense = _measure(BUNDLED_MODEL)
     rows = [_row("dense", None, 0.0, BUNDLED_MODEL, dense, 0.0)]
     tokenizer = load_tokenizer(str(BUNDLED_MODEL))
+    typer.echo("sampling calibration text from the model itself ...", err=True)
+    model = load_model(str(BUNDLED_MODEL))
+    calibration = list(sample_sequences(model, SAMPLES, sequence_length(model, CompressionConfig()), seed=0))
     for name, config in RECIPES.items():
         typer.echo(f"{name}: removing {config.ratio:.0%} ...", err=True)
         started = time.monotonic()
-        model = compress(load_model(str(BUNDLED_MODEL)), config, tokenizer)
+        model = compress(load_model(str(BUNDLED_MODEL)), config, tokenizer, calibration)
         seconds = time.monotonic() - started
         model.save_pretrained(folder / name)
         stored = inspect_checkpoint(folder / name).ratio_stored
@@ -57,8 +66,12 @@ def _rows(folder: Path) -> list[list[str]]:
 def _measure(checkpoint: Path) -> Evaluation:
     """Evaluate in a fresh process, which knows nothing but the files."""
     command = [sys.executable, "-m", "hf_lowrank", "evaluate", str(checkpoint), "--text", str(BUNDLED_TEXT)]
-    command += ["--reference", str(BUNDLED_MODEL), "--dtype", "float32", "--json"]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    command += ["--reference", str(BUNDLED_MODEL), "--max-windows", str(MEASURED_WINDOWS), "--dtype", "float32", "--json"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        raise CompressionError(
+            f"{checkpoint.name}: its evaluation in a fresh process failed ({(result.stderr.strip() or 'no message').splitlines()[-1]})"
+        )
     return Evaluation(**json.loads(result.stdout)[0])
 
 

@@ -296,8 +296,6 @@ def _speed(measured: list[Speed]) -> str:
 def _origin(report: dict[str, Any], provenance: dict[str, Any]) -> str:
     command = f"```\n{report['command']}\n```" if report.get("command") else "The command was not recorded."
     facts = [f"{name} {version}" for name, version in sorted(provenance.get("versions", {}).items())]
-    if report.get("seconds"):
-        facts.append(f"{report['seconds']:.0f} s")
     if provenance.get("calibration_sha256"):
         facts.append(f"calibration tokens sha256 `{provenance['calibration_sha256']}`")
     return command + (f"\n\n{', '.join(facts)}." if facts else "")

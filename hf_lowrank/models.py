@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
 from .runtime.errors import CompressionError
+from .runtime.saving import AUTO_CLASSES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -54,7 +55,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrai
         return model.to(device).eval()
     except CompressionError:
         raise
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CompressionError(f"{source}: cannot be loaded ({_first_line(error)})") from error
 
 
@@ -105,9 +106,11 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as stream:
                         os.fsync(stream.fileno())
-            if target.exists():
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
+            old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+            if target.exists():  # aside first: a kill between the two renames loses neither
+                target.replace(old)
             partial.replace(target)
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             for parent in new_parents:
@@ -121,6 +124,8 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
     """Raise CompressionError if an output folder holds something that may not be overwritten."""
     target = Path(folder)
+    if target.resolve() == Path.cwd():
+        raise CompressionError(f"{folder}: is the current folder, which cannot be replaced; name a new one")
     if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
         raise CompressionError(f"{target}: exists and is not empty; choose another folder or add --overwrite")
 
@@ -132,10 +137,12 @@ def files_size(folder: str | Path) -> int:
 
 def _auto_class(config: Any) -> Any:
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
+    for name in AUTO_CLASSES:
         auto_class = getattr(transformers, name)
-        if type(config) in auto_class._model_mapping and auto_class._model_mapping[type(config)].__name__ == architecture:
-            return auto_class
+        if type(config) in auto_class._model_mapping:
+            known = auto_class._model_mapping[type(config)]
+            if architecture in {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))}:
+                return auto_class
     return transformers.AutoModelForCausalLM if type(config) in transformers.AutoModelForCausalLM._model_mapping else transformers.AutoModel
 
 

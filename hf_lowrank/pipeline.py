@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import cheapest_choices, check_reachable, uniform_budgets
-from .architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
+from .architectures import find_blocks, find_feed_forwards, find_layers
 from .budget import Layer, ModelBudget
 from .calibration import (
     BlockBatch,
@@ -23,12 +22,14 @@ from .calibration import (
     calibration_batches,
     capture,
     fingerprint,
+    noting_calls,
     output_grams,
     run_block,
     shifted_sums,
     squared_gradients,
     stage_sums,
     stages,
+    starts_anew,
     stream_writers,
 )
 from .methods import Decomposition, Method, Statistics, make_method
@@ -42,7 +43,7 @@ from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
 from .runtime.quantizer import CompressionQuantizer, attach, swap_module
 from .runtime.saving import CompleteSave
-from .selection import select_layers
+from .selection import TIED, left_out, select_layers, uncalled_layers
 from .spectrum_training import learn_spectrum
 from .version import __version__
 
@@ -79,7 +80,6 @@ def compress(
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()
-    started = time.monotonic()
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     with progress_bar(progress) as step, torch.no_grad():
@@ -90,7 +90,7 @@ def compress(
             run.run()
         finally:
             model.train(was_training)
-        run.finish(time.monotonic() - started)
+        run.finish()
     return model
 
 
@@ -125,10 +125,12 @@ class _Compression:
         self.dense = [layer for layer in layers if layer.name in self.reasons]
         self.budget = model_budget(model, layers, config)
         self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
-        self.warnings = _warnings(model, self.blocks)
+        self.warnings = left_out(model, self.blocks)
         check_finite(model)
         self.calibration = _described(config.calibration if calibration is None else calibration)
         self.tokens: list[TokenBatch] = calibration_batches(model, config, tokenizer, calibration)
+        if self.method.needs_gradients or self.method.needs_output_gram or isinstance(self.method, SoCo):
+            check_predicts_next_token(model, self.method.name, self.tokens)
         self.reports: list[LayerReport] = []
         self.curve: dict[str, list[float]] | None = None
         self.gradients: dict[str, Tensor] = {}
@@ -136,7 +138,9 @@ class _Compression:
 
     def run(self) -> None:
         self.step("capturing block inputs", 0, len(self.compressed))
-        batches = capture(self.model, self.blocks, self.tokens)
+        with noting_calls({layer.name: self.model.get_submodule(layer.name) for layer in self.compressed}) as called:
+            batches = capture(self.model, self.blocks, self.tokens)
+        self.leave_uncalled_dense(called)
         if self.method.needs_gradients:
             self.step("measuring gradients", 0, len(self.compressed))
             self.gradients = squared_gradients(self.model, [layer.name for layer in self.compressed], self.tokens)
@@ -150,21 +154,35 @@ class _Compression:
         else:
             self.layer_by_layer(batches)
 
+    def leave_uncalled_dense(self, called: set[str]) -> None:
+        """Layers that calibration never calls stay as they are.
+
+        Raises:
+            CompressionError: if the others cannot make up for them.
+        """
+        left = uncalled_layers(self.blocks, self.compressed, called)
+        if left:
+            self.reasons |= left
+            self.dense += [layer for layer in self.compressed if layer.name in left]
+            self.compressed = [layer for layer in self.compressed if layer.name not in left]
+            name, reason = next(iter(left.items()))
+            self.warnings.append(f"{len(left)} layers stay dense, such as {name}: {reason}")
+            self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
+
     def layer_by_layer(self, batches: list[BlockBatch]) -> None:
         """Budgets first, then block by block."""
         budgets = uniform_budgets(self.method, self.compressed, self.dense, self.budget)
         for index, block, layers in self.walk():
             statistics = self.gather(index, block, layers, batches)
             for layer in layers:
-                begun = time.monotonic()
                 weight = self.weight(layer)
                 decomposition = self.method.decompose(weight, statistics[layer.name], budgets[layer.name])
-                self.swap(layer, decomposition, weight, statistics[layer.name], begun)
+                self.swap(layer, decomposition, weight, statistics[layer.name])
             for batch in batches:
                 if self.method.sequential:
                     batch.hidden = run_block(block, index, batch)
-                elif self.method.needs_shifted:
-                    batch.shifted = run_block(block, index, batch, batch.shifted)
+                elif batch.shifted is not None:
+                    batch.shifted.hidden = run_block(block, index, batch.shifted)
 
     def measure_then_decide(self, method: SpectralMethod, batches: list[BlockBatch]) -> None:
         """Spectra of all layers in the dense model first, then ranks, then the layers."""
@@ -178,12 +196,11 @@ class _Compression:
         else:
             ranks = method.allocate(measurements, self.budget, self.available)
         for layer in self.compressed:
-            begun = time.monotonic()
             rank = ranks[layer.name]
             if rank is None:
                 self.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
             else:
-                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name], begun)
+                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name])
 
     def choose_then_build(self, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
         """What each layer could become, measured in the dense model; one budget for all; then stage by stage, each on corrected targets."""
@@ -196,8 +213,10 @@ class _Compression:
                 choices[layer.name] = method.choices(layer, self.weight(layer), statistics[layer.name], self.budget.value_bits[layer.name])
         chosen = self.choose(choices)
         for batch, hidden in zip(batches, inputs, strict=True):
-            batch.hidden = batch.shifted = hidden
+            batch.hidden, batch.shifted = hidden, BlockBatch(hidden, batch.calls)
         for index, block, layers in self.walk():
+            if starts_anew(batches, index):
+                self.start_list(index, batches)
             dense, block_name = copy.deepcopy(block), list(self.blocks)[index]
             local = {layer.name.removeprefix(f"{block_name}."): layer for layer in layers}
             writers = self.stream_writers(block, index, layers, batches[0])
@@ -210,16 +229,17 @@ class _Compression:
                     )
                 sums = stage_sums(dense, block, index, batches, names, writer)
                 for name in names:
-                    layer, begun = local[name], time.monotonic()
+                    layer = local[name]
                     spec, weight, known = chosen[layer.name], self.weight(layer), statistics[layer.name]
                     if spec is None:
                         self.reasons[layer.name] = f"{method.name} finds that its bytes are best spent on the dense layer"
                         continue
                     target = weight if sums is None else sums.target(weight)
                     fitted = known if sums is None else sums.statistics(known)
-                    self.swap(layer, method.build(target, fitted, spec), weight, known, begun)
+                    self.swap(layer, method.build(target, fitted, spec), weight, known)
             for batch in batches:
-                batch.shifted = run_block(block, index, batch, batch.shifted)
+                assert batch.shifted is not None
+                batch.shifted.hidden = run_block(block, index, batch.shifted)
                 batch.hidden = run_block(dense, index, batch)
 
     def choose(self, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
@@ -268,13 +288,15 @@ class _Compression:
 
     def gather(self, index: int, block: nn.Module, layers: list[Layer], batches: list[BlockBatch]) -> dict[str, Statistics]:
         """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
+        if starts_anew(batches, index):
+            self.start_list(index, batches)
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
         shifted = shifted_sums(block, index, batches, modules) if self.method.needs_shifted else None
         found, outputs = block_statistics(block, index, batches, modules, self.method.needs_gram)
         if not self.method.sequential:
             for batch, output in zip(batches, outputs, strict=True):
                 if self.method.needs_shifted and batch.shifted is None:
-                    batch.shifted = batch.hidden
+                    batch.shifted = BlockBatch(batch.hidden, batch.calls)
                 batch.hidden = output
         statistics = {}
         for layer in layers:
@@ -291,19 +313,37 @@ class _Compression:
         self.order_neurons(index, block, statistics)
         return statistics
 
+    def start_list(self, index: int, batches: list[BlockBatch]) -> None:
+        """Take up the inputs of a block that does not go on from the one before it, from the model as it is by now where that is asked for.
+
+        A decoder also reads the encoder's states: those of the compressed encoder, if the method is sequential.
+        """
+        follows = self.method.sequential or any(batch.shifted is not None for batch in batches)
+        now = capture(self.model, self.blocks, self.tokens) if follows else batches
+        for position, batch in enumerate(batches):
+            if self.method.sequential:
+                batches[position] = now[position]
+                batches[position].hidden = batch.hidden
+            elif batch.shifted is not None:
+                now[position].hidden = batch.shifted.hidden
+                batch.shifted = now[position]
+                batch.shifted.enter(index)
+            batches[position].enter(index)
+
     def order_neurons(self, index: int, block: nn.Module, statistics: dict[str, Statistics]) -> None:
         """Permute the neurons of the block's feed-forward networks as the method wants; the function of the block is unchanged."""
         block_name = list(self.blocks)[index]
         for network in find_feed_forwards(block):
             output_name = f"{block_name}.{network.output}"
-            if output_name not in statistics:
+            names = [f"{block_name}.{name}" for name in network.inputs]
+            if output_name not in statistics or any(self.reasons.get(name) == TIED for name in names):
                 continue
             output = block.get_submodule(network.output)
             order = self.method.neuron_order(statistics[output_name], dense_weight(output))
             if order is None:
                 continue
             for name in network.inputs:
-                permute_outputs(block.get_submodule(name), order)
+                permute_outputs(block.get_submodule(name), torch.cat([order, order + len(order)]) if network.fused else order)
             permute_inputs(output, order)
             statistics[output_name] = statistics[output_name].select(order)
 
@@ -311,12 +351,13 @@ class _Compression:
         """The dense weight, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
-    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, begun: float) -> None:
+    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics) -> None:
         """Put the compressed layer in place and report on it.
 
         Raises:
             NumericalError: if a stored value is not finite.
         """
+        self.step(layer.name, len(self.reports), len(self.compressed))
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
@@ -329,9 +370,9 @@ class _Compression:
                 )
         made.requires_grad_(dense.weight.requires_grad)
         swap_module(self.model, layer.name, made.train(dense.training))
-        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), time.monotonic() - begun))
+        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer)))
 
-    def finish(self, seconds: float) -> None:
+    def finish(self) -> None:
         """Make the model a compressed one for transformers, with its config and report."""
         config = self.config
         specs: dict[str, LayerSpec] = {
@@ -352,14 +393,14 @@ class _Compression:
         attach(self.model, CompressionQuantizer(final, pre_quantized=True))
         save = CompleteSave.attach(self.model)
         save.tokenizer = self.tokenizer
-        report = self.report(seconds)
+        report = self.report()
         save.report = report.to_dict()
         for name, reason in self.reasons.items():
             logger.info("%s stays dense: %s", name, reason)
         for warning in report.warnings:
             logger.warning(warning)
 
-    def report(self, seconds: float) -> Report:
+    def report(self) -> Report:
         layers = self.compressed + self.dense
         total = sum(self.budget.dense_bits(layer) for layer in layers)
         stored = {report.name: report.stored_bits for report in self.reports}
@@ -379,7 +420,6 @@ class _Compression:
             dense=self.reasons,
             warnings=self.warnings,
             curve=self.curve,
-            seconds=round(seconds, 1),
         )
 
 
@@ -391,6 +431,15 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
         value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
         bias_bits[layer.name] = module.bias.numel() * module.bias.itemsize * 8 if isinstance(module.bias, Tensor) else 0
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
+
+
+def check_predicts_next_token(model: PreTrainedModel, method: str, batches: list[TokenBatch]) -> None:
+    """Raise CompressionError if the loss that a method learns from, that of the next token of a text, is not what the model is for."""
+    if not model.can_generate() or model.config.is_encoder_decoder or any(batch.others for batch in batches):
+        raise CompressionError(
+            f"{method} learns from the loss of the next token of a text, which is not what {type(model).__name__} is given; "
+            "use a method without training, such as slab or sola"
+        )
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -427,14 +476,3 @@ def _no_data(layer: Layer, module: nn.Module) -> Statistics:
     n, device = layer.in_features, dense_weight(module).device
     ones = torch.ones(n, dtype=torch.float64, device=device)
     return Statistics(tokens=0, column_norms=ones, mean=torch.zeros_like(ones), mean_abs=ones, gram=torch.diag(ones))
-
-
-def _warnings(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
-    experts = fused_experts(model, blocks)
-    if not experts:
-        return []
-    share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
-    example = next(iter(experts))
-    return [
-        f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {example}) are no linear layers and stay dense"
-    ]

@@ -20,7 +20,6 @@ class LayerReport:
         relative_error: ‖(W − Ŵ) X‖ / ‖W X‖ on the calibration tokens, with the values as they are stored.
         metric: "gram" if that is exact, "column_norms" if only the norms ‖X_j‖ were measured.
         tokens: calibration tokens that the layer saw.
-        seconds: time to decompose it.
     """
 
     name: str
@@ -37,12 +36,11 @@ class LayerReport:
     relative_error: float
     metric: str
     tokens: int
-    seconds: float
 
 
 @dataclass
 class Report:
-    """A whole compression, as it is saved beside the checkpoint.
+    """A whole compression, as it is saved beside the checkpoint; without times, so that the same seed gives the same bytes.
 
     Attributes:
         ratio_asked, ratio_stored: fractions of the dense bits of all block linears that were to be, and are, removed.
@@ -61,15 +59,12 @@ class Report:
     dense: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, list[float]] | None = None
-    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def layer_report(
-    name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int, seconds: float
-) -> LayerReport:
+def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int) -> LayerReport:
     """Measure a compressed layer against the weight (m, n) that it replaces."""
     bits = layer.stored_bits()
     spec = layer.spec
@@ -88,7 +83,6 @@ def layer_report(
         relative_error(weight, layer.to_dense(weight.dtype), statistics),
         "column_norms" if statistics.gram is None else "gram",
         statistics.tokens,
-        round(seconds, 3),
     )
 
 

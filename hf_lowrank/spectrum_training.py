@@ -56,7 +56,8 @@ class SpectralLinear(nn.Module):
         y = F.linear(F.linear(x.to(self.left.dtype), self.right) * (self.sigma * self.effective), self.left)
         if self.d is not None:
             y = y + self.d
-        return (y if self.dense.bias is None else y + self.dense.bias).to(x.dtype)
+        bias = self.dense.bias
+        return (y + bias if isinstance(bias, Tensor) else y).to(x.dtype)
 
 
 @dataclass
@@ -179,7 +180,8 @@ class _Run:
 
     def removed(self, scores: dict[str, Tensor], phase: Phase) -> Tensor:
         """ρ, the removed fraction of the layers' budget that the gates stand for; unclamped, so that it has a gradient everywhere."""
-        bits = sum(self.fixed[name] + self.price[name] * gate(s, phase.temperature).sum() for name, s in scores.items())
+        kept = [self.fixed[name] + self.price[name] * gate(s, phase.temperature).sum() for name, s in scores.items()]
+        bits = torch.stack(kept).sum()
         return 1 - (1 - self.budget.ratio) * bits / self.available
 
     def add_decrease(self, step: int, phase: Phase) -> float:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import hf_lowrank.demo
-from hf_lowrank import CompressionConfig, cli
+from hf_lowrank import CompressedLinear, CompressionConfig, cli
 from hf_lowrank.calibration import blocks
 from hf_lowrank.methods import registered_methods
 
@@ -136,17 +136,18 @@ def test_evaluate_measures_against_a_reference(dense: Path, compressed: Path, te
 def test_dense_writes_what_any_engine_opens(compressed: Path, tmp_path: Path) -> None:
     assert run("dense", compressed, "-o", tmp_path / "dense").exit_code == 0
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    code = "import sys; from transformers import *; model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); assert 'hf_lowrank' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "dense")], check=True, capture_output=True)
+    assert not list((tmp_path / "dense").glob("*.py"))
     ids = tiny_models.token_ids(2, 16)
     with torch.no_grad():
-        logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (tmp_path / "dense", compressed)]
+        opened = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "dense", compressed)]
+        assert not any(isinstance(module, CompressedLinear) for module in opened[0].modules())
+        logits = [model(ids).logits for model in opened]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     assert (tmp_path / "dense" / "tokenizer.json").exists()
 
 
 MISTAKES = {
-    "unknown method": ("unknown method 'slap'; did you mean 'slab'?", ["--method", "slap"]),
+    "unknown method": ("unknown method 'slabs'; did you mean 'slab'?", ["--method", "slabs"]),
     "ratio too large": ("ratio: found 1.0, expected a number between 0 and 1", ["--ratio", "1"]),
     "ratio of zero": ("ratio: found 0.0", ["--ratio", "0"]),
     "ratio in percent": ("ratio: found 30.0", ["--ratio", "30"]),
@@ -218,6 +219,14 @@ def test_an_empty_output_folder_may_be_used(dense: Path, tmp_path: Path, monkeyp
     (tmp_path / "empty").mkdir()
     assert run("compress", dense, "--method", "svd", *QUICK, "-o", "empty").exit_code == 0
     assert (tmp_path / "empty" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_the_current_folder_is_not_replaced(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--overwrite"]):
+        fails("is the current folder, which cannot be replaced", "compress", dense, "--method", "svd", *QUICK, "-o", ".", *options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
@@ -231,9 +240,7 @@ def test_a_full_disk_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "output"
     assert run("compress", dense, "--method", "svd", *QUICK, "-o", output).exit_code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}

@@ -52,3 +52,12 @@ def test_every_runtime_file_travels_with_a_checkpoint() -> None:
     from hf_lowrank.runtime.saving import RUNTIME_FILES
 
     assert {file.name for file in (ROOT / "hf_lowrank" / "runtime").glob("*.py")} - {"__init__.py"} == set(RUNTIME_FILES)
+
+
+def test_the_entry_names_every_runtime_file() -> None:
+    """Transformers 5.0 copies only the files that the entry itself imports."""
+    from hf_lowrank.runtime.saving import ENTRY_MODULE, RUNTIME_FILES
+
+    entry = (ROOT / "hf_lowrank" / "runtime" / f"{ENTRY_MODULE}.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", entry, flags=re.MULTILINE))
+    assert {file.removesuffix(".py") for file in RUNTIME_FILES} - {ENTRY_MODULE} == named

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, NumericalError, SparseLowRankBinaryLinear, SparseLowRankLinear, compress
 from hf_lowrank.architectures import find_blocks, find_layers
+from hf_lowrank.budget import Budget
+from hf_lowrank.methods import Decomposition, Method, Statistics, method_class
 from hf_lowrank.methods.spectral import factorize
 from hf_lowrank.pipeline import permute_inputs, permute_outputs
 
@@ -58,17 +60,8 @@ def removed(dense: Path, compressed: Path, model: PreTrainedModel) -> float:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a checkpoint; of the report without the times, which no seed can fix."""
-    found = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = file.read_bytes()
-        if file.name == "compression_report.json":
-            report = json.loads(content)
-            for entry in [report, *report["layers"]]:
-                del entry["seconds"]
-            content = json.dumps(report).encode()
-        found[file.name] = hashlib.sha256(content).hexdigest()
-    return found
+    """sha256 of every file of a checkpoint."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -83,6 +76,31 @@ def test_the_files_hold_what_was_asked_for_and_never_more(tmp_path: Path, name: 
         assert ratio <= removed(dense, compressed, linears) <= ratio + 0.005
         report = json.loads((compressed / "compression_report.json").read_text())
         assert report["ratio_stored"] == pytest.approx(removed(dense, compressed, linears), abs=1e-12)
+
+
+OPTIONS = [
+    ("sola", 0.3, {"allocation": "components"}),
+    ("sola", 0.3, {"neuron_score": "output", "prime_share": 0.3}),
+    ("sola", 0.3, {"skip_blocks": 0}),
+    ("slab", 0.5, {"pattern": "2:4"}),
+    ("slab", 0.5, {"pattern": "4:8"}),
+    ("slab", 0.4, {"binary_rank": 2, "weighted": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "ratio", "options"), OPTIONS)
+def test_options_do_not_move_the_budget(method: str, ratio: float, options: dict[str, Any]) -> None:
+    model = compress(tiny_models.llama(dtype=torch.bfloat16), config(method, ratio, options=options), calibration=IDS)
+    assert ratio <= model.save_pretrained.report["ratio_stored"] <= ratio + 0.005
+
+
+def test_paper_accounting_leaves_the_mask_bits_out() -> None:
+    model = compress(tiny_models.llama(), config("slab", 0.4, accounting="paper"), calibration=IDS)
+    report = model.save_pretrained.report
+    assert 0.4 <= report["ratio_paper"] <= 0.405
+    masks = sum(module.weight_mask.numel() for module in model.modules() if isinstance(module, SparseLowRankLinear))
+    dense = sum(entry["dense_bits"] for entry in report["layers"])
+    assert report["ratio_paper"] - report["ratio_stored"] == pytest.approx(8 * masks / dense)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -108,7 +126,9 @@ def test_same_seed_same_bytes(tmp_path: Path, method: str) -> None:
         compress(tiny_models.llama(), config(method), tiny_models.tokenizer()).save_pretrained(tmp_path / run / "model")
     assert digests(tmp_path / "first" / "model") == digests(tmp_path / "second" / "model")
     compress(tiny_models.llama(), config(method, seed=1), tiny_models.tokenizer()).save_pretrained(tmp_path / "third" / "model")
-    differs = {name for name, digest in digests(tmp_path / "third" / "model").items() if digest != digests(tmp_path / "first" / "model")[name]}
+    differs = {
+        name for name, digest in digests(tmp_path / "third" / "model").items() if digest != digests(tmp_path / "first" / "model")[name]
+    }
     assert "config.json" in differs
     assert ("model.safetensors" in differs) == (method != "svd")  # the only one here that never looks at the calibration
 
@@ -283,7 +303,9 @@ def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
     with torch.no_grad():
         before = model(ids).logits
         for block in find_blocks(model).values():
-            ffn = {"llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}[name]
+            ffn = {"llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}[
+                name
+            ]
             modules = [block.get_submodule(part) for part in ffn]
             neurons = modules[-1].in_features if name != "gpt2" else modules[-1].weight.shape[0]
             order = torch.randperm(neurons, generator=torch.Generator().manual_seed(3))
@@ -322,3 +344,37 @@ def test_all_neurons_prime_reproduce_the_dense_network(dtype: torch.dtype) -> No
     with torch.no_grad():
         for block in range(4):
             torch.testing.assert_close(model.model.layers[block].mlp(x), dense.model.layers[block].mlp(x), **tolerance)
+
+
+@pytest.mark.parametrize("method", ["slab", "svd-llm"])
+def test_sequential_methods_see_the_compressed_blocks_before_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The query projection of a block reads what the blocks before it give: compressed ones in `slab`, dense ones in `svd-llm`."""
+    seen: list[Statistics] = []
+    usual = method_class(method).decompose
+
+    def recording(self: Method, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        seen.append(statistics)
+        return usual(self, weight, statistics, budget)
+
+    monkeypatch.setattr(method_class(method), "decompose", recording)
+    model = compress(tiny_models.llama(), config(method), calibration=IDS)
+    queries = seen[::7]
+    source = model if method == "slab" else tiny_models.llama()
+    norms: list[Tensor] = []
+    for block in source.model.layers:
+        block.self_attn.q_proj.register_forward_pre_hook(
+            lambda module, inputs: norms.append(inputs[0].detach().flatten(0, -2).double().norm(dim=0))
+        )
+    with torch.no_grad():
+        source(torch.tensor(IDS))
+    for statistics, norm in zip(queries, norms, strict=True):
+        torch.testing.assert_close(statistics.column_norms, norm, rtol=1e-5, atol=1e-5)
+
+
+def test_loading_with_a_config_compresses_as_compress_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_models.llama().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config("svd-llm"))
+    assert "calibrating on text sampled from the model itself" in caplog.text
+    made = compress(tiny_models.llama(), config("svd-llm"), calibration="self")
+    assert loaded.state_dict().keys() == made.state_dict().keys()
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in loaded.state_dict().items())

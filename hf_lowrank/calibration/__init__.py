@@ -1,7 +1,7 @@
 """Texts → token batches; block inputs; statistics."""
 
 from .batches import TokenBatch, calibration_batches, fingerprint
-from .blocks import BlockBatch, block_statistics, capture, run_block, shifted_sums
+from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_block, shifted_sums, starts_anew
 from .correction import stage_sums, stages, stream_writers
 from .curvature import output_grams
 from .gradients import squared_gradients
@@ -13,11 +13,13 @@ __all__ = [
     "calibration_batches",
     "capture",
     "fingerprint",
+    "noting_calls",
     "output_grams",
     "run_block",
     "shifted_sums",
     "squared_gradients",
     "stage_sums",
     "stages",
+    "starts_anew",
     "stream_writers",
 ]

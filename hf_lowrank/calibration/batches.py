@@ -1,9 +1,10 @@
 """Whatever the user calibrates on → batches of token ids with a mask of the tokens that count."""
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,20 +18,44 @@ from .texts import read_documents, token_stream, windows
 
 LONGEST_SEQUENCE = 2048
 TOKENS_PER_BATCH = 8192
+IGNORED_LABEL = -100
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids (B, T) and the mask (B, T) of those that are no padding; None if all count."""
+    """What a model is given in calibration.
+
+    Attributes:
+        input_ids: token ids (B, T); (B, 0) for a model that reads none.
+        attention_mask: (B, T) of those that are no padding; None if all count.
+        others: the model's other inputs by name: `pixel_values`, `input_features`, `decoder_input_ids`, ...
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    others: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """All that there is, by name."""
+        given = {"input_ids": self.input_ids if self.input_ids.numel() else None, "attention_mask": self.attention_mask, **self.others}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The arguments for a forward pass of the model, on its device and in its dtype, without a cache."""
+        arguments: dict[str, Any] = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None) for name, tensor in self.inputs.items()
+        }
+        parameters = inspect.signature(model.forward).parameters.values()
+        if any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            arguments["use_cache"] = False
+        return arguments
 
 
 def calibration_batches(
@@ -40,14 +65,31 @@ def calibration_batches(
 
     Args:
         calibration: "self", a dataset name, a text file, or an iterable of texts, token ids, chat conversations (lists of
-            messages), or batches with `input_ids` (a DataLoader).
+            messages), or batches of the model's inputs (a DataLoader). An encoder-decoder model without `decoder_input_ids` gets
+            the batch's `labels`, or else the text itself, one token late, as in its training.
 
     Raises:
         CompressionError: if there is nothing to calibrate on, or too little for one sequence.
     """
-    source = config.calibration if calibration is None else calibration
+    batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
+    if model.config.is_encoder_decoder:
+        batches = [_with_decoder_inputs(model, batch) for batch in batches]
+    for batch in batches:
+        if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
+            raise CompressionError(
+                f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+                f"(found {', '.join(batch.inputs) or 'nothing'})"
+            )
+    return batches
+
+
+def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, source: Any) -> list[TokenBatch]:
     length = sequence_length(model, config)
     if isinstance(source, str) and source == "self":
+        if model.config.is_encoder_decoder:
+            raise CompressionError(
+                f"{type(model).__name__} reads one text and writes another: it cannot calibrate on itself; give calibration= texts"
+            )
         return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed))
     if isinstance(source, str):
         documents = read_documents(source, limit=8 * config.samples)
@@ -57,10 +99,10 @@ def calibration_batches(
         raise CompressionError("calibration: found an empty iterable, expected texts, token ids, chats or batches")
     if isinstance(items[0], str):
         return _rows_to_batches(_choose_windows(token_stream(_needed(tokenizer, "texts"), items), length, config))
-    if isinstance(items[0], Mapping) and "input_ids" in items[0]:
-        return [_batch_from_mapping(item) for item in items]
-    if isinstance(items[0], Mapping) and "text" in items[0]:
-        return calibration_batches(model, config, tokenizer, [item["text"] for item in items])
+    if isinstance(items[0], Mapping) and "input_ids" not in items[0] and "text" in items[0]:
+        return _batches(model, config, tokenizer, [item["text"] for item in items])
+    if isinstance(items[0], Mapping):
+        return [_batch_from_mapping(item, model) for item in items]
     rows = [_token_ids(item, tokenizer)[:length] for item in items[: config.samples]]
     return _pad_rows([row for row in rows if row.numel()])
 
@@ -80,13 +122,16 @@ def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
 
 
 def fingerprint(batches: Iterable[TokenBatch]) -> str:
-    """sha256 over the token ids and masks, which names a calibration set in reports and guards a resumed run."""
+    """sha256 over the token ids, masks and other inputs, which names a calibration set in reports and guards a resumed run."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(repr(tuple(batch.input_ids.shape)).encode())
         digest.update(batch.input_ids.cpu().to(torch.int64).numpy().tobytes())
         if batch.attention_mask is not None:
             digest.update(batch.attention_mask.cpu().to(torch.int64).numpy().tobytes())
+        for name, tensor in sorted(batch.others.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -117,14 +162,43 @@ def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
     return batches
 
 
-def _batch_from_mapping(item: Any) -> TokenBatch:
+def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
+    """A batch of the inputs that the model reads; what else the mapping holds is for its head or for the user."""
+    read = {*inspect.signature(model.base_model.forward).parameters} - {"input_ids", "attention_mask"}
+    if model.config.is_encoder_decoder:
+        read.add("labels")
+    else:
+        read.discard("labels")
+    others = {name: torch.as_tensor(item[name]) for name in sorted(read & {*item}) if item[name] is not None}
+    mask = None if item.get("attention_mask") is None else torch.as_tensor(item["attention_mask"])
+    if item.get("input_ids") is None:
+        return TokenBatch(torch.empty(0, 0, dtype=torch.long), mask, others)
     input_ids = torch.as_tensor(item["input_ids"])
-    mask = item.get("attention_mask")
     if input_ids.dim() == 1:
         input_ids = input_ids[None]
-    if mask is not None:
-        mask = torch.as_tensor(mask).reshape(input_ids.shape)
-    return TokenBatch(input_ids, mask)
+    return TokenBatch(input_ids, None if mask is None else mask.reshape(input_ids.shape), others)
+
+
+def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
+    """The batch with what the decoder reads, by teacher forcing: the labels, or else the encoder's own text, one token late."""
+    others = {name: tensor for name, tensor in batch.others.items() if name != "labels"}
+    if not others.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"}):
+        return replace(batch, others=others)
+    text, counted = batch.input_ids, batch.attention_mask
+    if "labels" in batch.others:
+        text = batch.others["labels"]
+        counted = text != IGNORED_LABEL
+        text = text.masked_fill(~counted, 0)
+    if not text.numel():
+        raise CompressionError(
+            f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or labels"
+        )
+    start = getattr(model.config, "decoder_start_token_id", None)
+    first = torch.full_like(text[:, :1], model.config.pad_token_id or 0 if start is None else start)
+    others["decoder_input_ids"] = torch.cat([first, text[:, :-1]], dim=1)
+    if counted is not None and not bool(counted.all()):
+        others["decoder_attention_mask"] = torch.cat([torch.ones_like(first), counted[:, :-1].to(first.dtype)], dim=1)
+    return replace(batch, others=others)
 
 
 def _token_ids(item: Any, tokenizer: Any) -> Tensor:

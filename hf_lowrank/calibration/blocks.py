@@ -1,16 +1,36 @@
 """The inputs of a model's blocks: captured once, then carried from block to block by replaying each block's own arguments."""
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
 from .batches import TokenBatch
 from .statistics import ShiftedSums, StatisticsCollector
+
+
+class Call(NamedTuple):
+    """How the model called a block in one batch.
+
+    Attributes:
+        args, kwargs: its arguments beside the hidden states; without a cache, which a replay would fill again.
+        start: the hidden states, (B, T, d), if they are not the output of the block before, as where a decoder starts; else None.
+        mask: (B, T) of the tokens that count in the hidden states; None for all.
+        context: the states of an encoder that the block reads too, (B, T', d), and the mask of those that count.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    start: Tensor | None = None
+    mask: Tensor | None = None
+    context: tuple[Tensor, Tensor | None] | None = None
 
 
 @dataclass
@@ -19,65 +39,101 @@ class BlockBatch:
 
     Attributes:
         hidden: input of the next block, (B, T, d).
-        calls: for each block, the other positional and keyword arguments with which the model called it.
-        mask: (B, T) of the tokens that count; None for all.
-        shifted: input of the next block in the compressed model, for methods that compare the two.
+        calls: for each block how the model called it; None if it did not (a vision tower, in a batch of text alone).
+        shifted: the same batch in the compressed model, for methods that compare the two.
     """
 
     hidden: Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    mask: Tensor | None
-    shifted: Tensor | None = None
+    calls: list[Call | None]
+    shifted: "BlockBatch | None" = None
+
+    def enter(self, index: int) -> None:
+        """Take the hidden states with which a new list of blocks starts, if this block is its first."""
+        call = self.calls[index]
+        if call is not None and call.start is not None:
+            self.hidden = call.start
 
 
 @torch.no_grad()
 def capture(model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch]) -> list[BlockBatch]:
-    """Run the dense model once per batch and keep the input of the first block and the arguments of every block.
+    """Run the model once per batch and keep the input of the first block and the arguments of every block.
 
     Raises:
-        CompressionError: if a block was not called exactly once, or not with a tensor of hidden states first.
+        CompressionError: if a block was called more than once, or not with a tensor of hidden states first.
     """
     return [_capture_batch(model, blocks, batch) for batch in batches]
 
 
+def starts_anew(batches: list[BlockBatch], index: int) -> bool:
+    """Whether the block's hidden states come from elsewhere than from the block before."""
+    return index > 0 and any(call is not None and call.start is not None for call in (batch.calls[index] for batch in batches))
+
+
 def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch) -> BlockBatch:
-    called: list[str] = []
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    first_hidden: list[Tensor] = []
+    calls: dict[str, Call] = {}
+    last: dict[str, Any] = {}  # the output of the block that ran last, by its name
+    before = dict(zip(list(blocks)[1:], blocks, strict=False))
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, call = _split(name, args, kwargs)
-            called.append(name)
-            calls.append(call)
-            if not first_hidden:
-                first_hidden.append(hidden)
+            if name in calls:
+                raise CompressionError(
+                    f"{type(model).__name__}: its blocks were not called once each in order ({name} twice); "
+                    "this architecture is not supported"
+                )
+            hidden, rest, named = _split(name, args, kwargs)
+            continues = name in before and hidden is last.get(before[name])
+            context = inspect.signature(module.forward).bind(hidden, *rest, **named).arguments.get("encoder_hidden_states")
+            start = None if continues else hidden
+            if context is None:
+                calls[name] = Call(rest, named, start, batch.attention_mask)
+            else:
+                mask = batch.others.get("decoder_attention_mask")
+                calls[name] = Call(rest, named, start, mask, (context, batch.attention_mask))
+
+        return hook
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            last.clear()
+            last[name] = _hidden(output)
 
         return hook
 
     handles = [block.register_forward_pre_hook(remember(name), with_kwargs=True) for name, block in blocks.items()]
+    handles += [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
     try:
-        arguments = {"input_ids": batch.input_ids.to(model.device)}
-        if batch.attention_mask is not None:
-            arguments["attention_mask"] = batch.attention_mask.to(model.device)
-        model.base_model(**arguments, use_cache=False)
+        base: Any = model.base_model
+        base(**batch.arguments(base))
     finally:
         for handle in handles:
             handle.remove()
-    if called != list(blocks):
-        missing = sorted(set(blocks) - set(called)) or called
+    if not calls:
         raise CompressionError(
-            f"{type(model).__name__}: its blocks were not called once each in order ({missing[:3]}); this architecture is not supported"
+            f"{type(model).__name__}: none of its blocks was called ({next(iter(blocks))}); this architecture is not supported"
         )
-    return BlockBatch(first_hidden[0], calls, batch.attention_mask)
+    ordered = [calls.get(name) for name in blocks]
+    first = next(call.start for call in ordered if call is not None and call.start is not None)
+    return BlockBatch(first, ordered)
+
+
+@contextmanager
+def noting_calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
+    """While active, the names of the layers that are called are noted."""
+    called: set[str] = set()
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in layers.items()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, index: int, batch: BlockBatch, hidden: Tensor | None = None) -> Tensor:
-    """The block's hidden states for a batch, or for other `hidden` states, called as the model called it."""
-    args, kwargs = batch.calls[index]
-    output = block(batch.hidden if hidden is None else hidden, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
+    """The block's hidden states for a batch, called as the model called it; those it has already if the model did not."""
+    call = batch.calls[index]
+    return batch.hidden if call is None else _hidden(block(batch.hidden, *call.args, **call.kwargs))
 
 
 def block_statistics(
@@ -88,7 +144,9 @@ def block_statistics(
     outputs = []
     with collector.collecting():
         for batch in batches:
-            collector.start_batch(batch.mask)
+            call = batch.calls[index]
+            if call is not None:
+                collector.start_batch(call.mask, call.context)
             outputs.append(run_block(block, index, batch))
     return collector.statistics(), outputs
 
@@ -98,17 +156,27 @@ def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers
     """Sums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
     sums = ShiftedSums(layers)
     for batch in batches:
+        call = batch.calls[index]
+        if call is None:
+            continue
         with sums.inputs() as dense:
             run_block(block, index, batch)
         with sums.inputs() as shifted:
-            run_block(block, index, batch, batch.shifted)
-        sums.add(dense, shifted, batch.mask)
+            run_block(block, index, batch.shifted or batch)
+        sums.add(dense, shifted, call.mask, call.context)
     return sums
 
 
-def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+def _hidden(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states, and the other arguments without a cache."""
+    rest = tuple(None if isinstance(value, Cache) else value for value in args[1:])
+    named = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
     if args and isinstance(args[0], Tensor):
-        return args[0], (args[1:], kwargs)
+        return args[0], rest, named
     if isinstance(kwargs.get("hidden_states"), Tensor):
-        return kwargs["hidden_states"], ((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
+        return kwargs["hidden_states"], (), {key: value for key, value in named.items() if key != "hidden_states"}
     raise CompressionError(f"{name}: was not called with a tensor of hidden states; this architecture is not supported")

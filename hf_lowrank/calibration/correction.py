@@ -16,16 +16,24 @@ from .blocks import BlockBatch, run_block
 from .statistics import counted
 
 RIDGE = 1e-3
-"""Of the regression, as a share of the mean of the diagonal of Ĉ; pulls W' towards W."""
+"""Of the regression, as a share of the mean of the diagonal of Ĉ; pulls W' towards W. Few tokens add to it: n / T."""
 
 
 @dataclass
 class Sums:
-    """Ĉ (n, n), M − Ĉ (n, n) and, for a layer that writes to the residual stream, E = Σ (h − ĥ) x̂ᵀ (m, n); all float64."""
+    """What correcting a layer needs to know, float64.
+
+    Attributes:
+        gram: Ĉ, (n, n).
+        shift: M − Ĉ, (n, n).
+        residual: E = Σ (h − ĥ) x̂ᵀ, (m, n), for a layer that writes to the residual stream.
+        tokens: number T of tokens seen.
+    """
 
     gram: Tensor
     shift: Tensor
     residual: Tensor | None = None
+    tokens: int = 0
 
     def target(self, weight: Tensor) -> Tensor:
         """W' (m, n): W + (W (M − Ĉ) + E)(Ĉ + λ I)⁻¹."""
@@ -33,7 +41,8 @@ class Sums:
         if not float(mean) > 0:
             return weight
         wanted = weight @ self.shift if self.residual is None else weight @ self.shift + self.residual
-        hessian = self.gram / mean + RIDGE * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        ridge = RIDGE + len(self.gram) / max(self.tokens, 1)
+        hessian = self.gram / mean + ridge * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         target: Tensor = weight + torch.linalg.solve(hessian, wanted / mean, left=False)
         return target
 
@@ -72,21 +81,23 @@ def stage_sums(
     """
     total: Sums | None = None
     for batch in batches:
-        assert batch.shifted is not None
-        here, there = _run(dense, index, batch, names[0], batch.hidden), _run(block, index, batch, names[0], batch.shifted)
+        call, shifted = batch.calls[index], batch.shifted
+        if call is None or shifted is None:
+            continue
+        here, there = _run(dense, index, batch, names[0]), _run(block, index, shifted, names[0])
         if here is None or there is None or here.x.shape != there.x.shape:  # experts that see other tokens
             continue
-        x, x_hat = counted(here.x, batch.mask).double(), counted(there.x, batch.mask).double()
+        x, x_hat = counted(here.x, call.mask).double(), counted(there.x, call.mask).double()
         gram, shift, residual = x_hat.T @ x_hat, (x - x_hat).T @ x_hat, None
         if writer is not None:
-            lost = batch.hidden.double() - batch.shifted.double()
+            lost = batch.hidden.double() - shifted.hidden.double()
             if writer == "output":
-                lost = (here.block.double() - there.block.double()) - (here.y.double() - there.y.double())
-            residual = counted(lost, batch.mask).T @ x_hat
+                lost = (here.block.double() - here.y.double()) - (there.block.double() - there.y.double())
+            residual = counted(lost, call.mask).T @ x_hat
         if total is not None:
             gram, shift = gram + total.gram, shift + total.shift
             residual = None if residual is None or total.residual is None else residual + total.residual
-        total = Sums(gram, shift, residual)
+        total = Sums(gram, shift, residual, len(x) + (total.tokens if total else 0))
     return total
 
 
@@ -120,16 +131,17 @@ class _Pass:
     block: Tensor
 
 
-def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, hidden: Tensor) -> _Pass | None:
+def _run(block: nn.Module, index: int, batch: BlockBatch, name: str) -> _Pass | None:
     seen: list[tuple[Tensor, Tensor]] = []
     handle = block.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     try:
-        output = run_block(block, index, batch, hidden)
+        output = run_block(block, index, batch)
     finally:
         handle.remove()
     if not seen:
         return None
-    x, y = (each.view(*hidden.shape[:2], -1) if each.shape[:-1].numel() == hidden.shape[:2].numel() else each for each in seen[0])
+    tokens = batch.hidden.shape[:2]
+    x, y = (each.view(*tokens, -1) if each.shape[:-1].numel() == tokens.numel() else each for each in seen[0])
     return _Pass(x, y, output)
 
 

@@ -50,7 +50,7 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
             else:
                 prompt = torch.randint(model.config.get_text_config().vocab_size, (count, 1), device=model.device)
             batches.append(
-                model.generate(
+                model.generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=length - 1,

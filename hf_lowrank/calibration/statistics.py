@@ -26,6 +26,7 @@ class StatisticsCollector:
         self._sums: dict[str, _Sums] = {}
         self._seen: list[tuple[Tensor, str]] = []
         self._mask: Tensor | None = None
+        self._context: tuple[Tensor, Tensor | None] | None = None
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -37,9 +38,13 @@ class StatisticsCollector:
             for handle in handles:
                 handle.remove()
 
-    def start_batch(self, mask: Tensor | None) -> None:
-        """Tell which tokens of the next batch count: `mask` (B, T), or None for all."""
-        self._mask, self._seen = mask, []
+    def start_batch(self, mask: Tensor | None, context: tuple[Tensor, Tensor | None] | None = None) -> None:
+        """Tell which tokens of the next batch count: `mask` (B, T), or None for all.
+
+        Args:
+            context: the states that the block reads beside its own, (B, T', d), with their own mask.
+        """
+        self._mask, self._context, self._seen = mask, context, []
 
     def statistics(self) -> dict[str, Statistics | None]:
         """The statistics by layer; None for a layer that was never called.
@@ -60,7 +65,7 @@ class StatisticsCollector:
                 self._seen.append((x, name))
                 if name not in self._sums:
                     self._sums[name] = _Sums(x, self.needs_gram)
-                self._sums[name].add(counted(x, self._mask))
+                self._sums[name].add(counted(x, _mask_of(x, self._mask, self._context)))
 
         return count
 
@@ -113,7 +118,7 @@ class ShiftedSums:
 
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                kept[name] = inputs[0].detach()
+                kept[name] = inputs[0]
 
             return hook
 
@@ -124,10 +129,17 @@ class ShiftedSums:
             for handle in handles:
                 handle.remove()
 
-    def add(self, dense: dict[str, Tensor], shifted: dict[str, Tensor], mask: Tensor | None) -> None:
-        """Count the tokens of one batch that the mask (B, T) lets through."""
+    def add(
+        self,
+        dense: dict[str, Tensor],
+        shifted: dict[str, Tensor],
+        mask: Tensor | None,
+        context: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        """Count the tokens of one batch that the mask (B, T) lets through; `context` as for `StatisticsCollector.start_batch`."""
         for name, x in dense.items():
-            x, y = (counted(each, mask).double() for each in (x, shifted[name]))
+            counting = _mask_of(x, mask, context)
+            x, y = (counted(each, counting).double() for each in (x, shifted[name]))
             gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
             self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
 
@@ -137,8 +149,19 @@ class ShiftedSums:
         return replace(statistics, shifted_gram=gram, cross_gram=cross)
 
 
+def _mask_of(x: Tensor, mask: Tensor | None, context: tuple[Tensor, Tensor | None] | None) -> Tensor | None:
+    """The mask of the tokens of an input that count: cross-attention reads keys and values from the context itself."""
+    return context[1] if context is not None and x is context[0] else mask
+
+
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens (T', n) of x (B, T, n) that the mask (B, T) lets through."""
+    """The tokens of an input (..., n) that count, (tokens, n).
+
+    The mask (B, T) fits inputs (B, T, ..., n), (B, 1, T, n) and (B T, n); of any other all count.
+    """
     if mask is not None and x.shape[: mask.dim()] == mask.shape:
-        return x[mask.bool()]
+        return x[mask.bool()].flatten(0, -2)
+    sides = [side for side in x.shape[:-1] if side > 1]
+    if mask is not None and sides in ([side for side in mask.shape if side > 1], [mask.numel()]):
+        return x.flatten(0, -2)[mask.bool().flatten()]
     return x.flatten(0, -2)

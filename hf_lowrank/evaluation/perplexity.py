@@ -67,12 +67,14 @@ def evaluate_text(
         NumericalError: if a logit is not finite; nothing is skipped.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
-    window = window or min(context, LONGEST_WINDOW)
-    stride = stride or window
+    window = min(context, LONGEST_WINDOW) if window is None else window
+    stride = window if stride is None else stride
     if not 1 < window <= context:
         raise CompressionError(f"window: found {window}, expected 2 to {context}, the model's context")
     if not 1 <= stride <= window:
         raise CompressionError(f"stride: found {stride}, expected 1 to {window}, the window")
+    if max_windows is not None and max_windows < 1:
+        raise CompressionError(f"max_windows: found {max_windows}, expected at least 1")
     rows = windows(token_stream(tokenizer, read_documents(source, split="test")), window, stride)
     return evaluate_windows(model, rows[:max_windows], stride, source, reference)
 

@@ -134,7 +134,7 @@ def first_guess(weight: Tensor, kept: int) -> Parts:
 
 
 def interpolated_losses(weight: Tensor, gram: Tensor, most: int, loss: Callable[[Parts], float]) -> list[float]:
-    """The loss with 0 to `most` kept values per row: measured by `loss` at a few numbers on plain SLaB with refitted values, log-linear between them."""
+    """The loss with 0 to `most` kept values per row: by `loss` at a few numbers, on refitted plain SLaB; log-linear between them."""
     positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES} | {most})
     tiny = torch.finfo(weight.dtype).tiny
     logs = [math.log(max(loss(fit(weight, gram, kept, rounds=0)), tiny)) for kept in positions]

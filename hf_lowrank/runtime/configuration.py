@@ -177,7 +177,9 @@ class CompressionConfig(QuantizationConfigMixin):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
     layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
-    quant_method: str = field(default=QUANT_METHOD, init=False, metadata={"help": "the name under which transformers finds the plugin"})
+    quant_method: str = field(  # type: ignore[assignment]  # transformers types it as its own enumeration
+        default=QUANT_METHOD, init=False, metadata={"help": "the name under which transformers finds the plugin"}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:

@@ -58,7 +58,9 @@ class CompressedLinear(nn.Linear):
         stored = spec.tensors(out_features, in_features)
         for name in (*VALUES, *(f"{name}_scale" for name in VALUES), *FLOATS, *BITMAPS):
             shape, kind = stored.get(name, (None, "uint8" if name in BITMAPS else "float"))
-            if kind == "float":
+            if kind == "float" and shape == (0,):  # no sparse part: nothing to train, and a parameter without a gradient stops DDP
+                self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
+            elif kind == "float":
                 self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
             else:
                 self.register_buffer(name, None if shape is None else torch.empty(shape, device=device, dtype=torch.uint8))
@@ -83,7 +85,7 @@ class CompressedLinear(nn.Linear):
     @property
     def dtype(self) -> torch.dtype:
         """That of the float tensors; `weight` itself may hold packed codes."""
-        return next(self.parameters(recurse=False)).dtype
+        return next(self.parameters(recurse=False), self.weight).dtype
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (m, n) matrix that the layer multiplies by, summed in float64 and rounded once to `dtype` (the layer's own)."""

@@ -7,9 +7,22 @@ one, which are then not even imported.
 
 import importlib
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
+
+if TYPE_CHECKING:  # never run: transformers copies the files that are named here, older 5.x only those named in this very file
+    from .configuration import CompressionConfig  # noqa: F401
+    from .errors import CompressionError  # noqa: F401
+    from .layers import CompressedLinear  # noqa: F401
+    from .ops import bitmask_linear  # noqa: F401
+    from .packing import pack_bits  # noqa: F401
+    from .pivoting import pivot  # noqa: F401
+    from .quantization import Quantized  # noqa: F401
+    from .quantized_ops import quantized_linear  # noqa: F401
+    from .quantizer import CompressionQuantizer  # noqa: F401
+    from .saving import CompleteSave  # noqa: F401
+    from .validation import validate_files  # noqa: F401
 
 
 def _register() -> None:

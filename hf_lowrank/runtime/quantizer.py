@@ -1,11 +1,9 @@
 """The HfQuantizer: swaps the skeleton's linear layers before the weights arrive, and the way back to a dense model."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -15,6 +13,9 @@ from .errors import CompressionError
 from .layers import CompressedLinear, build_layer
 from .saving import CompleteSave
 from .validation import dense_shape, resolve_layers, validate_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -27,7 +28,7 @@ class CompressionQuantizer(HfQuantizer):
 
     quantization_config: CompressionConfig
     requires_calibration = False
-    compress_on_load: ClassVar[Callable[[PreTrainedModel, CompressionConfig], None] | None] = None
+    compress_on_load: ClassVar[Any] = None
 
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -41,7 +42,7 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized and self.compress_on_load is None:
             raise CompressionError("compressing a dense model needs the package: pip install hf_lowrank, then import hf_lowrank")
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
         config = self.quantization_config
@@ -53,15 +54,15 @@ class CompressionQuantizer(HfQuantizer):
         for name, spec in layers.items():
             swap_module(model, name, _build_like(model.get_submodule(name), spec))
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         if not self.pre_quantized:
             assert self.compress_on_load is not None
-            type(self).compress_on_load(model, self.quantization_config)  # type: ignore[misc]
+            self.compress_on_load(model, self.quantization_config)
         else:
             attach(model, self)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
@@ -95,13 +96,14 @@ def register(override: bool = False) -> None:
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
 
 
-def attach(model: PreTrainedModel, quantizer: CompressionQuantizer) -> None:
+def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
-    model.config.quantization_config = quantizer.quantization_config
-    model.config._is_quantized = True
+    marked: Any = model
+    marked.hf_quantizer = quantizer
+    marked.is_quantized = True
+    marked.quantization_method = quantizer.quantization_config.quant_method
+    marked.config.quantization_config = quantizer.quantization_config
+    marked.config._is_quantized = True
     CompleteSave.attach(model)
 
 

@@ -6,11 +6,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RUNTIME_FILES = (
     "configuration.py",
@@ -72,7 +74,7 @@ class CompleteSave:
 
     publisher: ClassVar[Publisher | None] = None
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
         self.tokenizer: Any = None
         self.report: dict[str, Any] | None = None
@@ -90,6 +92,8 @@ class CompleteSave:
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
+        # tensors keep the names of their modules, as in `quantization_config.layers`: older formats of some families rename or split layers
+        kwargs["save_original_format"] = False
         publisher = CompleteSave.publisher
         if publisher is None:
             type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
@@ -116,7 +120,7 @@ class CompleteSave:
         tokenizer = self.tokenizer
         if tokenizer is None and self.find("tokenizer_config.json"):
             config = self.model.config
-            tokenizer = AutoTokenizer.from_pretrained(config._name_or_path, revision=getattr(config, "_commit_hash", None))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(config._name_or_path, revision=getattr(config, "_commit_hash", None))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -142,7 +146,7 @@ class CompleteSave:
             return None
 
     @staticmethod
-    def attach(model: PreTrainedModel) -> "CompleteSave":
+    def attach(model: "PreTrainedModel") -> "CompleteSave":
         """Make the model's saves complete; a second call finds the first."""
         save = model.__dict__.get("save_pretrained")
         if not isinstance(save, CompleteSave):
@@ -152,7 +156,7 @@ class CompleteSave:
         return save
 
     @staticmethod
-    def detach(model: PreTrainedModel) -> None:
+    def detach(model: "PreTrainedModel") -> None:
         """Back to transformers' own save, for a model that is dense again."""
         model.__dict__.pop("save_pretrained", None)
         model.__dict__.pop("push_to_hub", None)
@@ -172,7 +176,7 @@ class CompletePush:
             return self.publisher.upload(Path(folder), repo_id, **options)
 
 
-def auto_map(model: PreTrainedModel) -> dict[str, str]:
+def auto_map(model: "PreTrainedModel") -> dict[str, str]:
     """The `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
     entries = {"AutoConfig": f"{ENTRY_MODULE}.CompressedAutoConfig"}
     for name in AUTO_CLASSES:

@@ -13,6 +13,13 @@ from .errors import CheckpointError
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
+SUBCLASSES_OF_LINEAR = ("FalconLinear",)
+"""Subclasses of `nn.Linear` that compute just what it does; others may not, and are no linear layers here."""
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether a module is a dense linear layer that can be compressed."""
+    return type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and type(module).__name__ in SUBCLASSES_OF_LINEAR)
 
 
 def dense_shape(module: nn.Module) -> tuple[int, int]:
@@ -41,7 +48,7 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
             layers = {prefix + name: spec for name, spec in layers.items()}
     for name, spec in layers.items():
         module = modules.get(name)
-        if type(module) not in (nn.Linear, Conv1D):
+        if not is_linear(module):
             found = "no such module" if module is None else type(module).__name__
             raise CheckpointError(
                 f"{name}: found {found} in {type(model).__name__}, expected a linear layer; the config was made for another model"
@@ -105,7 +112,7 @@ def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         size = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         result = {name: (str(entry["dtype"]), tuple(int(side) for side in entry["shape"])) for name, entry in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error, RecursionError) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error}); download it again") from error
     if os.path.getsize(file) != size:
         raise CheckpointError(

@@ -75,7 +75,9 @@ def test_statistics_equal_a_direct_computation(name: str) -> None:
 
 
 # the base model of GPT-2 numbers positions from the padding on, so that left padding would change what it computes
-@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("gemma2", "right"), ("gemma2", "left")])
+@pytest.mark.parametrize(
+    ("name", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("gemma2", "right"), ("gemma2", "left")]
+)
 def test_padding_leaves_no_trace_in_the_statistics(name: str, side: str) -> None:
     model = MODELS[name]()
     rows = [tiny_models.token_ids(1, length, seed=length)[0] for length in (24, 9, 17)]
@@ -159,10 +161,9 @@ def test_a_block_called_twice_is_an_error() -> None:
         capture(model, dict(sorted(blocks.items())), [TokenBatch(tiny_models.token_ids(1, 8))])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_calibration_input_that_is_not_finite_names_the_layer(value: float) -> None:
+def test_a_calibration_input_that_overflows_names_the_layer() -> None:
     model = tiny_models.llama()
     with torch.no_grad():
-        model.model.layers[2].input_layernorm.weight[5] = value
+        model.model.layers[2].input_layernorm.weight[5] = 3e38  # finite, unlike its product with a hidden state beyond ±1.13
     with pytest.raises(NumericalError, match=r"model\.layers\.2\.self_attn\.[qkv]_proj: the calibration input is not finite in channel 5"):
         compress(model, CompressionConfig(method="svd-llm", ratio=0.3, samples=2, sequence_length=16), calibration=[list(range(3, 19))] * 2)

@@ -1,5 +1,7 @@
 """The steps of second-order compression against independent statements of what they solve."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -79,7 +81,7 @@ def test_no_step_raises_the_error(kept: int) -> None:
     for rounds in (1, 2, 3):
         made = fit(weight, C, kept, rounds=rounds)
         errors.append(error(made.values, made.binary()))
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < errors[0]
 
 

@@ -1,6 +1,6 @@
 """The operations: declared whole, unpacked by tiles, frugal with memory, and open to faster kernels that may decline."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,11 +30,11 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict:
     """An empty registry, for one test."""
     registry: dict = {}
     monkeypatch.setattr(ops, "_kernels", registry)
-    yield registry
+    return registry
 
 
 @pytest.fixture

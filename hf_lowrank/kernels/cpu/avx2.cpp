@@ -63,81 +63,108 @@ struct Float32 {
     }
 };
 
-// --- sums ------------------------------------------------------------------------------------------------------------------
+// --- sums of several rows and tokens ---------------------------------------------------------------------------------------
 
+// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's latency.
 template <int T>
-constexpr int kChains = T >= 4 ? 1 : 4 / T;  // independent sums per token, to hide the latency of the multiply-add
+constexpr int kGroupRows = T == 1 ? 4 : T == 2 ? 2 : 1;
 
-template <int T>
+template <int T, int R>
 struct Sums {
-    __m256 of[kChains<T>][T];
+    __m256 of[R][T];
 
-    AVX2_INLINE Sums zero() {
-        Sums sums;
-        for (auto& chain : sums.of)
-            for (auto& sum : chain) sum = _mm256_setzero_ps();
-        return sums;
+    AVX2_INLINE void clear(Sums& sums) {
+        for (auto& row : sums.of)
+            for (auto& sum : row) sum = _mm256_setzero_ps();
     }
 
-    AVX2_INLINE void add(Sums& sums, int chain, __m256 values, const float* x, int64_t token_stride) {
-        for (int t = 0; t < T; ++t) {
-            __m256& sum = sums.of[chain % kChains<T>][t];
-            sum = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + t * token_stride), sum);
-        }
+    AVX2_INLINE void add(Sums& sums, int row, __m256 values, const float* x, int64_t token_stride) {
+        for (int t = 0; t < T; ++t) sums.of[row][t] = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + t * token_stride), sums.of[row][t]);
     }
 
-    AVX2_INLINE void store(const Sums& sums, const Rows& rows, int64_t row) {
-        for (int t = 0; t < T; ++t) {
-            __m256 total = sums.of[0][t];
-            for (int chain = 1; chain < kChains<T>; ++chain) total = _mm256_add_ps(total, sums.of[chain][t]);
-            __m128 four = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
-            __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-            rows.sums[t * kBlockRows + row] += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    AVX2_INLINE void store(const Sums& sums, const Rows& rows, int64_t first) {
+        for (int r = 0; r < R; ++r) {
+            for (int t = 0; t < T; ++t) {
+                __m256 sum = sums.of[r][t];
+                __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+                __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                rows.sums[t * kBlockRows + first + r] += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+            }
         }
     }
 };
 
 // --- sparse ----------------------------------------------------------------------------------------------------------------
 
+// Byte k: the number of bits set in bytes 0 to k − 1.
+AVX2_INLINE uint64_t bits_before_each_byte(uint64_t bits) {
+    uint64_t counts = bits - ((bits >> 1) & 0x5555555555555555u);
+    counts = (counts & 0x3333333333333333u) + ((counts >> 2) & 0x3333333333333333u);
+    counts = (counts + (counts >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+    return (counts * 0x0101010101010101u) << 8;
+}
+
 template <class Values>
 struct SparseFor {
     using Element = typename Values::Element;
 
+    // Rows [first, first + R) of the block.
+    template <int T, int R>
+    AVX2_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first) {
+        const float* x = prepared.values + rows.first_token * prepared.padded;
+        const int64_t width = (prepared.columns + 7) / 8, kept = product.kept;
+        const Element* end = static_cast<const Element*>(product.values) + product.rows * kept;
+        const Element* values[R];
+        const uint8_t* masks[R];
+        for (int r = 0; r < R; ++r) {
+            values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * kept;
+            masks[r] = product.mask + (rows.first + first + r) * width;
+        }
+        Sums<T, R> sums;
+        Sums<T, R>::clear(sums);
+        int64_t byte = 0;
+        for (;;) {
+            // Steps of eight mask bytes; as many as cannot read past the end of the tensor, whatever the mask says.
+            int64_t steps = (width - byte) / 8;
+            for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
+            if (steps <= 0) break;
+            for (int64_t stop = byte + 8 * steps; byte < stop; byte += 8) {
+                uint64_t bits[R], before[R];
+                for (int r = 0; r < R; ++r) {
+                    // The next rows: their values lie at irregular distances, which the processor's prefetchers do not follow.
+                    _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * kept), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + byte), _MM_HINT_T0);
+                    __builtin_memcpy(&bits[r], masks[r] + byte, 8);
+                    before[r] = bits_before_each_byte(bits[r]);
+                }
+#pragma GCC unroll 8
+                for (int k = 0; k < 8; ++k) {
+                    for (int r = 0; r < R; ++r) {
+                        __m256 unit = Values::expand(values[r] + (before[r] >> 8 * k & 0xff), static_cast<uint8_t>(bits[r] >> 8 * k));
+                        Sums<T, R>::add(sums, r, unit, x + (byte + k) * kLanes, prepared.padded);
+                    }
+                }
+                for (int r = 0; r < R; ++r) values[r] += _mm_popcnt_u64(bits[r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int64_t at = byte; at < width; ++at) {
+                Element next[kLanes] = {};
+                int64_t present = end - values[r] < kLanes ? end - values[r] : kLanes, used = _mm_popcnt_u32(masks[r][at]);
+                for (int64_t j = 0; j < present; ++j) next[j] = values[r][j];
+                Sums<T, R>::add(sums, r, Values::expand(next, masks[r][at]), x + at * kLanes, prepared.padded);
+                values[r] += used < present ? used : present;
+            }
+        }
+        Sums<T, R>::store(sums, rows, first);
+    }
+
     template <int T>
     struct Loop {
-        AVX2 static void run(const Product& product, const Prepared& prepared, const Rows& rows) {
-            const float* x = prepared.values + rows.first_token * prepared.padded;
-            const int64_t columns = prepared.columns, width = (columns + 7) / 8, kept = product.kept;
-            const Element* end = static_cast<const Element*>(product.values) + product.rows * kept;
-            for (int64_t i = 0; i < rows.count; ++i) {
-                const Element* values = static_cast<const Element*>(product.values) + (rows.first + i) * kept;
-                const uint8_t* mask = product.mask + (rows.first + i) * width;
-                auto sums = Sums<T>::zero();
-                int64_t byte = 0;
-                // Eight mask bytes at a time, while 64 values remain before the end of the tensor.
-                for (; byte + 8 <= width && end - values >= 64; byte += 8) {
-                    uint64_t bits;
-                    __builtin_memcpy(&bits, mask + byte, 8);
-                    uint64_t counts = bits - ((bits >> 1) & 0x5555555555555555u);
-                    counts = (counts & 0x3333333333333333u) + ((counts >> 2) & 0x3333333333333333u);
-                    counts = (counts + (counts >> 4)) & 0x0f0f0f0f0f0f0f0fu;
-                    uint64_t before = (counts * 0x0101010101010101u) << 8;  // byte k: bits set in bytes 0 to k − 1
-#pragma GCC unroll 8
-                    for (int k = 0; k < 8; ++k) {
-                        __m256 unit = Values::expand(values + (before >> 8 * k & 0xff), static_cast<uint8_t>(bits >> 8 * k));
-                        Sums<T>::add(sums, k, unit, x + (byte + k) * kLanes, prepared.padded);
-                    }
-                    values += _mm_popcnt_u64(bits);
-                }
-                for (; byte < width; ++byte) {
-                    Element next[kLanes] = {};
-                    int64_t present = end - values < kLanes ? end - values : kLanes, used = _mm_popcnt_u32(mask[byte]);
-                    for (int64_t j = 0; j < present; ++j) next[j] = values[j];
-                    Sums<T>::add(sums, 0, Values::expand(next, mask[byte]), x + byte * kLanes, prepared.padded);
-                    values += used < present ? used : present;
-                }
-                Sums<T>::store(sums, rows, i);
-            }
+        AVX2 static void run(const Product& product, const Prepared& x, const Rows& rows) {
+            int64_t first = 0;
+            for (; first + kGroupRows<T> <= rows.count; first += kGroupRows<T>) multiply<T, kGroupRows<T>>(product, x, rows, first);
+            for (; first < rows.count; ++first) multiply<T, 1>(product, x, rows, first);
         }
     };
 };
@@ -156,29 +183,31 @@ template <class Values>
 struct DenseFor {
     using Element = typename Values::Element;
 
+    template <int T, int R>
+    AVX2_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first) {
+        const float* x = prepared.values + rows.first_token * prepared.padded;
+        const int64_t columns = prepared.columns;
+        const Element* values = static_cast<const Element*>(matrix) + (rows.first + first) * columns;
+        Sums<T, R> sums;
+        Sums<T, R>::clear(sums);
+        int64_t column = 0;
+        for (; column + kLanes <= columns; column += kLanes)
+            for (int r = 0; r < R; ++r)
+                Sums<T, R>::add(sums, r, Values::load(values + r * columns + column), x + column, prepared.padded);
+        for (int r = 0; r < R && column < columns; ++r) {
+            Element next[kLanes] = {};
+            for (int64_t j = 0; column + j < columns; ++j) next[j] = values[r * columns + column + j];
+            Sums<T, R>::add(sums, r, Values::load(next), x + column, prepared.padded);
+        }
+        Sums<T, R>::store(sums, rows, first);
+    }
+
     template <int T>
     struct Loop {
-        AVX2 static void run(const void* matrix, const Prepared& prepared, const Rows& rows) {
-            const float* x = prepared.values + rows.first_token * prepared.padded;
-            const int64_t columns = prepared.columns;
-            for (int64_t i = 0; i < rows.count; ++i) {
-                const Element* values = static_cast<const Element*>(matrix) + (rows.first + i) * columns;
-                auto sums = Sums<T>::zero();
-                int64_t column = 0;
-                for (; column + 4 * kLanes <= columns; column += 4 * kLanes) {
-#pragma GCC unroll 4
-                    for (int part = 0; part < 4; ++part) {
-                        int64_t at = column + part * kLanes;
-                        Sums<T>::add(sums, part, Values::load(values + at), x + at, prepared.padded);
-                    }
-                }
-                for (; column < columns; column += kLanes) {
-                    Element next[kLanes] = {};
-                    for (int64_t j = 0; j < kLanes && column + j < columns; ++j) next[j] = values[column + j];
-                    Sums<T>::add(sums, 0, Values::load(next), x + column, prepared.padded);
-                }
-                Sums<T>::store(sums, rows, i);
-            }
+        AVX2 static void run(const void* matrix, const Prepared& x, const Rows& rows) {
+            int64_t first = 0;
+            for (; first + kGroupRows<T> <= rows.count; first += kGroupRows<T>) multiply<T, kGroupRows<T>>(matrix, x, rows, first);
+            for (; first < rows.count; ++first) multiply<T, 1>(matrix, x, rows, first);
         }
     };
 };
@@ -222,11 +251,13 @@ struct BinaryLoop {
         __m256i bits[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
             const uint8_t* signs = product.signs + (rows.first + (row + lane < rows.count ? row + lane : 0)) * width + byte;
-            alignas(32) uint8_t last[kStep] = {};
+            alignas(32) uint8_t last[kStep];
             if (byte + kStep > width) {
+                __builtin_memset(last, 0, kStep);
                 __builtin_memcpy(last, signs, static_cast<unsigned long>(width - byte));
                 signs = last;
             }
+            _mm_prefetch(reinterpret_cast<const char*>(signs + kBlockRows * width), _MM_HINT_T0);  // the next block's
             bits[lane] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(signs));
         }
         transpose_words(bits, out, kParts);

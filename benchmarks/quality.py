@@ -1,0 +1,41 @@
+"""Write benchmarks/quality.md from finished comparisons: `python benchmarks/quality.py out/quality/reference-7m out/quality/stories260K`.
+
+Each folder is the --out of `hf-lowrank compare`; its command, versions and table go into the page as they are.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from hf_lowrank import frontier
+
+INTRODUCTION = """# What is lost at a given size
+
+Made by `benchmarks/quality.py` from the results of the commands below; no figure is typed. Every model is compressed and measured in
+processes of its own, reloaded from disk. bits/weight: everything stored for the linear layers of the blocks (values, masks, signs, scales,
+factors) over their weights. nats lost: log perplexity minus the dense model's, per token. KL: of the dense model's predictions from
+the compressed one's, nats per token. top-1: share of tokens with the same most likely next token. seconds and peak MiB: of the whole
+compressing process, from start to end; seconds vary with what else the machine does. ★: the best method at each size. `assets/` is
+the folder that `HF_LOWRANK_ASSETS` names in the tests.
+"""
+
+
+def section(folder: Path) -> str:
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"""
+## {folder.name}
+
+```bash
+{results["command"]}
+```
+
+{versions}; {results["machine"]["processor"]}. model.safetensors: sha256
+`{results["model"]["model.safetensors"]}`.
+
+{frontier.markdown(results)}"""
+
+
+if __name__ == "__main__":
+    page = INTRODUCTION + "".join(section(Path(folder)) for folder in sys.argv[1:])
+    Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")

@@ -140,7 +140,7 @@ def cheapest_choices(options: dict[str, list[tuple[int, float]]], available: int
     """One option per layer such that the sum of losses is least within `available` bits.
 
     Every layer starts from its smallest option on the lower convex hull of (bits, loss); then the step along a hull that saves most
-    loss per bit is taken, as long as one fits. On the hulls that is optimal up to the last step.
+    loss per bit is taken, as long as one fits; on the hulls that is optimal up to the last step. What is left goes to other options.
 
     Args:
         options: (bits, loss) of each layer's options.
@@ -176,7 +176,25 @@ def cheapest_choices(options: dict[str, list[tuple[int, float]]], available: int
             left -= bits
             taken[name] += 1
             offer(name)
-    return {name: hull[taken[name]] for name, hull in hulls.items()}
+    chosen = {name: hull[taken[name]] for name, hull in hulls.items()}
+    _spend_rest(options, chosen, left)
+    return chosen
+
+
+def _spend_rest(options: dict[str, list[tuple[int, float]]], chosen: dict[str, int], left: int) -> None:
+    """Spend `left` bits, too few for any step along a hull, on options off the hulls that save most loss; `chosen` in place."""
+    while True:
+        best, saved = None, 0.0
+        for name, index in chosen.items():
+            bits, loss = options[name][index]
+            for other, (more, less) in enumerate(options[name]):
+                if bits < more <= bits + left and loss - less > saved:
+                    best, saved = (name, other), loss - less
+        if best is None:
+            return
+        name, other = best
+        left -= options[name][other][0] - options[name][chosen[name]][0]
+        chosen[name] = other
 
 
 def _convex_hull(options: list[tuple[int, float]]) -> list[int]:

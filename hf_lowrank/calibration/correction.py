@@ -87,13 +87,13 @@ def stage_sums(
         here, there = _run(dense, index, batch, names[0]), _run(block, index, shifted, names[0])
         if here is None or there is None or here.x.shape != there.x.shape:  # experts that see other tokens
             continue
-        x, x_hat = counted(here.x, call.mask).double(), counted(there.x, call.mask).double()
-        gram, shift, residual = x_hat.T @ x_hat, (x - x_hat).T @ x_hat, None
+        x, x_hat = counted(here.x, call.mask).float(), counted(there.x, call.mask).float()  # products of one batch; sums are float64
+        gram, shift, residual = (x_hat.T @ x_hat).double(), ((x - x_hat).T @ x_hat).double(), None
         if writer is not None:
             lost = batch.hidden.double() - shifted.hidden.double()
             if writer == "output":
                 lost = (here.block.double() - here.y.double()) - (there.block.double() - there.y.double())
-            residual = counted(lost, call.mask).T @ x_hat
+            residual = (counted(lost, call.mask).float().T @ x_hat).double()
         if total is not None:
             gram, shift = gram + total.gram, shift + total.shift
             residual = None if residual is None or total.residual is None else residual + total.residual

@@ -12,7 +12,7 @@ from .base import Choice, ChoosingMethod, Decomposition, Statistics
 from .lowrank import LowRank
 from .registry import register_method
 from .rounding import INPUT_DAMPING, OUTPUT_DAMPING, compensated_both, gram_root, rounded_values, rounding_losses
-from .second_order import damped, output_weights, refit_scales, row_errors
+from .second_order import damped, output_weights, refit_scales, row_errors, sampled_rows
 from .slab_gram import Parts, SLaBGram, fit, interpolated_losses, kept_spec
 
 GROUPS = (32, 64, 128)
@@ -66,14 +66,14 @@ class Auto(ChoosingMethod):
     def kept_choices(self, layer: Layer, weight: Tensor, statistics: Statistics) -> list[Choice]:
         """Quantised values beside signs."""
         C, d = damped(statistics.require("gram", self.name))
-        weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
+        some, weights = sampled_rows(weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1))
 
         def loss(parts: Parts) -> float:
-            rounded, _ = with_rounded_values(weight * d, C, d, parts, weights)
-            return float((row_errors(weight * d - rounded.values - rounded.binary(), C) * weights).sum())
+            rounded, _ = with_rounded_values(some * d, C, d, parts, weights)
+            return float((row_errors(some * d - rounded.values - rounded.binary(), C) * weights).sum())
 
         most = int(LARGEST_QUANTISED_SHARE * layer.in_features)
-        losses = interpolated_losses(weight * d, C, most, loss)
+        losses = interpolated_losses(some * d, C, most, loss)
         return [Choice(kept_spec(kept, KEPT_BITS, KEPT_GROUP), value) for kept, value in enumerate(losses)]
 
     def roots(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ JITTER = 1e-9
 """The same for a small system that is solved, relative to its own diagonal."""
 LARGEST_BATCH = 2**24
 """Entries of the systems that are solved at once."""
+SAMPLED_ROWS = 128
+"""Of a layer, on which losses are estimated before the budget is spread."""
 
 # ADMM with a growing penalty, after 3BASiL (papers §4); C has a diagonal of ones.
 ADMM_STEPS = 40
@@ -34,6 +36,13 @@ def output_weights(gram: Tensor | None, features: int) -> Tensor:
     if gram is None or not float(mean := gram.diagonal().mean()) > 0:
         return torch.ones(features, dtype=torch.float64, device=None if gram is None else gram.device)
     return gram.diagonal() + 0.1 * mean
+
+
+def sampled_rows(weight: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """At most `SAMPLED_ROWS` rows of `weight` (m, n), evenly spread, and their weights, scaled to the sum of all (m,)."""
+    sample = slice(None, None, -(-weight.shape[0] // SAMPLED_ROWS))
+    some = row_weights[sample]
+    return weight[sample], some * (row_weights.sum() / some.sum())
 
 
 def row_errors(difference: Tensor, gram: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..runtime.configuration import LayerSpec
 from ..runtime.quantization import Quantized
 from .base import Choice, ChoosingMethod, Decomposition, Statistics
 from .registry import register_method
-from .second_order import admm_support, damped, output_weights, refit_scales, refit_values, row_errors, sign_descent
+from .second_order import admm_support, damped, output_weights, refit_scales, refit_values, row_errors, sampled_rows, sign_descent
 from .sparsity import largest_per_row
 from .spectral import leading_components
 
@@ -22,8 +22,8 @@ FIRST_GUESS_ITERATIONS = 20
 """Of plain SLaB, from which the alternation starts."""
 ROUNDS = 2
 """Of the alternation over support, values, signs and scales; a third one gains about one percent of the error."""
-ESTIMATED_SHARES = (0.0, 0.03, 0.1, 0.25, 0.5, 0.75)
-"""Shares of kept values at which the loss of a layer is measured before the budget is spread; between them log loss is linear."""
+ESTIMATED_SHARES = (0.0, 0.03, 0.1, 0.25, 0.5)
+"""Shares of kept values at which the loss of a layer is measured before the budget is spread; log loss is linear elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class SLaBGram(ChoosingMethod):
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """Every number of kept values per row; see `interpolated_losses`."""
         C, d = damped(statistics.require("gram", self.name))
-        weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
+        some, weights = sampled_rows(weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1))
 
         def loss(parts: Parts) -> float:
-            return float((row_errors(weight * d - parts.values - parts.binary(), C) * weights).sum())
+            return float((row_errors(some * d - parts.values - parts.binary(), C) * weights).sum())
 
-        losses = interpolated_losses(weight * d, C, layer.in_features - 1, loss)
+        losses = interpolated_losses(some * d, C, layer.in_features - 1, loss)
         return [Choice(kept_spec(kept), value) for kept, value in enumerate(losses)]
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
@@ -134,11 +134,12 @@ def first_guess(weight: Tensor, kept: int) -> Parts:
 
 
 def interpolated_losses(weight: Tensor, gram: Tensor, most: int, loss: Callable[[Parts], float]) -> list[float]:
-    """The loss with 0 to `most` kept values per row: by `loss` at a few numbers, on refitted plain SLaB; log-linear between them."""
-    positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES} | {most})
+    """The loss with 0 to `most` kept values per row: by `loss` at a few numbers, on refitted plain SLaB; log-linear elsewhere."""
+    positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES})
     tiny = torch.finfo(weight.dtype).tiny
     logs = [math.log(max(loss(fit(weight, gram, kept, rounds=0)), tiny)) for kept in positions]
-    found = [math.exp(logs[0])]
+    found, slope = [math.exp(logs[0])], 0.0
     for (start, end), (low, high) in zip(pairwise(positions), pairwise(logs), strict=True):
-        found += [math.exp(low + (high - low) * (kept - start) / (end - start)) for kept in range(start + 1, end + 1)]
-    return found
+        slope = (high - low) / (end - start)
+        found += [math.exp(low + slope * (kept - start)) for kept in range(start + 1, end + 1)]
+    return found + [math.exp(logs[-1] + slope * (kept - positions[-1])) for kept in range(positions[-1] + 1, most + 1)]

@@ -140,6 +140,10 @@ class LayerSpec:
                 )
         return cls(**values)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What transformers prints and saves: all fields, so that a recipe can be read whole."""
+        return self.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain values, without those optional fields that say nothing; `from_dict` reads it."""
         values = dataclasses.asdict(self)

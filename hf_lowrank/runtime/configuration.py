@@ -140,10 +140,6 @@ class LayerSpec:
                 )
         return cls(**values)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What transformers prints and saves: all fields, so that a recipe can be read whole."""
-        return self.to_dict()
-
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain values, without those optional fields that say nothing; `from_dict` reads it."""
         values = dataclasses.asdict(self)
@@ -236,6 +232,10 @@ class CompressionConfig(QuantizationConfigMixin):
         for key in kwargs.keys() - unused.keys():
             setattr(config, key, kwargs[key])
         return (config, unused) if return_unused_kwargs else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What transformers prints and saves: all fields, so that a recipe can be read whole."""
+        return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values."""

@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/hf-lowrank demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ def test_dense_writes_what_any_engine_opens(compressed: Path, tmp_path: Path) ->
 
 
 MISTAKES = {
-    "unknown method": ("unknown method 'slabs'; did you mean 'slab'?", ["--method", "slabs"]),
+    "unknown method": ("unknown method 'slabs'; did you mean 'slab'", ["--method", "slabs"]),
     "ratio too large": ("ratio: found 1.0, expected a number between 0 and 1", ["--ratio", "1"]),
     "ratio of zero": ("ratio: found 0.0", ["--ratio", "0"]),
     "ratio in percent": ("ratio: found 30.0", ["--ratio", "30"]),

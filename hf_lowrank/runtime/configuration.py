@@ -233,6 +233,10 @@ class CompressionConfig(QuantizationConfigMixin):
             setattr(config, key, kwargs[key])
         return (config, unused) if return_unused_kwargs else config
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What transformers prints and saves: all fields, so that a recipe can be read whole."""
+        return self.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "layers"}

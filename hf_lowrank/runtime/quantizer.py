@@ -1,5 +1,6 @@
 """The HfQuantizer: swaps the skeleton's linear layers before the weights arrive, and the way back to a dense model."""
 
+import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,10 @@ from .validation import dense_shape, resolve_layers, validate_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+CACHE_LINE = 64
+"""Bytes; torch's own allocations start at multiples of it."""
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -98,6 +103,7 @@ def register(override: bool = False) -> None:
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
+    align(model)
     marked: Any = model
     marked.hf_quantizer = quantizer
     marked.is_quantized = True
@@ -105,6 +111,17 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     marked.config.quantization_config = quantizer.quantization_config
     marked.config._is_quantized = True
     CompleteSave.attach(model)
+
+
+def align(model: nn.Module) -> None:
+    """Move tensors that start off a cache line, as those do that are mapped from a file, to memory of their own.
+
+    The order in which matrix products sum, and so the last bit of a logit, depends on it: without this a model would not
+    give the same logits before saving and after loading.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE:
+            tensor.data = tensor.data.clone()
 
 
 def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -27,7 +27,7 @@ SAMPLES, MEASURED_WINDOWS = 64, 60
 RECIPES = {
     "svd-llm": CompressionConfig(method="svd-llm", ratio=0.3),
     "sola": CompressionConfig(method="sola", ratio=0.3),
-    "soco": CompressionConfig(method="soco", ratio=0.3, options={"steps": 300, "batch_tokens": 256, "finish_steps": 30}),
+    "soco": CompressionConfig(method="soco", ratio=0.3, options={"steps": 250, "batch_tokens": 256, "finish_steps": 25}),
     "slab": CompressionConfig(method="slab", ratio=0.5),
 }
 

@@ -32,6 +32,7 @@ from .calibration import (
     starts_anew,
     stream_writers,
 )
+from .linears import dense_weight, permute_inputs, permute_outputs
 from .methods import Decomposition, Method, Statistics, make_method
 from .methods.base import Choice, ChoosingMethod
 from .methods.soco import SoCo
@@ -447,25 +448,6 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out_features, in_features)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
-
-
-def permute_outputs(module: nn.Module, order: Tensor) -> None:
-    """Reorder the output features of a linear layer, in place."""
-    dense_weight(module).copy_(dense_weight(module)[order].clone())
-    if isinstance(module.bias, Tensor):
-        module.bias.data.copy_(module.bias.data[order].clone())
-
-
-def permute_inputs(module: nn.Module, order: Tensor) -> None:
-    """Reorder the input features of a linear layer, in place."""
-    dense_weight(module).copy_(dense_weight(module)[:, order].clone())
 
 
 def _described(calibration: Any) -> str:

@@ -15,10 +15,10 @@ from hf_lowrank.architectures import find_blocks, find_feed_forwards, find_layer
 from hf_lowrank.budget import Budget
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.inspection import inspect_checkpoint
+from hf_lowrank.linears import dense_weight, permute_inputs, permute_outputs
 from hf_lowrank.methods import Decomposition, Statistics
 from hf_lowrank.methods.svd_llm import SVDLLM
 from hf_lowrank.models import load_model
-from hf_lowrank.pipeline import dense_weight, permute_inputs, permute_outputs
 
 from .model_families import FAMILIES, SIZES, Batches, pairs_of_texts, pictures, sounds_and_texts, table, text
 from .support.fresh_process import INPUT_IDS, open_elsewhere

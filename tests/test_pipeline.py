@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_lowrank import CompressionConfig, CompressionError, NumericalError, SparseLowRankBinaryLinear, SparseLowRankLinear, compress
 from hf_lowrank.architectures import find_blocks, find_layers
 from hf_lowrank.budget import Budget
+from hf_lowrank.linears import permute_inputs, permute_outputs
 from hf_lowrank.methods import Decomposition, Method, Statistics, method_class
 from hf_lowrank.methods.spectral import factorize
-from hf_lowrank.pipeline import permute_inputs, permute_outputs
 
 from . import tiny_models
 

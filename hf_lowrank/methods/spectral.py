@@ -103,11 +103,6 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     return upper
 
 
-def gram_error(difference: Tensor, gram: Tensor) -> float:
-    """‖D X‖² = tr(D C Dᵀ) for D (m, n) and C = X Xᵀ."""
-    return float(((difference @ gram) * difference).sum())
-
-
 @dataclass(frozen=True)
 class Measurement:
     """A layer whose spectrum is known and whose rank is not yet decided.

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
+from .errors import CompressionError
+from .layers import CompressedLinear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -88,6 +91,10 @@ class CompleteSave:
         **kwargs: Any,
     ) -> None:
         model, folder = self.model, Path(save_directory)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
+            type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        record_layers(model)
         model.config.auto_map = auto_map(model)
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +181,23 @@ class CompletePush:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, max_shard_size=max_shard_size, name=repo_id)
             return self.publisher.upload(Path(folder), repo_id, **options)
+
+
+def record_layers(model: "PreTrainedModel") -> None:
+    """Write into the model's config what its layers store now: they grow when adapters are merged.
+
+    Raises:
+        CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
+    """
+    layers = model.config.quantization_config.layers
+    for name in layers:
+        module = model.get_submodule(name)
+        if not isinstance(module, CompressedLinear):
+            raise CompressionError(
+                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, save the adapter by itself "
+                "(PeftModel.save_pretrained) or merge it first (merge_and_unload)"
+            )
+        layers[name] = module.spec
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:

@@ -38,9 +38,11 @@ def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | No
         name: of the layer, for errors.
 
     Raises:
-        NumericalError: if a value is not finite in the layer's dtype; CompressionError: if the rank grows beyond what the format takes.
-            The layer is then as it was.
+        NumericalError: if a value is not finite in the layer's dtype; CompressionError: if the rank grows beyond what the format takes, or
+            the layer or the adapter is offloaded. The layer is then as it was.
     """
+    if any(tensor.is_meta for tensor in (a, b, *layer.parameters(recurse=False), *layer.buffers(recurse=False))):
+        raise CompressionError(f"{name}: its values are offloaded; open model and adapter without offloading (device_map='cpu') to merge them")
     rank, own_bias = a.shape[0], bias is not None and layer.bias is None
     joins = _has_room(layer, rank)
     spec = replace(layer.spec, rank=layer.spec.rank + rank, bias=layer.spec.bias or own_bias)

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from hf_lowrank import CompressedLinear, CompressionError
 from hf_lowrank.peft.lora import CompressedLoraLinear
 from tests.runtime.conftest import tiny_llama
+from tests.support.compressed import Compressed, logits
 from tests.support.fresh_process import INPUT_IDS, open_elsewhere
 
-from .conftest import RANK, Compressed, assert_stored, logits, specs, stored
+from .conftest import RANK, adapted, assert_stored, lora, specs, stored
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest |merged − unmerged| / |unmerged|, in the largest logits: a few roundings of the dtype."""
@@ -44,7 +45,7 @@ def train(model: PeftModel, steps: int = 3, autocast: bool = False) -> list[floa
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_a_merge_is_exact(compressed: Compressed, dtype: torch.dtype) -> None:
-    model = compressed.adapted().to(dtype)
+    model = adapted(compressed).to(dtype)
     before, ranks, unmerged = stored(model), specs(compressed.saved), logits(model)
     assert relative(logits(compressed.model().to(dtype)), unmerged) > 0.1  # the adapter does something
     merged = model.merge_and_unload()
@@ -59,7 +60,7 @@ def test_a_merge_is_exact(compressed: Compressed, dtype: torch.dtype) -> None:
 
 
 def test_a_merged_model_is_saved_and_opened(compressed: Compressed, tmp_path: Path) -> None:
-    merged = compressed.adapted().merge_and_unload()
+    merged = adapted(compressed).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(again) is type(merged)
@@ -68,7 +69,7 @@ def test_a_merged_model_is_saved_and_opened(compressed: Compressed, tmp_path: Pa
 
 
 def test_unmerging_gives_every_bit_back(compressed: Compressed) -> None:
-    model = compressed.adapted()
+    model = adapted(compressed)
     before, ranks, unmerged = stored(model), specs(model), logits(model)
     model.merge_adapter()
     assert relative(logits(model), unmerged) < ROUNDING[torch.float32]
@@ -79,8 +80,8 @@ def test_unmerging_gives_every_bit_back(compressed: Compressed) -> None:
 
 
 def test_several_adapters_merge_one_after_the_other(compressed: Compressed) -> None:
-    model = compressed.adapted()
-    model.add_adapter("second", compressed.lora(r=2, use_rslora=True))
+    model = adapted(compressed)
+    model.add_adapter("second", lora(compressed, r=2, use_rslora=True))
     model.base_model.set_adapter(["default", "second"])
     both, before, ranks = logits(model), stored(model), specs(compressed.saved)
     model.merge_adapter(["second"])
@@ -95,9 +96,9 @@ def test_several_adapters_merge_one_after_the_other(compressed: Compressed) -> N
 
 @pytest.mark.parametrize(("combination", "rank"), [("linear", RANK), ("cat", 2 * RANK), ("svd", RANK)])
 def test_weighted_adapters_merge(sola: Compressed, combination: str, rank: int) -> None:
-    model = sola.adapted()
+    model = adapted(sola)
     torch.manual_seed(1)
-    model.add_adapter("second", sola.lora())
+    model.add_adapter("second", lora(sola))
     model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "mixed", combination_type=combination)
     model.set_adapter("mixed")
     unmerged, ranks = logits(model), specs(sola.saved)
@@ -107,7 +108,7 @@ def test_weighted_adapters_merge(sola: Compressed, combination: str, rank: int) 
 
 
 def test_merge_again_after_training_on_a_merged_model(slab: Compressed) -> None:
-    model = get_peft_model(slab.adapted().merge_and_unload(), slab.lora(init_lora_weights=True, r=2))
+    model = get_peft_model(adapted(slab).merge_and_unload(), lora(slab, init_lora_weights=True, r=2))
     losses = train(model)
     assert losses[-1] < losses[0]
     unmerged = logits(model)
@@ -116,7 +117,7 @@ def test_merge_again_after_training_on_a_merged_model(slab: Compressed) -> None:
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_a_bias_of_the_adapter_becomes_one_of_the_layer(compressed: Compressed, tmp_path: Path) -> None:
-    model = compressed.adapted(lora_bias=True)
+    model = adapted(compressed, lora_bias=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B.default.bias"):
@@ -151,7 +152,7 @@ def test_adapters_and_merged_models_open_in_another_process(sola: Compressed, sl
     """With the package and by remote code without it; transformers opens the folder of an adapter on its base model by itself."""
     tasks, expected = [], []
     for compressed in (sola, slab):
-        model = compressed.adapted()
+        model = adapted(compressed)
         model.peft_config["default"].base_model_name_or_path = str(compressed.folder)
         model.save_pretrained(tmp_path / compressed.name)
         expected.append(logits(model).flatten())
@@ -177,10 +178,10 @@ def test_an_adapter_is_saved_and_loaded(compressed: Compressed, tmp_path: Path) 
 
 
 def test_adapters_side_by_side(slab: Compressed) -> None:
-    model = slab.adapted()
+    model = adapted(slab)
     first = logits(model)
     torch.manual_seed(1)
-    model.add_adapter("second", slab.lora(r=2))
+    model.add_adapter("second", lora(slab, r=2))
     model.set_adapter("second")
     second = logits(model)
     assert not torch.equal(first, second)
@@ -224,7 +225,7 @@ def test_gradient_checkpointing_and_autocast(sola: Compressed) -> None:
 def test_the_adapters_of_transformers_itself(slab: Compressed, tmp_path: Path) -> None:
     model = slab.model()
     torch.manual_seed(0)
-    model.add_adapter(slab.lora())
+    model.add_adapter(lora(slab))
     model.save_pretrained(tmp_path / "adapter")  # the adapter and nothing else
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "adapter" / "config.json").exists()
@@ -250,7 +251,7 @@ def test_variants_that_need_the_dense_weight_are_refused(sola: Compressed, chang
     before = stored(sola.saved)
     model = sola.model()
     with pytest.raises(CompressionError, match=message):
-        get_peft_model(model, sola.lora(**changes))
+        get_peft_model(model, lora(sola, **changes))
     assert_stored(model, before)
 
 
@@ -298,7 +299,7 @@ def test_adapters_on_the_weight_are_refused(slab: Compressed, config: peft.PeftC
 
 
 def test_a_model_under_an_adapter_is_not_saved_as_if_it_were_whole(slab: Compressed, tmp_path: Path) -> None:
-    model = slab.adapted()
+    model = adapted(slab)
     model.merge_adapter()
     with pytest.raises(CompressionError, match=r"layers\.0.*: found CompressedLoraLinear, .*merge_and_unload"):
         model.get_base_model().save_pretrained(tmp_path / "model")
@@ -307,7 +308,7 @@ def test_a_model_under_an_adapter_is_not_saved_as_if_it_were_whole(slab: Compres
 def test_an_offloaded_model_refuses_to_merge(sola: Compressed, tmp_path: Path) -> None:
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk"}
     model = AutoModelForCausalLM.from_pretrained(sola.folder, device_map=places, offload_folder=tmp_path / "offload")
-    model = get_peft_model(model, sola.lora())
+    model = get_peft_model(model, lora(sola))
     with pytest.raises(CompressionError, match="offloaded"):
         model.merge_and_unload()
 
@@ -315,7 +316,7 @@ def test_an_offloaded_model_refuses_to_merge(sola: Compressed, tmp_path: Path) -
 def test_an_untested_version_is_refused(slab: Compressed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft, "__version__", "0.17.1")
     with pytest.raises(CompressionError, match=r"peft 0\.17\.1: .* tested with 0\.18 to 0\.21"):
-        slab.adapted()
+        adapted(slab)
 
 
 # --- without the package, and without compressed layers -------------------------------------------------------------
@@ -328,11 +329,11 @@ def test_dense_models_do_not_notice() -> None:
 
 
 def test_the_recipe_of_an_adapter_is_stock(slab: Compressed, tmp_path: Path) -> None:
-    slab.adapted().save_pretrained(tmp_path / "compressed")
-    dense = get_peft_model(slab.model().dequantize(), slab.lora())
+    adapted(slab).save_pretrained(tmp_path / "compressed")
+    dense = get_peft_model(slab.model().dequantize(), lora(slab))
     dense.save_pretrained(tmp_path / "dense")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "compressed" / name).stat().st_size == (tmp_path / "dense" / name).stat().st_size
     shutil.rmtree(tmp_path / "dense")
     loaded = PeftModel.from_pretrained(slab.model().dequantize(), tmp_path / "compressed")
-    assert relative(logits(loaded), logits(slab.adapted())) < ROUNDING[torch.float32]
+    assert relative(logits(loaded), logits(adapted(slab))) < ROUNDING[torch.float32]

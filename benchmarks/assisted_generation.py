@@ -69,7 +69,7 @@ def main() -> None:
         seconds["draft"].append(generate(draft, ids, arguments.new)[1])
     tokens = arguments.new * len(ids)
     rate = {name: tokens / min(times) for name, times in seconds.items()}
-    print("| draft | dense alone | draft alone | dense with its draft | speed-up | tokens per pass of the dense model | draft passes per token |")
+    print("| draft | dense alone | draft alone | dense with its draft | speed-up | tokens per dense pass | draft passes per token |")
     print("|---|---|---|---|---|---|---|")
     print(
         f"| {arguments.method} {arguments.ratio:.0%} | {rate['alone']:.0f} tokens/s | {rate['draft']:.0f} tokens/s | "

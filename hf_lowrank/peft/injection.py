@@ -16,8 +16,9 @@ from .lora import CompressedLoraLinear
 TESTED = "0.18 to 0.21"
 """Versions of PEFT; older ones do not run with Transformers 5."""
 
-BESIDE_THE_LAYER = frozenset(
-    "ADALORA BEFT BOFT C3A FOURIERFT GRALORA IA3 LILY MISS OFT PVERA RANDLORA ROAD UNILORA VBLORA VERA".split()
+BESIDE_THE_LAYER = (
+    *("ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY"),
+    *("MISS", "OFT", "PVERA", "RANDLORA", "ROAD", "UNILORA", "VBLORA", "VERA"),
 )
 """Adapters that see only what goes into a layer and what comes out: they do the same on a compressed layer as on a dense one. The others
 read its weight, and would take packed values for it."""

@@ -27,7 +27,7 @@ class CompressedLoraLinear(lora.Linear):
         self.target_name: str = kwargs.get("target_name") or type(base_layer).__name__
         self.additions: list[Addition] = []
 
-    def update_layer(self, adapter_name: str, r: int, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         """Add an adapter.
 
         Raises:
@@ -39,7 +39,7 @@ class CompressedLoraLinear(lora.Linear):
                 f"adapter {adapter_name!r}: init_lora_weights={chosen!r} needs the dense weight, which a compressed layer does not have; "
                 f"expected one of {', '.join(map(repr, INITIALIZATIONS))}"
             )
-        super().update_layer(adapter_name, r, **kwargs)
+        super().update_layer(adapter_name, r, *args, **kwargs)
 
     def resolve_lora_variant(self, **kwargs: Any) -> None:
         """None, for plain LoRA.
@@ -54,27 +54,38 @@ class CompressedLoraLinear(lora.Linear):
                 "layer; use plain LoRA (use_dora=False and the like; use_rslora=True is fine), or name only dense layers in target_modules"
             )
 
+    @property
+    def compressed(self) -> CompressedLinear:
+        """The layer that adapters are merged into.
+
+        Raises:
+            CompressionError: if adapters of another kind lie in between.
+        """
+        layer = self.base_layer
+        if not isinstance(layer, CompressedLinear):
+            raise CompressionError(
+                f"{self.target_name}: another adapter ({type(layer).__name__}) lies between LoRA and the layer; unload that first"
+            )
+        return layer
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (those that are active) into the compressed layer; `safe_merge` changes nothing, as it is always checked.
 
         Raises:
             CompressionError: if the layer cannot take them exactly; it is then as it was.
         """
-        layer = self.base_layer
-        if not isinstance(layer, CompressedLinear):
-            raise CompressionError(
-                f"{self.target_name}: another adapter ({type(layer).__name__}) lies between LoRA and the compressed layer; unload that first"
-            )
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_A:
                 continue
-            a, b, scaling = self.lora_A[adapter].weight, self.lora_B[adapter], self.scaling[adapter]
-            bias = None if b.bias is None else b.bias.detach().double() * scaling
-            self.additions.append(add_lowrank(layer, a, b.weight.detach().double() * scaling, bias, self.target_name))
+            lora_a: Any = self.lora_A[adapter]
+            lora_b: Any = self.lora_B[adapter]
+            b = lora_b.weight.detach().double() * self.scaling[adapter]
+            bias = None if lora_b.bias is None else lora_b.bias.detach().double() * self.scaling[adapter]
+            self.additions.append(add_lowrank(self.compressed, lora_a.weight, b, bias, self.target_name))
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the compressed layer."""
         while self.merged_adapters:
             self.merged_adapters.pop()
-            remove_lowrank(self.base_layer, self.additions.pop())
+            remove_lowrank(self.compressed, self.additions.pop())

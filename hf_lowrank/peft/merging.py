@@ -42,7 +42,7 @@ def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | No
             the layer or the adapter is offloaded. The layer is then as it was.
     """
     if any(tensor.is_meta for tensor in (a, b, *layer.parameters(recurse=False), *layer.buffers(recurse=False))):
-        raise CompressionError(f"{name}: its values are offloaded; open model and adapter without offloading (device_map='cpu') to merge them")
+        raise CompressionError(f"{name}: is offloaded; open model and adapter without offloading (device_map='cpu') to merge them")
     rank, own_bias = a.shape[0], bias is not None and layer.bias is None
     joins = _has_room(layer, rank)
     spec = replace(layer.spec, rank=layer.spec.rank + rank, bias=layer.spec.bias or own_bias)
@@ -60,7 +60,7 @@ def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | No
     rounded = {key: value.to(layer.weight.device, layer.dtype) for key, value in changed.items()}
     for key, value in rounded.items():
         if not bool(value.isfinite().all()):
-            raise NumericalError(f"{name}: the adapter's {key} is not finite in {layer.dtype}; train it with a lower rate, or load in float32")
+            raise NumericalError(f"{name}: the adapter's {key} is not finite in {layer.dtype}; train it with a lower learning rate")
     addition = Addition(names, rank, None if own_bias or bias is None else layer.bias.detach(), own_bias)
     for key, dimension in zip(names, (0, 1), strict=True):
         before: Tensor | None = getattr(layer, key)
@@ -81,9 +81,7 @@ def remove_lowrank(layer: CompressedLinear, addition: Addition) -> None:
     if addition.own_bias or addition.bias is not None:
         _set(layer, "bias", addition.bias)
     beside = rank if addition.names[0] == "adapter_a" else 0
-    layer.spec = replace(
-        spec, rank=spec.rank - rank, adapter_rank=spec.adapter_rank - beside, bias=spec.bias and not addition.own_bias
-    )
+    layer.spec = replace(spec, rank=spec.rank - rank, adapter_rank=spec.adapter_rank - beside, bias=spec.bias and not addition.own_bias)
 
 
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

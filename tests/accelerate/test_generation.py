@@ -45,9 +45,9 @@ def test_the_compressed_model_drafts_for_the_dense_one(compressed: Compressed) -
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed model with a tokenizer that has a chat template."""
-    tokenizer, folder = tiny_models.tokenizer(), tmp_path_factory.mktemp("chatty")
-    model = tiny_models.llama()
-    compress(model, CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=32), tokenizer, tiny_models.text(), progress=False)
+    model, folder = tiny_models.llama(), tmp_path_factory.mktemp("chatty")
+    recipe = CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=32)
+    compress(model, recipe, tiny_models.tokenizer(), tiny_models.text(), progress=False)
     model.save_pretrained(folder)
     return folder
 

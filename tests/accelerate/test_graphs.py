@@ -8,13 +8,11 @@ from tests.support.compressed import compressed_model, logits
 from tests.support.fresh_process import INPUT_IDS
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [("slab", "inductor"), ("sola", "aot_eager"), ("pivoted", "aot_eager"), ("quantised", "aot_eager")]
-)
-def test_compiled_in_one_graph(name: str, backend: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("name", ["sola", "slab", "quantised"])
+def test_compiled_in_one_graph(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     torch._dynamo.reset()
     model = compressed_model(name, tmp_path_factory).model()
-    torch.testing.assert_close(logits(torch.compile(model, fullgraph=True, backend=backend)), logits(model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(torch.compile(model, fullgraph=True, backend="aot_eager")), logits(model), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sola", "slab"])

@@ -159,7 +159,8 @@ def test_adapters_and_merged_models_open_in_another_process(sola: Compressed, sl
         merged = model.merge_and_unload()
         merged.save_pretrained(tmp_path / f"{compressed.name}-merged")
         expected.append(logits(merged).flatten())
-        tasks += [{"folder": str(tmp_path / f"{compressed.name}{end}"), "arguments": {"trust_remote_code": True}} for end in ("", "-merged")]
+        folders = (tmp_path / compressed.name, tmp_path / f"{compressed.name}-merged")
+        tasks += [{"folder": str(folder), "arguments": {"trust_remote_code": True}} for folder in folders]
     for installed in (True, False):
         home = tmp_path / str(installed)
         home.mkdir()
@@ -256,7 +257,8 @@ def test_variants_that_need_the_dense_weight_are_refused(sola: Compressed, chang
 
 
 def test_the_same_variants_are_welcome_on_dense_layers(sola: Compressed) -> None:
-    dense = next(name for name, module in sola.saved.named_modules() if name.endswith("v_proj") and not isinstance(module, CompressedLinear))
+    modules = sola.saved.named_modules()
+    dense = next(name for name, module in modules if name.endswith("v_proj") and not isinstance(module, CompressedLinear))
     get_peft_model(sola.model(), LoraConfig(target_modules=[dense], use_dora=True))
 
 

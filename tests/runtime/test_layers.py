@@ -19,7 +19,12 @@ RELATIVE_ERROR = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-
 """Largest ‖y − ŷ‖∞ / ‖y‖∞, a few roundings of the dtype: one per part of a layer, and that of the result."""
 
 FULL = make_spec("bitmask", 5, rank=3, binary_rank=1, bias=True, adapter_rank=2)
-EVERY_PART = [FULL, make_spec("rows", 4, 3, 0, True, adapter_rank=2), make_spec("columns", 4, 3, 0, False), make_spec("none", 0, 3, 2, False)]
+EVERY_PART = [
+    FULL,
+    make_spec("rows", 4, 3, 0, True, adapter_rank=2),
+    make_spec("columns", 4, 3, 0, False),
+    make_spec("none", 0, 3, 2, False),
+]
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

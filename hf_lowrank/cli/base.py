@@ -59,7 +59,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class SeveralValues(typer.core.TyperCommand):
-    """Options of several values take them one after the other: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`."""
+    """Options of several values take them one after the other: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`.
+
+    Only where the arguments without a name come first, which otherwise could not be told from one more value.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         several = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
@@ -68,7 +71,7 @@ class SeveralValues(typer.core.TyperCommand):
         for argument in args:
             if argument.startswith("-"):
                 option = argument if argument in several else None
-            elif option is not None and spread[-1] != option:
+            elif option is not None and spread[-1] != option and not spread[0].startswith("-"):
                 spread.append(option)
             spread.append(argument)
         return super().parse_args(ctx, spread)

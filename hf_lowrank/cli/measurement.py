@@ -1,4 +1,4 @@
-"""Verbs that measure models: evaluate, inspect, compare."""
+"""Verbs that measure models: evaluate, inspect, report, compare."""
 
 import dataclasses
 from pathlib import Path
@@ -120,6 +120,20 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
     columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
     print_table(f"{folder}: {found.method}", columns, rows)
     show_totals(found)
+
+
+@app.command()
+@one_line_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")],
+    comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
+) -> None:
+    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training; needs no network."""
+    from ..html_report import write_report
+
+    write_report(folder, out, comparison)
+    typer.echo(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
 @app.command(cls=SeveralValues)

@@ -93,7 +93,9 @@ def spectra(name: str, lines: list[SpectrumLine]) -> str:
             chart.axes.plot(100 * line.kept, shown[nearest], marker="o", markersize=3.5, color=color)
     chart.axes.set_yscale("log")
     chart.axes.yaxis.set_major_formatter("{x:g}")
-    chart.axes.set_ylim(bottom=max(SMALLEST, min(min(line.values) for line in lines)) * 0.8, top=1.25)
+    lowest = min(min(line.values) for line in lines)
+    chart.axes.set_ylim(bottom=0.8 * max(SMALLEST, min(lowest, 0.1)), top=1.25)  # a decade at least, so that there are two ticks
+    chart.axes.yaxis.set_minor_formatter("")
     chart.axes.set_xlim(-1, 101)
     chart.axes.xaxis.set_major_formatter("{x:.0f} %")
     return chart.svg()
@@ -132,12 +134,12 @@ def frontier_panel(name: str, results: dict[str, Any], text: int) -> str:
     frontier.draw(chart.axes, results, text, [chart.color(f"var(--series-{i})") for i in range(SERIES)], chart.color("var(--ink)"))
     chart.label(chart.axes, chart.axes.get_xlabel(), chart.axes.get_ylabel())
     for annotation in chart.axes.texts:
-        annotation.set_color(chart.color("var(--ink)"))
+        annotation.set(color=chart.color("var(--ink)"), fontsize=9)
     legend = chart.axes.get_legend()
     if legend is not None:
         legend.set_frame_on(False)
         for entry in legend.get_texts():
-            entry.set_color(chart.color("var(--ink)"))
+            entry.set(color=chart.color("var(--ink)"), fontsize=9)
     return chart.svg()
 
 

@@ -103,6 +103,7 @@ def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: 
         axes.plot(*point, marker="o", markersize=11, fillstyle="none", color=ink, linestyle="none")
         axes.annotate(winner["label"], point, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=7)
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("stored bits per weight of the block linears")
     axes.set_ylabel("nats lost per token")
     axes.margins(0.15)

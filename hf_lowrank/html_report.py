@@ -156,10 +156,11 @@ def _megabytes(count: int) -> str:
 
 
 def _headline(quality: list[dict[str, Any]]) -> dict[str, str] | None:
-    """The figure to show first: a perplexity beside the dense model's, or whatever comes nearest to that."""
+    """The figure to show first: the perplexity of a text beside the dense model's, or whatever comes nearest to that."""
     if not quality:
         return None
-    row = min(quality, key=lambda row: (row.get("dense") is None, row["metric"] != "perplexity"))
+    texts = {row["dataset"] for row in quality if row["metric"] == "kl_divergence"}
+    row = min(quality, key=lambda row: (row.get("dense") is None, row["dataset"] not in texts, row["metric"] != "perplexity"))
     dense = "" if row.get("dense") is None else f"dense {row['dense']:.4g}"
     return {"metric": row["metric"].replace("_", " "), "dataset": row["dataset"], "value": f"{row['compressed']:.4g}", "dense": dense}
 

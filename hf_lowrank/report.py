@@ -14,7 +14,7 @@ class LayerReport:
     """One compressed layer.
 
     Attributes:
-        kind, sparse, kept, rank, binary_rank: as in `LayerSpec`.
+        kind, sparse, kept, rank, binary_rank, pivoted, weight_bits, lowrank_bits: as in `LayerSpec`.
         out_features, in_features: m and n.
         bits_per_weight: stored bits / (m n); dense_bits, stored_bits: of the whole layer with its bias.
         relative_error: ‖(W − Ŵ) X‖ / ‖W X‖ on the calibration tokens, with the values as they are stored.
@@ -28,6 +28,9 @@ class LayerReport:
     kept: int
     rank: int
     binary_rank: int
+    pivoted: bool
+    weight_bits: int
+    lowrank_bits: int
     out_features: int
     in_features: int
     bits_per_weight: float
@@ -75,6 +78,9 @@ def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics:
         spec.kept,
         spec.rank,
         spec.binary_rank,
+        spec.pivoted,
+        spec.weight_bits,
+        spec.lowrank_bits,
         layer.out_features,
         layer.in_features,
         bits / weight.numel(),

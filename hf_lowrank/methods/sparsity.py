@@ -25,6 +25,11 @@ class SparseMethod(Method):
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
 
+    def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
+        if largest_kept(self.pattern, layer.in_features) < 1:
+            return f"its {layer.in_features} input(s) have no room for the pattern {self.pattern}"
+        return None
+
     def smallest(self, layer: Layer) -> LayerSpec:
         return LayerSpec(sparse="bitmask", kept=1)
 

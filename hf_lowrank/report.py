@@ -33,6 +33,9 @@ class LayerReport:
     kept: int
     rank: int
     binary_rank: int
+    pivoted: bool
+    weight_bits: int
+    lowrank_bits: int
     out_features: int
     in_features: int
     bits_per_weight: float
@@ -86,6 +89,9 @@ def layer_report(
         spec.kept,
         spec.rank,
         spec.binary_rank,
+        spec.pivoted,
+        spec.weight_bits,
+        spec.lowrank_bits,
         layer.out_features,
         layer.in_features,
         bits / weight.numel(),

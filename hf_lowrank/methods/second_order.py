@@ -19,7 +19,7 @@ SAMPLED_ROWS = 128
 # ADMM with a growing penalty, after 3BASiL (papers §4); C has a diagonal of ones.
 ADMM_STEPS = 40
 FIRST_PENALTY = 0.1
-PENALTY_GROWTH = 1.1
+PENALTY_GROWTH = 1.2
 STEPS_PER_PENALTY = 3
 
 

@@ -51,6 +51,15 @@ class LayerReport:
 
 
 @dataclass
+class BlockRefinement:
+    """A block's error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² on the calibration tokens, before and after its refinement."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass
 class Report:
     """A whole compression, as it is saved beside the checkpoint; without times, so that the same seed gives the same bytes.
 
@@ -60,6 +69,7 @@ class Report:
         layers: one entry per compressed layer. dense: reason of each layer left dense, by name.
         warnings: what the user must know.
         curve: SoCo's loss, ratio and phase per step.
+        refinement: one entry per block, if blocks were refined; the errors of the layers are then those after it.
     """
 
     method: str
@@ -71,6 +81,7 @@ class Report:
     dense: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, list[float]] | None = None
+    refinement: list[BlockRefinement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -71,7 +71,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank: its config.json has no such quantization_config")
     model = skeleton(config)
     specs = resolve_layers(model, compression.layers)
-    report = _read_report(folder)
+    report = read_report(folder)
     errors = {layer["name"]: layer["relative_error"] for layer in report.get("layers", [])}
     tensors = _stored_tensors(folder)
     value_bits = BITS[str(next(dtype for dtype, _ in tensors.values() if dtype in ("F64", "F32", "F16", "BF16")))]
@@ -128,7 +128,12 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
     return tensors
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any]:
+    """What was measured when the checkpoint in `folder` was made, and recorded since; {} if it has no report.
+
+    Raises:
+        CompressionError: if the report is damaged.
+    """
     file = folder / REPORT_FILE
     if not file.is_file():
         return {}

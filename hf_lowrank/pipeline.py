@@ -38,7 +38,8 @@ from .methods.base import Choice, ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import Measurement, SpectralMethod
 from .progress import Step, progress_bar
-from .report import LayerReport, Report, layer_report
+from .refinement import refine_block
+from .report import BlockRefinement, LayerReport, Report, layer_report, sampled_spectrum
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
@@ -136,6 +137,8 @@ class _Compression:
         self.curve: dict[str, list[float]] | None = None
         self.gradients: dict[str, Tensor] = {}
         self.output_grams: dict[str, Tensor] = {}
+        self.original = copy.deepcopy(model) if config.refinement_steps else None
+        self.refined: list[BlockRefinement] | None = None
 
     def run(self) -> None:
         self.step("capturing block inputs", 0, len(self.compressed))
@@ -154,6 +157,8 @@ class _Compression:
             self.measure_then_decide(self.method, batches)
         else:
             self.layer_by_layer(batches)
+        if self.original is not None:
+            self.refine(self.original)
 
     def leave_uncalled_dense(self, called: set[str]) -> None:
         """Layers that calibration never calls stay as they are.
@@ -192,6 +197,7 @@ class _Compression:
         for index, block, layers in self.walk():
             statistics |= self.gather(index, block, layers, batches)
             measurements |= {layer.name: method.measure(layer, self.weight(layer), statistics[layer.name]) for layer in layers}
+        spectra = {name: sampled_spectrum(measurement.factorization.sigma) for name, measurement in measurements.items()}
         if isinstance(method, SoCo):
             measurements, ranks = self.learn(method, measurements)
         else:
@@ -201,7 +207,8 @@ class _Compression:
             if rank is None:
                 self.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
             else:
-                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name])
+                made = measurements[layer.name].finish(rank)
+                self.swap(layer, made, self.weight(layer), statistics[layer.name], spectra[layer.name])
 
     def choose_then_build(self, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
         """What each layer could become, measured in the dense model; one budget for all; then stage by stage, each on corrected targets."""
@@ -242,6 +249,34 @@ class _Compression:
                 assert batch.shifted is not None
                 batch.shifted.hidden = run_block(block, index, batch.shifted)
                 batch.hidden = run_block(dense, index, batch)
+
+    def refine(self, dense: PreTrainedModel) -> None:
+        """Train the compressed blocks in turn to give the dense blocks' outputs, each on the inputs that the refined ones before give."""
+        blocks = {name: dense.get_submodule(name) for name in self.blocks}
+        batches = capture(dense, blocks, self.tokens)
+        for batch in batches:
+            batch.shifted = BlockBatch(batch.hidden, batch.calls)
+        measured = {report.name: at for at, report in enumerate(self.reports)}
+        self.refined = []
+        for index, (name, block) in enumerate(self.blocks.items()):
+            self.step(f"refining {name}", index, len(self.blocks))
+            if starts_anew(batches, index):
+                self.start_list(index, batches)
+            layers = [layer for layer in self.compressed if layer.block == index and layer.name in measured]
+            originals = {layer.name: dense.get_submodule(layer.name) for layer in layers}
+            statistics, targets = block_statistics(blocks[name], index, batches, originals, self.method.needs_gram)
+            shifted = [batch.shifted for batch in batches if batch.shifted is not None]
+            before, after = refine_block(block, index, shifted, targets, self.config.refinement_steps)
+            self.refined.append(BlockRefinement(name, before, after))
+            for layer in layers:
+                made, known = self.model.get_submodule(layer.name), statistics[layer.name] or _no_data(layer, originals[layer.name])
+                assert isinstance(made, CompressedLinear)
+                weight = dense_weight(originals[layer.name]).detach().double()
+                self.reports[measured[layer.name]] = layer_report(layer.name, made, weight, known, self.budget.dense_bits(layer))
+            for batch, target in zip(batches, targets, strict=True):
+                assert batch.shifted is not None
+                batch.shifted.hidden = run_block(block, index, batch.shifted)
+                batch.hidden = target
 
     def choose(self, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
         """One choice per layer within the budget; None for a layer that stays dense."""
@@ -343,16 +378,19 @@ class _Compression:
             order = self.method.neuron_order(statistics[output_name], dense_weight(output))
             if order is None:
                 continue
-            for name in network.inputs:
-                permute_outputs(block.get_submodule(name), torch.cat([order, order + len(order)]) if network.fused else order)
-            permute_inputs(output, order)
+            for model in (self.model, *([] if self.original is None else [self.original])):
+                for name in names:
+                    permute_outputs(model.get_submodule(name), torch.cat([order, order + len(order)]) if network.fused else order)
+                permute_inputs(model.get_submodule(output_name), order)
             statistics[output_name] = statistics[output_name].select(order)
 
     def weight(self, layer: Layer) -> Tensor:
         """The dense weight, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
-    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics) -> None:
+    def swap(
+        self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
+    ) -> None:
         """Put the compressed layer in place and report on it.
 
         Raises:
@@ -371,7 +409,7 @@ class _Compression:
                 )
         made.requires_grad_(dense.weight.requires_grad)
         swap_module(self.model, layer.name, made.train(dense.training))
-        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer)))
+        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum))
 
     def finish(self) -> None:
         """Make the model a compressed one for transformers, with its config and report."""
@@ -421,6 +459,7 @@ class _Compression:
             dense=self.reasons,
             warnings=self.warnings,
             curve=self.curve,
+            refinement=self.refined,
         )
 
 

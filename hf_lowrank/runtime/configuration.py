@@ -184,6 +184,9 @@ class CompressionConfig(QuantizationConfigMixin):
         default=None, metadata={"help": "tokens per calibration sequence; default: the model's context, at most 2048"}
     )
     seed: int = field(default=0, metadata={"help": "seed of everything random: same seed, same bytes"})
+    refinement_steps: int = field(
+        default=0, metadata={"help": "training steps per block, after compression, towards the dense block's output; 0: none"}
+    )
     accounting: str = field(default="bits", metadata={"help": "'bits' counts everything stored; 'paper' leaves bitmask bits out"})
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
@@ -200,7 +203,7 @@ class CompressionConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove")
-        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):
+        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0), ("refinement_steps", 0)):
             value = getattr(self, name)
             if name == "sequence_length" and value is None:
                 continue

@@ -16,6 +16,7 @@ from .runtime.saving import CompleteSave
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .distillation import DistillationTrainer
     from .pipeline import compress
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CompressedLinear",
     "CompressionConfig",
     "CompressionError",
+    "DistillationTrainer",
     "LayerSpec",
     "NumericalError",
     "SparseLowRankBinaryLinear",
@@ -31,7 +33,7 @@ __all__ = [
     "compress",
 ]
 
-_LAZY = {"compress": ".pipeline"}
+_LAZY = {"DistillationTrainer": ".distillation", "compress": ".pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The HfQuantizer: swaps the skeleton's linear layers before the weights arrive, and the way back to a dense model."""
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 CACHE_LINE = 64
 """Bytes; torch's own allocations start at multiples of it."""
+CASTS = ("float", "half")
+"""Methods that transformers refuses on every quantized model; the float tensors of these can be cast like those of a dense one."""
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -71,8 +74,15 @@ class CompressionQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
+        for cast in CASTS:
+            model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The state dict that `save_pretrained` was given, which transformers would drop for a quantized model: it asks here instead."""
+        save = model.__dict__.get("save_pretrained")
+        return (save.state_dict if isinstance(save, CompleteSave) else None), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -110,6 +120,9 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     marked.quantization_method = quantizer.quantization_config.quant_method
     marked.config.quantization_config = quantizer.quantization_config
     marked.config._is_quantized = True
+    marked.add_model_tags(QUANT_METHOD)  # for the cards that trainers write
+    for cast in CASTS:
+        marked.__dict__[cast] = functools.partial(getattr(nn.Module, cast), model)
     CompleteSave.attach(model)
 
 

@@ -70,3 +70,5 @@ def _register() -> None:
 _QUANTIZER = f"{__name__}.runtime.quantizer"
 after_import(_QUANTIZER, _register)
 after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))
+# LoRA merges into compressed layers; importing PEFT takes seconds too.
+after_import("peft.tuners.tuners_utils", lambda: importlib.import_module(".peft", __name__).extend_peft())

@@ -44,9 +44,6 @@ class LayerReport:
     relative_error: float
     metric: str
     tokens: int
-    pivoted: bool
-    weight_bits: int
-    lowrank_bits: int
     spectrum: list[float] | None = None
 
 
@@ -111,9 +108,6 @@ def layer_report(
         relative_error(weight, layer.to_dense(weight.dtype), statistics),
         "column_norms" if statistics.gram is None else "gram",
         statistics.tokens,
-        spec.pivoted,
-        spec.weight_bits,
-        spec.lowrank_bits,
         spectrum,
     )
 

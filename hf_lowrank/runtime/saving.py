@@ -13,6 +13,7 @@ import transformers
 from transformers.utils import cached_file
 
 from .errors import CompressionError
+from .layers import CompressedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,11 +99,15 @@ class CompleteSave:
         **kwargs: Any,
     ) -> None:
         model, folder = self.model, Path(save_directory)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
+            type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
         if kwargs.get("distributed_checkpoint"):
             raise CompressionError(
                 f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers cannot open; "
                 "leave it out, and one process writes the whole model"
             )
+        record_layers(model)
         model.config.auto_map = auto_map(model)
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +207,23 @@ def write_runtime(folder: Path) -> None:
     if here.resolve() != folder.resolve():
         for name in RUNTIME_FILES:
             shutil.copyfile(here / name, folder / name)
+
+
+def record_layers(model: "PreTrainedModel") -> None:
+    """Write into the model's config what its layers store now: they grow when adapters are merged.
+
+    Raises:
+        CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
+    """
+    layers = model.config.quantization_config.layers
+    for name in layers:
+        module = model.get_submodule(name)
+        if not isinstance(module, CompressedLinear):
+            raise CompressionError(
+                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, save the adapter by itself "
+                "(PeftModel.save_pretrained) or merge it first (merge_and_unload)"
+            )
+        layers[name] = module.spec
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:

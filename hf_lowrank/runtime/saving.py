@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
+from .checksums import file_checksum, record_checksums
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNTIME_FILES = (
+    "checksums.py",
     "configuration.py",
+    "contents.py",
     "errors.py",
+    "guard.py",
+    "headers.py",
     "layers.py",
     "modeling_hf_lowrank.py",
     "ops.py",
@@ -89,6 +95,8 @@ class CompleteSave:
     ) -> None:
         model, folder = self.model, Path(save_directory)
         model.config.auto_map = auto_map(model)
+        here = Path(__file__).parent
+        model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
@@ -97,10 +105,13 @@ class CompleteSave:
         publisher = CompleteSave.publisher
         if publisher is None:
             type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            if is_main_process and folder.is_dir():
+                record_checksums(folder, RUNTIME_FILES)
             return
         hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message", "create_pr") if key in kwargs}
         type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and folder.is_dir():
+            record_checksums(folder, RUNTIME_FILES)
             publisher.write_card(folder, name)
             if push_to_hub:
                 publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)

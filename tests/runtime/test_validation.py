@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from hf_lowrank import CheckpointError, LayerSpec
 from hf_lowrank.runtime import quantizer
-from hf_lowrank.runtime.validation import dense_shape, read_header, resolve_layers
+from hf_lowrank.runtime.headers import read_header
+from hf_lowrank.runtime.validation import dense_shape, resolve_layers
 
 from .conftest import Checkpoint, tiny_gpt2, tiny_llama
 

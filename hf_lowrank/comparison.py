@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from .architectures import find_blocks, find_layers
 from .calibration.texts import DATASETS, read_documents
 from .inspection import inspect_checkpoint
+from .locking import locked
 from .methods import make_method
 from .models import compression_of, load_config, skeleton
 from .runtime.configuration import CompressionConfig
@@ -156,8 +157,15 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
         What `results.json` holds: what the figures depend on, the dense model's record, and the records of the candidates.
 
     Raises:
-        CompressionError: if the dense model cannot be measured. A candidate that fails is recorded with the reason instead.
+        CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that fails is recorded with
+            the reason instead.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _compare(comparison, wanted, out, keep, say)
+
+
+def _compare(comparison: Comparison, wanted: list[Candidate], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()

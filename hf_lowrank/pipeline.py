@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .calibration import (
     stream_writers,
 )
 from .linears import dense_weight, permute_inputs, permute_outputs
+from .locking import locked
 from .methods import Decomposition, Method, Statistics, make_method
 from .methods.base import Choice, ChoosingMethod
 from .methods.soco import SoCo
@@ -264,17 +266,19 @@ class _Compression:
         return list(found.values())
 
     def learn(self, method: SoCo, measurements: dict[str, Measurement]) -> tuple[dict[str, Measurement], dict[str, int | None]]:
-        """SoCo's training; its state lives in the work folder until it is done."""
-        state = None
+        """SoCo's training; its state lives in the work folder until it is done, and no other process may use that meanwhile."""
+        state: Path | None = None
+        hold: AbstractContextManager[None] = nullcontext()
         if self.work_dir is not None:
             self.work_dir.mkdir(parents=True, exist_ok=True)
-            state = self.work_dir / SPECTRUM_STATE
-        learned, ranks, curve = learn_spectrum(
-            self.model, method, measurements, self.tokens, self.budget, self.available, self.config.seed, state,
-            lambda done, total: self.step("learning the spectrum", done, total),
-        )  # fmt: skip
-        if state is not None:
-            state.unlink(missing_ok=True)
+            state, hold = self.work_dir / SPECTRUM_STATE, locked(self.work_dir)
+        with hold:
+            learned, ranks, curve = learn_spectrum(
+                self.model, method, measurements, self.tokens, self.budget, self.available, self.config.seed, state,
+                lambda done, total: self.step("learning the spectrum", done, total),
+            )  # fmt: skip
+            if state is not None:
+                state.unlink(missing_ok=True)
         self.curve = curve.__dict__
         return learned, ranks
 

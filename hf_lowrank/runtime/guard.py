@@ -46,7 +46,10 @@ def guard_configs() -> None:
         if is_compressed(values):
             names = os.listdir(folder) if os.path.isdir(folder) else []
             weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
-            here = WEIGHTS in weights or INDEX in weights or (saved_here and not weights)  # weights of a variant have other names
+            usual = [
+                name for name in weights if name in (WEIGHTS, INDEX) or name.startswith("model-")
+            ]  # those of a variant are called otherwise
+            here = bool(usual) or (saved_here and not weights)
             validate_checkpoint(values, folder if here else None)
             values.pop("auto_map", None)
         return values, unused

@@ -27,7 +27,14 @@ def mutate(rng: random.Random, folder: Path) -> str:
         mutation = rng.choice(MUTATIONS)
         try:
             mutation(rng, folder)
-        except (OSError, ValueError, LookupError, UnicodeError):  # an earlier change has left nothing to change
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):  # an earlier change has left nothing to change
             continue
         done.append(mutation.__name__)
     return "+".join(done)

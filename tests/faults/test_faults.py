@@ -120,12 +120,11 @@ def test_limits_of_the_system(run: Run, dense: Path, tmp_path: Path, stage: str,
 def test_a_shard_that_vanishes_while_it_is_read(run: Run, dense: Path, tmp_path: Path, verb: str) -> None:
     assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "output")["code"] == 0
     output = ["-o", tmp_path / "dense"] if verb == "dense" else []
-    case = (
-        {} if verb == "verify" else {"stage": "loading", "fault": "vanishing", "vanishing": str(tmp_path / "output" / "model.safetensors")}
-    )
-    if verb == "verify":
-        (tmp_path / "output" / "model.safetensors").unlink()
-    ending = run(verb, tmp_path / "output", *output, **case)
+    shard = tmp_path / "output" / "model.safetensors"
+    if verb == "verify":  # which reads every file anew, and has nothing to say about the order
+        shard.unlink()
+    stage = "inspecting" if verb == "inspect" else "loading"
+    ending = run(verb, tmp_path / "output", *output, stage=stage, fault="vanishing", vanishing=str(shard))
     assert ending["code"] == 1
     assert ending["stderr"].splitlines()[-1].startswith("error: ")
     assert "Traceback" not in ending["stderr"]

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,8 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank: its config.json has no such quantization_config")
     model = skeleton(config)
     specs = resolve_layers(model, compression.layers)
-    report = _read_report(folder)
-    errors = report.get("errors", {})
+    report = read_report(folder)
+    errors = {layer["name"]: layer["relative_error"] for layer in report["layers"]}
     tensors = {name: (tensor.dtype, math.prod(tensor.shape)) for name, tensor in read_headers(weight_files(str(folder))).items()}
     value_bits = BITS[str(next(dtype for dtype, _ in tensors.values() if dtype in ("F64", "F32", "F16", "BF16")))]
     layers, stored_bits, paper_bits, dense_bits = [], 0, 0, 0
@@ -87,7 +89,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         paper_bits += bits - sum(BITS[dtype] * numel for name, (dtype, numel) in own.items() if name.endswith(".weight_mask"))
         error = errors.get(layer.name)
         if spec is None:
-            reason = report.get("reasons", {}).get(layer.name, "left dense")
+            reason = report["dense"].get(layer.name, "left dense")
             layers.append(StoredLayer(layer.name, "dense", "–", 0, 0, 1.0, bits / weights, bits // 8, None, reason))
         else:
             kept = own.get(f"{layer.name}.weight", ("", 0))[1]
@@ -111,23 +113,37 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         model_ratio=1 - model_bits / dense_model_bits,
         disk_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         layers=layers,
-        warnings=report.get("warnings", []),
+        warnings=report["warnings"],
     )
 
 
-def _read_report(folder: Path) -> dict[str, Any]:
-    """What of the report is shown beside the counts: errors by layer, reasons by dense layer, warnings."""
+def read_report(folder: Path) -> dict[str, Any]:
+    """What was measured when the checkpoint in `folder` was made, and recorded since; "layers", "dense" and "warnings" at the least.
+
+    Raises:
+        CompressionError: if the report is damaged.
+    """
     file = folder / REPORT_FILE
-    if not os.path.lexists(file):
-        return {}
-    report = read_json(str(file))
-    try:
-        errors = {
-            str(layer["name"]): None if layer["relative_error"] is None else float(layer["relative_error"]) for layer in report["layers"]
-        }
+    report = read_json(str(file)) if os.path.lexists(file) else {}
+    with damaged_report(folder):
+        layers = [{**layer, "name": str(layer["name"]), "relative_error": _number(layer["relative_error"])} for layer in report.get("layers", [])]
         reasons = {str(name): one_line(str(reason)) for name, reason in report.get("dense", {}).items()}
-        return {"errors": errors, "reasons": reasons, "warnings": [one_line(str(warning)) for warning in report.get("warnings", [])]}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        warnings = [one_line(str(warning)) for warning in report.get("warnings", [])]
+    return {**report, "layers": layers, "dense": reasons, "warnings": warnings}
+
+
+@contextmanager
+def damaged_report(folder: Path) -> Iterator[None]:
+    """While active, whatever fails because the report in `folder` does not hold what it should is an error that says so."""
+    try:
+        yield
+    except CompressionError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CompressionError(
-            f"{file}: is damaged ({type(error).__name__}: {error}); delete it to inspect without measured errors"
+            f"{folder / REPORT_FILE}: is damaged ({type(error).__name__}: {error}); delete it to go on without measurements"
         ) from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -40,7 +40,7 @@ from .methods.base import Choice, ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import Measurement, SpectralMethod
 from .progress import Step, progress_bar
-from .report import LayerReport, Report, layer_report
+from .report import LayerReport, Report, layer_report, sampled_spectrum
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
@@ -194,6 +194,7 @@ class _Compression:
         for index, block, layers in self.walk():
             statistics |= self.gather(index, block, layers, batches)
             measurements |= {layer.name: method.measure(layer, self.weight(layer), statistics[layer.name]) for layer in layers}
+        spectra = {name: sampled_spectrum(measurement.factorization.sigma) for name, measurement in measurements.items()}
         if isinstance(method, SoCo):
             measurements, ranks = self.learn(method, measurements)
         else:
@@ -203,7 +204,8 @@ class _Compression:
             if rank is None:
                 self.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
             else:
-                self.swap(layer, measurements[layer.name].finish(rank), self.weight(layer), statistics[layer.name])
+                made = measurements[layer.name].finish(rank)
+                self.swap(layer, made, self.weight(layer), statistics[layer.name], spectra[layer.name])
 
     def choose_then_build(self, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
         """What each layer could become, measured in the dense model; one budget for all; then stage by stage, each on corrected targets."""
@@ -356,7 +358,9 @@ class _Compression:
         """The dense weight, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
-    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics) -> None:
+    def swap(
+        self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
+    ) -> None:
         """Put the compressed layer in place and report on it.
 
         Raises:
@@ -375,7 +379,7 @@ class _Compression:
                 )
         made.requires_grad_(dense.weight.requires_grad)
         swap_module(self.model, layer.name, made.train(dense.training))
-        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer)))
+        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum))
 
     def finish(self) -> None:
         """Make the model a compressed one for transformers, with its config and report."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .registration import after_import
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
+from .runtime.guard import guard_configs
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
 from .runtime.saving import CompleteSave
 from .version import __version__
@@ -68,6 +69,7 @@ def _register() -> None:
 
 # Importing transformers' quantizers takes seconds, which is for the first `from_pretrained` to spend, not for this import.
 _QUANTIZER = f"{__name__}.runtime.quantizer"
+after_import("transformers.configuration_utils", guard_configs)
 after_import(_QUANTIZER, _register)
 after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))
 # LoRA merges into compressed layers; importing PEFT takes seconds too.

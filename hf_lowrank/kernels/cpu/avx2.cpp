@@ -306,8 +306,9 @@ struct BinaryLoop {
     }
 };
 
-void binary_rows(const Product& product, const Prepared& x, const Rows& rows) {
-    for_token_groups<BinaryLoop>(rows, product, x);
+void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (product.signs) for_token_groups<BinaryLoop>(rows, product, x);
+    if (product.values) sparse_rows(product, x, rows);
 }
 
 AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
@@ -326,7 +327,7 @@ AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, portable_kernels().unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, portable_kernels().unpack, false};
     return kernels;
 }
 

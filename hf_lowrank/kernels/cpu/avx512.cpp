@@ -1,7 +1,7 @@
 // AVX-512 (VBMI2 and BF16) loops.
 //
 // Kept values: a mask word spreads the next values of the row over 32 columns (vpexpandw, register form), which are then
-// multiplied as in a dense product. Signs: see binary_rows.
+// multiplied as in a dense product. Signs: see binary_rows. Where everything is bfloat16, both in one pass: avx512_bfloat16.cpp.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -10,6 +10,8 @@
 
 namespace hf_lowrank {
 
+// avx512_bfloat16.cpp
+void avx512_bfloat16_rows(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_unpack.cpp
 void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out);
 
@@ -35,29 +37,14 @@ struct Sums {
         for (int t = 0; t < T; ++t) Values::multiply_add(sums.of[row][t], unit, x, t, column);
     }
 
-    AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first) {
+    // To rows `first`, `first` + `step`, ... of the block.
+    AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first, int64_t step) {
         for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r] += _mm512_reduce_add_ps(sums.of[r][t]);
+            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r * step] += _mm512_reduce_add_ps(sums.of[r][t]);
     }
 };
 
 // --- sparse ----------------------------------------------------------------------------------------------------------------
-
-// Memory that will be read soon, fetched a little at every step: kept values are read at irregular distances, which the
-// processor's own prefetchers do not follow.
-struct Ahead {
-    const char* at;
-    int64_t stride;
-
-    // `bytes` from `start` on, over `steps` steps.
-    AVX512_INLINE Ahead of(const void* start, int64_t bytes, int64_t steps) {
-        return {static_cast<const char*>(start), (bytes + steps) / (steps + 1)};
-    }
-    AVX512_INLINE void fetch(Ahead& ahead) {
-        for (int64_t line = 0; line < ahead.stride; line += 64) _mm_prefetch(ahead.at + line, _MM_HINT_T0);
-        ahead.at += ahead.stride;
-    }
-};
 
 template <class Values>
 struct SparseFor {
@@ -75,11 +62,6 @@ struct SparseFor {
             values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * product.kept;
             masks[r] = product.mask + (rows.first + first + r) * width;
         }
-        // While these rows are multiplied the next ones are fetched, and the signs of the next block.
-        const uint8_t* signs = product.signs ? product.signs + (rows.first + kBlockRows + first) * width : masks[0];
-        Ahead values_ahead = Ahead::of(values[0] + R * product.kept, R * product.kept * sizeof(Element), columns / 64);
-        Ahead masks_ahead = Ahead::of(masks[0] + R * width, R * width, columns / 128);
-        Ahead signs_ahead = Ahead::of(signs, R * width, columns / 128);
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
@@ -89,10 +71,11 @@ struct SparseFor {
             for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
             if (steps <= 0) break;
             for (int64_t stop = column + 64 * steps; column < stop; column += 64) {
-                Ahead::fetch(values_ahead);
-                Ahead::fetch(column & 64 ? signs_ahead : masks_ahead);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
+                    // The next rows: they are read at irregular distances, which the processor's prefetchers do not follow.
+                    _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * product.kept), _MM_HINT_T0);
+                    if (column % 512 == 0) _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + (column >> 3)), _MM_HINT_T0);
                     uint64_t bits;
                     __builtin_memcpy(&bits, masks[r] + (column >> 3), 8);
                     uint32_t low = static_cast<uint32_t>(bits), high = bits >> 32;
@@ -112,7 +95,7 @@ struct SparseFor {
                 values[r] += used < present ? used : present;
             }
         }
-        Sums<T, R, Values>::store(sums, rows, first);
+        Sums<T, R, Values>::store(sums, rows, first, 1);
     }
 
     template <int T>
@@ -146,34 +129,36 @@ template <class Values>
 struct DenseFor {
     using Element = typename Values::Element;
 
+    // R rows of the block, `step` apart: each is one of R long streams of memory.
     template <int T, int R>
-    AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first) {
+    AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
-        const int64_t columns = prepared.columns;
+        const int64_t columns = prepared.columns, stride = step * columns;
         const Element* values = static_cast<const Element*>(matrix) + (rows.first + first) * columns;
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
         for (; column + kUnit <= columns; column += kUnit)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * columns + column), x, column);
+            for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
         if (column < columns)
             for (int r = 0; r < R; ++r)
-                Sums<T, R, Values>::add(sums, r, Values::load_first(values + r * columns + column, columns - column), x, column);
-        Sums<T, R, Values>::store(sums, rows, first);
+                Sums<T, R, Values>::add(sums, r, Values::load_first(values + r * stride + column, columns - column), x, column);
+        Sums<T, R, Values>::store(sums, rows, first, step);
     }
 
     template <int T>
     struct Loop {
-        AVX512 static void run(const void* matrix, const Prepared& x, int64_t first, const Rows& rows) {
-            if (first + kGroupRows <= rows.count) multiply<T, kGroupRows>(matrix, x, rows, first);
-            else
-                for (; first < rows.count; ++first) multiply<T, 1>(matrix, x, rows, first);
+        AVX512 static void run(const void* matrix, const Prepared& x, int64_t step, int64_t first, const Rows& rows) {
+            if (first < step) multiply<T, kGroupRows>(matrix, x, rows, first, step);
+            else multiply<T, 1>(matrix, x, rows, first, 1);
         }
     };
 
     static void run(const void* matrix, const Prepared& x, const Rows& rows) {
-        for (int64_t first = 0; first < rows.count; first += kGroupRows) for_token_groups<Loop>(rows, matrix, x, first);
+        const int64_t step = rows.count / kGroupRows;
+        for (int64_t first = 0; first < step; ++first) for_token_groups<Loop>(rows, matrix, x, step, first);
+        for (int64_t first = step * kGroupRows; first < rows.count; ++first) for_token_groups<Loop>(rows, matrix, x, step, first);
     }
 };
 
@@ -239,8 +224,7 @@ struct BinaryLoop {
                     for (int i = 0; i < 16; ++i) {
                         int64_t row = part * 16 + i;
                         const uint8_t* at = product.signs + (rows.first + row) * width + byte;
-                        // The next block's, unless sparse_rows fetches them between here and there.
-                        if (!product.values) _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);
+                        _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);  // the next block's
                         bits[i] = row < rows.count ? _mm512_maskz_loadu_epi8(present, at) : _mm512_setzero_si512();
                     }
                     transpose_words(bits, &words[0][part], kParts);
@@ -275,7 +259,11 @@ struct BinaryLoop {
     }
 };
 
-void binary_rows(const Product& product, const Prepared& x, const Rows& rows) { for_token_groups<BinaryLoop>(rows, product, x); }
+void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (x.multiplies_signs) return avx512_bfloat16_rows(product, x, rows);
+    if (product.signs) for_token_groups<BinaryLoop>(rows, product, x);
+    if (product.values) sparse_rows(product, x, rows);
+}
 
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
     // Bit j of an entry's index set: + column j; clear: − column j.
@@ -292,7 +280,7 @@ AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, avx512_unpack, true};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx512_unpack, true};
     return kernels;
 }
 

@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2,f16c,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,popcnt,bmi2,f16c,fma")))
 #define AVX512_INLINE AVX512 __attribute__((always_inline)) static inline
 
 namespace hf_lowrank {
@@ -19,10 +19,17 @@ AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : 
 #define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 
 // vpexpandw waits for the old value of its destination although it zeroes it; a cleared register is never waited for.
-AVX512_INLINE __m512i expand_words(__m512i values, uint32_t mask) {
-    __m512i out = _mm512_setzero_si512();
-    __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "+v"(out) : "v"(values), "Yk"(mask));
+AVX512_INLINE __m512i expand_words(__m512i values, __mmask32 mask) {
+    __m512i out;
+    __asm__("vpxord %x0, %x0, %x0\n\tvpexpandw %1, %0%{%2%}%{z%}" : "=&v"(out) : "v"(values), "Yk"(mask));
     return out;
+}
+
+// Four bytes of a bitmap straight into a mask register: by way of a general register they would take the port that expands.
+AVX512_INLINE __mmask32 load_mask(const uint8_t* bits) {
+    __mmask32 mask;
+    __asm__("kmovd %1, %0" : "=Yk"(mask) : "m"(*reinterpret_cast<const uint8_t(*)[4]>(bits)));
+    return mask;
 }
 
 struct Bits16 {

@@ -13,7 +13,8 @@ namespace {
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__) || defined(_M_X64)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512bf16"))
         return kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
@@ -50,31 +51,54 @@ class Scratch {
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// x in the forms that the loops read, in memory of the calling thread.
+// The number of bfloat16 whose sum is any value of the dtype.
+int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
+
+// The forms of x that a product's loops read, and where they lie in memory of the calling thread.
 struct Forms {
-    int64_t tokens, columns, padded, terms;
-    int pieces;
+    int64_t tokens, columns, padded, terms = 0;
+    int pieces = 0;
+    bool floats = false, multiplies_signs = false;
 
-    Forms(int64_t tokens, int64_t columns, int64_t terms, int pieces)
-        : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)), terms(terms), pieces(pieces) {}
+    Forms(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)) {}
 
+    void add_matrix(DType dtype, const Kernels& kernels, int piece_count) {
+        if (kernels.multiplies_bfloat16 && dtype == kBFloat16) pieces = piece_count;
+        else floats = true;
+    }
+
+    void add_signs(const Product& product, const Kernels& kernels) {
+        multiplies_signs = kernels.multiplies_bfloat16 && product.x_dtype == kBFloat16 && product.scale_dtype == kBFloat16 &&
+                           (!product.values || product.values_dtype == kBFloat16) && product.binary_rank == 1;
+        if (multiplies_signs) pieces = 1;
+        else terms = product.binary_rank;
+    }
+
+    bool makes_floats(DType dtype) const { return floats || terms || dtype != kBFloat16; }
     int64_t table_size() const { return padded / kTableColumns * kTableEntries; }
-    int64_t floats() const { return tokens * (padded + (terms ? padded + terms * table_size() : 0)); }
-    size_t bytes() const { return static_cast<size_t>(floats() * 4 + round_up(pieces * tokens * padded * 2, 64)); }
+    size_t bytes() const { return (tokens * (padded * 2 + terms * table_size()) * 4 + (pieces * tokens + 1) * padded * 2); }
 
     Prepared in(char* memory) const {
         float* values = reinterpret_cast<float*>(memory);
         float* scaled = values + tokens * padded;
-        float* tables = scaled + (terms ? tokens * padded : 0);
-        uint16_t* parts = reinterpret_cast<uint16_t*>(values + floats());
-        return {tokens, columns, padded, values, scaled, tables, parts, pieces};
+        float* tables = scaled + tokens * padded;
+        uint16_t* parts = reinterpret_cast<uint16_t*>(tables + terms * tokens * table_size());
+        return {tokens, columns, padded, values, scaled, tables, parts, pieces, parts + pieces * tokens * padded, multiplies_signs};
     }
 };
 
-// The number of bfloat16 whose sum is any value of the dtype.
-int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
+// Copies one token of bfloat16, with zeros after the last column; false if a value is not finite.
+bool copy(const uint16_t* from, int64_t count, int64_t padded, uint16_t* out) {
+    uint16_t not_finite = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        out[j] = from[j];
+        not_finite |= (from[j] & 0x7f80u) == 0x7f80u;
+    }
+    std::fill(out + count, out + padded, uint16_t{0});
+    return !not_finite;
+}
 
-// Converts one token, with zeros after the last column; false if a value is not finite.
+// The same for any dtype, to float32.
 bool convert(const void* x, DType dtype, int64_t token, const Prepared& prepared) {
     float* out = prepared.values + token * prepared.padded;
     int64_t start = token * prepared.columns;
@@ -110,11 +134,19 @@ void split(int64_t token, const Prepared& prepared) {
 bool prepare(const void* x, DType dtype, const Product& product, const Kernels& kernels, const Forms& forms, const Prepared& prepared) {
     std::atomic<bool> finite{true};
     auto prepare_token = [&](int64_t token) {
-        if (!convert(x, dtype, token, prepared)) {
+        bool fine = true;
+        if (dtype == kBFloat16 && forms.pieces) {
+            const uint16_t* from = static_cast<const uint16_t*>(x) + token * forms.columns;
+            fine = copy(from, forms.columns, forms.padded, prepared.pieces + token * forms.padded);
+        }
+        if (fine && forms.makes_floats(dtype)) {
+            fine = convert(x, dtype, token, prepared);
+            if (fine && dtype != kBFloat16) split(token, prepared);
+        }
+        if (!fine) {
             finite = false;
             return;
         }
-        split(token, prepared);
         const float* values = prepared.values + token * forms.padded;
         float* scaled = prepared.scaled + token * forms.padded;
         for (int64_t term = 0; term < forms.terms; ++term) {
@@ -124,7 +156,8 @@ bool prepare(const void* x, DType dtype, const Product& product, const Kernels& 
             kernels.tables(scaled, forms.padded, prepared.tables + (term * forms.tokens + token) * forms.table_size());
         }
     };
-    parallel_for(product.threads, forms.tokens, prepare_token);
+    if (forms.multiplies_signs) copy(static_cast<const uint16_t*>(product.scale_in), forms.columns, forms.padded, prepared.scale_in);
+    parallel_for(forms.terms ? product.threads : 1, forms.tokens, prepare_token);
     return finite;
 }
 
@@ -162,13 +195,13 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
     DType dtype = DType(product.x_dtype);
-    bool bfloat16_matrix = (product.values && product.values_dtype == kBFloat16) || (product.lowrank_b && product.lowrank_dtype == kBFloat16);
-    Forms forms(product.tokens, product.columns, product.signs ? product.binary_rank : 0,
-                kernels.splits_bfloat16 && bfloat16_matrix ? exact_pieces(dtype) : 0);
     // A x is rounded to 16 significant bits where the result has 8 or 11 of them.
-    bool chained = product.lowrank_a;
-    Forms inner_forms(product.tokens, chained ? product.rank : 0, 0,
-                      !chained || !forms.pieces ? 0 : dtype == kFloat32 ? 3 : 2);
+    const bool chained = product.lowrank_a;
+    Forms forms(product.tokens, product.columns), inner_forms(product.tokens, chained ? product.rank : 0);
+    if (product.values) forms.add_matrix(DType(product.values_dtype), kernels, exact_pieces(dtype));
+    if (product.lowrank_b) forms.add_matrix(DType(product.lowrank_dtype), kernels, exact_pieces(dtype));
+    if (product.signs) forms.add_signs(product, kernels);
+    if (chained) inner_forms.add_matrix(DType(product.lowrank_dtype), kernels, dtype == kFloat32 ? 3 : 2);
     thread_local Scratch scratch;
     char* memory = scratch.at_least(forms.bytes() + inner_forms.bytes() + round_up(product.tokens * inner_forms.columns * 4, 64));
     Prepared x = forms.in(memory);
@@ -186,8 +219,7 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
     for_each_block(
         product, product.rows,
         [&](const Rows& rows) {
-            if (product.signs) kernels.binary(product, x, rows);
-            if (product.values) kernels.sparse(product, x, rows);
+            if (product.signs || product.values) kernels.packed(product, x, rows);
             if (product.lowrank_b) kernels.dense(product.lowrank_b, lowrank_dtype, inner, rows);
         },
         [&](int64_t token, int64_t row, float sum) {

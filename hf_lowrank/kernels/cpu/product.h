@@ -44,7 +44,7 @@ extern "C" struct Product {
     int32_t instruction_set;
 };
 
-// x in the forms that the loops read; columns padded with zeros to a multiple of kUnit.
+// x in the forms that the loops read, of which only those that they do are made; columns padded with zeros to a multiple of kUnit.
 struct Prepared {
     int64_t tokens, columns, padded;
     float* values;     // (tokens, padded)
@@ -52,6 +52,8 @@ struct Prepared {
     float* tables;     // (binary_rank, tokens, padded / 4, 16): Σ ± scaled over 4 columns, for each of 16 sign patterns
     uint16_t* pieces;  // (piece_count, tokens, padded) bfloat16 whose sum is x: one where x is bfloat16, up to three otherwise
     int piece_count;
+    uint16_t* scale_in;     // (padded,) bfloat16, where multiplies_signs
+    bool multiplies_signs;  // ± scale_in is multiplied with x, instead of looking up `tables`
 };
 
 struct Rows {
@@ -61,15 +63,15 @@ struct Rows {
 };
 
 struct Kernels {
-    void (*sparse)(const Product&, const Prepared&, const Rows&);
-    void (*binary)(const Product&, const Prepared&, const Rows&);
+    // the sparse and the binary part
+    void (*packed)(const Product&, const Prepared&, const Rows&);
     // matrix (rows, prepared.columns) of the given dtype
     void (*dense)(const void* matrix, DType dtype, const Prepared&, const Rows&);
     // 16 signed sums for every 4 columns of `scaled` (padded,)
     void (*tables)(const float* scaled, int64_t padded, float* out);
     // one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in (binary_rank, padded)
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);
-    bool splits_bfloat16;  // bfloat16 matrices are multiplied by the pieces of x
+    bool multiplies_bfloat16;  // bfloat16 matrices are multiplied by the pieces of x
 };
 
 const Kernels& portable_kernels();

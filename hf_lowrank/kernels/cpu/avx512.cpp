@@ -29,17 +29,22 @@ struct Sums {
     __m512 of[R][T];
 
     AVX512_INLINE void clear(Sums& sums) {
+#pragma GCC unroll 4
         for (auto& row : sums.of)
+#pragma GCC unroll 4
             for (auto& sum : row) sum = _mm512_setzero_ps();
     }
 
     AVX512_INLINE void add(Sums& sums, int row, const typename Values::Unit& unit, const typename Values::Inputs& x, int64_t column) {
+#pragma GCC unroll 4
         for (int t = 0; t < T; ++t) Values::multiply_add(sums.of[row][t], unit, x, t, column);
     }
 
     // To rows `first`, `first` + `step`, ... of the block.
     AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first, int64_t step) {
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r * step] += _mm512_reduce_add_ps(sums.of[r][t]);
     }
 };
@@ -58,6 +63,7 @@ struct SparseFor {
         const Element* end = static_cast<const Element*>(product.values) + product.rows * product.kept;
         const Element* values[R];
         const uint8_t* masks[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * product.kept;
             masks[r] = product.mask + (rows.first + first + r) * width;
@@ -68,6 +74,7 @@ struct SparseFor {
         for (;;) {
             // Steps of 64 columns; as many as cannot read past the end of the tensor, whatever the mask says.
             int64_t steps = (columns - column) / 64;
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
             if (steps <= 0) break;
             for (int64_t stop = column + 64 * steps; column < stop; column += 64) {
@@ -87,6 +94,7 @@ struct SparseFor {
                 }
             }
         }
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             for (int64_t at = column; at < columns; at += kUnit) {
                 uint32_t bits = load_bits(masks[r], width, at >> 3);
@@ -142,6 +150,7 @@ struct DenseFor {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
         if (column < columns)
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
                 Sums<T, R, Values>::add(sums, r, Values::load_first(values + r * stride + column, columns - column), x, column);
         Sums<T, R, Values>::store(sums, rows, first, step);
@@ -215,10 +224,13 @@ struct BinaryLoop {
         for (int64_t term = 0; term < product.binary_rank; ++term) {
             const float* tables = x.tables + (term * x.tokens + rows.first_token) * table_size;
             __m512 sums[T][kParts];
+#pragma GCC unroll 4
             for (auto& token : sums)
+#pragma GCC unroll 4
                 for (auto& sum : token) sum = _mm512_setzero_ps();
             for (int64_t byte = 0; byte < width; byte += 64) {
                 __mmask64 present = first_of_64(width - byte);
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; ++part) {
                     __m512i bits[16];
                     for (int i = 0; i < 16; ++i) {
@@ -232,15 +244,19 @@ struct BinaryLoop {
                 int64_t word_count = (width - byte + 3) / 4 < 16 ? (width - byte + 3) / 4 : 16;
                 for (int64_t word = 0; word < word_count; ++word) {
                     __m512i index[kParts];
+#pragma GCC unroll 4
                     for (int part = 0; part < kParts; ++part) index[part] = words[word][part];
                     const float* table = tables + (byte / 4 + word) * (kUnit / kTableColumns) * kTableEntries;
 #pragma GCC unroll 8
                     for (int group = 0; group < kUnit / kTableColumns; ++group) {
+#pragma GCC unroll 4
                         for (int t = 0; t < T; ++t) {
                             __m512 entries = _mm512_load_ps(table + t * table_size + group * kTableEntries);
+#pragma GCC unroll 4
                             for (int part = 0; part < kParts; ++part)
                                 sums[t][part] = _mm512_add_ps(sums[t][part], _mm512_permutexvar_ps(index[part], entries));
                         }
+#pragma GCC unroll 4
                         for (int part = 0; part < kParts; ++part) index[part] = _mm512_srli_epi32(index[part], kTableColumns);
                     }
                 }
@@ -248,7 +264,9 @@ struct BinaryLoop {
             alignas(64) float scale[kBlockRows] = {};
             for (int64_t i = 0; i < rows.count; ++i)
                 scale[i] = load_as_float(product.scale_out, (rows.first + i) * product.binary_rank + term, DType(product.scale_dtype));
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; ++part) {
                     float* at = rows.sums + t * kBlockRows + 16 * part;
                     __m512 scaled = _mm512_mul_ps(sums[t][part], _mm512_load_ps(scale + 16 * part));

@@ -49,11 +49,15 @@ struct Pass {
         const uint8_t* signs = product.signs + (rows.first + first) * width;
         const uint16_t* end = static_cast<const uint16_t*>(product.values) + product.rows * kept;
         const uint16_t* values[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) values[r] = static_cast<const uint16_t*>(product.values) + (rows.first + first + r) * kept;
         const __m512i low = _mm512_load_si512(kSignPositions.low), high = _mm512_load_si512(kSignPositions.high);
         __m512 kept_sums[R][T][kChains], sign_sums[R][T][kChains];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
                 for (int chain = 0; chain < kChains; ++chain) kept_sums[r][t][chain] = sign_sums[r][t][chain] = _mm512_setzero_ps();
 
         int64_t column = 0;
@@ -61,11 +65,13 @@ struct Pass {
             // As many steps as cannot read past the end of the tensor, whatever the mask says.
             int64_t steps = (columns - column) / kStep;
             if (values_too)
+#pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) steps = (end - values[r]) / kStep < steps ? (end - values[r]) / kStep : steps;
             if (steps <= 0) break;
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
             // The next rows are fetched meanwhile: their bitmaps are too short and their values too irregular for the
             // processor's own prefetchers.
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 if (values_too) _mm_prefetch(reinterpret_cast<const char*>(masks + (R + r) * width), _MM_HINT_T0);
                 _mm_prefetch(reinterpret_cast<const char*>(signs + (R + r) * width), _MM_HINT_T0);
@@ -88,6 +94,7 @@ struct Pass {
                     uint64_t sign_bits;
                     __builtin_memcpy(&sign_bits, signs + r * width, 8);
                     __m512i signed_low = with_signs(sign_bits, low, scale_low), signed_high = with_signs(sign_bits, high, scale_high);
+#pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) {
                         __m512i x_low = _mm512_load_si512(x + t * padded + column), x_high = _mm512_load_si512(x + t * padded + column + 32);
                         if (values_too) {
@@ -103,6 +110,7 @@ struct Pass {
         for (; column < columns; column += kUnit, masks += kUnit / 8, signs += kUnit / 8) {
             const int64_t left = width - column / 8;
             __m512i scale_here = _mm512_load_si512(scale + column);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 __m512i kept_here = _mm512_setzero_si512();
                 if (values_too) {
@@ -112,6 +120,7 @@ struct Pass {
                     values[r] += used < present ? used : present;
                 }
                 __m512i signed_here = with_signs(load_bits(signs + r * width, left, 0), low, scale_here);
+#pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) {
                     __m512i x_here = _mm512_load_si512(x + t * padded + column);
                     if (values_too) multiply_add(kept_sums[r][t][0], kept_here, x_here);
@@ -120,9 +129,12 @@ struct Pass {
             }
         }
 
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             float scale_out = from_bfloat16(static_cast<const uint16_t*>(product.scale_out)[rows.first + first + r]);
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
                 for (int chain = 1; chain < kChains; ++chain) {
                     kept_sums[r][t][0] = _mm512_add_ps(kept_sums[r][t][0], kept_sums[r][t][chain]);
                     sign_sums[r][t][0] = _mm512_add_ps(sign_sums[r][t][0], sign_sums[r][t][chain]);

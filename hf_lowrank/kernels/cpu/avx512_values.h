@@ -57,6 +57,7 @@ struct BFloat16 : Bits16 {
         return {x.pieces + rows.first_token * x.padded, x.padded, x.tokens * x.padded};
     }
     AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
+#pragma GCC unroll 4
         for (int piece = 0; piece < Pieces; ++piece) {
             const uint16_t* at = x.at + token * x.token_stride + piece * x.piece_stride + column;
             sum = _mm512_dpbf16_ps(sum, (__m512bh)unit, (__m512bh)_mm512_loadu_si512(at));

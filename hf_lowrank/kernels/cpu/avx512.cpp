@@ -68,6 +68,7 @@ struct SparseFor {
             values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * product.kept;
             masks[r] = product.mask + (rows.first + first + r) * width;
         }
+        NextValues next = NextValues::of(values[0] + R * product.kept, R * product.kept * int64_t(sizeof(Element)), columns);
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
@@ -77,17 +78,20 @@ struct SparseFor {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
             if (steps <= 0) break;
+            if (steps > 8) steps = 8;
+            NextValues::fetch(next);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + column / 8), _MM_HINT_T0);
+#pragma GCC unroll 1
             for (int64_t stop = column + 64 * steps; column < stop; column += 64) {
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    // The next rows: they are read at irregular distances, which the processor's prefetchers do not follow.
-                    _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * product.kept), _MM_HINT_T0);
-                    if (column % 512 == 0) _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + (column >> 3)), _MM_HINT_T0);
+                    const uint8_t* mask = masks[r] + column / 8;
                     uint64_t bits;
-                    __builtin_memcpy(&bits, masks[r] + (column >> 3), 8);
-                    uint32_t low = static_cast<uint32_t>(bits), high = bits >> 32;
-                    auto left = Values::expand(Values::load(values[r]), low);
-                    auto right = Values::expand(Values::load(values[r] + _mm_popcnt_u32(low)), high);
+                    __builtin_memcpy(&bits, mask, 8);
+                    if (!next.lines) _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * product.kept), _MM_HINT_T0);
+                    auto left = Values::expand(Values::load(values[r]), load_mask(mask));
+                    auto right = Values::expand(Values::load(values[r] + _mm_popcnt_u32(static_cast<uint32_t>(bits))), load_mask(mask + 4));
                     values[r] += _mm_popcnt_u64(bits);
                     Sums<T, R, Values>::add(sums, r, left, x, column);
                     Sums<T, R, Values>::add(sums, r, right, x, column + kUnit);

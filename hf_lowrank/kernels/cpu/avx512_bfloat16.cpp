@@ -51,6 +51,7 @@ struct Pass {
         const uint16_t* values[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) values[r] = static_cast<const uint16_t*>(product.values) + (rows.first + first + r) * kept;
+        NextValues next = NextValues::of(values[0] + R * kept, R * kept * 2, columns);
         const __m512i low = _mm512_load_si512(kSignPositions.low), high = _mm512_load_si512(kSignPositions.high);
         __m512 kept_sums[R][T][kChains], sign_sums[R][T][kChains];
 #pragma GCC unroll 4
@@ -69,8 +70,7 @@ struct Pass {
                 for (int r = 0; r < R; ++r) steps = (end - values[r]) / kStep < steps ? (end - values[r]) / kStep : steps;
             if (steps <= 0) break;
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
-            // The next rows are fetched meanwhile: their bitmaps are too short and their values too irregular for the
-            // processor's own prefetchers.
+            if (values_too) NextValues::fetch(next);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 if (values_too) _mm_prefetch(reinterpret_cast<const char*>(masks + (R + r) * width), _MM_HINT_T0);
@@ -86,7 +86,7 @@ struct Pass {
                         const uint8_t* mask = masks + r * width;
                         uint64_t bits;
                         __builtin_memcpy(&bits, mask, 8);
-                        _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * kept), _MM_HINT_T0);
+                        if (!next.lines) _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * kept), _MM_HINT_T0);
                         kept_low = expand_words(_mm512_loadu_si512(values[r]), load_mask(mask));
                         kept_high = expand_words(_mm512_loadu_si512(values[r] + _mm_popcnt_u32(static_cast<uint32_t>(bits))), load_mask(mask + 4));
                         values[r] += _mm_popcnt_u64(bits);

@@ -13,6 +13,25 @@ namespace {
 
 AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
 
+// --- memory that will be read soon ---------------------------------------------------------------------------------------------
+
+// While a group of rows is multiplied the kept values of the next one, which lie right behind, are fetched: they are read at
+// irregular distances, which the processor's own prefetchers do not follow. Where they are many, some at every step; where they are
+// few, all that fall on 512 columns together, so that no line is asked for twice.
+struct NextValues {
+    const char* at;
+    int64_t lines;  // per 512 columns; 0: at every step
+
+    AVX512_INLINE NextValues of(const void* start, int64_t bytes, int64_t columns) {
+        int64_t lines = (bytes * 512 / columns + 63) / 64;
+        return {static_cast<const char*>(start), lines <= 12 ? lines : 0};
+    }
+    // At the first of 512 columns.
+    AVX512_INLINE void fetch(NextValues& next) {
+        for (const char* stop = next.at + 64 * next.lines; next.at < stop; next.at += 64) _mm_prefetch(next.at, _MM_HINT_T0);
+    }
+};
+
 // --- 32 values of a row and their product with 32 columns of x ---------------------------------------------------------------
 
 // Keeps a value in a register: expand instructions with a memory operand take a micro-operation per element on AMD.

@@ -254,7 +254,11 @@ AVX2_INLINE void transpose_words(const __m256i (&rows)[8], __m256i* out, int str
     }
 }
 
-// Lanes are rows. Three of four sign bits select among eight sums in each of two registers, the fourth between the two.
+// Lanes are rows. Three sign bits select one of the eight sums ± s₀ ± s₁ ± s₂ of the scaled inputs, which stand in one register
+// (vpermps looks at the low three bits of an index only); 32 columns make ten such groups and one of two columns.
+constexpr int kGroupColumns = 3, kGroups = 11, kEntries = 8;
+constexpr int64_t kWordTable = kUnit / kTableColumns * kTableEntries;  // room for the sums of 32 columns, of which 88 are used
+
 template <int T>
 struct BinaryLoop {
     static constexpr int kParts = T == 1 ? 4 : T <= 3 ? 2 : 1;
@@ -292,20 +296,16 @@ struct BinaryLoop {
                     for (int part = 0; part < kParts; ++part)
                         load_words(product, rows, first + part * kLanes, byte, width, &words[0][part]);
                     for (int64_t word = 0; word < kStep / 4 && byte + 4 * word < width; ++word) {
-                        const float* table = tables + (byte + 4 * word) * (8 / kTableColumns) * kTableEntries;
-#pragma GCC unroll 8
-                        for (int group = 0; group < kUnit / kTableColumns; ++group) {
+                        const float* table = tables + (byte / 4 + word) * kWordTable;
+#pragma GCC unroll 11
+                        for (int group = 0; group < kGroups; ++group) {
 #pragma GCC unroll 4
                             for (int t = 0; t < T; ++t) {
-                                const float* entries = table + t * table_size + group * kTableEntries;
-                                __m256 minus = _mm256_load_ps(entries), plus = _mm256_load_ps(entries + 8);
+                                __m256 entries = _mm256_load_ps(table + t * table_size + group * kEntries);
 #pragma GCC unroll 4
                                 for (int part = 0; part < kParts; ++part) {
-                                    __m256i index = _mm256_srli_epi32(words[word][part], group * kTableColumns);
-                                    __m256i fourth = _mm256_slli_epi32(words[word][part], 28 - group * kTableColumns);
-                                    __m256 sum = _mm256_blendv_ps(_mm256_permutevar8x32_ps(minus, index),
-                                                                  _mm256_permutevar8x32_ps(plus, index), _mm256_castsi256_ps(fourth));
-                                    sums[t][part] = _mm256_add_ps(sums[t][part], sum);
+                                    __m256i index = _mm256_srli_epi32(words[word][part], group * kGroupColumns);
+                                    sums[t][part] = _mm256_add_ps(sums[t][part], _mm256_permutevar8x32_ps(entries, index));
                                 }
                             }
                         }
@@ -334,12 +334,13 @@ AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
     // Bit j of an entry's index set: + column j; clear: − column j.
     const __m256 signs[3] = {_mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1), _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1),
                              _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1)};
-    for (int64_t column = 0; column < padded; column += kTableColumns, out += kTableEntries) {
-        __m256 sum = _mm256_mul_ps(signs[0], _mm256_set1_ps(scaled[column]));
-        for (int j = 1; j < 3; ++j) sum = _mm256_fmadd_ps(signs[j], _mm256_set1_ps(scaled[column + j]), sum);
-        __m256 last = _mm256_set1_ps(scaled[column + 3]);
-        _mm256_store_ps(out, _mm256_sub_ps(sum, last));
-        _mm256_store_ps(out + 8, _mm256_add_ps(sum, last));
+    for (int64_t first = 0; first < padded; first += kUnit, out += kWordTable) {
+        for (int group = 0; group < kGroups; ++group) {
+            __m256 sum = _mm256_setzero_ps();
+            for (int j = 0; j < 3 && kGroupColumns * group + j < kUnit; ++j)
+                sum = _mm256_fmadd_ps(signs[j], _mm256_set1_ps(scaled[first + kGroupColumns * group + j]), sum);
+            _mm256_store_ps(out + group * kEntries, sum);
+        }
     }
 }
 

@@ -17,7 +17,7 @@ constexpr int64_t kBlockRows = 64, kBlockTokens = 16;
 constexpr int64_t kGroupTokens = 4;
 // Columns of x are padded with zeros to a multiple of this.
 constexpr int64_t kUnit = 32;
-// Columns that share one lookup table of signed sums, and its entries.
+// Columns that share one lookup table of signed sums, and its entries; AVX2 arranges the same memory in its own way.
 constexpr int64_t kTableColumns = 4;
 constexpr int64_t kTableEntries = 16;
 
@@ -49,7 +49,7 @@ struct Prepared {
     int64_t tokens, columns, padded;
     float* values;     // (tokens, padded)
     float* scaled;     // (tokens, padded): scale_in ⊙ x, for one term at a time
-    float* tables;     // (binary_rank, tokens, padded / 4, 16): Σ ± scaled over 4 columns, for each of 16 sign patterns
+    float* tables;     // (binary_rank, tokens, padded / 4, 16): Σ ± scaled over a few columns, for each of their sign patterns
     uint16_t* pieces;  // (piece_count, tokens, padded) bfloat16 whose sum is x: one where x is bfloat16, up to three otherwise
     int piece_count;
     uint16_t* scale_in;     // (padded,) bfloat16, where multiplies_signs
@@ -67,7 +67,7 @@ struct Kernels {
     void (*packed)(const Product&, const Prepared&, const Rows&);
     // matrix (rows, prepared.columns) of the given dtype
     void (*dense)(const void* matrix, DType dtype, const Prepared&, const Rows&);
-    // 16 signed sums for every 4 columns of `scaled` (padded,)
+    // the signed sums of `scaled` (padded,) that `packed` looks up
     void (*tables)(const float* scaled, int64_t padded, float* out);
     // one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in (binary_rank, padded)
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);

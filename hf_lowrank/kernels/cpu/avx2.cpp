@@ -1,4 +1,5 @@
 // AVX2 (with FMA and F16C) loops: eight columns at a time, converted to float32.
+#include "dequantize.h"
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -344,10 +345,12 @@ AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
     }
 }
 
+AVX2 void dequantize(const Product& product, int64_t row, float* out) { dequantize_row(product, row, out); }
+
 }  // namespace
 
 const Kernels& avx2_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, portable_kernels().unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize, portable_kernels().unpack, false};
     return kernels;
 }
 

@@ -11,6 +11,7 @@
 namespace hf_lowrank {
 namespace {
 
+AVX512_INLINE __mmask64 first_of_64(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
 AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
 
 // --- memory that will be read soon ---------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 // Plain C++ loops, for every other processor.
+#include "dequantize.h"
 #include "product.h"
 
 namespace hf_lowrank {
@@ -143,7 +144,7 @@ void unpack(const Product& product, const float* scale_in, int64_t padded, int64
 }  // namespace
 
 const Kernels& portable_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize_row, unpack, false};
     return kernels;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <vector>
 
 #include "threads.h"
 
@@ -179,6 +180,41 @@ void for_each_block(const Product& product, int64_t row_count, const Step& step,
     parallel_for(product.threads, (row_count + kBlockRows - 1) / kBlockRows, block);
 }
 
+// Rows [first, first + count) of codes as a product of its own, its values float32 in memory of the calling thread.
+Product dequantized(const Product& product, const Kernels& kernels, int64_t first, int64_t count) {
+    thread_local Scratch scratch;
+    float* values = reinterpret_cast<float*>(scratch.at_least((count * product.kept + kCodeStep) * 4));
+    for (int64_t i = 0; i < count; ++i) kernels.dequantize(product, first + i, values + i * product.kept);
+    Product rows = product;
+    rows.rows = count;
+    rows.values = values;
+    rows.values_dtype = kFloat32;
+    if (product.mask) rows.mask = product.mask + first * ((product.columns + 7) / 8);
+    return rows;
+}
+
+// A few rows at a time are dequantised, and multiplied while they are in the cache.
+void multiply_codes(const Product& product, const Kernels& kernels, const Prepared& x, const Rows& rows) {
+    constexpr int64_t step = 4;
+    for (int64_t first = 0; first < rows.count; first += step) {
+        const int64_t count = std::min(step, rows.count - first);
+        const Product values = dequantized(product, kernels, rows.first + first, count);
+        const Rows few = {0, count, rows.first_token, rows.token_count, rows.sums + first};
+        if (product.mask) kernels.packed(values, x, few);
+        else kernels.dense(values.values, kFloat32, x, few);
+    }
+}
+
+// Where the values of A x, then those of B (A x), lie in y; empty if the pivots are not as many as the rank.
+std::vector<int64_t> output_order(const Product& product) {
+    std::vector<int64_t> pivots, others;
+    for (int64_t row = 0; product.pivots && row < product.outputs; ++row)
+        (product.pivots[row / 8] >> row % 8 & 1 ? pivots : others).push_back(row);
+    if (static_cast<int64_t>(pivots.size()) != product.rank) return {};
+    pivots.insert(pivots.end(), others.begin(), others.end());
+    return pivots;
+}
+
 }  // namespace
 }  // namespace hf_lowrank
 
@@ -189,48 +225,54 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_instruction
     return best;
 }
 
-// Computes product.y; 0 when done, 1 when x (or A x) has a value that is not finite, whose product is left to the caller: zeros
-// that are not stored would have to turn it into a NaN, or not, as in the dense product.
+// Computes product.y; 0 when done, 1 when x (or A x) has a value that is not finite, or the pivots are not as many as the rank: that
+// product is left to the caller. Zeros that are not stored would have to turn an infinity into a NaN, or not, as in the dense product.
 extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(const Product* argument) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
-    DType dtype = DType(product.x_dtype);
+    const DType dtype = DType(product.x_dtype), lowrank_dtype = DType(product.lowrank_dtype);
     // A x is rounded to 16 significant bits where the result has 8 or 11 of them.
     const bool chained = product.lowrank_a;
     Forms forms(product.tokens, product.columns), inner_forms(product.tokens, chained ? product.rank : 0);
     if (product.values) forms.add_matrix(DType(product.values_dtype), kernels, exact_pieces(dtype));
-    if (product.lowrank_b) forms.add_matrix(DType(product.lowrank_dtype), kernels, exact_pieces(dtype));
+    if (product.codes) forms.add_matrix(kFloat32, kernels, 0);
+    if (product.lowrank_b) forms.add_matrix(lowrank_dtype, kernels, exact_pieces(dtype));
     if (product.signs) forms.add_signs(product, kernels);
-    if (chained) inner_forms.add_matrix(DType(product.lowrank_dtype), kernels, dtype == kFloat32 ? 3 : 2);
+    if (chained) inner_forms.add_matrix(lowrank_dtype, kernels, dtype == kFloat32 ? 3 : 2);
     thread_local Scratch scratch;
     char* memory = scratch.at_least(forms.bytes() + inner_forms.bytes() + round_up(product.tokens * inner_forms.columns * 4, 64));
     Prepared x = forms.in(memory);
     if (!prepare(product.x, dtype, product, kernels, forms, x)) return 1;
+    std::vector<int64_t> order = output_order(product);
+    if (product.pivots && order.empty()) return 1;
+    auto store = [&](int64_t token, int64_t row, float sum) {
+        store_from_float(product.y, token * product.outputs + (product.pivots ? order[row] : row), dtype, sum);
+    };
 
-    DType lowrank_dtype = DType(product.lowrank_dtype);
     Prepared inner = chained ? inner_forms.in(memory + forms.bytes()) : x;
     if (chained) {
         float* ax = reinterpret_cast<float*>(memory + forms.bytes() + inner_forms.bytes());
         for_each_block(
             product, product.rank, [&](const Rows& rows) { kernels.dense(product.lowrank_a, lowrank_dtype, x, rows); },
-            [&](int64_t token, int64_t row, float sum) { ax[token * product.rank + row] = sum; });
+            [&](int64_t token, int64_t row, float sum) {
+                ax[token * product.rank + row] = sum;
+                if (product.pivots) store(token, row, sum);
+            });
         if (!prepare(ax, kFloat32, product, kernels, inner_forms, inner)) return 1;
     }
     for_each_block(
         product, product.rows,
         [&](const Rows& rows) {
             if (product.signs || product.values) kernels.packed(product, x, rows);
+            if (product.codes) multiply_codes(product, kernels, x, rows);
             if (product.lowrank_b) kernels.dense(product.lowrank_b, lowrank_dtype, inner, rows);
         },
-        [&](int64_t token, int64_t row, float sum) {
-            if (product.bias) sum += load_as_float(product.bias, row, DType(product.bias_dtype));
-            store_from_float(product.y, token * product.rows + row, dtype, sum);
-        });
+        [&](int64_t token, int64_t row, float sum) { store(token, product.pivots ? product.rank + row : row, sum); });
     return 0;
 }
 
-// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse and binary parts, (row_count, columns) of dtype
-// x_dtype, to product.y.
+// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse, binary or quantised part, (row_count, columns) of
+// dtype x_dtype, to product.y.
 extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const Product* argument, int64_t first_row, int64_t row_count) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
@@ -241,9 +283,15 @@ extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const P
         for (int64_t j = 0; j < padded; ++j)
             scale_in[term * padded + j] =
                 j < product.columns ? load_as_float(product.scale_in, term * product.columns + j, DType(product.scale_dtype)) : 0.0f;
+    const std::vector<uint8_t> all((product.columns + 7) / 8, 0xff);
     int64_t row_bytes = product.columns * element_size(DType(product.x_dtype));
-    auto unpack = [&](int64_t row) {
-        kernels.unpack(product, scale_in, padded, first_row + row, static_cast<char*>(product.y) + row * row_bytes);
+    auto unpack = [&](int64_t index) {
+        const int64_t row = first_row + index;
+        char* out = static_cast<char*>(product.y) + index * row_bytes;
+        if (!product.codes) return kernels.unpack(product, scale_in, padded, row, out);
+        Product values = dequantized(product, kernels, row, 1);
+        if (!product.mask) values.mask = all.data();
+        kernels.unpack(values, scale_in, padded, 0, out);
     };
     parallel_for(product.threads, row_count, unpack);
 }

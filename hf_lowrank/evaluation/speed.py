@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from .. import kernels
-from ..kernels import cpu
-from ..kernels.cpu import native
+from ..kernels.cpu import native, products
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.packing import pack_bits
@@ -272,13 +271,13 @@ def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tu
 
 def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:
     """The package's own dense product of each copy, where this machine has one for x."""
-    if x.device.type != "cpu" or native.library() is None or cpu.dense_linear(x, dense[0].weight) is None:
+    if x.device.type != "cpu" or native.library() is None or products.dense_linear(x, dense[0].weight) is None:
         return []
     return [partial(_gemv, layer.weight) for layer in dense]
 
 
 def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:
-    return cpu.dense_linear(x, weight)
+    return products.dense_linear(x, weight)
 
 
 @torch.inference_mode()

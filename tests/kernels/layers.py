@@ -66,6 +66,7 @@ class PackedLayer:
     def arguments(self, form: str) -> tuple[Any, ...]:
         """The layer's tensors and numbers in the order that an operation takes them."""
         codes, kept = self.codes, self.kept_codes
+        form_of_kept = (kept.bits, kept.group, kept.shape[1])
         parts: dict[str, tuple[Any, ...]] = {
             "bitmask_linear": self.bitmask,
             "binary_linear": self.binary,
@@ -73,9 +74,7 @@ class PackedLayer:
             "lowrank_linear": self.lowrank,
             "pivoted_linear": (*self.lowrank, packing.pack_bits(self.pivots), len(self.pivots)),
             "quantized_linear": (pack_codes(codes.codes, codes.bits), codes.scale, None, codes.bits, codes.group, codes.shape[1]),
-            "quantized_linear, bitmask": (
-                pack_codes(kept.codes, kept.bits), kept.scale, self.weight_mask, kept.bits, kept.group, kept.shape[1]
-            ),  # fmt: skip
+            "quantized_linear, bitmask": (pack_codes(kept.codes, kept.bits), kept.scale, self.weight_mask, *form_of_kept),
         }
         return parts[form]
 

@@ -85,6 +85,8 @@ struct CodePositions {
     }
 };
 constexpr CodePositions kCodePositions;
+// Rows whose codes are fetched meanwhile: a row is too short for the processor's own prefetchers to help much.
+constexpr int64_t kRowsAhead = 4;
 
 AVX512 void dequantize_groups(const Product& product, int64_t row, float* out) {
     const int bits = product.code_bits;
@@ -98,14 +100,15 @@ AVX512 void dequantize_groups(const Product& product, int64_t row, float* out) {
         const int64_t last = product.kept - first < product.group ? product.kept : first + product.group;
         for (int64_t i = first; i < last; i += kCodeStep) {
             const int64_t byte = i / 8 * bits;
+            _mm_prefetch(reinterpret_cast<const char*>(codes + byte + kRowsAhead * width), _MM_HINT_T0);
             __m512i packed = _mm512_maskz_loadu_epi8(first_of_64(width - byte), codes + byte);
             __m512i spread = _mm512_multishift_epi64_epi8(positions, _mm512_permutexvar_epi8(bytes, packed));
-            alignas(64) uint8_t each[kCodeStep];
-            _mm512_store_si512(each, _mm512_and_si512(spread, code_mask));
+            __m512i each = _mm512_and_si512(spread, code_mask);
+            const __m128i sixteens[4] = {_mm512_castsi512_si128(each), _mm512_extracti32x4_epi32(each, 1), _mm512_extracti32x4_epi32(each, 2),
+                                         _mm512_extracti32x4_epi32(each, 3)};
 #pragma GCC unroll 4
             for (int part = 0; part < 4; ++part) {
-                __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(each + 16 * part));
-                __m512 levels = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen)), center);
+                __m512 levels = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteens[part])), center);
                 _mm512_storeu_ps(out + i + 16 * part, _mm512_mul_ps(levels, scale));
             }
         }

@@ -18,7 +18,7 @@ def describe(operation: str) -> tuple[str, str]:
     """Name of the back end of an operation, and what it does here or why it cannot."""
     if native.library() is None:
         return "torch", "the C++ library was not built; install a C++ compiler and reinstall hf_lowrank"
-    name = f"{NAME} ({native.INSTRUCTION_SETS[native.instruction_set()]})"
+    name = f"{NAME} ({native.instruction_set_in_use()})"
     if operation.endswith("_grad"):
         return name, "tiles unpacked in C++ and multiplied by torch; bfloat16, float16, float32"
     many = "tiles unpacked in C++ and multiplied by torch"

@@ -82,6 +82,11 @@ def instruction_set() -> int:
     return _forced[-1] if _forced else _from_environment()
 
 
+def instruction_set_in_use() -> str:
+    """Its name."""
+    return INSTRUCTION_SETS[instruction_set()]
+
+
 @cache
 def _from_environment() -> int:
     name = os.environ.get(ENVIRONMENT_VARIABLE)

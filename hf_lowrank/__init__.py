@@ -13,6 +13,7 @@ from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .runtime.guard import guard_configs
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
+from .runtime.ops import on_first_use
 from .runtime.saving import CompleteSave
 from .version import __version__
 
@@ -48,6 +49,10 @@ def _compress_on_load(model: Any, config: CompressionConfig) -> None:
     importlib.import_module(".pipeline", __name__).compress_on_load(model, config)
 
 
+def _load_kernels() -> None:
+    importlib.import_module(".kernels", __name__).load_by_default()
+
+
 class _Publisher:
     """Cards and uploads, imported when a model is saved."""
 
@@ -59,6 +64,7 @@ class _Publisher:
 
 
 CompleteSave.publisher = _Publisher()
+on_first_use(_load_kernels)
 
 
 def _register() -> None:

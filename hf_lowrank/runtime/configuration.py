@@ -194,6 +194,9 @@ class CompressionConfig(QuantizationConfigMixin):
     provenance: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
     )
+    checksums: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "recorded when saving: sha256 of the checkpoint's files; `hf-lowrank verify` compares them"}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
     layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
     quant_method: str = field(  # type: ignore[assignment]  # transformers types it as its own enumeration
@@ -210,14 +213,17 @@ class CompressionConfig(QuantizationConfigMixin):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least {least}")
         for name in ("method", "calibration"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a name")
-        for name in ("options", "provenance"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value or not value.isprintable():
+                raise CompressionError(f"{name}: found {value!r}, expected a name")
+        for name in ("options", "provenance", "checksums"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
         names = self.modules_to_not_convert
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CompressionError(f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns")
+        if not all(isinstance(text, str) for item in self.checksums.items() for text in item):
+            raise CompressionError("checksums: expected sha256 sums in hexadecimal digits, by file name")
         if self.accounting not in ("bits", "paper"):
             raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
 
@@ -246,7 +252,12 @@ class CompressionConfig(QuantizationConfigMixin):
         layers = values.pop("layers", {})
         if not isinstance(layers, dict):
             raise CheckpointError(f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name")
-        config = cls(**values, layers={name: LayerSpec.from_dict(name, spec) for name, spec in layers.items()})
+        try:
+            config = cls(**values, layers={name: LayerSpec.from_dict(name, spec) for name, spec in layers.items()})
+        except CheckpointError:
+            raise
+        except CompressionError as error:
+            raise CheckpointError(f"quantization_config.{error}") from error
         unused = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
         for key in kwargs.keys() - unused.keys():
             setattr(config, key, kwargs[key])

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 if TYPE_CHECKING:  # never run: transformers copies the files that are named here, older 5.x only those named in this very file
+    from .checksums import record_checksums  # noqa: F401
     from .configuration import CompressionConfig  # noqa: F401
+    from .contents import validate_contents  # noqa: F401
     from .errors import CompressionError  # noqa: F401
+    from .guard import guard_configs  # noqa: F401
+    from .headers import read_header  # noqa: F401
     from .layers import CompressedLinear  # noqa: F401
     from .ops import bitmask_linear  # noqa: F401
     from .packing import pack_bits  # noqa: F401

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
+from .checksums import file_checksum, record_checksums
 from .errors import CompressionError
 from .layers import CompressedLinear
 
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNTIME_FILES = (
+    "checksums.py",
     "configuration.py",
+    "contents.py",
     "errors.py",
+    "guard.py",
+    "headers.py",
     "layers.py",
     "modeling_hf_lowrank.py",
     "ops.py",
@@ -102,13 +107,15 @@ class CompleteSave:
         if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
             type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
-        record_layers(model)
         if kwargs.get("distributed_checkpoint"):
             raise CompressionError(
                 f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers cannot open; "
                 "leave it out, and one process writes the whole model"
             )
+        record_layers(model)
         model.config.auto_map = auto_map(model)
+        here = Path(__file__).parent
+        model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
@@ -122,7 +129,10 @@ class CompleteSave:
             type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push, **kwargs)
         finally:
             self.state_dict = None
-        if publisher is not None and is_main_process and folder.is_dir():
+        if not is_main_process or not folder.is_dir():
+            return
+        record_checksums(folder, RUNTIME_FILES)
+        if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
                 publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
@@ -201,6 +211,14 @@ class CompletePush:
             return self.publisher.upload(Path(folder), repo_id, **options)
 
 
+def write_runtime(folder: Path) -> None:
+    """Copy the runtime's files, those beside this one, to a folder."""
+    here = Path(__file__).parent
+    if here.resolve() != folder.resolve():
+        for name in RUNTIME_FILES:
+            shutil.copyfile(here / name, folder / name)
+
+
 def record_layers(model: "PreTrainedModel") -> None:
     """Write into the model's config what its layers store now: they grow when adapters are merged.
 
@@ -216,14 +234,6 @@ def record_layers(model: "PreTrainedModel") -> None:
                 "(PeftModel.save_pretrained) or merge it first (merge_and_unload)"
             )
         layers[name] = module.spec
-
-
-def write_runtime(folder: Path) -> None:
-    """Copy the runtime's files, those beside this one, to a folder."""
-    here = Path(__file__).parent
-    if here.resolve() != folder.resolve():
-        for name in RUNTIME_FILES:
-            shutil.copyfile(here / name, folder / name)
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Spectra of all layers in the dense model first, then ranks, then the layers."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ..calibration import BlockBatch
+from ..locking import locked
 from ..methods import Statistics
 from ..methods.soco import SoCo
 from ..methods.spectral import Measurement, SpectralMethod
@@ -36,16 +38,18 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
 def _learn(
     run: Run, method: SoCo, measurements: dict[str, Measurement], work_dir: Path | None
 ) -> tuple[dict[str, Measurement], dict[str, int | None]]:
-    """SoCo's training; its state lives in the work folder until it is done."""
-    state = None
+    """SoCo's training; its state lives in the work folder until it is done, and no other process may use that meanwhile."""
+    state: Path | None = None
+    hold: AbstractContextManager[None] = nullcontext()
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
-        state = work_dir / SPECTRUM_STATE
-    learned, ranks, curve = learn_spectrum(
-        run.model, method, measurements, run.tokens, run.budget, run.available, run.config.seed, state,
-        lambda done, total: run.step("learning the spectrum", done, total),
-    )  # fmt: skip
-    if state is not None:
-        state.unlink(missing_ok=True)
+        state, hold = work_dir / SPECTRUM_STATE, locked(work_dir)
+    with hold:
+        learned, ranks, curve = learn_spectrum(
+            run.model, method, measurements, run.tokens, run.budget, run.available, run.config.seed, state,
+            lambda done, total: run.step("learning the spectrum", done, total),
+        )  # fmt: skip
+        if state is not None:
+            state.unlink(missing_ok=True)
     run.curve = curve.__dict__
     return learned, ranks

@@ -24,6 +24,7 @@ from .calibration.texts import DATASETS, read_documents, token_stream, windows
 from .child_process import ProcessError, run
 from .evaluation.perplexity import LONGEST_WINDOW
 from .inspection import inspect_checkpoint
+from .locking import locked
 from .methods import make_method
 from .models import compression_of, load_config, load_tokenizer, skeleton
 from .runtime.configuration import CompressionConfig
@@ -161,8 +162,15 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
         What `results.json` holds: what the figures depend on, the dense model's record, and the records of the candidates.
 
     Raises:
-        CompressionError: if the dense model cannot be measured. A candidate that fails is recorded with the reason instead.
+        CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that fails is recorded with
+            the reason instead.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _compare(comparison, wanted, out, keep, say)
+
+
+def _compare(comparison: Comparison, wanted: list[Candidate], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()

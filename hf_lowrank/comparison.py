@@ -165,19 +165,20 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
         CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that fails is recorded with
             the reason instead.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        return _compare(comparison, wanted, out, keep, say)
-
-
-def _compare(comparison: Comparison, wanted: list[Candidate], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()
+    if finished(out / "combinations" / "dense.json", inputs, lambda line: None) is None:
+        check_texts(comparison)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _compare(comparison, wanted, inputs, out, keep, say)
+
+
+def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, Any], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     finished_files, working = out / "combinations", out / "working"
     dense = finished(finished_files / "dense.json", inputs, say)
     if dense is None:
-        check_texts(comparison)
         finished_files.mkdir(parents=True, exist_ok=True)
         dense = {"inputs": inputs, **dense_storage(comparison), "texts": _evaluate(comparison, comparison.model)}
         write_json(finished_files / "dense.json", dense)

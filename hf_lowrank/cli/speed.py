@@ -15,7 +15,6 @@ def env(as_json: Json = False) -> None:
     """Show versions, the machine, and which back end computes each operation and why."""
     from .. import kernels
     from ..evaluation.machine import machine
-    from ..evaluation.speed import ModelSpeed
 
     found, back_ends = machine(), kernels.describe()
     if as_json:

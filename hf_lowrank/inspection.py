@@ -7,7 +7,7 @@ from typing import Any
 
 from .architectures import find_blocks, find_layers
 from .models import compression_of, load_config, skeleton
-from .runtime.errors import CompressionError
+from .runtime.errors import CheckpointError, CompressionError
 from .runtime.saving import REPORT_FILE
 from .runtime.validation import read_header, resolve_layers
 
@@ -109,7 +109,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         model_bytes=model_bits // 8,
         dense_model_bytes=dense_model_bits // 8,
         model_ratio=1 - model_bits / dense_model_bits,
-        disk_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        disk_bytes=sum(file.stat().st_size for file in weight_files(folder)),
         layers=layers,
         warnings=report.get("warnings", []),
     )
@@ -117,15 +117,32 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
     tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         for name, (dtype, shape) in read_header(str(file)).items():
             numel = 1
             for side in shape:
                 numel *= side
             tensors[name] = (dtype, numel)
-    if not tensors:
-        raise CompressionError(f"{folder}: holds no *.safetensors file; download the checkpoint again")
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The shards that the index of a checkpoint names, or the one file that there must be.
+
+    Raises:
+        CheckpointError: if one of them is missing, or the index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if index.is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: is damaged ({error!r}); download the checkpoint again") from error
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; save the model again, or download the checkpoint again")
+    return files
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .inspection import weight_files
 from .report import sampled_spectrum
 from .runtime.layers import CompressedLinear, build_layer
 from .runtime.validation import dense_shape
@@ -20,7 +21,7 @@ def stored_spectra(folder: Path, model: Any, specs: dict[str, Any], names: Itera
         names: of the layers; only these are read.
     """
     owners: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             owners |= dict.fromkeys(tensors.keys(), file)
     spectra = {}

@@ -101,8 +101,10 @@ def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of every tensor of a safetensors file, by name, without reading any of them.
 
     Raises:
-        CheckpointError: if the file is truncated or its header cannot be read.
+        CheckpointError: if there is no such file, it is truncated, or its header cannot be read.
     """
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{file}: missing, though the checkpoint's index names it; download it again")
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

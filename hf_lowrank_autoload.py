@@ -21,5 +21,7 @@ def register() -> None:
     registration = importlib.util.module_from_spec(spec)  # by its path: the package itself would import transformers
     spec.loader.exec_module(registration)
     # if the quantizers are what imports torch, they are not complete yet; what needs them is imported later
+    if "transformers.configuration_utils" not in sys.modules:  # a config is read before any model: it is checked, too
+        registration.after_import("transformers.models.auto.configuration_auto", lambda: importlib.import_module("hf_lowrank"))
     name = "transformers.modeling_utils" if "transformers.quantizers.auto" in sys.modules else "transformers.quantizers.auto"
     registration.after_import(name, lambda: importlib.import_module("hf_lowrank"))

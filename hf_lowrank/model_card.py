@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration.texts import DATASETS
-from .inspection import inspect_checkpoint
+from .inspection import damaged_report, inspect_checkpoint
 from .methods import method_class, registered_methods
 from .runtime.errors import CheckpointError
 from .runtime.saving import CARD_FILE, REPORT_FILE
@@ -106,8 +106,9 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     Raises:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
-    config, report = read_config(folder), _read_json(folder / REPORT_FILE)
-    return model_card(config, asdict(inspect_checkpoint(folder)), report, name or folder.resolve().name)
+    config, inspection, report = read_config(folder), asdict(inspect_checkpoint(folder)), _read_json(folder / REPORT_FILE)
+    with damaged_report(folder):
+        return model_card(config, inspection, report, name or folder.resolve().name)
 
 
 def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[str, Any], name: str) -> ModelCard:

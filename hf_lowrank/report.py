@@ -33,6 +33,9 @@ class LayerReport:
     kept: int
     rank: int
     binary_rank: int
+    pivoted: bool
+    weight_bits: int
+    lowrank_bits: int
     out_features: int
     in_features: int
     bits_per_weight: float
@@ -41,10 +44,16 @@ class LayerReport:
     relative_error: float
     metric: str
     tokens: int
-    pivoted: bool
-    weight_bits: int
-    lowrank_bits: int
     spectrum: list[float] | None = None
+
+
+@dataclass
+class BlockRefinement:
+    """A block's error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² on the calibration tokens, before and after its refinement."""
+
+    name: str
+    before: float
+    after: float
 
 
 @dataclass
@@ -57,6 +66,7 @@ class Report:
         layers: one entry per compressed layer. dense: reason of each layer left dense, by name.
         warnings: what the user must know.
         curve: SoCo's loss, ratio and phase per step.
+        refinement: one entry per block, if blocks were refined; the errors of the layers are then those after it.
     """
 
     method: str
@@ -68,6 +78,7 @@ class Report:
     dense: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, list[float]] | None = None
+    refinement: list[BlockRefinement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +97,9 @@ def layer_report(
         spec.kept,
         spec.rank,
         spec.binary_rank,
+        spec.pivoted,
+        spec.weight_bits,
+        spec.lowrank_bits,
         layer.out_features,
         layer.in_features,
         bits / weight.numel(),
@@ -94,9 +108,6 @@ def layer_report(
         relative_error(weight, layer.to_dense(weight.dtype), statistics),
         "column_norms" if statistics.gram is None else "gram",
         statistics.tokens,
-        spec.pivoted,
-        spec.weight_bits,
-        spec.lowrank_bits,
         spectrum,
     )
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -46,16 +48,27 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except MemoryError:
             _fail(OUT_OF_MEMORY)
         except RuntimeError as error:
+            if str(error).startswith("CUDA error"):
+                _fail(f"the device failed ({str(error).splitlines()[0]}); nothing was left behind")
             if not any(sign in str(error) for sign in ("out of memory", "DefaultCPUAllocator")):
                 raise
             _fail(OUT_OF_MEMORY)
         except OSError as error:
             _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and the free space")
-        except KeyboardInterrupt:
-            typer.echo("interrupted; nothing was left behind", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, Terminated)
+            typer.echo(f"{'terminated' if terminated else 'interrupted'}; nothing was left behind", err=True)
+            raise typer.Exit(143 if terminated else 130) from None
 
     return run
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: cleanly."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
 
 
 class SeveralValues(typer.core.TyperCommand):
@@ -82,6 +95,8 @@ def main() -> None:
     """Quiet neighbours: only our own warnings reach the terminal."""
     import transformers
 
+    if threading.current_thread() is threading.main_thread():  # the only one in which Python allows it
+        signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

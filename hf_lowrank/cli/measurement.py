@@ -1,4 +1,4 @@
-"""Verbs that measure models: evaluate, inspect, report, compare."""
+"""Verbs that measure models: evaluate, inspect, verify, report, compare."""
 
 import dataclasses
 from pathlib import Path
@@ -120,6 +120,25 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
     columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
     print_table(f"{folder}: {found.method}", columns, rows)
     show_totals(found)
+
+
+@app.command()
+@one_line_errors
+def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
+    """Check a compressed checkpoint, byte by byte, without running anything of it: is it whole, and what its author saved?"""
+    from ..verification import verify_checkpoint
+
+    found = verify_checkpoint(folder)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        for problem in found.problems:
+            typer.echo(problem)
+        typer.echo(f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}")
+    if not found.sound:
+        raise CompressionError(f"{folder}: verdict: not sound, {len(found.problems)} problems")
+    if not as_json:
+        typer.echo(f"{folder}: verdict: sound, as it was saved")
 
 
 @app.command()

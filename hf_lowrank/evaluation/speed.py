@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from .. import kernels
-from ..kernels import cpu
-from ..kernels.cpu import native
+from ..kernels.cpu import native, products
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.packing import pack_bits
@@ -120,6 +119,7 @@ def benchmark_layers(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     repeats: int = 30,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[LayerSpeed]:
     """Time compressed layers of random content beside `nn.Linear`.
 
@@ -128,6 +128,7 @@ def benchmark_layers(
         layouts: what each compressed layer stores, as a function of (out, in).
         tokens: rows of the input.
         threads: numbers of torch's threads to measure with; those in use when empty.
+        clock: seconds; `time.thread_time`, for one thread, does not count what other processes take of a shared machine.
     """
     kernels.load()
     results = []
@@ -143,7 +144,7 @@ def benchmark_layers(
                     yardstick = _yardsticks(dense, x)
                     if yardstick:
                         calls[GEMV] = yardstick
-                    timings = _in_turn(calls, x, repeats)
+                    timings = _in_turn(calls, x, repeats, clock)
                 results += [
                     LayerSpeed(
                         name,
@@ -270,34 +271,34 @@ def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tu
 
 def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:
     """The package's own dense product of each copy, where this machine has one for x."""
-    if x.device.type != "cpu" or native.library() is None or cpu.dense_linear(x, dense[0].weight) is None:
+    if x.device.type != "cpu" or native.library() is None or products.dense_linear(x, dense[0].weight) is None:
         return []
     return [partial(_gemv, layer.weight) for layer in dense]
 
 
 def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:
-    return cpu.dense_linear(x, weight)
+    return products.dense_linear(x, weight)
 
 
 @torch.inference_mode()
-def _in_turn(calls: Mapping[str, Sequence[Call]], x: Tensor, repeats: int) -> dict[str, Timing]:
+def _in_turn(calls: Mapping[str, Sequence[Call]], x: Tensor, repeats: int, clock: Callable[[], float]) -> dict[str, Timing]:
     """Every variant once per repeat, each time with its next copy; the first round, which warms up, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, copies in calls.items():
             call = copies[repeat % len(copies)]
-            seconds[name].append(_seconds(partial(call, x), x.device))
+            seconds[name].append(_seconds(partial(call, x), x.device, clock))
     return {name: Timing.of(times[1:]) for name, times in seconds.items()}
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _copies(layer: L) -> list[L]:

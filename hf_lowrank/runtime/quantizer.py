@@ -11,10 +11,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .configuration import QUANT_METHOD, CompressionConfig
+from .contents import validate_contents
 from .errors import CompressionError
+from .guard import guard_configs
+from .headers import read_headers
 from .layers import CompressedLinear, build_layer
 from .saving import CompleteSave
-from .validation import dense_shape, resolve_layers, validate_files
+from .validation import dense_shape, resolve_layers, saved_skeleton, validate_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,11 +57,10 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
-        layers = resolve_layers(model, config.layers)
-        shapes = {stored: dense_shape(model.get_submodule(name)) for stored, name in zip(config.layers, layers, strict=True)}
         if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
-            validate_files(config, shapes, files)
-        config.layers = layers
+            saved = saved_skeleton(model)
+            validate_files(saved, resolve_layers(saved, config.layers), read_headers(files), compressed_shapes_only=True)
+        config.layers = layers = resolve_layers(model, config.layers)
         for name, spec in layers.items():
             swap_module(model, name, _build_like(model.get_submodule(name), spec))
 
@@ -67,6 +69,10 @@ class CompressionQuantizer(HfQuantizer):
             assert self.compress_on_load is not None
             self.compress_on_load(model, self.quantization_config)
         else:
+            for name, module in model.named_modules():
+                if isinstance(module, CompressedLinear):
+                    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+                    validate_contents(name, module.spec, module.out_features, module.in_features, tensors)
             attach(model, self)
         return model
 
@@ -109,6 +115,7 @@ def register(override: bool = False) -> None:
     if override or QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CompressionConfig
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
+    guard_configs()
 
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:

@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
+from .checksums import file_checksum, record_checksums
 from .errors import CompressionError
+from .layers import CompressedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNTIME_FILES = (
+    "checksums.py",
     "configuration.py",
+    "contents.py",
     "errors.py",
+    "guard.py",
+    "headers.py",
     "layers.py",
     "modeling_hf_lowrank.py",
     "ops.py",
@@ -98,12 +104,18 @@ class CompleteSave:
         **kwargs: Any,
     ) -> None:
         model, folder = self.model, Path(save_directory)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
+            type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
         if kwargs.get("distributed_checkpoint"):
             raise CompressionError(
                 f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers cannot open; "
                 "leave it out, and one process writes the whole model"
             )
+        record_layers(model)
         model.config.auto_map = auto_map(model)
+        here = Path(__file__).parent
+        model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
@@ -117,7 +129,10 @@ class CompleteSave:
             type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push, **kwargs)
         finally:
             self.state_dict = None
-        if publisher is not None and is_main_process and folder.is_dir():
+        if not is_main_process or not folder.is_dir():
+            return
+        record_checksums(folder, RUNTIME_FILES)
+        if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
                 publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
@@ -202,6 +217,23 @@ def write_runtime(folder: Path) -> None:
     if here.resolve() != folder.resolve():
         for name in RUNTIME_FILES:
             shutil.copyfile(here / name, folder / name)
+
+
+def record_layers(model: "PreTrainedModel") -> None:
+    """Write into the model's config what its layers store now: they grow when adapters are merged.
+
+    Raises:
+        CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
+    """
+    layers = model.config.quantization_config.layers
+    for name in layers:
+        module = model.get_submodule(name)
+        if not isinstance(module, CompressedLinear):
+            raise CompressionError(
+                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, save the adapter by itself "
+                "(PeftModel.save_pretrained) or merge it first (merge_and_unload)"
+            )
+        layers[name] = module.spec
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:

@@ -134,7 +134,7 @@ class CompleteSave:
                 publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
     def native_save(self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any) -> None:
-        """Transformers' own save, which would drop the state dict of a quantized model; it asks the quantizer instead, and that asks here."""
+        """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""
         self.state_dict = state_dict
         try:
             type(self.model).save_pretrained(self.model, save_directory, **kwargs)

@@ -1,11 +1,15 @@
-"""What two processes do in `test_fsdp2.py`: run as `torchrun --nproc-per-node 2 -m tests.training.fsdp2 OUTPUT FOLDER...`.
+"""What two processes do in `test_fsdp2.py`: run as `python -m tests.training.fsdp2 OUTPUT FOLDER...`.
 
+They are forks of one process, so that transformers is imported once; the variables are those that torchrun sets.
 Accelerate shards on accelerators only; on a CPU it would quietly fall back to DDP. Its code for FSDP2 needs no accelerator, so the one
 question that it asks is answered for it here.
 """
 
 import json
+import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +92,7 @@ def by_hand(folder: str, output: Path) -> dict[str, bool]:
     return found
 
 
-def main() -> None:
+def work() -> None:
     allow_fsdp_on_cpus()
     for folder in sys.argv[2:]:
         output = Path(sys.argv[1]) / Path(folder).name
@@ -98,6 +102,25 @@ def main() -> None:
         if dist.get_rank() == 0:
             (output / "found.json").write_text(json.dumps({"losses": losses, "resumed": resumed, "same": found}))
     dist.destroy_process_group()
+
+
+def main() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    sys.exit(any([os.waitpid(process, 0)[1] for process in processes]))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def main() -> None:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-    sys.exit(any([os.waitpid(process, 0)[1] for process in processes]))
+    sys.exit(any(status for _, status in map(os.waitpid, processes, (0, 0))))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
 from .version import __version__
 
+REFINEMENT = "refinement_steps"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 Record = dict[str, Any]
@@ -81,7 +82,7 @@ class Comparison:
     def compress_command(self, candidate: Candidate, folder: Path, training: Path) -> list[str]:
         arguments = ["compress", self.model, "-o", str(folder), "--method", candidate.method, "--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
-            arguments += ["--set", f"{key}={value}"]
+            arguments += ["--refinement-steps", value] if key == REFINEMENT else ["--set", f"{key}={value}"]
         arguments += ["--calibration", self.calibration, "--samples", str(self.samples), "--seed", str(self.seed)]
         if self.sequence_length is not None:
             arguments += ["--sequence-length", str(self.sequence_length)]
@@ -124,7 +125,7 @@ def check_texts(comparison: Comparison) -> None:
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str]]:
-    """`name` or `name[option=value,...]` → (name, options).
+    """`name` or `name[option=value,...]` → (name, options); `refinement_steps` is understood beside the method's own options.
 
     Raises:
         CompressionError: if it is neither, or the method does not know the option or the value.
@@ -134,7 +135,10 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     if match is None or not all(re.fullmatch(r"\w+=.+", setting) for setting in settings):
         raise CompressionError(f"--methods: found {text!r}, expected name or name[option=value,...]")
     options = dict(setting.split("=", 1) for setting in settings)
-    make_method(match[1], options)
+    steps = options.get(REFINEMENT, "0")
+    if not steps.isdecimal():
+        raise CompressionError(f"--methods: {REFINEMENT}: found {steps!r}, expected a whole number")
+    make_method(match[1], {name: value for name, value in options.items() if name != REFINEMENT})
     return match[1], options
 
 
@@ -165,19 +169,20 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
         CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that fails is recorded with
             the reason instead.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        return _compare(comparison, wanted, out, keep, say)
-
-
-def _compare(comparison: Comparison, wanted: list[Candidate], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()
+    if finished(out / "combinations" / "dense.json", inputs, lambda line: None) is None:
+        check_texts(comparison)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _compare(comparison, wanted, inputs, out, keep, say)
+
+
+def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, Any], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     finished_files, working = out / "combinations", out / "working"
     dense = finished(finished_files / "dense.json", inputs, say)
     if dense is None:
-        check_texts(comparison)
         finished_files.mkdir(parents=True, exist_ok=True)
         dense = {"inputs": inputs, **dense_storage(comparison), "texts": _evaluate(comparison, comparison.model)}
         write_json(finished_files / "dense.json", dense)

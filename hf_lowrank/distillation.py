@@ -1,16 +1,23 @@
 """Distillation: a compressed model learns the predictions of the dense model that it was made from."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from .runtime.errors import CompressionError
 
 IGNORED = -100
 """Label of a position that no loss counts, as everywhere in transformers."""
+BATCH_TOKENS = 4096
+"""Of one step of `distill`."""
+STARTED_FROM = "started_from.sha256"
 
 
 class DistillationTrainer(Trainer):
@@ -78,3 +85,71 @@ class DistillationTrainer(Trainer):
             )
         student, teacher = (F.log_softmax(each[scored].float() / self.temperature, dim=-1) for each in (logits, teacher_logits))
         return F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Windows of tokens (rows, length) as a causal language model is trained on them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def distill(
+    student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, folder: str | Path, *, steps: int, learning_rate: float, seed: int = 0
+) -> list[float]:
+    """Train the stored values of a compressed model towards the teacher's predictions, in place, by `DistillationTrainer`.
+
+    Args:
+        student: the compressed model, in the dtype to train in.
+        teacher: the dense model.
+        rows: windows of token ids, (count, length), to train on; drawn in an order that the seed decides.
+        folder: for the trainer's checkpoints; a training that was killed goes on from the last of them.
+        steps: optimiser steps of at most `BATCH_TOKENS` tokens.
+        learning_rate: of AdamW; a cosine takes it to zero.
+
+    Returns:
+        The mean KL divergence per token over each tenth of the training.
+
+    Raises:
+        CompressionError: if the folder belongs to a training with other settings, text or weights.
+    """
+    batch_size = max(min(BATCH_TOKENS // rows.shape[1], len(rows)), 1)
+    check_same_training(Path(folder), student, rows, [steps, learning_rate, seed, batch_size])
+    settings = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        logging_steps=max(steps // 10, 1),
+        save_steps=max(steps // 10, 1),
+        save_total_limit=1,
+        seed=seed,
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=student.device.type == "cpu",
+    )
+    trainer = DistillationTrainer(student, settings, train_dataset=_Windows(rows), teacher_model=teacher)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def check_same_training(folder: Path, student: PreTrainedModel, rows: Tensor, settings: list[Any]) -> None:
+    """Write down what a training in a folder starts from, or raise CompressionError if another one was begun there."""
+    digest = hashlib.sha256(repr(settings).encode() + rows.cpu().numpy().tobytes())
+    for name, tensor in sorted(student.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / STARTED_FROM
+    if not file.exists():
+        file.write_text(digest.hexdigest(), encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != digest.hexdigest():
+        raise CompressionError(f"{folder}: a training with other settings, text or weights was begun here; delete it or use another folder")

@@ -221,9 +221,9 @@ def test_inputs_change_with_whatever_the_figures_depend_on(home: Path) -> None:
 
 def test_method_with_options_reads_back_from_its_label() -> None:
     """Labels are names again, and different candidates have different files."""
-    made = candidates(["slab", "slab[weighted=true,iterations=3]", "wanda[pattern=2:4]", "slab"], [0.3, 0.5])
-    assert len(made) == 6
-    assert len({each.file_name for each in made}) == 6
+    made = candidates(["slab", "slab[weighted=true,iterations=3]", "slab[refinement_steps=8]", "wanda[pattern=2:4]", "slab"], [0.3, 0.5])
+    assert len(made) == 8
+    assert len({each.file_name for each in made}) == 8
     for each in made:
         assert parse_method(each.label) == (each.method, each.options)
 

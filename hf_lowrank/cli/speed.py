@@ -1,12 +1,15 @@
 """Verbs about speed: env, benchmark."""
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..runtime.errors import CompressionError
 from .base import Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..evaluation.speed import ModelSpeed
 
 
 @app.command()
@@ -52,9 +55,10 @@ def benchmark(
     if model is not None and shapes:
         raise CompressionError("benchmark: found a model and --shapes, expected one of the two; run it twice")
     batches = tokens or [1, 8, 512]
+    models: list[ModelSpeed] = []
     if model is None:
         wanted = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
-        layers, models = speed_report.of_shapes(wanted, batches, threads, repeats, device), []
+        layers = speed_report.of_shapes(wanted, batches, threads, repeats, device)
     else:
         layers, models = speed_report.of_model(model, reference, batches, threads, repeats, prompt, new, dtype, device)
     if as_json:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .registration import after_import
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
+from .runtime.guard import guard_configs
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
 from .runtime.ops import on_first_use
 from .runtime.saving import CompleteSave
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .distillation import DistillationTrainer
     from .pipeline import compress
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "CompressedLinear",
     "CompressionConfig",
     "CompressionError",
+    "DistillationTrainer",
     "LayerSpec",
     "NumericalError",
     "SparseLowRankBinaryLinear",
@@ -32,7 +35,7 @@ __all__ = [
     "compress",
 ]
 
-_LAZY = {"compress": ".pipeline"}
+_LAZY = {"DistillationTrainer": ".distillation", "compress": ".pipeline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -72,5 +75,8 @@ def _register() -> None:
 
 # Importing transformers' quantizers takes seconds, which is for the first `from_pretrained` to spend, not for this import.
 _QUANTIZER = f"{__name__}.runtime.quantizer"
+after_import("transformers.configuration_utils", guard_configs)
 after_import(_QUANTIZER, _register)
 after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))
+# LoRA merges into compressed layers; importing PEFT takes seconds too.
+after_import("peft.tuners.tuners_utils", lambda: importlib.import_module(".peft", __name__).extend_peft())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +19,8 @@ from .budget import ModelBudget
 from .calibration import TokenBatch
 from .methods.soco import Phase, SoCo, effective_score, gate, learned, polarisation, score
 from .methods.spectral import Measurement, prices
-from .runtime.errors import CompressionError, NumericalError
+from .runtime.errors import CheckpointError, CompressionError, NumericalError
+from .runtime.headers import read_header
 from .runtime.quantizer import swap_module
 
 STATE_EVERY = 50
@@ -276,17 +278,24 @@ class _Run:
         """Go on from a saved state; the number of steps it had done, 0 without one.
 
         Raises:
-            CompressionError: if the state belongs to another run.
+            CompressionError: if the state belongs to another run, or is damaged.
         """
         if file is None or not file.exists():
             return 0
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        if metadata["fingerprint"] != self.fingerprint():
+        damaged = f"{file}: is damaged; delete it, and the training starts anew"
+        expected = {f"{name}.{key}{part}" for name, layer in self.layers.items() for key, value in (("a", layer.a), ("d", layer.d))
+                    if value is not None for part in ("", ".exp_avg", ".exp_avg_sq", ".step")}  # fmt: skip
+        try:
+            read_header(str(file))
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+            tensors = load_file(file)
+        except (CheckpointError, SafetensorError) as error:
+            raise CompressionError(f"{damaged} ({error})") from error
+        if metadata.get("fingerprint") != self.fingerprint():
             raise CompressionError(f"{file}: belongs to a run with other options, weights or data; delete it or use another work folder")
-        tensors = load_file(file)
+        if not expected <= tensors.keys():
+            raise CompressionError(damaged)
         for name, layer in self.layers.items():
             for key, parameter in (("a", layer.a), ("d", layer.d)):
                 if parameter is not None:

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -46,20 +48,34 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except MemoryError:
             _fail(OUT_OF_MEMORY)
         except RuntimeError as error:
+            if str(error).startswith("CUDA error"):
+                _fail(f"the device failed ({str(error).splitlines()[0]}); nothing was left behind")
             if not any(sign in str(error) for sign in ("out of memory", "DefaultCPUAllocator")):
                 raise
             _fail(OUT_OF_MEMORY)
         except OSError as error:
             _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and the free space")
-        except KeyboardInterrupt:
-            typer.echo("interrupted; nothing was left behind", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            terminated = isinstance(error, Terminated)
+            typer.echo(f"{'terminated' if terminated else 'interrupted'}; nothing was left behind", err=True)
+            raise typer.Exit(143 if terminated else 130) from None
 
     return run
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: cleanly."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 class SeveralValues(typer.core.TyperCommand):
-    """Options of several values take them one after the other: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`."""
+    """Options of several values take them one after the other: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`.
+
+    Only where the arguments without a name come first, which otherwise could not be told from one more value.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         several = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
@@ -68,7 +84,7 @@ class SeveralValues(typer.core.TyperCommand):
         for argument in args:
             if argument.startswith("-"):
                 option = argument if argument in several else None
-            elif option is not None and spread[-1] != option:
+            elif option is not None and spread[-1] != option and not spread[0].startswith("-"):
                 spread.append(option)
             spread.append(argument)
         return super().parse_args(ctx, spread)
@@ -79,6 +95,8 @@ def main() -> None:
     """Quiet neighbours: only our own warnings reach the terminal."""
     import transformers
 
+    if threading.current_thread() is threading.main_thread():  # the only one in which Python allows it
+        signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

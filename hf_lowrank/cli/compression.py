@@ -59,6 +59,7 @@ def compress(
     samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
     seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    refinement_steps: Annotated[int, typer.Option(help=HELP["refinement_steps"])] = 0,
     accounting: Annotated[str, typer.Option(help=HELP["accounting"])] = "bits",
     skip: Annotated[list[str] | None, typer.Option(help=HELP["modules_to_not_convert"])] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, as key=value")] = None,
@@ -75,7 +76,8 @@ def compress(
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
-        sequence_length=sequence_length, seed=seed, accounting=accounting, modules_to_not_convert=skip or [],
+        sequence_length=sequence_length, seed=seed, refinement_steps=refinement_steps, accounting=accounting,
+        modules_to_not_convert=skip or [],
     )  # fmt: skip
     make_method(config.method, config.options)
     check_free(output, overwrite)

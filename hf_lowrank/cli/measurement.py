@@ -1,52 +1,93 @@
-"""Verbs that measure models: evaluate, inspect, compare."""
+"""Verbs that measure models: evaluate, inspect, verify, report, compare."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..runtime.errors import CompressionError
 from .base import HELP, Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table, show_totals
 
+if TYPE_CHECKING:
+    from ..evaluation.perplexity import Evaluation
+    from ..evaluation.tasks import TaskResult
 
-@app.command()
+
+@app.command(cls=SeveralValues)
 @one_line_errors
 def evaluate(
     model: Annotated[str, typer.Argument(help="model to evaluate: a folder or a name on the Hub")],
-    text: Annotated[list[str], typer.Option(help="text file, or a dataset (wikitext2, c4); may be repeated")],
-    window: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")] = None,
-    stride: Annotated[int | None, typer.Option(help="tokens between window starts; default: the window")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="score only the first windows")] = None,
-    reference: Annotated[str | None, typer.Option(help="model to compare with: KL, top-1 agreement, nats lost per token")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="one or more text files or datasets (wikitext2, c4)")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, .jsonl.gz)")] = None,
+    window: Annotated[int | None, typer.Option(help="texts: tokens per window; default: the model's context, at most 2048")] = None,
+    stride: Annotated[int | None, typer.Option(help="texts: tokens between window starts; default: the window")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="texts: score only the first windows")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="tasks: solved examples before each item; default: the task's own")] = None,
+    limit: Annotated[int | None, typer.Option(help="tasks: score only the first items")] = None,
+    batch_size: Annotated[int, typer.Option(help="tasks: requests per batch")] = 8,
+    reference: Annotated[str | None, typer.Option(help="model to compare with, such as the dense one")] = None,
     card: Annotated[bool, typer.Option("--card", help="write the figures into the model card of the checkpoint")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, and fidelity to a reference model."""
+    """Measure perplexity and tasks, and fidelity to a reference model.
+
+    Options of several values take them one after the other: --text a.txt b.txt --tasks piqa items.jsonl.
+    """
     from ..evaluation.perplexity import evaluate_text
+    from ..evaluation.tasks import evaluate_tasks
     from ..models import load_model, load_tokenizer
 
+    if not text and not tasks:
+        raise CompressionError("evaluate: nothing to measure on; name a --text or --tasks")
+    if card:
+        from ..model_card import read_config
+
+        read_config(Path(model))
     subject, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     dense = load_model(reference, dtype, device) if reference else None
-    results = [
-        evaluate_text(subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense) for source in text
+    texts = [
+        evaluate_text(subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense)
+        for source in text or []
     ]
+    scores = (
+        evaluate_tasks(subject, tokenizer, tasks, shots=num_fewshot, limit=limit, batch_size=batch_size, reference=dense) if tasks else []
+    )
     if card:
-        from ..model_card import record, text_quality
+        from ..model_card import record_quality, task_quality, text_quality
 
-        record(Path(model), quality=[row for result in results for row in text_quality(result.to_dict())])
+        rows = [row for result in texts for row in text_quality(result.to_dict())]
+        record_quality(Path(model), rows + [row for result in scores for row in task_quality(result.to_dict())])
     if as_json:
-        print_json([result.to_dict() for result in results])
+        print_json([result.to_dict() for result in texts] + [result.to_dict() for result in scores])
         return
-    columns = ["text", "windows", "perplexity", "nll"] + (["nats lost", "KL", "top-1 agreement"] if dense else [])
+    if texts:
+        _show_texts(model, texts, with_reference=dense is not None)
+    if scores:
+        _show_tasks(model, scores, with_reference=dense is not None)
+
+
+def _show_texts(model: str, results: list["Evaluation"], with_reference: bool) -> None:
+    columns = ["text", "windows", "perplexity", "nll"] + (["nats lost", "KL", "top-1 agreement"] if with_reference else [])
     rows = []
     for result in results:
         row = [result.text, str(result.windows), f"{result.perplexity:.4g}", f"{result.nll:.4f}"]
-        if dense:
+        if with_reference:
             row += [f"{result.nats_lost:.4f}", f"{result.kl:.4f}", f"{result.top1_agreement:.2%}"]
         rows.append(row)
     print_table(f"{model}", columns, rows)
+
+
+def _show_tasks(model: str, results: list["TaskResult"], with_reference: bool) -> None:
+    rows = []
+    for result in results:
+        for metric, value in result.metrics.items():
+            error = result.standard_errors.get(metric)
+            row = [result.task, str(result.items), str(result.shots), metric, f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")]
+            rows.append([*row, f"{result.reference[metric]:.4g}"] if result.reference is not None else row)
+    print_table(f"{model}", ["task", "items", "shots", "metric", "value"] + (["reference"] if with_reference else []), rows)
 
 
 @app.command()
@@ -79,6 +120,39 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
     columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
     print_table(f"{folder}: {found.method}", columns, rows)
     show_totals(found)
+
+
+@app.command()
+@one_line_errors
+def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
+    """Check a compressed checkpoint, byte by byte, without running anything of it: is it whole, and what its author saved?"""
+    from ..verification import verify_checkpoint
+
+    found = verify_checkpoint(folder)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        for problem in found.problems:
+            typer.echo(problem)
+        typer.echo(f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}")
+    if not found.sound:
+        raise CompressionError(f"{folder}: verdict: not sound, {len(found.problems)} problems")
+    if not as_json:
+        typer.echo(f"{folder}: verdict: sound, as it was saved")
+
+
+@app.command()
+@one_line_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")],
+    comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
+) -> None:
+    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training; needs no network."""
+    from ..html_report import write_report
+
+    write_report(folder, out, comparison)
+    typer.echo(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
 @app.command(cls=SeveralValues)

@@ -1,15 +1,12 @@
 """Verbs about speed: env, benchmark."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..runtime.errors import CompressionError
 from .base import Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table
-
-if TYPE_CHECKING:
-    from ..evaluation.speed import ModelSpeed
 
 
 @app.command()
@@ -51,14 +48,15 @@ def benchmark(
     """
     from ..evaluation import speed_report
     from ..evaluation.machine import machine
+    from ..evaluation.speed import ModelSpeed
 
     if model is not None and shapes:
         raise CompressionError("benchmark: found a model and --shapes, expected one of the two; run it twice")
     batches = tokens or [1, 8, 512]
-    models: list[ModelSpeed] = []
     if model is None:
         wanted = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
         layers = speed_report.of_shapes(wanted, batches, threads, repeats, device)
+        models: list[ModelSpeed] = []
     else:
         layers, models = speed_report.of_model(model, reference, batches, threads, repeats, prompt, new, dtype, device)
     if as_json:

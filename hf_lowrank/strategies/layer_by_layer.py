@@ -1,0 +1,22 @@
+"""Budgets first, then block by block: every layer is decomposed as soon as its statistics are known."""
+
+from ..allocation import uniform_budgets
+from ..calibration import BlockBatch, run_block
+from .run import Run
+
+
+def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
+    """Compress every layer within its own share of the budget."""
+    method = run.method
+    budgets = uniform_budgets(method, run.compressed, run.dense, run.budget)
+    for index, block, layers in run.walk():
+        statistics = run.gather(index, block, layers, batches)
+        for layer in layers:
+            weight = run.weight(layer)
+            decomposition = method.decompose(weight, statistics[layer.name], budgets[layer.name])
+            run.swap(layer, decomposition, weight, statistics[layer.name])
+        for batch in batches:
+            if method.sequential:
+                batch.hidden = run_block(block, index, batch)
+            elif batch.shifted is not None:
+                batch.shifted.hidden = run_block(block, index, batch.shifted)

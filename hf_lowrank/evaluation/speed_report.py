@@ -62,7 +62,7 @@ def of_model(
     model_dtype = subject.dtype
     del subject
     layers = []
-    for (rows, columns, spec), count in kinds.items():
+    for (rows, columns, spec), count in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
         layout: dict[str, Callable[[int, int], LayerSpec]] = {f"{count} × {_name(spec)}": partial(_always, spec)}
         layers += benchmark_layers([(rows, columns)], layout, tokens, [threads] if threads else (), model_dtype, device, repeats)
     other = partial(_decompressed, source, dtype, device) if reference == "dense" else partial(load_model, reference, dtype, device)

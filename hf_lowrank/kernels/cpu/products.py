@@ -13,7 +13,7 @@ from . import native
 
 FEW_TOKENS = 16
 """Up to this many tokens the layer is multiplied from its packed form."""
-TILE_BYTES = 1 << 22
+TILE_BYTES = 1 << 23
 """Size of the dense tile that many tokens are multiplied by."""
 SERIAL_BYTES = 1 << 17
 """Below this many bytes waking other threads costs more than it saves."""

@@ -20,6 +20,7 @@ def register() -> None:
         return
     registration = importlib.util.module_from_spec(spec)  # by its path: the package itself would import transformers
     spec.loader.exec_module(registration)
+    sys.modules["hf_lowrank.registration"] = registration  # the package is to know which imports are under way
     # if the quantizers are what imports torch, they are not complete yet; what needs them is imported later
     if "transformers.configuration_utils" not in sys.modules:  # a config is read before any model: it is checked, too
         registration.after_import("transformers.models.auto.configuration_auto", lambda: importlib.import_module("hf_lowrank"))

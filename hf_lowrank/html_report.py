@@ -296,7 +296,7 @@ def _work(model: Any, name: str) -> float:
 
 
 def _kept_fraction(model: Any, name: str, spec: LayerSpec) -> float:
-    return spec.rank / min(spec.lowrank_shape(*dense_shape(model.get_submodule(name))))
+    return spec.factor_rank / min(spec.lowrank_shape(*dense_shape(model.get_submodule(name))))
 
 
 def _frontier(results: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from .report import sampled_spectrum
+from .runtime.headers import weight_files
 from .runtime.layers import CompressedLinear, build_layer
 from .runtime.validation import dense_shape
 
@@ -19,8 +20,8 @@ def stored_spectra(folder: Path, model: Any, specs: dict[str, Any], names: Itera
         model: the dense skeleton of the checkpoint, on the meta device. specs: what its layers store, by name.
         names: of the layers; only these are read.
     """
-    owners: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    owners: dict[str, str] = {}
+    for file in weight_files(str(folder)):
         with safe_open(file, "pt") as tensors:
             owners |= dict.fromkeys(tensors.keys(), file)
     spectra = {}
@@ -31,7 +32,7 @@ def stored_spectra(folder: Path, model: Any, specs: dict[str, Any], names: Itera
 
 
 @torch.no_grad()
-def _read_layer(model: Any, name: str, spec: Any, owners: dict[str, Path]) -> CompressedLinear:
+def _read_layer(model: Any, name: str, spec: Any, owners: dict[str, str]) -> CompressedLinear:
     out_features, in_features = dense_shape(model.get_submodule(name))
     layer = build_layer(spec, in_features, out_features, dtype=torch.float32)
     for tensor, target in layer.state_dict(keep_vars=True).items():

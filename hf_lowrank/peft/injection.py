@@ -45,8 +45,8 @@ def inject(inject_adapter: Callable[[], Any], config: Any, model: nn.Module) -> 
     known = kind in BESIDE_THE_LAYER or isinstance(config, peft.LoraConfig)
     try:
         result = inject_adapter()
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if known or isinstance(error, CompressionError):
+    except (RuntimeError, TypeError, IndexError) as error:
+        if known:
             raise
         raise _no_dense_weight(kind) from error
     for name, module in model.named_modules():

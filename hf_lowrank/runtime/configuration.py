@@ -238,7 +238,7 @@ class CompressionConfig(QuantizationConfigMixin):
         version = values.get("format_version")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
+                f"config.json: quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
                 "a newer checkpoint needs a newer hf_lowrank (pip install -U hf_lowrank)"
             )
         if values.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:

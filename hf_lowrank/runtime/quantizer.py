@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -115,7 +116,24 @@ def register(override: bool = False) -> None:
     if override or QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CompressionConfig
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
+        if not override:
+            register_module_module_registration_hook(_watch_adapters)
     guard_configs()
+
+
+def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """Without the package, whatever PEFT wraps around a compressed layer refuses to be merged.
+
+    It would change `weight` as if that were the whole matrix; some shapes allow it, and the result would be silently wrong.
+    """
+    if name == "base_layer" and isinstance(layer, CompressedLinear):
+        adapter.merge = _refuse_merge  # type: ignore[assignment]  # a method of PEFT's layers
+
+
+def _refuse_merge(*args: Any, **kwargs: Any) -> None:
+    raise CompressionError(
+        "merging adapters into compressed layers needs the package: pip install hf_lowrank, then open the model again; unmerged they run"
+    )
 
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:

@@ -82,7 +82,7 @@ class CompleteSave:
     Attributes:
         publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came from, and
             leaves pushing to transformers.
-        state_dict: what a caller in whose hands the model is sharded brings along; kept for the quantizer while a save goes on.
+        state_dict: what the caller of a save brings along, who may hold the model in shards; the quantizer asks for it.
     """
 
     publisher: ClassVar[Publisher | None] = None
@@ -105,7 +105,7 @@ class CompleteSave:
     ) -> None:
         model, folder = self.model, Path(save_directory)
         if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
-            type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
         if kwargs.get("distributed_checkpoint"):
             raise CompressionError(
@@ -123,12 +123,8 @@ class CompleteSave:
         kwargs["save_original_format"] = False
         publisher = CompleteSave.publisher
         hub = {} if publisher is None else {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        self.state_dict = state_dict
-        try:
-            push = push_to_hub and publisher is None
-            type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push, **kwargs)
-        finally:
-            self.state_dict = None
+        push = push_to_hub and publisher is None
+        self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push, **kwargs)
         if not is_main_process or not folder.is_dir():
             return
         record_checksums(folder, RUNTIME_FILES)
@@ -136,6 +132,14 @@ class CompleteSave:
             publisher.write_card(folder, name)
             if push_to_hub:
                 publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+
+    def native_save(self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any) -> None:
+        """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""
+        self.state_dict = state_dict
+        try:
+            type(self.model).save_pretrained(self.model, save_directory, **kwargs)
+        finally:
+            self.state_dict = None
 
     def write_companions(self, folder: Path) -> None:
         """Write the runtime's files, the report, the tokenizer and the card; the latter three from where the model came from if need be.

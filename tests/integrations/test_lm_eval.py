@@ -102,14 +102,16 @@ def test_both_routes_give_the_same_accuracy(checkpoint: Path, task: Path, autolo
     assert float(by_plugin[1]) == pytest.approx(by_remote_code)
 
 
+LOAD = (
+    "from transformers import AutoModelForCausalLM\n"
+    "model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
+    "assert type(model.model.layers[0].mlp.up_proj).__name__ == 'SparseLowRankBinaryLinear'"
+)
 PROGRAMS = {
     "torch alone": "import sys, torch\nassert 'hf_lowrank' not in sys.modules and 'transformers' not in sys.modules",
-    "the quantizers first": (
-        "import transformers.quantizers.auto\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
-        "assert type(model.model.layers[0].mlp.up_proj).__name__ == 'SparseLowRankBinaryLinear'"
-    ),
+    "the quantizers first": f"import transformers.quantizers.auto\n{LOAD}",
+    "a module that imports the quantizers, which import the configs": f"import torch, transformers.modeling_utils\n{LOAD}",
+    "a trainer": f"from transformers import Trainer\n{LOAD}",
 }
 
 

@@ -161,12 +161,17 @@ def test_adapters_and_merged_models_open_in_another_process(sola: Compressed, sl
         expected.append(logits(merged).flatten())
         folders = (tmp_path / compressed.name, tmp_path / f"{compressed.name}-merged")
         tasks += [{"folder": str(folder), "arguments": {"trust_remote_code": True}} for folder in folders]
+    for task, adapter in zip(tasks[1::2], ("LoraConfig", "IA3Config"), strict=True):
+        task["merge"] = adapter
     for installed in (True, False):
         home = tmp_path / str(installed)
         home.mkdir()
-        for found, wanted in zip(open_elsewhere(tasks, home, installed=installed, imported=installed), expected, strict=True):
+        answers = open_elsewhere(tasks, home, installed=installed, imported=installed)
+        for found, wanted in zip(answers, expected, strict=True):
             assert "logits" in found, found
             assert torch.equal(torch.tensor(found["logits"]), wanted)
+        assert "pip install hf_lowrank" in answers[1]["merge"] if not installed else not answers[1]["merge"]
+        assert ("pip install hf_lowrank" if not installed else "cannot be merged exactly") in answers[3]["merge"]
 
 
 def test_an_adapter_is_saved_and_loaded(compressed: Compressed, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of one document per line."""
+    """A text of one document per line, as many as fill whole batches of eight."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(tiny_models.text(60)) + "\n", encoding="utf-8")
+    file.write_text("\n".join(tiny_models.text(64)) + "\n", encoding="utf-8")
     return file

@@ -51,10 +51,10 @@ def test_the_dense_model_has_nothing_to_learn_from_itself(tmp_path: Path) -> Non
 
 
 def test_labels_alone_are_the_trainer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    distilled = distiller(checkpoints[SLAB], tmp_path / "distilled", lm_weight=1.0, gradient_accumulation_steps=2)
+    distilled = distiller(checkpoints[SLAB], tmp_path, lm_weight=1.0, gradient_accumulation_steps=2, save_strategy="no")
     plain = Trainer(
         AutoModelForCausalLM.from_pretrained(checkpoints[SLAB]),
-        settings(tmp_path / "plain", gradient_accumulation_steps=2),
+        settings(tmp_path, gradient_accumulation_steps=2, save_strategy="no"),
         train_dataset=Windows(),
     )
     for trainer in (distilled, plain):
@@ -63,8 +63,8 @@ def test_labels_alone_are_the_trainer(checkpoints: dict[str, Path], tmp_path: Pa
 
 
 def test_accumulated_batches_are_one_batch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    whole = distiller(checkpoints[SLAB], tmp_path / "whole")
-    parts = distiller(checkpoints[SLAB], tmp_path / "parts", gradient_accumulation_steps=4, per_device_train_batch_size=1)
+    whole = distiller(checkpoints[SLAB], tmp_path, save_strategy="no")
+    parts = distiller(checkpoints[SLAB], tmp_path, save_strategy="no", gradient_accumulation_steps=4, per_device_train_batch_size=1)
     for trainer in (whole, parts):
         trainer.train()
     for name, tensor in weights(whole.model).items():

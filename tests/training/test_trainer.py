@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
-from hf_lowrank import CompressedLinear, CompressionError
+from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 from hf_lowrank.hub import check_complete
 from hf_lowrank.runtime.saving import RUNTIME_FILES
+from tests import tiny_models
 
 from .conftest import LAYOUTS, Windows, pattern, same, settings, weights
 
@@ -51,15 +52,14 @@ def test_every_float_moves_and_the_pattern_stays(layout: str, checkpoints: dict[
 
 
 def test_the_ways_to_save_memory_change_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    plain, losses = trained(checkpoints[SLAB], tmp_path / "plain")
-    ways: dict[str, dict[str, Any]] = {
-        "checkpointing": {"gradient_checkpointing": True},
-        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-        "save_only_model": {"save_only_model": True, "save_total_limit": 1},
-    }
-    for name, way in ways.items():
-        model, found = trained(checkpoints[SLAB], tmp_path / name, **way)
+    plain, losses = trained(checkpoints[SLAB], tmp_path, save_strategy="no")
+    ways: list[dict[str, Any]] = [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    ]
+    for way in ways:
+        model, found = trained(checkpoints[SLAB], tmp_path, save_strategy="no", **way)
         torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
         for key, tensor in weights(model).items():
             torch.testing.assert_close(tensor, weights(plain)[key], rtol=0, atol=1e-4)
@@ -67,35 +67,39 @@ def test_the_ways_to_save_memory_change_nothing(checkpoints: dict[str, Path], tm
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_autocast_follows_float32(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    _, losses = trained(checkpoints[layout], tmp_path / "float32", learning_rate=1e-4)
-    model, found = trained(checkpoints[layout], tmp_path / "bfloat16", learning_rate=1e-4, bf16=True)
+    common = {"learning_rate": 1e-4, "max_steps": 3, "save_strategy": "no"}
+    _, losses = trained(checkpoints[layout], tmp_path, **common)
+    model, found = trained(checkpoints[layout], tmp_path, bf16=True, **common)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=0.02)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_compiled_training_is_training(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_compiled_training_is_training(tmp_path: Path) -> None:
     """Traced forward and backward whole; the code generator behind it is torch's own business."""
-    _, losses = trained(checkpoints[SLAB], tmp_path / "eager", max_steps=2)
-    model, found = trained(checkpoints[SLAB], tmp_path / "compiled", max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
+    config = CompressionConfig(method="slab", ratio=0.4, samples=4, sequence_length=32)
+    model = compress(tiny_models.llama(num_hidden_layers=1), config, calibration=tiny_models.token_ids(4, 32).tolist(), progress=False)
+    model.save_pretrained(tmp_path / "compressed")
+    _, losses = trained(tmp_path / "compressed", tmp_path, max_steps=2, save_strategy="no")
+    model, found = trained(tmp_path / "compressed", tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
-    assert same(weights(opened(tmp_path / "compiled" / "checkpoint-2")), weights(model))
+    assert same(weights(opened(tmp_path / "checkpoint-2")), weights(model))
 
 
 def test_a_loss_of_the_users_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    arguments = settings(tmp_path / "own")
+    arguments = settings(tmp_path, save_strategy="no", max_steps=3)
     trainer = Trainer(opened(checkpoints[SLAB]), arguments, train_dataset=Windows(), compute_loss_func=loss)
     trainer.train()
-    plain, _ = trained(checkpoints[SLAB], tmp_path / "plain")
+    plain, _ = trained(checkpoints[SLAB], tmp_path, save_strategy="no", max_steps=3)
     for key, tensor in weights(trainer.model).items():
         torch.testing.assert_close(tensor, weights(plain)[key], rtol=0, atol=1e-4)
 
 
 def test_a_trainer_leaves_the_runtime_in_its_own_folder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """From there it is pushed while the training goes on, with config and weights that it copies there itself."""
-    trained(checkpoints[SLAB], tmp_path)
+    trained(checkpoints[SLAB], tmp_path, max_steps=1, save_only_model=True, save_total_limit=1)
     assert set(RUNTIME_FILES) <= {file.name for file in tmp_path.iterdir()}
 
 

@@ -29,8 +29,8 @@ $(VENV)/.docs: $(VENV)/.installed
 digests: $(VENV)/.installed
 	$(BIN)/python -c "import json; from hf_lowrank.verification import released_runtimes as r; print(json.dumps(r(), indent=1, sort_keys=True))"
 
-# torch first and by itself: the constraint picks its build, and nothing that follows replaces it
-$(VENV)/.installed: pyproject.toml constraints.txt setup.py
+# torch first and by itself: the constraint picks its build, and nothing that follows replaces it; the kernels are built along
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard hf_lowrank/kernels/cpu/*.cpp hf_lowrank/kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -123,7 +123,7 @@ def compress(
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, as key=value")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    work_dir: Annotated[Path | None, typer.Option(help="folder in which a killed training of SoCo goes on")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
@@ -131,6 +131,7 @@ def compress(
     from .models import check_free, load_model, load_tokenizer, new_folder
     from .pipeline import compress as compress_model
     from .runtime.saving import CompleteSave
+    from .work_folder import WorkFolder
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -146,6 +147,9 @@ def compress(
     save.report["command"] = shlex.join(["hf-lowrank", *sys.argv[1:]])
     with new_folder(output, overwrite) as folder:
         save(folder, name=output.absolute().name)
+    if work_dir is not None:
+        with WorkFolder(work_dir) as work:
+            work.clear()
     _show_summary(output)
 
 

@@ -9,14 +9,17 @@ def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
     """Compress every layer within its own share of the budget."""
     method = run.method
     budgets = uniform_budgets(method, run.compressed, run.dense, run.budget)
-    for index, block, layers in run.walk():
-        statistics = run.gather(index, block, layers, batches)
-        for layer in layers:
+    if method.needs_shifted:
+        for batch in batches:
+            batch.shift()
+    for visit in run.walk("built", batches):
+        statistics = run.gather(visit, batches)
+        for layer in visit.layers:
             weight = run.weight(layer)
             decomposition = method.decompose(weight, statistics[layer.name], budgets[layer.name])
             run.swap(layer, decomposition, weight, statistics[layer.name])
         for batch in batches:
             if method.sequential:
-                batch.hidden = run_block(block, index, batch)
+                batch.hidden = run_block(visit.block, visit.index, batch)
             elif batch.shifted is not None:
-                batch.shifted.hidden = run_block(block, index, batch.shifted)
+                batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)

@@ -1,0 +1,118 @@
+"""Models of which one block at a time is in memory: opened on the meta device, filled from their files, written by shards."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import find_blocks
+from .runtime.errors import CompressionError
+
+SHARD_SIZE = "1GB"
+"""Of the output: no more of it is in memory at a time."""
+
+
+def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
+    """Where `from_pretrained` puts what: the blocks and an output matrix of its own stay on disk, all else is in memory."""
+    blocks = find_blocks(skeleton)
+    places = dict.fromkeys(blocks, "disk")
+    for name, module in skeleton.named_modules():
+        inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
+        around = any(block.startswith(f"{name}.") for block in blocks)
+        if name and not inside and not around and not any(name.startswith(f"{place}.") for place in places):
+            places[name] = "cpu"
+        elif not inside and any(True for _ in module.named_parameters(recurse=False)) and around:
+            places |= {f"{name}.{key}".lstrip("."): "cpu" for key, _ in module.named_parameters(recurse=False)}
+    tied = getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False)
+    head = next((name for name, module in skeleton.named_modules() if module is skeleton.get_output_embeddings()), None)
+    if head in places and not tied:
+        places[str(head)] = "disk"
+    return places
+
+
+class OffloadedBlocks:
+    """The blocks of a model that `from_pretrained` left on disk.
+
+    Args:
+        model: opened with a `device_map` that has blocks on disk.
+
+    Raises:
+        CompressionError: if none of its weights are on disk.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        maps = (hook.weights_map for module in model.modules() for hook in _hooks(module) if hook.offload and hook.weights_map is not None)
+        found: Any = next(maps, None)
+        if found is None:
+            raise CompressionError(f"{type(model).__name__}: none of its weights are on disk; open it with a device_map that leaves them")
+        self.weights: Mapping[str, Tensor] = getattr(found, "dataset", found)
+
+    def fill(self, name: str) -> None:
+        """Bring a block's weights into memory; it is then like any other."""
+        block = self.model.get_submodule(name)
+        remove_hook_from_module(block, recurse=True)
+        for key, tensor in block.state_dict().items():
+            if tensor.device.type == "meta":
+                value = self.weights[f"{name}.{key}"].clone()  # to memory of its own, off the mapped file
+                set_module_tensor_to_device(block, key, "cpu", value=value)
+
+    def empty(self, name: str) -> None:
+        """Let go of a block's weights."""
+        block = self.model.get_submodule(name)
+        remove_hook_from_module(block, recurse=True)
+        for key, tensor in block.state_dict().items():
+            if tensor.device.type != "meta":
+                set_module_tensor_to_device(block, key, "meta")
+
+    def release(self) -> None:
+        """All blocks are done: the model is no longer one that runs from the disk."""
+        remove_hook_from_module(self.model, recurse=True)
+        del self.model.hf_device_map
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether `from_pretrained` left weights of the model on disk."""
+    return "disk" in getattr(model, "hf_device_map", {}).values()
+
+
+def every_weight(model: nn.Module, blocks: OffloadedBlocks | None) -> Iterable[tuple[str, Tensor]]:
+    """All parameters and buffers by name, one at a time where they are on disk."""
+    for named in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in named:
+            yield name, blocks.weights[name] if blocks is not None and tensor.device.type == "meta" else tensor.detach()
+
+
+class StoredWeights(dict[str, Tensor]):
+    """A state dict for `save_pretrained` whose values are read when it takes them out to write them.
+
+    Args:
+        model: with finished blocks on the meta device.
+        blocks: of weights that were never in memory.
+        files: by block name, the file that holds its weights under their names within it.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: OffloadedBlocks, files: dict[str, Path]) -> None:
+        super().__init__(model.state_dict())
+        self._blocks, self._files = blocks, files
+
+    def pop(self, name: str, *default: Any) -> Any:
+        tensor = super().pop(name, *default)
+        if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
+            return tensor
+        for block, file in self._files.items():
+            if name.startswith(f"{block}."):
+                with safe_open(file, "pt") as opened:
+                    return opened.get_tensor(name.removeprefix(f"{block}.")).clone()
+        return self._blocks.weights[name].clone()
+
+
+def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    return [each for each in hooks if isinstance(each, AlignDevicesHook)]

@@ -127,11 +127,9 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
+    from .disk_to_disk import compress_checkpoint
     from .methods import make_method
-    from .models import check_free, load_model, load_tokenizer, new_folder
-    from .pipeline import compress as compress_model
-    from .runtime.saving import CompleteSave
-    from .work_folder import WorkFolder
+    from .models import check_free, load_tokenizer
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -139,17 +137,11 @@ def compress(
     )  # fmt: skip
     make_method(config.method, config.options)
     check_free(output, overwrite)
-    dense = load_model(model, dtype, device)
     tokenizer = load_tokenizer(model) if calibration != "self" else _tokenizer_or_none(model)
-    compressed = compress_model(dense, config, tokenizer, work_dir=work_dir)
-    save = CompleteSave.attach(compressed)
-    assert save.report is not None
-    save.report["command"] = shlex.join(["hf-lowrank", *sys.argv[1:]])
-    with new_folder(output, overwrite) as folder:
-        save(folder, name=output.absolute().name)
-    if work_dir is not None:
-        with WorkFolder(work_dir) as work:
-            work.clear()
+    compress_checkpoint(
+        model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
+        command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+    )  # fmt: skip
     _show_summary(output)
 
 

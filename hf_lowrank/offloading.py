@@ -1,5 +1,6 @@
 """Models of which one block at a time is in memory: opened on the meta device, filled from their files, written by shards."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import find_blocks
+from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
+from .runtime.quantizer import CompressionQuantizer
 
 SHARD_SIZE = "1GB"
 """Of the output: no more of it is in memory at a time."""
@@ -19,20 +22,19 @@ SHARD_SIZE = "1GB"
 
 def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
     """Where `from_pretrained` puts what: the blocks and an output matrix of its own stay on disk, all else is in memory."""
-    blocks = find_blocks(skeleton)
-    places = dict.fromkeys(blocks, "disk")
-    for name, module in skeleton.named_modules():
-        inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
-        around = any(block.startswith(f"{name}.") for block in blocks)
-        if name and not inside and not around and not any(name.startswith(f"{place}.") for place in places):
-            places[name] = "cpu"
-        elif not inside and any(True for _ in module.named_parameters(recurse=False)) and around:
-            places |= {f"{name}.{key}".lstrip("."): "cpu" for key, _ in module.named_parameters(recurse=False)}
-    tied = getattr(skeleton.config.get_text_config(), "tie_word_embeddings", False)
-    head = next((name for name, module in skeleton.named_modules() if module is skeleton.get_output_embeddings()), None)
-    if head in places and not tied:
-        places[str(head)] = "disk"
+    places = dict.fromkeys(find_blocks(skeleton), "disk")
+    output = skeleton.get_output_embeddings()
+    for name, _ in itertools.chain(skeleton.named_parameters(remove_duplicate=False), skeleton.named_buffers()):
+        module = name.rpartition(".")[0]
+        if not any(name.startswith(f"{place}.") for place in places):
+            own = output is not None and skeleton.get_submodule(module) is output and output.weight is not _input_weight(skeleton)
+            places[module if module and not any(place.startswith(f"{module}.") for place in places) else name] = "disk" if own else "cpu"
     return places
+
+
+def _input_weight(model: PreTrainedModel) -> Tensor | None:
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "weight", None)
 
 
 class OffloadedBlocks:
@@ -110,6 +112,17 @@ class StoredWeights(dict[str, Tensor]):
                 with safe_open(file, "pt") as opened:
                     return opened.get_tensor(name.removeprefix(f"{block}.")).clone()
         return self._blocks.weights[name].clone()
+
+
+class OffloadedQuantizer(CompressionQuantizer):
+    """That of a model whose finished blocks are on disk: saves read them from there."""
+
+    def __init__(self, quantization_config: CompressionConfig, blocks: OffloadedBlocks, files: dict[str, Path]) -> None:
+        super().__init__(quantization_config, pre_quantized=True)
+        self.blocks, self.files = blocks, files
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[StoredWeights, dict[str, str]]:
+        return StoredWeights(model, self.blocks, self.files), {}
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:

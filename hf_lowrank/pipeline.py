@@ -15,7 +15,7 @@ from .methods import make_method
 from .methods.base import ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import SpectralMethod
-from .offloading import every_weight
+from .offloading import OffloadedQuantizer, every_weight
 from .progress import progress_bar
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
@@ -171,7 +171,10 @@ def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
         {**run.config.to_dict(), "calibration": calibration, "options": options, "provenance": provenance, "layers": {}}
     )
     final.layers = specs
-    attach(model, CompressionQuantizer(final, pre_quantized=True))
+    if run.offloaded is None:
+        attach(model, CompressionQuantizer(final, pre_quantized=True))
+    else:
+        attach(model, OffloadedQuantizer(final, run.offloaded, run.built_files()))
     save = CompleteSave.attach(model)
     save.tokenizer = tokenizer
     report = run.report()

@@ -84,7 +84,7 @@ class WorkFolder:
         Raises:
             CompressionError: if it is damaged.
         """
-        file = self._file(name)
+        file = self.file(name)
         if not file.exists():
             return None
         try:
@@ -100,7 +100,7 @@ class WorkFolder:
         Raises:
             CompressionError: if it cannot be written; what was finished before stays as it is.
         """
-        partial = self._file(name).with_suffix(".partial")
+        partial = self.file(name).with_suffix(".partial")
         tensors, seen = {}, set()
         for key, tensor in record.tensors.items():
             whole = tensor.detach().contiguous()
@@ -109,7 +109,7 @@ class WorkFolder:
             seen.add(storage)
         try:
             save_file(tensors, partial, metadata={"facts": json.dumps(record.facts)})
-            self._settle(partial, self._file(name))
+            self._settle(partial, self.file(name))
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
         finally:
@@ -117,7 +117,7 @@ class WorkFolder:
 
     def discard(self, name: str) -> None:
         """Remove a record, if it is there."""
-        self._file(name).unlink(missing_ok=True)
+        self.file(name).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Say that the run is done: its records stay, for a run that repeats it, until another run takes the folder."""
@@ -125,10 +125,12 @@ class WorkFolder:
 
     def clear(self) -> None:
         """Remove all that the run left, but for the lock."""
-        for file in (self.path / IDENTITY, self.path / FINISHED, *self.path.glob("*.safetensors"), *self.path.glob("*.partial")):
+        left = (file for kind in ("safetensors", "partial", "bin") for file in self.path.glob(f"*.{kind}"))
+        for file in (self.path / IDENTITY, self.path / FINISHED, *left):
             file.unlink(missing_ok=True)
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where a record is."""
         return self.path / f"{name}.safetensors"
 
     def _read_identity(self) -> dict[str, Any] | None:

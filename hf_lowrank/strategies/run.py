@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,11 @@ class Run:
     def record_name(stage: str, index: int) -> str:
         """The record of a block in the work folder."""
         return f"{stage}-{index:05}"
+
+    def built_files(self) -> dict[str, Path]:
+        """Where the weights of the finished blocks are, by the name of the block."""
+        assert self.work is not None
+        return {name: self.work.file(self.record_name("built", index)) for index, name in enumerate(self.blocks)}
 
     def _fill(self, visit: Visit) -> None:
         """Bring a block that is on disk into memory, its neurons in the order that they were given."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..budget import Budget
 from .base import Decomposition, Method, Statistics
 from .registry import register_method
-from .spectral import factorize
+from .spectral import whitened_factors
 from .svd import affordable_rank
 
 
@@ -33,7 +33,7 @@ class SVDLLM(Method):
         Only the training-free update of the paper's first version is here; the later one, two LoRA runs, is training.
         """
         rank = affordable_rank(self.name, budget)
-        a, b = factorize(weight, statistics.require("gram", self.name)).truncate(rank)
+        a, b = whitened_factors(weight, statistics.require("gram", self.name), rank)
         if self.update:
             b = refit_left(weight, a, statistics.require("shifted_gram", self.name), statistics.require("cross_gram", self.name))
         return Decomposition(lowrank_a=a, lowrank_b=b)

@@ -92,7 +92,7 @@ class CompressedLinear(nn.Linear):
         dense = self._sparse_lowrank_dense()
         if self.spec.binary_rank:
             signs = signs_to_values(self.sign_bits, self.in_features, torch.float64)
-            dense = dense + signs * (self.scale_out.double() @ self.scale_in.double())
+            dense += signs.mul_(self.scale_out.detach().double() @ self.scale_in.detach().double())
         return dense.to(dtype or self.dtype)
 
     def _sparse_lowrank_dense(self) -> Tensor:

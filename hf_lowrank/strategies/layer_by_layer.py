@@ -15,9 +15,8 @@ def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
     for visit in run.walk("built", batches):
         statistics = run.gather(visit, batches)
         for layer in visit.layers:
-            weight = run.weight(layer)
-            decomposition = method.decompose(weight, statistics[layer.name], budgets[layer.name])
-            run.swap(layer, decomposition, weight, statistics[layer.name])
+            weight, known = run.weight(layer), statistics.pop(layer.name)
+            run.swap(layer, method.decompose(weight, known, budgets[layer.name]), weight, known)
         for batch in batches:
             if method.sequential:
                 batch.hidden = run_block(visit.block, visit.index, batch)

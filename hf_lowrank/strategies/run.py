@@ -252,6 +252,7 @@ class Run:
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
         made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
+        del decomposition  # its matrices are larger than the layer
         for name, parameter in made.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise NumericalError(

@@ -125,9 +125,10 @@ def compress(
     device: Device = "cpu",
     work_dir: Annotated[Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")] = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory and disk it takes")] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
-    from .disk_to_disk import compress_checkpoint
+    from .disk_to_disk import compress_checkpoint, describe
     from .methods import make_method
     from .models import check_free, load_tokenizer
 
@@ -137,6 +138,9 @@ def compress(
     )  # fmt: skip
     make_method(config.method, config.options)
     check_free(output, overwrite)
+    if dry_run:
+        typer.echo(describe(model, config, device))
+        return
     tokenizer = load_tokenizer(model) if calibration != "self" else _tokenizer_or_none(model)
     compress_checkpoint(
         model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .architectures import find_blocks
+from .forecast import forecast
 from .methods import make_method
 from .methods.soco import SoCo
 from .models import check_free, load_config, load_model, new_folder, skeleton
@@ -89,3 +90,26 @@ def compress_checkpoint(
             with WorkFolder(work_dir) as finished:
                 finished.clear()
             shutil.rmtree(work_dir / "offloaded", ignore_errors=True)
+
+
+def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str:
+    """What compressing a checkpoint would take, by formula."""
+    dense = skeleton(load_config(source))
+    reason = whole_model_reason(config, dense, device)
+    if reason is not None:
+        size = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())
+        return f"the whole model must be in memory, {_gigabytes(size)}, and statistics and working space beside it: {reason}"
+    found = forecast(dense, config)
+    parts = {"embeddings, norms and libraries": found.resident, "the largest block": found.block, "activations": found.activations,
+             "statistics and working space": found.working}  # fmt: skip
+    return "\n".join(
+        [
+            f"memory above torch's own, at most: {_gigabytes(found.peak)}",
+            *(f"  {what}: {_gigabytes(size)}" for what, size in parts.items()),
+            f"disk: {_gigabytes(found.output)} for the result, and until it is done {_gigabytes(found.work_folder)} in the work folder",
+        ]
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -26,9 +26,6 @@ from .strategies import Run, choose_then_build, layer_by_layer, measure_then_dec
 from .version import __version__
 from .work_folder import WorkFolder
 
-ACTIVATIONS_IN_MEMORY = 2**28
-"""Bytes that wait in memory between blocks where those are on disk; more wait in files."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +78,7 @@ def compress(
             if run.offloaded is not None:
                 if work is None:
                     raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
-                run.shelf = Shelf(work.path, ACTIVATIONS_IN_MEMORY)
+                run.shelf = Shelf(work.path)
             _walk(run)
         finally:
             model.train(was_training)

@@ -45,7 +45,7 @@ def test_the_files_are_those_of_the_model_in_memory(
 ) -> None:
     dense = str(tiny_models.saved(MODELS[name](), tmp_path / "dense"))
     config, tokenizer = recipe(method, words), tiny_models.tokenizer()
-    monkeypatch.setattr("hf_lowrank.pipeline.ACTIVATIONS_IN_MEMORY", 5000)  # most wait in files
+    monkeypatch.setattr("hf_lowrank.calibration.activations.ACTIVATIONS_IN_MEMORY", 5000)  # most wait in files
     compress_checkpoint(dense, tmp_path / "from-disk" / "model", config, tokenizer)
     monkeypatch.setattr(disk_to_disk, "whole_model_reason", lambda *_: "the test wants it")
     compress_checkpoint(dense, tmp_path / "in-memory" / "model", config, tokenizer)

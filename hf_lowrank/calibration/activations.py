@@ -6,17 +6,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+ACTIVATIONS_IN_MEMORY = 2**28
+"""Bytes that wait in memory where there is a folder for more."""
+
 
 class Shelf:
     """Room for tensors that wait.
 
     Args:
         folder: where files go; None keeps everything in memory.
-        limit: bytes that may wait in memory.
+        limit: bytes that may wait in memory; `ACTIVATIONS_IN_MEMORY` by default.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int = 0) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder, self.limit = folder, ACTIVATIONS_IN_MEMORY if limit is None else limit
         self.held = 0
         self._numbers = itertools.count()
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget
+from ..budget import Budget, Layer
 from .base import Decomposition, Method, Statistics
 from .registry import register_method
 from .spectral import whitened_factors
@@ -26,6 +26,10 @@ class SVDLLM(Method):
     @property
     def needs_shifted(self) -> bool:
         return self.update
+
+    def working_memory(self, layer: Layer) -> int:
+        m, n = layer.out_features, layer.in_features
+        return 8 * max(3 * m * n, m * n + 5 * min(m, n) ** 2)
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ B A, minimising ‖(W − B A) X‖_F; with `update`, A stays and B minimises ‖W X − B A X̂‖_F (papers §4).

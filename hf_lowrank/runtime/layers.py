@@ -111,7 +111,7 @@ class CompressedLinear(nn.Linear):
             a, b = self._values("lowrank_a", columns), self._values("lowrank_b", spec.rank)
             if spec.pivoted:
                 b = unpivot(b, unpack_bits(self.lowrank_pivots, rows))
-            dense[m - rows :, n - columns :] += b @ a
+            dense[m - rows :, n - columns :].addmm_(b, a)
         return dense
 
     def _values(self, name: str, columns: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Budgets first, then block by block: every layer is decomposed as soon as its statistics are known."""
 
 from ..allocation import uniform_budgets
+from ..budget import Budget, Layer
 from ..calibration import BlockBatch, run_block
+from ..methods import Statistics
 from .run import Run
 
 
@@ -15,10 +17,15 @@ def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
     for visit in run.walk("built", batches):
         statistics = run.gather(visit, batches)
         for layer in visit.layers:
-            weight, known = run.weight(layer), statistics.pop(layer.name)
-            run.swap(layer, method.decompose(weight, known, budgets[layer.name]), weight, known)
+            _compress_layer(run, layer, statistics.pop(layer.name), budgets[layer.name])
         for batch in batches:
             if method.sequential:
                 batch.hidden = run_block(visit.block, visit.index, batch)
             elif batch.shifted is not None:
                 batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
+
+
+def _compress_layer(run: Run, layer: Layer, statistics: Statistics, budget: Budget) -> None:
+    """Decompose a layer; its matrices in float64 are gone when this returns."""
+    weight = run.weight(layer)
+    run.swap(layer, run.method.decompose(weight, statistics, budget), weight, statistics)

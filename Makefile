@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs digests clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-lowrank demo
@@ -17,6 +17,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+# of the runtime's files, for hf_lowrank/data/releases.json
+digests: $(VENV)/.installed
+	$(BIN)/python -c "import json; from hf_lowrank.verification import released_runtimes as r; print(json.dumps(r(), indent=1, sort_keys=True))"
 
 # torch first and by itself: the constraint picks its build, and nothing that follows replaces it
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py

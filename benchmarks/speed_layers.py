@@ -1,6 +1,10 @@
-"""The per-layer table of speed.md: `python benchmarks/speed_layers.py [--threads 1 4] [--tokens 1] [--shapes 4096x4096 ...]`."""
+"""The per-layer table of speed.md: `python benchmarks/speed_layers.py [--threads 1 4] [--tokens 1] [--shapes 4096x4096 ...]`.
+
+With `--cpu-time` (one thread) the clock is the thread's own, which other processes on a shared machine do not disturb.
+"""
 
 import argparse
+import time
 
 from hf_lowrank.evaluation.speed import LayerSpeed, benchmark_layers
 
@@ -25,11 +29,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of the calling thread; for --threads 1")
     arguments = parser.parse_args()
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    size = {"tokens": arguments.tokens, "threads": arguments.threads, "repeats": arguments.repeats}
     print(HEADER)
     for shape in arguments.shapes:
         rows, columns = map(int, shape.split("x"))
-        for result in benchmark_layers([(rows, columns)], tokens=arguments.tokens, threads=arguments.threads, repeats=arguments.repeats):
+        for result in benchmark_layers([(rows, columns)], **size, clock=clock):
             print(row(result), flush=True)
 
 

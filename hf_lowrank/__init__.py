@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .registration import after_import
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
+from .runtime.guard import guard_configs
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
+from .runtime.ops import on_first_use
 from .runtime.saving import CompleteSave
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .distillation import DistillationTrainer
     from .pipeline import compress
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "CompressedLinear",
     "CompressionConfig",
     "CompressionError",
+    "DistillationTrainer",
     "LayerSpec",
     "NumericalError",
     "SparseLowRankBinaryLinear",
@@ -31,7 +35,7 @@ __all__ = [
     "compress",
 ]
 
-_LAZY = {"compress": ".pipeline"}
+_LAZY = {"DistillationTrainer": ".distillation", "compress": ".pipeline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -45,6 +49,10 @@ def _compress_on_load(model: Any, config: CompressionConfig) -> None:
     importlib.import_module(".pipeline", __name__).compress_on_load(model, config)
 
 
+def _load_kernels() -> None:
+    importlib.import_module(".kernels", __name__).load_by_default()
+
+
 class _Publisher:
     """Cards and uploads, imported when a model is saved."""
 
@@ -56,6 +64,7 @@ class _Publisher:
 
 
 CompleteSave.publisher = _Publisher()
+on_first_use(_load_kernels)
 
 
 def _register() -> None:
@@ -66,5 +75,8 @@ def _register() -> None:
 
 # Importing transformers' quantizers takes seconds, which is for the first `from_pretrained` to spend, not for this import.
 _QUANTIZER = f"{__name__}.runtime.quantizer"
+after_import("transformers.configuration_utils", guard_configs)
 after_import(_QUANTIZER, _register)
 after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))
+# LoRA merges into compressed layers; importing PEFT takes seconds too.
+after_import("peft.tuners.tuners_utils", lambda: importlib.import_module(".peft", __name__).extend_peft())

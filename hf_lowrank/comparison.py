@@ -1,5 +1,6 @@
 """Methods side by side at equal stored bytes: each compresses, is reloaded from disk and measured, in processes of its own."""
 
+import glob
 import hashlib
 import json
 import os
@@ -7,10 +8,7 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +19,20 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from .architectures import find_blocks, find_layers
-from .calibration.texts import DATASETS, read_documents
+from .calibration.batches import sequence_length
+from .calibration.texts import DATASETS, read_documents, token_stream, windows
+from .child_process import ProcessError, run
+from .evaluation.perplexity import LONGEST_WINDOW
 from .inspection import inspect_checkpoint
+from .locking import locked
 from .methods import make_method
-from .models import compression_of, load_config, skeleton
+from .models import compression_of, load_config, load_tokenizer, skeleton
 from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
 from .version import __version__
 
+REFINEMENT = "refinement_steps"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-POLL_SECONDS = 0.02
 
 Record = dict[str, Any]
 """What was measured on one combination, as it lies in its JSON file."""
@@ -77,14 +79,14 @@ class Comparison:
     window: int | None = None
     max_windows: int | None = None
 
-    def compress_command(self, candidate: Candidate, folder: Path) -> list[str]:
+    def compress_command(self, candidate: Candidate, folder: Path, training: Path) -> list[str]:
         arguments = ["compress", self.model, "-o", str(folder), "--method", candidate.method, "--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
-            arguments += ["--set", f"{key}={value}"]
+            arguments += ["--refinement-steps", value] if key == REFINEMENT else ["--set", f"{key}={value}"]
         arguments += ["--calibration", self.calibration, "--samples", str(self.samples), "--seed", str(self.seed)]
         if self.sequence_length is not None:
             arguments += ["--sequence-length", str(self.sequence_length)]
-        return [*arguments, "--dtype", self.dtype, "--device", self.device]
+        return [*arguments, "--dtype", self.dtype, "--device", self.device, "--work-dir", str(training)]
 
     def evaluate_command(self, model: str) -> list[str]:
         arguments = ["evaluate", model, "--reference", self.model, "--dtype", "float32", "--device", self.device, "--json"]
@@ -106,20 +108,24 @@ class Comparison:
         }
 
 
-class ProcessError(CompressionError):
-    """A process of ours ended badly.
-
-    Attributes:
-        explained: whether it said why, so that it would say the same again; a crash or a kill may not happen twice.
-    """
-
-    def __init__(self, reason: str, explained: bool) -> None:
-        super().__init__(reason)
-        self.explained = explained
+def check_texts(comparison: Comparison) -> None:
+    """Raise CompressionError if a text is shorter than the window that it is calibrated or measured on, before any work is done."""
+    config = load_config(comparison.model)
+    dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
+    needed = dict.fromkeys(comparison.texts, comparison.window or min(context, LONGEST_WINDOW))
+    recipe = CompressionConfig(samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed)
+    for text, length in [*needed.items(), (comparison.calibration, sequence_length(dense, recipe))]:
+        if text != "self" and text not in DATASETS:
+            stream = token_stream(tokenizer, read_documents(text))
+            try:
+                windows(stream, length)
+            except CompressionError as error:
+                raise CompressionError(f"{text}: {error}") from None
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str]]:
-    """`name` or `name[option=value,...]` → (name, options).
+    """`name` or `name[option=value,...]` → (name, options); `refinement_steps` is understood beside the method's own options.
 
     Raises:
         CompressionError: if it is neither, or the method does not know the option or the value.
@@ -129,7 +135,10 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     if match is None or not all(re.fullmatch(r"\w+=.+", setting) for setting in settings):
         raise CompressionError(f"--methods: found {text!r}, expected name or name[option=value,...]")
     options = dict(setting.split("=", 1) for setting in settings)
-    make_method(match[1], options)
+    steps = options.get(REFINEMENT, "0")
+    if not steps.isdecimal():
+        raise CompressionError(f"--methods: {REFINEMENT}: found {steps!r}, expected a whole number")
+    make_method(match[1], {name: value for name, value in options.items() if name != REFINEMENT})
     return match[1], options
 
 
@@ -149,22 +158,32 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
     """Measure the dense model and every candidate, and write `results.json`; what an earlier run has finished is not done again.
 
     Args:
-        out: `combinations/` in it takes one JSON file for each finished combination; with `keep`, `checkpoints/` the models.
+        out: `combinations/` in it takes one JSON file for each finished combination; with `keep`, `checkpoints/` the models;
+            `training/` holds the state of a training that broke off.
         say: receives one line per combination.
 
     Returns:
         What `results.json` holds: what the figures depend on, the dense model's record, and the records of the candidates.
 
     Raises:
-        CompressionError: if the dense model cannot be measured. A candidate that fails is recorded with the reason instead.
+        CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that fails is recorded with
+            the reason instead.
     """
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()
+    if finished(out / "combinations" / "dense.json", inputs, lambda line: None) is None:
+        check_texts(comparison)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _compare(comparison, wanted, inputs, out, keep, say)
+
+
+def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, Any], out: Path, keep: bool, say: Say) -> dict[str, Any]:
     finished_files, working = out / "combinations", out / "working"
-    finished_files.mkdir(parents=True, exist_ok=True)
     dense = finished(finished_files / "dense.json", inputs, say)
     if dense is None:
+        finished_files.mkdir(parents=True, exist_ok=True)
         dense = {"inputs": inputs, **dense_storage(comparison), "texts": _evaluate(comparison, comparison.model)}
         write_json(finished_files / "dense.json", dense)
     say(f"dense: {_summary(dense)}")
@@ -176,7 +195,7 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
             shutil.rmtree(working, ignore_errors=True)  # what a killed run left
             record = {"inputs": inputs, "label": candidate.label, "ratio": candidate.ratio, "failed": None}
             try:
-                record |= _measure(comparison, candidate, working / candidate.file_name)
+                record |= _measure(comparison, candidate, working / candidate.file_name, training_folder(out, candidate, inputs))
                 if keep:
                     _move(working / candidate.file_name, out / "checkpoints" / candidate.file_name)
             except ProcessError as error:
@@ -185,6 +204,8 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
                     write_json(file, record)
             else:
                 write_json(file, record)
+                for folder in out.glob(f"training/{glob.escape(candidate.file_name)}@*"):
+                    shutil.rmtree(folder)
             finally:
                 shutil.rmtree(working, ignore_errors=True)
         records.append(record)
@@ -200,6 +221,11 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
     }
     write_json(out / "results.json", results)
     return results
+
+
+def training_folder(out: Path, candidate: Candidate, inputs: dict[str, Any]) -> Path:
+    """Where the state of a candidate's training lies: another folder for other inputs, as it would not go on from the old state."""
+    return out / "training" / f"{candidate.file_name}@{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def finished(file: Path, inputs: dict[str, Any], say: Say) -> Record | None:
@@ -275,48 +301,8 @@ def dense_storage(comparison: Comparison) -> Record:
     return {"label": "dense", "ratio": 0.0, "failed": None, "bits_per_weight": float((name or torch.float32).itemsize * 8)}
 
 
-def run(arguments: list[str]) -> tuple[str, float, int | None]:
-    """Run `hf-lowrank` in a process of its own.
-
-    Returns:
-        Its output, its seconds from start to end, and the high-water mark of its resident memory in bytes. The mark is read from /proc
-        every 20 ms: what `wait4` reports is never less than the memory of the process that started it. None where there is no /proc.
-
-    Raises:
-        ProcessError: with the one line that it gave as the reason.
-    """
-    started, peak = time.monotonic(), None
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        process = subprocess.Popen([sys.executable, "-m", "hf_lowrank", *arguments], stdout=output, stderr=errors)
-        try:
-            while process.poll() is None:
-                peak = _peak_memory(process.pid) or peak
-                time.sleep(POLL_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-        seconds = time.monotonic() - started
-        output.seek(0)
-        errors.seek(0)
-        if process.returncode == 0:
-            return output.read(), seconds, peak
-        lines = [line.strip() for line in errors.read().splitlines() if line.strip()] or ["it gave no reason"]
-    if lines[-1].startswith("error: "):
-        raise ProcessError(lines[-1].removeprefix("error: "), explained=True)
-    raise ProcessError(f"{arguments[0]} ended with exit status {process.returncode}: {lines[-1]}", explained=False)
-
-
-def _peak_memory(process: int) -> int | None:
-    try:
-        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    return int(found[1]) * 1024 if found else None
-
-
-def _measure(comparison: Comparison, candidate: Candidate, folder: Path) -> Record:
-    arguments = comparison.compress_command(candidate, folder)
+def _measure(comparison: Comparison, candidate: Candidate, folder: Path, training: Path) -> Record:
+    arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
     stored = inspect_checkpoint(folder)
     config = load_config(str(folder))

@@ -34,6 +34,8 @@ def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, device
         return "soco trains through the whole model"
     if method.needs_gradients or method.needs_output_gram:
         return f"{method.name} needs gradients through the whole model"
+    if config.refinement_steps:
+        return "refining compares the blocks with those of the dense model"
     if config.calibration == "self":
         return "the calibration text is sampled from the model; name a text or a dataset to go block by block"
     if len({name.rpartition(".")[0] for name in find_blocks(dense)}) > 1:
@@ -87,9 +89,9 @@ def compress_checkpoint(
             shards: dict[str, Any] = {"max_shard_size": SHARD_SIZE} if reason is None else {}
             save(folder, name=output.absolute().name, **shards)
         if work_dir is not None:
+            shutil.rmtree(work_dir / "offloaded", ignore_errors=True)
             with WorkFolder(work_dir) as finished:
                 finished.clear()
-            shutil.rmtree(work_dir / "offloaded", ignore_errors=True)
 
 
 def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str:

@@ -16,7 +16,7 @@ LINEAR_BELOW = 0.01
 def check_plotting() -> None:
     """Raise CompressionError if there is nothing to plot with."""
     if find_spec("matplotlib") is None:
-        raise CompressionError("the frontier plot needs matplotlib: pip install 'hf_lowrank[eval]'")
+        raise CompressionError("plots need matplotlib: pip install 'hf_lowrank[eval]'")
 
 
 def text_name(source: str) -> str:
@@ -81,28 +81,34 @@ def plot(results: dict[str, Any], file: Path) -> None:
     """Draw stored bits per weight against nats lost per token, one panel per text; a ring marks the best method at each size."""
     from matplotlib.figure import Figure
 
-    records = results["combinations"]
     texts = results["dense"]["texts"]
-    labels = sorted({record["label"] for record in records})
     figure = Figure(figsize=(6.4 * len(texts), 4.8), layout="constrained")
-    for number, (axes, measured) in enumerate(zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True)):
-        for position, label in enumerate(labels):
-            points = sorted((each["bits_per_weight"], _lost(each, number)) for each in _measured(records) if each["label"] == label)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, color=f"C{position % 10}", label=label)
-        for winner in best(records, number).values():
-            point = (winner["bits_per_weight"], _lost(winner, number))
-            axes.plot(*point, marker="o", markersize=11, fillstyle="none", color="black", linestyle="none")
-            axes.annotate(winner["label"], point, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=7)
-        axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
-        axes.set_xlabel("stored bits per weight of the block linears")
-        axes.set_ylabel("nats lost per token")
-        axes.set_title(f"{text_name(measured['text'])}, dense perplexity {measured['perplexity']:.4g}", fontsize=10)
+    for number, axes in enumerate(figure.subplots(1, len(texts), squeeze=False)[0]):
+        draw(axes, results, number, [f"C{position}" for position in range(10)], "black")
+        axes.set_title(f"{text_name(texts[number]['text'])}, dense perplexity {texts[number]['perplexity']:.4g}", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.margins(0.15)
-        if axes.lines:
-            axes.legend(fontsize=7)
     figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
+def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: str) -> None:
+    """Draw the panel of one text on the axes of matplotlib; `colors` of the methods in turn, `ink` of the rings."""
+    records = results["combinations"]
+    for position, label in enumerate(sorted({record["label"] for record in records})):
+        points = sorted((each["bits_per_weight"], _lost(each, text)) for each in _measured(records) if each["label"] == label)
+        if points:
+            color = colors[position % len(colors)]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, color=color, label=label)
+    for winner in best(records, text).values():
+        point = (winner["bits_per_weight"], _lost(winner, text))
+        axes.plot(*point, marker="o", markersize=11, fillstyle="none", color=ink, linestyle="none")
+        axes.annotate(winner["label"], point, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("stored bits per weight of the block linears")
+    axes.set_ylabel("nats lost per token")
+    axes.margins(0.15)
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
 def _measured(records: list[Record]) -> list[Record]:

@@ -1,19 +1,17 @@
 """Pushes: how a compressed checkpoint gets to the Hub, whole and with a card (`model_card.py`) that says what it is."""
 
-import json
 import logging
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from safetensors import SafetensorError, safe_open
 
 from .model_card import make_card, read_config, write_model_card
 from .runtime.errors import CheckpointError
+from .runtime.headers import read_headers, weight_files
 from .runtime.saving import CARD_FILE, RUNTIME_FILES
 
 logger = logging.getLogger(__name__)
 
-_DAMAGED = "save the model again, or download the checkpoint again"
 _SAVE = "save the model again with hf_lowrank imported"
 
 
@@ -98,19 +96,4 @@ def check_complete(folder: Path) -> None:
             raise CheckpointError(f"{folder / name}: missing, so trust_remote_code=True would fail; {_SAVE}")
     if not (folder / "tokenizer_config.json").is_file():
         logger.warning("%s: no tokenizer; save it there too (tokenizer.save_pretrained), or users must find it themselves", folder)
-    for path in _weight_files(folder):
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {_DAMAGED}")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {_DAMAGED}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The shards that the index names, or the one file that there must be."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    read_headers(weight_files(str(folder)))

@@ -1,17 +1,19 @@
 """What a compressed checkpoint stores, counted from its files."""
 
-import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .architectures import find_blocks, find_layers
 from .models import compression_of, load_config, skeleton
-from .runtime.errors import CompressionError
+from .runtime.errors import CompressionError, one_line
+from .runtime.headers import BITS, read_headers, read_json, weight_files
 from .runtime.saving import REPORT_FILE
-from .runtime.validation import read_header, resolve_layers
-
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "U8": 8, "I8": 8, "I32": 32, "I64": 64, "BOOL": 8}
+from .runtime.validation import resolve_layers
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank: its config.json has no such quantization_config")
     model = skeleton(config)
     specs = resolve_layers(model, compression.layers)
-    report = _read_report(folder)
-    errors = {layer["name"]: layer["relative_error"] for layer in report.get("layers", [])}
-    tensors = _stored_tensors(folder)
+    report = read_report(folder)
+    errors = {layer["name"]: layer["relative_error"] for layer in report["layers"]}
+    tensors = {name: (tensor.dtype, math.prod(tensor.shape)) for name, tensor in read_headers(weight_files(str(folder))).items()}
     value_bits = BITS[str(next(dtype for dtype, _ in tensors.values() if dtype in ("F64", "F32", "F16", "BF16")))]
     layers, stored_bits, paper_bits, dense_bits = [], 0, 0, 0
     for layer in find_layers(find_blocks(model)):
@@ -87,7 +89,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         paper_bits += bits - sum(BITS[dtype] * numel for name, (dtype, numel) in own.items() if name.endswith(".weight_mask"))
         error = errors.get(layer.name)
         if spec is None:
-            reason = report.get("dense", {}).get(layer.name, "left dense")
+            reason = report["dense"].get(layer.name, "left dense")
             layers.append(StoredLayer(layer.name, "dense", "–", 0, 0, 1.0, bits / weights, bits // 8, None, reason))
         else:
             kept = own.get(f"{layer.name}.weight", ("", 0))[1]
@@ -111,29 +113,39 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         model_ratio=1 - model_bits / dense_model_bits,
         disk_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         layers=layers,
-        warnings=report.get("warnings", []),
+        warnings=report["warnings"],
     )
 
 
-def _stored_tensors(folder: Path) -> dict[str, tuple[str, int]]:
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, (dtype, shape) in read_header(str(file)).items():
-            numel = 1
-            for side in shape:
-                numel *= side
-            tensors[name] = (dtype, numel)
-    if not tensors:
-        raise CompressionError(f"{folder}: holds no *.safetensors file; download the checkpoint again")
-    return tensors
+def read_report(folder: Path) -> dict[str, Any]:
+    """What was measured when the checkpoint in `folder` was made, and recorded since; "layers", "dense" and "warnings" at the least.
 
-
-def _read_report(folder: Path) -> dict[str, Any]:
+    Raises:
+        CompressionError: if the report is damaged.
+    """
     file = folder / REPORT_FILE
-    if not file.is_file():
-        return {}
+    report = read_json(str(file)) if os.path.lexists(file) else {}
+    with damaged_report(folder):
+        layers = [
+            {**layer, "name": str(layer["name"]), "relative_error": _number(layer["relative_error"])} for layer in report.get("layers", [])
+        ]
+        reasons = {str(name): one_line(str(reason)) for name, reason in report.get("dense", {}).items()}
+        warnings = [one_line(str(warning)) for warning in report.get("warnings", [])]
+    return {**report, "layers": layers, "dense": reasons, "warnings": warnings}
+
+
+@contextmanager
+def damaged_report(folder: Path) -> Iterator[None]:
+    """While active, whatever fails because the report in `folder` does not hold what it should is an error that says so."""
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CompressionError(f"{file}: is damaged ({error}); delete it to inspect without measured errors") from error
-    return report if isinstance(report, dict) else {}
+        yield
+    except CompressionError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CompressionError(
+            f"{folder / REPORT_FILE}: is damaged ({type(error).__name__}: {error}); delete it to go on without measurements"
+        ) from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

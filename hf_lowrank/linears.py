@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-CHUNK = 2**22
+CHUNK = 2**21
 """Entries of a matrix that are worked on at a time where that saves memory."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration.texts import DATASETS
-from .inspection import inspect_checkpoint
+from .inspection import damaged_report, inspect_checkpoint
 from .methods import method_class, registered_methods
 from .runtime.errors import CheckpointError
 from .runtime.saving import CARD_FILE, REPORT_FILE
@@ -46,7 +46,7 @@ class Quality(TypedDict, total=False):
 
     Attributes:
         metric: such as "perplexity" or "acc_norm".
-        dataset: name to show; `dataset_id`: its id on the Hub, and `split`, if it has them.
+        dataset: name to show; `dataset_id`: its id on the Hub, with `dataset_config` and `split`, if it has them.
         settings: how it was measured, in a few words.
         dense, compressed: the two values; `dense` is left out where the metric itself compares the two models.
     """
@@ -54,6 +54,7 @@ class Quality(TypedDict, total=False):
     metric: str
     dataset: str
     dataset_id: str
+    dataset_config: str
     split: str
     settings: str
     dense: float
@@ -89,6 +90,13 @@ def record(folder: Path, **facts: Any) -> None:
     write_model_card(folder)
 
 
+def record_quality(folder: Path, measured: list[Quality]) -> None:
+    """Add measurements to the report and write the card anew; one of the same metric on the same data takes the place of the old."""
+    new = {(row["dataset"], row["metric"]) for row in measured}
+    before = _read_json(folder / REPORT_FILE).get("quality", [])
+    record(folder, quality=[row for row in before if (row["dataset"], row["metric"]) not in new] + measured)
+
+
 def make_card(folder: Path, name: str | None = None) -> ModelCard:
     """The card of the compressed checkpoint in `folder`; the same folder gives the same card.
 
@@ -98,8 +106,9 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     Raises:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
-    config, report = read_config(folder), _read_json(folder / REPORT_FILE)
-    return model_card(config, asdict(inspect_checkpoint(folder)), report, name or folder.resolve().name)
+    config, inspection, report = read_config(folder), asdict(inspect_checkpoint(folder)), _read_json(folder / REPORT_FILE)
+    with damaged_report(folder):
+        return model_card(config, inspection, report, name or folder.resolve().name)
 
 
 def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[str, Any], name: str) -> ModelCard:
@@ -166,6 +175,23 @@ def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
     return rows
 
 
+def task_quality(result: dict[str, Any]) -> list[Quality]:
+    """What a card shows of one task (`evaluation.tasks.TaskResult`, as a dictionary)."""
+    about: Quality = {
+        "dataset": result["task"],
+        "settings": f"{result['shots']}-shot, {result['items']:,} items, lm-eval {result['lm_eval']}",
+    }
+    if result["dataset"] is not None:
+        on_hub: Quality = {"dataset_id": result["dataset"], "dataset_config": result["config"] or "default", "split": result["split"]}
+        about |= on_hub
+    rows: list[Quality] = []
+    for metric, value in result["metrics"].items():
+        rows.append({**about, "metric": metric, "compressed": value})
+        if result["reference"] is not None:
+            rows[-1]["dense"] = result["reference"][metric]
+    return rows
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of the compressed checkpoint in `folder`.
 
@@ -205,7 +231,7 @@ def _eval_results(measured: list[Quality], pipeline_tag: str | None) -> list[Eva
             task_type=pipeline_tag or "other",
             dataset_type=quality.get("dataset_id", "custom"),
             dataset_name=quality["dataset"],
-            dataset_config=None if "dataset_id" in quality else quality["dataset"],
+            dataset_config=quality.get("dataset_config") if "dataset_id" in quality else quality["dataset"],
             dataset_split=quality.get("split"),
             metric_type=quality["metric"],
             metric_name=quality["metric"],

@@ -13,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from .locking import is_held, locked
 from .offloading import device_map
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
 from .runtime.errors import CompressionError
@@ -96,6 +97,8 @@ def compression_of(config: Any) -> CompressionConfig | None:
 def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends well; nothing is left if it does not.
 
+    What a killed process left behind, the next one that writes to the same name removes, or puts back if it was the old content.
+
     Raises:
         CompressionError: if `folder` exists and is not empty (unless `overwrite`), or cannot be written.
     """
@@ -106,16 +109,17 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         try:
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as stream:
-                        os.fsync(stream.fileno())
-            old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-            if target.exists():  # aside first: a kill between the two renames loses neither
-                target.replace(old)
-            partial.replace(target)
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+            with locked(partial):
+                yield partial
+                for file in partial.rglob("*"):
+                    if file.is_file():
+                        with open(file, "rb") as stream:
+                            os.fsync(stream.fileno())
+                old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+                if target.exists():  # aside first: a kill between the two renames loses neither
+                    target.replace(old)
+                partial.replace(target)
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             for parent in new_parents:
@@ -126,9 +130,23 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise CompressionError(f"{target}: cannot be written ({reason}); nothing was left behind") from error
 
 
+def _recover(target: Path) -> None:
+    """Undo what a killed process left half-done beside `target`."""
+    with suppress(OSError):
+        for old in target.parent.glob(f".{target.name}.replaced-*"):
+            if not target.exists():
+                old.replace(target)
+            else:
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        for partial in target.parent.glob(f".{target.name}.partial-*"):
+            if not is_held(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
-    """Raise CompressionError if an output folder holds something that may not be overwritten."""
+    """Raise CompressionError if an output folder holds what may not be overwritten; what killed processes left does not count."""
     target = Path(folder)
+    _recover(target.absolute())
     if target.resolve() == Path.cwd():
         raise CompressionError(f"{folder}: is the current folder, which cannot be replaced; name a new one")
     if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):

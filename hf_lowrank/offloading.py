@@ -1,6 +1,8 @@
 """Models of which one block at a time is in memory: opened on the meta device, filled from their files, written by shards."""
 
+import ctypes
 import itertools
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class OffloadedBlocks:
     def fill(self, name: str) -> None:
         """Bring a block's weights into memory; it is then like any other."""
         block = self.model.get_submodule(name)
-        remove_hook_from_module(block, recurse=True)
+        _without_hooks(block)
         for key, tensor in block.state_dict().items():
             if tensor.device.type == "meta":
                 value = self.weights[f"{name}.{key}"].clone()  # to memory of its own, off the mapped file
@@ -67,15 +69,22 @@ class OffloadedBlocks:
     def empty(self, name: str) -> None:
         """Let go of a block's weights."""
         block = self.model.get_submodule(name)
-        remove_hook_from_module(block, recurse=True)
+        _without_hooks(block)
         for key, tensor in block.state_dict().items():
             if tensor.device.type != "meta":
                 set_module_tensor_to_device(block, key, "meta")
 
     def release(self) -> None:
         """All blocks are done: the model is no longer one that runs from the disk."""
-        remove_hook_from_module(self.model, recurse=True)
+        _without_hooks(self.model)
         del self.model.hf_device_map
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system, where the C library has a call for that: its heaps keep what lies between living objects."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -123,6 +132,14 @@ class OffloadedQuantizer(CompressionQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[StoredWeights, dict[str, str]]:
         return StoredWeights(model, self.blocks, self.files), {}
+
+
+def _without_hooks(module: nn.Module) -> None:
+    """Take accelerate's hooks off, and the bound `forward` that they leave on each module: it would keep replaced layers alive."""
+    hooked = [each for each in module.modules() if hasattr(each, "_hf_hook")]
+    remove_hook_from_module(module, recurse=True)
+    for each in hooked:
+        each.__dict__.pop("forward", None)
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:

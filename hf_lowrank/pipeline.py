@@ -22,7 +22,7 @@ from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
 from .runtime.quantizer import CompressionQuantizer, attach
 from .runtime.saving import CompleteSave
-from .strategies import Run, choose_then_build, layer_by_layer, measure_then_decide
+from .strategies import Run, choose_then_build, layer_by_layer, measure_then_decide, refine
 from .version import __version__
 from .work_folder import WorkFolder
 
@@ -127,6 +127,8 @@ def _walk(run: Run) -> None:
         measure_then_decide(run, method, batches)
     else:
         layer_by_layer(run, batches)
+    if run.original is not None:
+        refine(run, run.original)
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -7,10 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+_RUNNING: dict[str, list[Callable[[], object]]] = {}
+"""What waits for modules that are being imported at this moment: they are in `sys.modules`, but not complete."""
+
 
 def after_import(name: str, action: Callable[[], object]) -> None:
     """Call `action` once, right after the module `name` is first imported; at once if it is imported already."""
-    if name in sys.modules:
+    if name in _RUNNING:
+        _RUNNING[name].append(action)
+    elif name in sys.modules:
         action()
     else:
         sys.meta_path.insert(0, _Watcher(name, action))
@@ -34,8 +39,17 @@ class _Watcher(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            execute(module)
+            is_outermost = fullname not in _RUNNING  # of several watchers of one module
+            waiting = _RUNNING.setdefault(fullname, [])
+            try:
+                execute(module)
+            finally:
+                if is_outermost:
+                    del _RUNNING[fullname]
             self.action()
+            if is_outermost:
+                for action in waiting:
+                    action()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

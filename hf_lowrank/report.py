@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .linears import row_chunks
 from .methods.base import Statistics
 from .runtime.layers import CompressedLinear
+
+SPECTRUM_POINTS = 48
 
 
 @dataclass
@@ -15,12 +18,14 @@ class LayerReport:
     """One compressed layer.
 
     Attributes:
-        kind, sparse, kept, rank, binary_rank: as in `LayerSpec`.
+        kind, sparse, kept, rank, binary_rank, pivoted, weight_bits, lowrank_bits: as in `LayerSpec`.
         out_features, in_features: m and n.
         bits_per_weight: stored bits / (m n); dense_bits, stored_bits: of the whole layer with its bias.
         relative_error: ‖(W − Ŵ) X‖ / ‖W X‖ on the calibration tokens, with the values as they are stored.
         metric: "gram" if that is exact, "column_norms" if only the norms ‖X_j‖ were measured.
         tokens: calibration tokens that the layer saw.
+        spectrum: what the method knew of the singular values before it decided on the rank (see `sampled_spectrum`): of the part
+            of the dense weight that becomes low rank, in the calibration metric; None if it needs none.
     """
 
     name: str
@@ -29,6 +34,9 @@ class LayerReport:
     kept: int
     rank: int
     binary_rank: int
+    pivoted: bool
+    weight_bits: int
+    lowrank_bits: int
     out_features: int
     in_features: int
     bits_per_weight: float
@@ -37,6 +45,16 @@ class LayerReport:
     relative_error: float
     metric: str
     tokens: int
+    spectrum: list[float] | None = None
+
+
+@dataclass
+class BlockRefinement:
+    """A block's error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² on the calibration tokens, before and after its refinement."""
+
+    name: str
+    before: float
+    after: float
 
 
 @dataclass
@@ -49,6 +67,7 @@ class Report:
         layers: one entry per compressed layer. dense: reason of each layer left dense, by name.
         warnings: what the user must know.
         curve: SoCo's loss, ratio and phase per step.
+        refinement: one entry per block, if blocks were refined; the errors of the layers are then those after it.
     """
 
     method: str
@@ -60,12 +79,15 @@ class Report:
     dense: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, list[float]] | None = None
+    refinement: list[BlockRefinement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int) -> LayerReport:
+def layer_report(
+    name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int, spectrum: list[float] | None = None
+) -> LayerReport:
     """Measure a compressed layer against the weight (m, n) that it replaces."""
     bits = layer.stored_bits()
     spec = layer.spec
@@ -76,6 +98,9 @@ def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics:
         spec.kept,
         spec.rank,
         spec.binary_rank,
+        spec.pivoted,
+        spec.weight_bits,
+        spec.lowrank_bits,
         layer.out_features,
         layer.in_features,
         bits / weight.numel(),
@@ -84,7 +109,15 @@ def layer_report(name: str, layer: CompressedLinear, weight: Tensor, statistics:
         relative_error(weight, layer.to_dense(weight.dtype), statistics),
         "column_norms" if statistics.gram is None else "gram",
         statistics.tokens,
+        spectrum,
     )
+
+
+def sampled_spectrum(sigma: Tensor) -> list[float]:
+    """Singular values (k,), falling, at no more than 48 evenly spaced places from first to last, in units of the largest; four digits."""
+    positions = torch.linspace(0, len(sigma) - 1, min(len(sigma), SPECTRUM_POINTS)).round().long()
+    values = (sigma.double().cpu() / sigma.max().clamp(min=torch.finfo(sigma.dtype).tiny))[positions]
+    return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:

@@ -1,8 +1,8 @@
 """A folder in which a run records what it has finished, so that a run killed at any instant goes on from there."""
 
-import fcntl
 import json
 import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .locking import locked
 from .runtime.errors import CompressionError
 
-LOCK = "lock"
 IDENTITY = "run.json"
 FINISHED = "finished"
 
@@ -38,23 +38,21 @@ class WorkFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._held = ExitStack()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "w")  # noqa: SIM115  (held until the block ends)
         except OSError as error:
             raise self._unwritable(error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise CompressionError(f"{self.path}: another run works in this folder; wait for it, or name another work folder") from None
+        self._held.enter_context(locked(self.path))
 
     def __enter__(self) -> "WorkFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let other runs have the folder."""
-        self._lock.close()
+        """Let other runs have the folder, or remove it if it holds nothing."""
+        with suppress(OSError):
+            self.path.rmdir()
+        self._held.close()
 
     def claim(self, identity: dict[str, Any]) -> None:
         """Say what the run is: go on with what the folder holds of it, or start in a folder that is new or of a finished run.
@@ -124,7 +122,7 @@ class WorkFolder:
         self._write(FINISHED, b"")
 
     def clear(self) -> None:
-        """Remove all that the run left, but for the lock."""
+        """Remove all that the run left."""
         left = (file for kind in ("safetensors", "partial", "bin") for file in self.path.glob(f"*.{kind}"))
         for file in (self.path / IDENTITY, self.path / FINISHED, *left):
             file.unlink(missing_ok=True)

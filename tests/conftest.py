@@ -1,9 +1,10 @@
-"""Every test runs offline, on two threads."""
+"""Every test runs offline, on two threads, in plain torch."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_LOWRANK_KERNELS"] = "off"  # plugin and remote code are compared bit for bit; tests/kernels loads them
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch

@@ -173,6 +173,14 @@ def test_a_mistake_in_the_recipe_is_one_line(dense: Path, tmp_path: Path, mistak
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_text_shorter_than_one_sequence_is_one_line(dense: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("hello", encoding="utf-8")
+    arguments = ["--calibration", short, "--sequence-length", 32]
+    fails("the text has 6 tokens, fewer than one window of 32", "compress", dense, "-o", tmp_path / "output", *arguments)
+    assert list(tmp_path.iterdir()) == [short]
+
+
 def test_a_source_that_is_no_model_is_one_line(dense: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -1,14 +1,19 @@
 """compare: what is recorded is what lies on disk, nothing is done twice, and what cannot be made is a line in the table."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from hf_lowrank import CompressionError, cli, comparison, frontier
+from hf_lowrank import CompressionError, child_process, cli, comparison, frontier
+from hf_lowrank.child_process import ProcessError
 from hf_lowrank.comparison import Candidate, Comparison, candidates, parse_method
 from hf_lowrank.demo import BUNDLED_TEXT
 from hf_lowrank.evaluation.perplexity import evaluate_text
@@ -84,6 +89,7 @@ def test_second_run_does_nothing_again(home: Path, monkeypatch: pytest.MonkeyPat
     assert run(home).exit_code == 0
     assert ((home / "out" / "table.md").read_bytes(), (home / "out" / "frontier.png").read_bytes()) == (table, plot)
     assert not (home / "out" / "working").exists()
+    assert not list(home.glob("out/training/*"))
 
 
 def test_run_that_broke_off_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +103,7 @@ def test_run_that_broke_off_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch)
 
     def crash(arguments: list[str]) -> None:
         tried.append(arguments[0])
-        raise comparison.ProcessError("killed", explained=False)
+        raise ProcessError("killed", explained=False)
 
     monkeypatch.setattr(comparison, "run", crash)
     for _ in range(2):
@@ -106,6 +112,58 @@ def test_run_that_broke_off_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch)
         assert f"{METHOD} at 40%: killed" in result.stdout
     assert tried == ["compress", "compress"]
     assert not (again / "working").exists()
+
+
+def test_training_that_broke_off_goes_on_in_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run gets the same folder, with what is in it; a run with other inputs another one; at success both are gone."""
+    again = home / "trained"
+    shutil.copytree(home / "out", again)
+    (again / "combinations" / (Candidate("slab", RATIO, {"iterations": "2"}).file_name + ".json")).unlink()
+    folders: list[Path] = []
+    failing = True
+
+    def pretend(arguments: list[str]) -> tuple[str, float, int | None]:
+        if arguments[0] == "evaluate":
+            return json.dumps(results(home)["combinations"][0]["texts"]), 1.0, None
+        folders.append(Path(arguments[arguments.index("--work-dir") + 1]))
+        folders[-1].mkdir(parents=True, exist_ok=True)
+        (folders[-1] / str(len(folders))).touch()
+        if failing:
+            raise ProcessError("killed", explained=False)
+        shutil.copytree(home / "out" / "checkpoints" / Candidate("slab", RATIO, {"iterations": "2"}).file_name, arguments[3])
+        return "", 1.0, None
+
+    monkeypatch.setattr(comparison, "run", pretend)
+    assert run(home, "--out", str(again)).exit_code == 0
+    other = run(home, "--out", str(again), "--calibration", str(home / "text.txt"))
+    assert other.exit_code == 0
+    failing = False
+    assert run(home, "--out", str(again)).exit_code == 0
+    first, second, last = (folder for folder in folders if str(TOO_MUCH) not in folder.name)
+    assert first.is_relative_to(again)
+    assert (first == last, first == second) == (True, False)
+    assert not any(folder.exists() for folder in (first, second))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_no_child_is_left_by_a_signal(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in, started = tmp_path / "python", tmp_path / "started"
+    stand_in.write_text(f'#!/bin/sh\necho $$ > "{started}.partial"\nmv "{started}.partial" "{started}"\nexec sleep 60\n', encoding="utf-8")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupt() -> None:
+        while not started.exists():
+            pass
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit if number is signal.SIGTERM else KeyboardInterrupt):
+        child_process.run(["compress"])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text(encoding="utf-8")), 0)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
@@ -130,11 +188,14 @@ def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
         (["--methods", "slab["], "name[option=value,...]"),
         (["--ratios", "1.5"], "ratio: found 1.5"),
         (["--calibration", "/no/such/text"], "no such text file"),
+        (["--calibration", "{short}"], "short.txt: the text has 6 tokens, fewer than one window of 16"),
+        (["--text", "{short}"], "short.txt: the text has 6 tokens, fewer than one window of 64"),
     ],
 )
 def test_mistakes_are_found_before_any_work(changes: list[str], message: str, home: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = run(home, *changes, "--out", str(out))
+    out, short = tmp_path / "out", tmp_path / "short.txt"
+    short.write_text("hello", encoding="utf-8")
+    result = run(home, *(change.format(short=short) for change in changes), "--out", str(out))
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -160,9 +221,9 @@ def test_inputs_change_with_whatever_the_figures_depend_on(home: Path) -> None:
 
 def test_method_with_options_reads_back_from_its_label() -> None:
     """Labels are names again, and different candidates have different files."""
-    made = candidates(["slab", "slab[weighted=true,iterations=3]", "wanda[pattern=2:4]", "slab"], [0.3, 0.5])
-    assert len(made) == 6
-    assert len({each.file_name for each in made}) == 6
+    made = candidates(["slab", "slab[weighted=true,iterations=3]", "slab[refinement_steps=8]", "wanda[pattern=2:4]", "slab"], [0.3, 0.5])
+    assert len(made) == 8
+    assert len({each.file_name for each in made}) == 8
     for each in made:
         assert parse_method(each.label) == (each.method, each.options)
 

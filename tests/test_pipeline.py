@@ -157,9 +157,8 @@ def test_the_report_describes_what_is_stored(method: str) -> None:
     assert (report["method"], report["ratio_asked"], report["accounting"], report["warnings"]) == (method, 0.4, "bits", [])
     for entry in report["layers"]:
         layer = model.get_submodule(entry["name"])
-        assert {key: entry[key] for key in ("kind", "sparse", "kept", "rank", "binary_rank")} == {
-            key: getattr(layer.spec, key) for key in ("kind", "sparse", "kept", "rank", "binary_rank")
-        }
+        fields = ("kind", "sparse", "kept", "rank", "binary_rank", "pivoted", "weight_bits", "lowrank_bits")
+        assert {key: entry[key] for key in fields} == {key: getattr(layer.spec, key) for key in fields}
         tensors = [*layer.parameters(), *layer.buffers()]
         assert entry["stored_bits"] == sum(tensor.numel() * tensor.itemsize * 8 for tensor in tensors)
         assert entry["bits_per_weight"] * layer.in_features * layer.out_features == pytest.approx(entry["stored_bits"])

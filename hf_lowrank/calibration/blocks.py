@@ -151,7 +151,6 @@ def noting_calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
             handle.remove()
 
 
-@torch.no_grad()
 def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
     """The block's hidden states for a batch, called as the model called it; those it has already if the model did not."""
     call = batch.calls[index]

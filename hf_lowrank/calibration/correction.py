@@ -84,14 +84,15 @@ def stage_sums(
         call, shifted = batch.calls[index], batch.shifted
         if call is None or shifted is None:
             continue
-        here, there = _run(dense, index, batch, names[0]), _run(block, index, shifted, names[0])
+        whole = writer == "output"
+        here, there = _run(dense, index, batch, names[0], whole), _run(block, index, shifted, names[0], whole)
         if here is None or there is None or here.x.shape != there.x.shape:  # experts that see other tokens
             continue
         x, x_hat = counted(here.x, call.mask).float(), counted(there.x, call.mask).float()  # products of one batch; sums are float64
         gram, shift, residual = (x_hat.T @ x_hat).double(), ((x - x_hat).T @ x_hat).double(), None
         if writer is not None:
             lost = batch.hidden.double() - shifted.hidden.double()
-            if writer == "output":
+            if here.block is not None and there.block is not None:
                 lost = (here.block.double() - here.y.double()) - (there.block.double() - there.y.double())
             residual = (counted(lost, call.mask).float().T @ x_hat).double()
         if total is not None:
@@ -124,25 +125,38 @@ def stream_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Input and output of a layer, and the output of its block."""
+    """Input and output of a layer, and the output of its block if that was asked for."""
 
     x: Tensor
     y: Tensor
-    block: Tensor
+    block: Tensor | None
 
 
-def _run(block: nn.Module, index: int, batch: BlockBatch, name: str) -> _Pass | None:
+class _Reached(Exception):
+    """Ends a block's forward pass once the layer of interest has run."""
+
+
+def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, whole: bool) -> _Pass | None:
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = block.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+        if not whole:
+            raise _Reached
+
+    output = None
+    handle = block.get_submodule(name).register_forward_hook(keep)
     try:
         output = run_block(block, index, batch)
+    except _Reached:
+        pass
     finally:
         handle.remove()
     if not seen:
         return None
     tokens = batch.hidden.shape[:2]
     x, y = (each.view(*tokens, -1) if each.shape[:-1].numel() == tokens.numel() else each for each in seen[0])
-    return _Pass(x, y, output)
+    return _Pass(x, y, output if whole else None)
 
 
 def _keep(inputs: dict[str, Tensor], name: str) -> Any:

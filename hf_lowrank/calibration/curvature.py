@@ -27,8 +27,8 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
     def watch(name: str) -> Any:
         def count(gradient: Tensor) -> None:
             g = gradient[mask] if mask is not None and gradient.shape[:2] == mask.shape else gradient.flatten(0, -2)
-            g = g.double()
-            grams[name] = grams.get(name, 0) + g.T @ g
+            g = g.float()
+            grams[name] = grams.get(name, 0) + (g.T @ g).double()  # the product of one batch; the sum is float64
 
         def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if output.requires_grad:

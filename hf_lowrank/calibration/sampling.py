@@ -8,7 +8,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..runtime.errors import CompressionError, NumericalError
 
-SEQUENCES_AT_ONCE = 32
+TOKENS_AT_ONCE = 65_536
+"""Of the sequences that are sampled together; bounds the memory of their caches."""
 
 
 class _FiniteLogits(LogitsProcessor):
@@ -43,8 +44,9 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
     # generate() draws from torch's global generator; its state is the caller's and is put back
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for first in range(0, samples, SEQUENCES_AT_ONCE):
-            count = min(SEQUENCES_AT_ONCE, samples - first)
+        at_once = max(TOKENS_AT_ONCE // length, 1)
+        for first in range(0, samples, at_once):
+            count = min(at_once, samples - first)
             if starts:
                 prompt = torch.full((count, 1), starts[0], device=model.device)
             else:

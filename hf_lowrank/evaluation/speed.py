@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from .. import kernels
-from ..kernels import cpu
-from ..kernels.cpu import native
+from ..kernels.cpu import native, products
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.packing import pack_bits
@@ -29,6 +27,8 @@ Call = Callable[[Tensor], Tensor | None]
 DENSE, GEMV = "torch's dense product", "the package's dense product"
 WORKING_SET_BYTES = 256 << 20
 """Copies of a layer take turns until they fill this much, so that weights come from memory and not from a cache, as in a model."""
+MOST_COPIES = 1000
+"""More copies than this of a tiny layer would take longer to make than to measure."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,12 @@ class LayerSpeed:
         return self.stored_bytes / self.compressed.median
 
 
-def paper_layout(method: str, ratio: float) -> Callable[[int, int], LayerSpec]:
-    """The layer that `method` ("slab", "bitmask" or "lowrank") stores at a removed ratio, mask bits not counted, as papers do."""
+def layout(method: str, ratio: float, accounting: str = "paper") -> Callable[[int, int], LayerSpec]:
+    """The layer that `method` ("slab", "bitmask" or "lowrank") stores at a removed ratio.
+
+    Args:
+        accounting: "paper", mask bits not counted, or "bits", as `CompressionConfig.accounting`.
+    """
     layouts: dict[str, Callable[[int], LayerSpec]] = {
         "slab": lambda kept: LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", kept=kept, binary_rank=1),
         "bitmask": lambda kept: LayerSpec(sparse="bitmask", kept=kept),
@@ -97,17 +101,17 @@ def paper_layout(method: str, ratio: float) -> Callable[[int, int], LayerSpec]:
     of_size = layouts[method]
 
     def spec(rows: int, columns: int) -> LayerSpec:
-        empty, one = (of_size(size).stored_bits(rows, columns, 16, "paper") for size in (0, 1))
+        empty, one = (of_size(size).stored_bits(rows, columns, 16, accounting) for size in (0, 1))
         return of_size(max(int(((1 - ratio) * 16 * rows * columns - empty) // (one - empty)), 1))
 
     return spec
 
 
 PAPER_LAYOUTS: dict[str, Callable[[int, int], LayerSpec]] = {
-    "SLaB 50 %": paper_layout("slab", 0.5),
-    "SLaB 80 %": paper_layout("slab", 0.8),
-    "bitmask 50 %": paper_layout("bitmask", 0.5),
-    "low rank 30 %": paper_layout("lowrank", 0.3),
+    "SLaB 50 %": layout("slab", 0.5),
+    "SLaB 80 %": layout("slab", 0.8),
+    "bitmask 50 %": layout("bitmask", 0.5),
+    "low rank 30 %": layout("lowrank", 0.3),
 }
 """The layouts whose speed is reported by default."""
 
@@ -120,6 +124,7 @@ def benchmark_layers(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     repeats: int = 30,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[LayerSpeed]:
     """Time compressed layers of random content beside `nn.Linear`.
 
@@ -128,12 +133,12 @@ def benchmark_layers(
         layouts: what each compressed layer stores, as a function of (out, in).
         tokens: rows of the input.
         threads: numbers of torch's threads to measure with; those in use when empty.
+        clock: seconds; `time.thread_time`, for one thread, does not count what other processes take of a shared machine.
     """
-    kernels.load()
     results = []
     for rows, columns in shapes:
         dense = _copies(nn.Linear(columns, rows, bias=False, device=device, dtype=dtype))
-        compressed = {name: _copies(random_layer(layout(rows, columns), rows, columns, dtype, device)) for name, layout in layouts.items()}
+        compressed = {name: _copies(random_layer(spec(rows, columns), rows, columns, dtype, device)) for name, spec in layouts.items()}
         for count in threads or (torch.get_num_threads(),):
             for batch in tokens:
                 with _threads(count):
@@ -143,7 +148,7 @@ def benchmark_layers(
                     yardstick = _yardsticks(dense, x)
                     if yardstick:
                         calls[GEMV] = yardstick
-                    timings = _in_turn(calls, x, repeats)
+                    timings = _in_turn(calls, x, repeats, clock)
                 results += [
                     LayerSpeed(
                         name,
@@ -200,6 +205,7 @@ def benchmark_model(
     new_tokens: int = 32,
     threads: int | None = None,
     repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[ModelSpeed]:
     """Prefill and decode of `generate`, greedy, batch 1, the models in turn.
 
@@ -207,14 +213,14 @@ def benchmark_model(
         models: for each name, what loads the model; the memory that stays resident is the growth of the process by the
             load and one generation.
         new_tokens: tokens decoded after the first, which belongs to the prefill.
+        clock: seconds, see `benchmark_layers`.
     """
-    kernels.load()
     with _threads(threads or torch.get_num_threads()):
         loaded, resident = {}, {}
         for name, load in models.items():
             before = resident_bytes()
             loaded[name] = load().eval()
-            _generate(loaded[name], prompt_tokens=4, new_tokens=2)
+            _generate(loaded[name], prompt_tokens=4, new_tokens=2, clock=clock)
             gc.collect()
             after = resident_bytes()
             resident[name] = None if before is None or after is None else after - before
@@ -222,7 +228,7 @@ def benchmark_model(
         decodes: dict[str, list[float]] = {name: [] for name in loaded}
         for _ in range(repeats):
             for name, model in loaded.items():
-                prefill, decode = _generate(model, prompt_tokens, new_tokens + 1)
+                prefill, decode = _generate(model, prompt_tokens, new_tokens + 1, clock)
                 prefills[name].append(prefill)
                 decodes[name].append(decode)
     return [
@@ -245,64 +251,65 @@ def resident_bytes() -> int | None:
 class _Clock(BaseStreamer):
     """Notes when `generate` hands out the prompt and each new token."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
 
     def end(self) -> None:
         pass
 
 
-def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds to the first token and from there to the last, greedy, from random tokens; an end-of-text token does not stop it.
 
     `generate` moves every token to the CPU before it hands it out, so that a GPU has finished by then.
     """
     ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
-    clock = _Clock()
+    streamer = _Clock(clock)
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     generate: Any = model.generate
-    generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, streamer=clock, **length)
-    return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
+    generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, streamer=streamer, **length)
+    return streamer.times[1] - streamer.times[0], streamer.times[-1] - streamer.times[1]
 
 
 def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:
     """The package's own dense product of each copy, where this machine has one for x."""
-    if x.device.type != "cpu" or native.library() is None or cpu.dense_linear(x, dense[0].weight) is None:
+    if x.device.type != "cpu" or native.library() is None or products.dense_linear(x, dense[0].weight) is None:
         return []
     return [partial(_gemv, layer.weight) for layer in dense]
 
 
 def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:
-    return cpu.dense_linear(x, weight)
+    return products.dense_linear(x, weight)
 
 
 @torch.inference_mode()
-def _in_turn(calls: Mapping[str, Sequence[Call]], x: Tensor, repeats: int) -> dict[str, Timing]:
+def _in_turn(calls: Mapping[str, Sequence[Call]], x: Tensor, repeats: int, clock: Callable[[], float]) -> dict[str, Timing]:
     """Every variant once per repeat, each time with its next copy; the first round, which warms up, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, copies in calls.items():
             call = copies[repeat % len(copies)]
-            seconds[name].append(_seconds(partial(call, x), x.device))
+            seconds[name].append(_seconds(partial(call, x), x.device, clock))
     return {name: Timing.of(times[1:]) for name, times in seconds.items()}
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _copies(layer: L) -> list[L]:
     layer.requires_grad_(False)
-    count = max(-(-WORKING_SET_BYTES // _stored_bytes(layer)), 2)
+    count = min(max(-(-WORKING_SET_BYTES // _stored_bytes(layer)), 2), MOST_COPIES)
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 

@@ -15,8 +15,8 @@ from .sparsity import PATTERN_HELP, SparseMethod, largest_per_row, relative_scal
 
 OVERSAMPLING = 16
 """Directions carried along beside the rank, so that a slowly falling spectrum is still cut in the right place."""
-POWER_ITERATIONS = 4
-"""Per alternation, each started from the basis of the last one."""
+FIRST_PASSES, PASSES = 4, 2
+"""Of subspace iteration: from random directions, and from the basis of the last alternation, whose matrix differs little."""
 
 
 @register_method("oats")
@@ -73,10 +73,11 @@ class OATS(SparseMethod):
 
 def truncated(matrix: Tensor, rank: int, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, r) and V (r, n) with U V ≈ SVD_r(matrix), by subspace iteration; and the basis (r + p, n) to start the next call from."""
+    passes = FIRST_PASSES if basis is None else PASSES
     if basis is None:
         width = min(rank + OVERSAMPLING, *matrix.shape)
         basis = torch.rand(width, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix.device)
-    for _ in range(POWER_ITERATIONS):
+    for _ in range(passes):
         Q = torch.linalg.qr(matrix @ basis.T).Q
         basis = Q.T @ matrix
     energies, rotation = torch.linalg.eigh(basis @ basis.T)

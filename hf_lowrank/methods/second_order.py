@@ -9,15 +9,17 @@ DAMPING = 1e-3
 """Added to the diagonal of C, as a share of its mean."""
 JITTER = 1e-9
 """The same for a small system that is solved, relative to its own diagonal."""
-LARGEST_BATCH = 2**24
-"""Entries of the systems that are solved at once."""
+RESIDUAL = 1e-5
+"""Of least squares by conjugate gradients, relative to the right side; the error it leaves is the square of that."""
+LARGEST_STEPS = 100
+"""Of conjugate gradients."""
 SAMPLED_ROWS = 128
 """Of a layer, on which losses are estimated before the budget is spread."""
 
 # ADMM with a growing penalty, after 3BASiL (papers §4); C has a diagonal of ones.
 ADMM_STEPS = 40
 FIRST_PENALTY = 0.1
-PENALTY_GROWTH = 1.1
+PENALTY_GROWTH = 1.2
 STEPS_PER_PENALTY = 3
 
 
@@ -50,39 +52,42 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(dim=1)
 
 
-def refit_values(target: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
     """The values S (m, n), zero off the mask, that minimise Σ_i (r_i − s_i) C (r_i − s_i)ᵀ: C_MM s_M = (C r)_M in every row.
+
+    Conjugate gradients on all rows at once: a product with C each step, where every row's own system would have to be factorized.
 
     Args:
         target: R, (m, n).
-        mask: equally many True in every row.
+        gram: C, positive definite with a diagonal of ones, which is what preconditions it.
+        start: values to begin with.
     """
-    S = torch.zeros_like(target)
-    kept = int(mask[0].sum()) if len(mask) else 0
-    if not kept:
-        return S
-    columns = mask.nonzero()[:, 1].view(-1, kept)
-    wanted = (target @ gram).gather(1, columns)
-    eye = torch.eye(kept, dtype=gram.dtype, device=gram.device)
-    rows = max(LARGEST_BATCH // kept**2, 1)
-    solved = []
-    for some, right in zip(columns.split(rows), wanted.split(rows), strict=True):
-        systems = gram[some[:, :, None], some[:, None, :]]
-        systems = systems + JITTER * systems.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * eye
-        solved.append(torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(systems)).squeeze(2))
-    return S.scatter(1, columns, torch.cat(solved))
+    S = torch.zeros_like(target) if start is None else torch.where(mask, start, 0.0)
+    r = torch.where(mask, (target - S) @ gram, 0.0)
+    wanted = RESIDUAL**2 * torch.where(mask, target @ gram, 0.0).square().sum()
+    tiny = torch.finfo(target.dtype).tiny
+    p, energy = r, r.square().sum(dim=1, keepdim=True)
+    for _ in range(LARGEST_STEPS):
+        if not bool(energy.sum() > wanted):
+            break
+        q = torch.where(mask, p @ gram, 0.0)
+        step = energy / (p * q).sum(dim=1, keepdim=True).clamp(min=tiny)
+        S, r = S + step * p, r - step * q
+        before, energy = energy, r.square().sum(dim=1, keepdim=True)
+        p = r + energy / before.clamp(min=tiny) * p
+    return S
 
 
 def admm_support(target: Tensor, gram: Tensor, kept: int, start: Tensor) -> Tensor:
     """A mask (m, n) of `kept` entries per row on which `target` (m, n) is well approximated in the metric of `gram`.
 
     ADMM over S = D, S free and D sparse: S ← (C + ρI)⁻¹(C R − V + ρ D), D ← the largest of S + V/ρ, V ← V + ρ (S − D); ρ grows until
-    the support stands. The eigenvectors of C serve every ρ.
+    the support stands. The eigenvectors of C serve every ρ. Steps in float32: the values are solved for afterwards.
     """
-    energies, Q = torch.linalg.eigh(gram)
+    energies, Q = (each.float() for each in torch.linalg.eigh(gram))
     energies = energies.clamp(min=0)
-    right, D, V, rho = target @ gram, start, torch.zeros_like(target), FIRST_PENALTY
-    mask = start != 0
+    right, D, rho = (target @ gram).float(), start.float(), FIRST_PENALTY
+    V, mask = torch.zeros_like(D), start != 0
     for step in range(1, ADMM_STEPS + 1):
         S = ((right - V + rho * D) @ Q / (energies + rho)) @ Q.T
         Z = S + V / rho
@@ -96,14 +101,14 @@ def admm_support(target: Tensor, gram: Tensor, kept: int, start: Tensor) -> Tens
 
 def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor) -> Tensor:
     """One pass over the columns of ±1 (m, n): each sign is flipped where that alone lowers the error of `target` − magnitudes ⊙ signs."""
-    B = signs.clone()
-    E = (target - magnitudes * B) @ gram
+    E = ((target - magnitudes * signs) @ gram).float()
+    B, magnitudes, gram = signs.float(), magnitudes.float(), gram.float()
     for j in range(B.shape[1]):
         step = -2 * magnitudes[:, j] * B[:, j]
         flip = 2 * step * E[:, j] > step.square() * gram[j, j]
         B[:, j] = torch.where(flip, -B[:, j], B[:, j])
         E -= torch.outer(torch.where(flip, step, 0.0), gram[j])
-    return B
+    return B.to(signs)
 
 
 def refit_scales(target: Tensor, gram: Tensor, signs: Tensor, scale_in: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

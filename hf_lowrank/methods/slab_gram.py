@@ -106,7 +106,7 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
     parts = first_guess(W, kept)
     for _ in range(rounds):
         R = W - parts.binary()
-        parts = replace(parts, values=refit_values(R, C, parts.mask))
+        parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values))
         support = admm_support(R, C, kept, parts.values)
         values = refit_values(R, C, support)
         better = (row_errors(R - values, C) < row_errors(R - parts.values, C))[:, None]
@@ -115,7 +115,7 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
         parts = replace(parts, signs=sign_descent(R, C, parts.signs, torch.outer(parts.scale_out, parts.scale_in)))
         u, v = refit_scales(R, C, parts.signs, parts.scale_in, row_weights)
         parts = replace(parts, scale_out=u, scale_in=v)
-    return replace(parts, values=refit_values(W - parts.binary(), C, parts.mask))
+    return replace(parts, values=refit_values(W - parts.binary(), C, parts.mask, parts.values))
 
 
 def first_guess(weight: Tensor, kept: int) -> Parts:

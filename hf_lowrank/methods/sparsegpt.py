@@ -39,7 +39,8 @@ class SparseGPT(SparseMethod):
 
         In every block of columns the entries with the smallest w_ij² / U_jj² go; each leaves err = w_ij / U_jj, and
         err · U_{j, j:} is subtracted from the columns from j on. A full N:M pattern chooses its mask group by group, from weights
-        that are up to date. Published runs compare the entries of all rows of a block; here every row of a block keeps the same number.
+        that are up to date. Published runs keep the same share of every block and compare the entries of all its rows; here every row
+        keeps the same number, of which each block gets as many as the row's best entries, by the weights at the start, lie in it.
         """
         kept = self.kept_per_row(budget)
         gram = statistics.require("gram", self.name)
@@ -49,17 +50,16 @@ class SparseGPT(SparseMethod):
         group = parse_pattern(self.pattern)[1]
         block = max(BLOCK // group, 1) * group
         step = group if self.pattern != "unstructured" and kept == largest_kept(self.pattern, n) else block
-        usable = n // group * group  # columns after the last whole group cannot be kept
+        best = largest_per_row(W.abs() / U.diagonal(), kept, self.pattern)
 
-        mask = torch.zeros_like(W, dtype=torch.bool)
+        mask = torch.zeros_like(best)
         for start in range(0, n, block):
             end = min(start + block, n)
             errors = torch.zeros_like(W[:, start:end])
             for j in range(start, end):
                 if (j - start) % step == 0:
                     stop = min(j + step, end)
-                    quota = min(stop, usable) * kept // usable - min(j, usable) * kept // usable
-                    mask[:, j:stop] = largest_per_row(W[:, j:stop].abs() / U.diagonal()[j:stop], quota, self.pattern)
+                    mask[:, j:stop] = largest_per_row(W[:, j:stop].abs() / U.diagonal()[j:stop], best[:, j:stop].sum(dim=1), self.pattern)
                 error = torch.where(mask[:, j], 0.0, W[:, j] / U[j, j])
                 W[:, j:end] -= torch.outer(error, U[j, j:end])
                 errors[:, j - start] = error

@@ -25,6 +25,11 @@ class SparseMethod(Method):
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
 
+    def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
+        if largest_kept(self.pattern, layer.in_features) < 1:
+            return f"its {layer.in_features} input(s) have no room for the pattern {self.pattern}"
+        return None
+
     def smallest(self, layer: Layer) -> LayerSpec:
         return LayerSpec(sparse="bitmask", kept=1)
 
@@ -49,15 +54,22 @@ class SparseMethod(Method):
         return kept
 
 
-def largest_per_row(scores: Tensor, kept: int, pattern: str = "unstructured") -> Tensor:
-    """Mask (m, n) of the `kept` largest scores (≥ 0) of every row; under N:M only the N largest of every M inputs may be kept."""
+def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstructured") -> Tensor:
+    """Mask (m, n) of the `kept` largest scores (≥ 0) of every row; under N:M only the N largest of every M inputs may be kept.
+
+    Args:
+        kept: the same number for all rows, or one for each, (m,).
+    """
     if pattern != "unstructured":
         n_of, m_of = parse_pattern(pattern)
         groups = scores[:, : scores.shape[1] // m_of * m_of].reshape(scores.shape[0], -1, m_of)
         allowed = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n_of, dim=2).indices, True).flatten(1)
         scores = torch.where(torch.nn.functional.pad(allowed, (0, scores.shape[1] - allowed.shape[1])), scores, -1.0)
-    chosen = scores.topk(kept, dim=1, sorted=False).indices
-    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, chosen, True)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if isinstance(kept, int):
+        return mask.scatter_(1, scores.topk(kept, dim=1, sorted=False).indices, True)
+    chosen = scores.topk(int(kept.max()), dim=1).indices
+    return mask.scatter_(1, chosen, torch.arange(chosen.shape[1], device=chosen.device) < kept[:, None])
 
 
 def largest_kept(pattern: str, in_features: int) -> int:

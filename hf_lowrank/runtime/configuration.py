@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask", "full")
 KINDS = ("sparse_lowrank", "sparse_lowrank_binary")
-OPTIONAL_FIELDS = frozenset({"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group"})
+OPTIONAL_FIELDS = frozenset({"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank"})
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class LayerSpec:
     weight_group: int = field(default=0, metadata={"help": "quantised values of the sparse part that share a scale"})
     lowrank_bits: int = field(default=0, metadata={"help": "bits of a quantised value of both factors; 0: in the checkpoint's dtype"})
     lowrank_group: int = field(default=0, metadata={"help": "quantised values of a factor that share a scale"})
+    adapter_rank: int = field(
+        default=0, metadata={"help": "how much of the rank merged adapters hold in plain factors of their own, over the whole layer"}
+    )
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and type ("float", or "uint8") of every tensor that the layer stores, by name."""
@@ -49,12 +52,15 @@ class LayerSpec:
         stored = _values("weight", values[self.sparse], self.weight_bits, self.weight_group)
         if self.sparse == "bitmask":
             stored["weight_mask"] = ((out_features, packed_width(in_features)), "uint8")
-        if self.rank:
-            stored |= _values("lowrank_a", (self.rank, columns), self.lowrank_bits, self.lowrank_group)
-            free_rows = rows - self.rank if self.pivoted else rows
-            stored |= _values("lowrank_b", (free_rows, self.rank), self.lowrank_bits, self.lowrank_group)
+        if rank := self.factor_rank:
+            stored |= _values("lowrank_a", (rank, columns), self.lowrank_bits, self.lowrank_group)
+            free_rows = rows - rank if self.pivoted else rows
+            stored |= _values("lowrank_b", (free_rows, rank), self.lowrank_bits, self.lowrank_group)
             if self.pivoted:
                 stored["lowrank_pivots"] = ((packed_width(rows),), "uint8")
+        if self.adapter_rank:
+            stored["adapter_a"] = ((self.adapter_rank, in_features), "float")
+            stored["adapter_b"] = ((out_features, self.adapter_rank), "float")
         if self.binary_rank:
             stored["sign_bits"] = ((out_features, packed_width(in_features)), "uint8")
             stored["scale_in"] = ((self.binary_rank, in_features), "float")
@@ -62,6 +68,11 @@ class LayerSpec:
         if self.bias:
             stored["bias"] = ((out_features,), "float")
         return stored
+
+    @property
+    def factor_rank(self) -> int:
+        """Rank of the factors `lowrank_a` and `lowrank_b`: the rank without what merged adapters hold by themselves."""
+        return self.rank - self.adapter_rank
 
     def lowrank_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Rows and columns that the low-rank part covers: those that are not kept dense."""
@@ -97,21 +108,26 @@ class LayerSpec:
             if not isinstance(getattr(self, name), bool):
                 raise _bad_field(layer, name, getattr(self, name), "true or false")
         smaller_side = min(out_features, in_features)
-        for name, limit in (("kept", limits[self.sparse]), ("rank", smaller_side), ("binary_rank", smaller_side)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-                raise _bad_field(layer, name, value, f"an integer from 0 to {limit} in a {out_features} × {in_features} layer")
+        for name, limit in (("kept", limits[self.sparse]), ("adapter_rank", out_features + in_features), ("binary_rank", smaller_side)):
+            self._validate_count(layer, name, 0, limit, out_features, in_features)
+        self._validate_count(layer, "rank", self.adapter_rank, self.adapter_rank + smaller_side, out_features, in_features)
         if (self.kind == "sparse_lowrank_binary") != (self.binary_rank > 0):
             raise _bad_field(
                 layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}"
             )
         covered = self.lowrank_shape(out_features, in_features)
-        if self.pivoted and not 1 <= self.rank <= min(covered):
-            raise _bad_field(layer, "rank", self.rank, f"1 to {min(covered)} for a pivoted low-rank part of {covered[0]} × {covered[1]}")
+        if self.pivoted and not 1 <= self.factor_rank <= min(covered):
+            least, most = 1 + self.adapter_rank, min(covered) + self.adapter_rank
+            raise _bad_field(layer, "rank", self.rank, f"{least} to {most} for a pivoted low-rank part of {covered[0]} × {covered[1]}")
         self._validate_bits(layer, "weight", self.sparse != "none")
-        self._validate_bits(layer, "lowrank", self.rank > 0)
+        self._validate_bits(layer, "lowrank", self.factor_rank > 0)
         if self.sparse == "full" and not self.weight_bits:
             raise _bad_field(layer, "weight_bits", self.weight_bits, "at least 2 for the full layout; an nn.Linear stores plain values")
+
+    def _validate_count(self, layer: str, name: str, least: int, most: int, out_features: int, in_features: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not least <= value <= most:
+            raise _bad_field(layer, name, value, f"an integer from {least} to {most} in a {out_features} × {in_features} layer")
 
     def _validate_bits(self, layer: str, part: str, stored: bool) -> None:
         bits, group = getattr(self, f"{part}_bits"), getattr(self, f"{part}_group")
@@ -168,12 +184,18 @@ class CompressionConfig(QuantizationConfigMixin):
         default=None, metadata={"help": "tokens per calibration sequence; default: the model's context, at most 2048"}
     )
     seed: int = field(default=0, metadata={"help": "seed of everything random: same seed, same bytes"})
+    refinement_steps: int = field(
+        default=0, metadata={"help": "training steps per block, after compression, towards the dense block's output; 0: none"}
+    )
     accounting: str = field(default="bits", metadata={"help": "'bits' counts everything stored; 'paper' leaves bitmask bits out"})
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
     )
     provenance: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
+    )
+    checksums: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "recorded when saving: sha256 of the checkpoint's files; `hf-lowrank verify` compares them"}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
     layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
@@ -184,21 +206,24 @@ class CompressionConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove")
-        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0)):
+        for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0), ("refinement_steps", 0)):
             value = getattr(self, name)
             if name == "sequence_length" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least {least}")
         for name in ("method", "calibration"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a name")
-        for name in ("options", "provenance"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value or not value.isprintable():
+                raise CompressionError(f"{name}: found {value!r}, expected a name")
+        for name in ("options", "provenance", "checksums"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
         names = self.modules_to_not_convert
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CompressionError(f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns")
+        if not all(isinstance(text, str) for item in self.checksums.items() for text in item):
+            raise CompressionError("checksums: expected sha256 sums in hexadecimal digits, by file name")
         if self.accounting not in ("bits", "paper"):
             raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
 
@@ -213,7 +238,7 @@ class CompressionConfig(QuantizationConfigMixin):
         version = values.get("format_version")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
+                f"config.json: quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
                 "a newer checkpoint needs a newer hf_lowrank (pip install -U hf_lowrank)"
             )
         if values.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
@@ -227,7 +252,12 @@ class CompressionConfig(QuantizationConfigMixin):
         layers = values.pop("layers", {})
         if not isinstance(layers, dict):
             raise CheckpointError(f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name")
-        config = cls(**values, layers={name: LayerSpec.from_dict(name, spec) for name, spec in layers.items()})
+        try:
+            config = cls(**values, layers={name: LayerSpec.from_dict(name, spec) for name, spec in layers.items()})
+        except CheckpointError:
+            raise
+        except CompressionError as error:
+            raise CheckpointError(f"quantization_config.{error}") from error
         unused = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
         for key in kwargs.keys() - unused.keys():
             setattr(config, key, kwargs[key])

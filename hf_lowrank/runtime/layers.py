@@ -21,9 +21,9 @@ from .quantized_ops import quantized_linear
 
 VALUES = ("weight", "lowrank_a", "lowrank_b")
 """What may be quantised: then a buffer of packed codes, beside the parameter `<name>_scale`."""
-FLOATS = ("scale_in", "scale_out", "bias")
+FLOATS = ("adapter_a", "adapter_b", "scale_in", "scale_out", "bias")
 BITMAPS = ("weight_mask", "lowrank_pivots", "sign_bits")
-EXTRA_FIELDS = ("rank", "pivoted", "binary_rank", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group")
+EXTRA_FIELDS = ("rank", "pivoted", "binary_rank", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank")
 
 
 class CompressedLinear(nn.Linear):
@@ -45,6 +45,8 @@ class CompressedLinear(nn.Linear):
 
     lowrank_a: Tensor
     lowrank_b: Tensor
+    adapter_a: Tensor
+    adapter_b: Tensor
     scale_in: Tensor
     scale_out: Tensor
     weight_mask: Tensor
@@ -76,7 +78,8 @@ class CompressedLinear(nn.Linear):
                 getattr(self, name).zero_()
                 getattr(self, f"{name}_scale").data /= 2 ** (bits - 1)
         rows, _ = self.spec.lowrank_shape(self.out_features, self.in_features)
-        for bitmap, count, length in ((self.weight_mask, self.spec.kept, self.in_features), (self.lowrank_pivots, self.spec.rank, rows)):
+        pivots = (self.lowrank_pivots, self.spec.factor_rank, rows)
+        for bitmap, count, length in ((self.weight_mask, self.spec.kept, self.in_features), pivots):
             if bitmap is not None and bitmap.device.type != "meta":
                 bitmap.copy_(pack_bits(torch.arange(length, device=bitmap.device) < count))
         if self.sign_bits is not None:
@@ -90,6 +93,8 @@ class CompressedLinear(nn.Linear):
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (m, n) matrix that the layer multiplies by, summed in float64 and rounded once to `dtype` (the layer's own)."""
         dense = self._sparse_lowrank_dense()
+        if self.spec.adapter_rank:
+            dense = dense + self.adapter_b.detach().double() @ self.adapter_a.detach().double()
         if self.spec.binary_rank:
             signs = signs_to_values(self.sign_bits, self.in_features, torch.float64)
             dense += signs.mul_(self.scale_out.detach().double() @ self.scale_in.detach().double())
@@ -106,9 +111,9 @@ class CompressedLinear(nn.Linear):
             dense[: spec.kept] = self._values("weight", n)
         elif spec.sparse == "columns":
             dense[:, : spec.kept] = self._values("weight", spec.kept)
-        if spec.rank:
+        if spec.factor_rank:
             rows, columns = spec.lowrank_shape(m, n)
-            a, b = self._values("lowrank_a", columns), self._values("lowrank_b", spec.rank)
+            a, b = self._values("lowrank_a", columns), self._values("lowrank_b", spec.factor_rank)
             if spec.pivoted:
                 b = unpivot(b, unpack_bits(self.lowrank_pivots, rows))
             dense[m - rows :, n - columns :].addmm_(b, a)
@@ -148,8 +153,9 @@ class CompressedLinear(nn.Linear):
 class SparseLowRankLinear(CompressedLinear):
     """y = S x + B (A x) + bias, the sparse part S stored as rows, columns, a bitmask with its kept values, or (quantised) in full.
 
-    With `rows` (`columns`) the low-rank part covers only the other rows (columns). `form` takes the other fields of `LayerSpec`:
-    `pivoted`, `weight_bits`, `weight_group`, `lowrank_bits`, `lowrank_group`.
+    With `rows` (`columns`) the low-rank part covers only the other rows (columns); the factors of merged adapters, a second product of
+    `adapter_rank`, always cover all. `form` takes the other fields of `LayerSpec`:
+    `pivoted`, `weight_bits`, `weight_group`, `lowrank_bits`, `lowrank_group`, `adapter_rank`.
     """
 
     def __init__(
@@ -171,6 +177,8 @@ class SparseLowRankLinear(CompressedLinear):
         """Apply the layer to x (..., n); the result is (..., m)."""
         x = _autocast(x)
         y = self._sparse_lowrank(x)
+        if self.spec.adapter_rank:
+            y = y + lowrank_linear(x, self.adapter_a, self.adapter_b)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
@@ -181,9 +189,9 @@ class SparseLowRankLinear(CompressedLinear):
             return torch.cat([self._sparse(x), self._lowrank(x)], dim=-1)
         if spec.sparse == "columns":
             kept = self._sparse(x[..., : spec.kept])
-            return kept + self._lowrank(x[..., spec.kept :]) if spec.rank else kept
+            return kept + self._lowrank(x[..., spec.kept :]) if spec.factor_rank else kept
         kept = self._sparse(x)
-        return kept + self._lowrank(x) if spec.rank else kept
+        return kept + self._lowrank(x) if spec.factor_rank else kept
 
     def _sparse(self, x: Tensor) -> Tensor:
         if self.spec.weight_bits:
@@ -195,14 +203,14 @@ class SparseLowRankLinear(CompressedLinear):
     def _lowrank(self, x: Tensor) -> Tensor:
         spec = self.spec
         rows, _ = spec.lowrank_shape(self.out_features, self.in_features)
-        if not spec.rank:
+        if not spec.factor_rank:
             return x.new_zeros(*x.shape[:-1], rows)
         if spec.lowrank_bits:
             z = self._quantized("lowrank_a", x)
             y = self._quantized("lowrank_b", z)
             if not spec.pivoted:
                 return y
-            return torch.cat([z, y], dim=-1).index_select(-1, row_sources(self.lowrank_pivots, rows, spec.rank))
+            return torch.cat([z, y], dim=-1).index_select(-1, row_sources(self.lowrank_pivots, rows, spec.factor_rank))
         if spec.pivoted:
             return pivoted_linear(x, self.lowrank_a, self.lowrank_b, self.lowrank_pivots, rows)
         return lowrank_linear(x, self.lowrank_a, self.lowrank_b)
@@ -322,9 +330,9 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         binary = (self.sign_bits, self.scale_in, self.scale_out)
         if self.spec.sparse == "bitmask" and not self.spec.weight_bits:
             y = bitmask_binary_linear(x, self.weight, self.weight_mask, *binary)
-            return y + self._lowrank(x) if self.spec.rank else y
+            return y + self._lowrank(x) if self.spec.factor_rank else y
         y = binary_linear(x, *binary)
-        return y if self.spec.sparse == "none" and not self.spec.rank else y + super()._sparse_lowrank(x)
+        return y if self.spec.sparse == "none" and not self.spec.factor_rank else y + super()._sparse_lowrank(x)
 
 
 def build_layer(

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 if TYPE_CHECKING:  # never run: transformers copies the files that are named here, older 5.x only those named in this very file
+    from .checksums import record_checksums  # noqa: F401
     from .configuration import CompressionConfig  # noqa: F401
+    from .contents import validate_contents  # noqa: F401
     from .errors import CompressionError  # noqa: F401
+    from .guard import guard_configs  # noqa: F401
+    from .headers import read_header  # noqa: F401
     from .layers import CompressedLinear  # noqa: F401
     from .ops import bitmask_linear  # noqa: F401
     from .packing import pack_bits  # noqa: F401
@@ -47,7 +51,13 @@ class _Entry:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         _register()
         kwargs["trust_remote_code"] = False
-        return cls.auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # for the folder of an adapter, transformers passes its base model here and says where the adapter lies, but takes that only once
+        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+        path, name = adapter.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
+        model = cls.auto_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if path not in (None, pretrained_model_name_or_path):
+            model.load_adapter(path, adapter_name=name, adapter_kwargs=adapter)
+        return model
 
 
 def __getattr__(name: str) -> type[_Entry]:

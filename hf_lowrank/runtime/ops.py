@@ -7,7 +7,7 @@ backward pass.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ TILE_ELEMENTS = 1 << 24
 
 Kernel = Callable[..., Tensor | None]
 _kernels: dict[tuple[str, str], list[tuple[str, Kernel]]] = {}
+_first_use: list[Callable[[], None]] = []
 
 
 def register_kernel(operation: str, device_type: str, name: str, kernel: Kernel) -> None:
@@ -34,6 +35,17 @@ def register_kernel(operation: str, device_type: str, name: str, kernel: Kernel)
     offered[:] = [entry for entry in offered if entry[0] != name] + [(name, kernel)]
 
 
+def unregister_kernels() -> None:
+    """Withdraw every kernel: plain torch computes from here on."""
+    _first_use.clear()
+    _kernels.clear()
+
+
+def on_first_use(load: Callable[[], None]) -> None:
+    """Call `load`, which registers kernels, when an operation is first computed."""
+    _first_use.append(load)
+
+
 def registered_kernels(operation: str, device_type: str) -> list[str]:
     """Names of the back ends for an operation on a device type, in the order in which they are asked."""
     return [name for name, _ in reversed(_kernels.get((operation, device_type), []))]
@@ -41,11 +53,35 @@ def registered_kernels(operation: str, device_type: str) -> list[str]:
 
 def dispatch(operation: str, plain: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
     """The result of the first kernel that takes these arguments, else of the plain function."""
-    for _, kernel in reversed(_kernels.get((operation, x.device.type), [])):
+    result = _by_kernel(operation, x, *arguments)
+    return plain(x, *arguments) if result is None else result
+
+
+def _by_kernel(operation: str, x: Tensor, *arguments: Any) -> Tensor | None:
+    for load in list(_first_use):
+        _first_use.clear()
+        load()
+    for _, kernel in reversed(_kernels.get((operation, x.device.type), ())):
         result = kernel(x, *arguments)
         if result is not None:
             return result
-    return plain(x, *arguments)
+    return None
+
+
+def operation(name: str) -> Callable[..., Tensor]:
+    """The declared operation; where nothing is recorded, neither a graph nor gradients, a kernel is called without its ceremony."""
+    declared = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def compute(x: Tensor, *arguments: Any) -> Tensor:
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(x) is Tensor:
+            result = _by_kernel(name, x, *arguments)
+            if result is not None:
+                return result
+        result = declared(x, *arguments)
+        return cast(Tensor, result)
+
+    compute.__name__ = name
+    return compute
 
 
 # --- the meaning of every operation -------------------------------------------------------------------------------
@@ -131,6 +167,18 @@ def plain_binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, s
     return sum_over_tiles(grad, sign_bits, scale_in.shape[1], lambda rows, dtype: _binary_rows(sign_bits, scale_in, scale_out, rows, dtype))
 
 
+def plain_bitmask_binary_input_grad(
+    grad: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+) -> Tensor:
+    """The gradient of `bitmask_binary_linear` in x."""
+    columns = scale_in.shape[1]
+
+    def rows_of(rows: slice, dtype: torch.dtype) -> Tensor:
+        return _sparse_rows(weight, weight_mask, rows, columns, dtype) + _binary_rows(sign_bits, scale_in, scale_out, rows, dtype)
+
+    return sum_over_tiles(grad, sign_bits, columns, rows_of)
+
+
 def plain_binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `binary_linear` in `scale_in` (b, n) and `scale_out` (m, b)."""
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -170,7 +218,7 @@ def _declare() -> None:
 
     @torch.library.custom_op(f"{NAMESPACE}::bitmask_input_grad", mutates_args=())
     def bitmask_input_grad(grad: Tensor, weight: Tensor, weight_mask: Tensor, columns: int) -> Tensor:
-        return plain_bitmask_input_grad(grad, weight, weight_mask, columns)
+        return dispatch("bitmask_input_grad", plain_bitmask_input_grad, grad, weight, weight_mask, columns)
 
     @torch.library.custom_op(f"{NAMESPACE}::bitmask_weight_grad", mutates_args=())
     def bitmask_weight_grad(grad: Tensor, x: Tensor, weight_mask: Tensor, kept: int) -> Tensor:
@@ -178,7 +226,14 @@ def _declare() -> None:
 
     @torch.library.custom_op(f"{NAMESPACE}::binary_input_grad", mutates_args=())
     def binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
-        return plain_binary_input_grad(grad, sign_bits, scale_in, scale_out)
+        return dispatch("binary_input_grad", plain_binary_input_grad, grad, sign_bits, scale_in, scale_out)
+
+    @torch.library.custom_op(f"{NAMESPACE}::bitmask_binary_input_grad", mutates_args=())
+    def bitmask_binary_input_grad(
+        grad: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+    ) -> Tensor:
+        parts = (weight, weight_mask, sign_bits, scale_in, scale_out)
+        return dispatch("bitmask_binary_input_grad", plain_bitmask_binary_input_grad, grad, *parts)
 
     @torch.library.custom_op(f"{NAMESPACE}::binary_scale_grads", mutates_args=())
     def binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,6 +266,9 @@ def _declare() -> None:
         lambda grad, x, weight_mask, kept: x.new_empty(weight_mask.shape[0], kept, dtype=torch.promote_types(x.dtype, torch.float32))
     )
     binary_input_grad.register_fake(lambda grad, sign_bits, scale_in, scale_out: outputs(grad, scale_in.shape[1]))
+    bitmask_binary_input_grad.register_fake(
+        lambda grad, weight, weight_mask, sign_bits, scale_in, scale_out: outputs(grad, scale_in.shape[1])
+    )
     binary_scale_grads.register_fake(
         lambda grad, x, sign_bits, scale_in, scale_out: tuple(
             torch.empty_like(scale, dtype=torch.promote_types(x.dtype, torch.float32)) for scale in (scale_in, scale_out)
@@ -258,8 +316,7 @@ def _bitmask_binary_backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight, weight_mask, sign_bits, scale_in, scale_out = ctx.saved_tensors
     grad_x = grad_weight = grad_in = grad_out = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_lowrank.bitmask_input_grad(grad, weight, weight_mask, x.shape[-1])
-        grad_x = grad_x + torch.ops.hf_lowrank.binary_input_grad(grad, sign_bits, scale_in, scale_out)
+        grad_x = torch.ops.hf_lowrank.bitmask_binary_input_grad(grad, weight, weight_mask, sign_bits, scale_in, scale_out)
     if ctx.needs_input_grad[1]:
         grad_weight = torch.ops.hf_lowrank.bitmask_weight_grad(grad, x, weight_mask, weight.shape[1]).to(weight.dtype)
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
@@ -305,8 +362,8 @@ def _pivoted_backward(ctx, grad):  # type: ignore[no-untyped-def]
 if not hasattr(getattr(torch.ops, NAMESPACE), "lowrank_linear"):
     _declare()
 
-bitmask_linear = torch.ops.hf_lowrank.bitmask_linear
-binary_linear = torch.ops.hf_lowrank.binary_linear
-bitmask_binary_linear = torch.ops.hf_lowrank.bitmask_binary_linear
-lowrank_linear = torch.ops.hf_lowrank.lowrank_linear
-pivoted_linear = torch.ops.hf_lowrank.pivoted_linear
+bitmask_linear = operation("bitmask_linear")
+binary_linear = operation("binary_linear")
+bitmask_binary_linear = operation("bitmask_binary_linear")
+lowrank_linear = operation("lowrank_linear")
+pivoted_linear = operation("pivoted_linear")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import NAMESPACE, as_matrix, compute_dtype, dispatch, outputs, row_tiles, sum_over_tiles
+from .ops import NAMESPACE, as_matrix, compute_dtype, dispatch, operation, outputs, row_tiles, sum_over_tiles
 from .packing import unpack_bits, unpack_values
 from .quantization import group_sums, levels, spread_scale, unpack_codes
 
@@ -62,7 +62,8 @@ def _declare() -> None:
     def quantized_input_grad(
         grad: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int, columns: int
     ) -> Tensor:
-        return plain_quantized_input_grad(grad, codes, scale, mask, bits, group, kept, columns)
+        arguments = (codes, scale, mask, bits, group, kept, columns)
+        return dispatch("quantized_input_grad", plain_quantized_input_grad, grad, *arguments)
 
     @torch.library.custom_op(f"{NAMESPACE}::quantized_scale_grad", mutates_args=())
     def quantized_scale_grad(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor:
@@ -101,4 +102,4 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 if not hasattr(getattr(torch.ops, NAMESPACE), "quantized_linear"):
     _declare()
 
-quantized_linear = torch.ops.hf_lowrank.quantized_linear
+quantized_linear = operation("quantized_linear")

@@ -1,19 +1,24 @@
 """The HfQuantizer: swaps the skeleton's linear layers before the weights arrive, and the way back to a dense model."""
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from .configuration import QUANT_METHOD, CompressionConfig
+from .contents import validate_contents
 from .errors import CompressionError
+from .guard import guard_configs
+from .headers import read_headers
 from .layers import CompressedLinear, build_layer
 from .saving import CompleteSave
-from .validation import dense_shape, resolve_layers, validate_files
+from .validation import dense_shape, resolve_layers, saved_skeleton, validate_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
 CACHE_LINE = 64
 """Bytes; torch's own allocations start at multiples of it."""
+CASTS = ("float", "half")
+"""Methods that transformers refuses on every quantized model; the float tensors of these can be cast like those of a dense one."""
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -51,11 +58,10 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         config = self.quantization_config
-        layers = resolve_layers(model, config.layers)
-        shapes = {stored: dense_shape(model.get_submodule(name)) for stored, name in zip(config.layers, layers, strict=True)}
         if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
-            validate_files(config, shapes, files)
-        config.layers = layers
+            saved = saved_skeleton(model)
+            validate_files(saved, resolve_layers(saved, config.layers), read_headers(files), compressed_shapes_only=True)
+        config.layers = layers = resolve_layers(model, config.layers)
         for name, spec in layers.items():
             swap_module(model, name, _build_like(model.get_submodule(name), spec))
 
@@ -64,6 +70,10 @@ class CompressionQuantizer(HfQuantizer):
             assert self.compress_on_load is not None
             self.compress_on_load(model, self.quantization_config)
         else:
+            for name, module in model.named_modules():
+                if isinstance(module, CompressedLinear):
+                    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+                    validate_contents(name, module.spec, module.out_features, module.in_features, tensors)
             attach(model, self)
         return model
 
@@ -71,8 +81,15 @@ class CompressionQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
+        for cast in CASTS:
+            model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The state dict that `save_pretrained` was given, which transformers would drop for a quantized model: it asks here instead."""
+        save = model.__dict__.get("save_pretrained")
+        return (save.state_dict if isinstance(save, CompleteSave) else None), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -99,6 +116,24 @@ def register(override: bool = False) -> None:
     if override or QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CompressionConfig
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
+        if not override:
+            register_module_module_registration_hook(_watch_adapters)
+    guard_configs()
+
+
+def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """Without the package, whatever PEFT wraps around a compressed layer refuses to be merged.
+
+    It would change `weight` as if that were the whole matrix; some shapes allow it, and the result would be silently wrong.
+    """
+    if name == "base_layer" and isinstance(layer, CompressedLinear):
+        adapter.merge = _refuse_merge  # type: ignore[assignment]  # a method of PEFT's layers
+
+
+def _refuse_merge(*args: Any, **kwargs: Any) -> None:
+    raise CompressionError(
+        "merging adapters into compressed layers needs the package: pip install hf_lowrank, then open the model again; unmerged they run"
+    )
 
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
@@ -110,6 +145,9 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     marked.quantization_method = quantizer.quantization_config.quant_method
     marked.config.quantization_config = quantizer.quantization_config
     marked.config._is_quantized = True
+    marked.add_model_tags(QUANT_METHOD)  # for the cards that trainers write
+    for cast in CASTS:
+        marked.__dict__[cast] = functools.partial(getattr(nn.Module, cast), model)
     CompleteSave.attach(model)
 
 

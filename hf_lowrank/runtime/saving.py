@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,12 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
+from .checksums import file_checksum, record_checksums
+from .errors import CompressionError
+from .layers import CompressedLinear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNTIME_FILES = (
+    "checksums.py",
     "configuration.py",
+    "contents.py",
     "errors.py",
+    "guard.py",
+    "headers.py",
     "layers.py",
     "modeling_hf_lowrank.py",
     "ops.py",
@@ -31,6 +40,9 @@ RUNTIME_FILES = (
 REPORT_FILE = "compression_report.json"
 CARD_FILE = "README.md"
 ENTRY_MODULE = "modeling_hf_lowrank"
+TRAINER_CHECKPOINT = r"checkpoint-\d+"
+"""Names of the folders in which transformers' `Trainer` saves; its own constant lies in a module that imports PEFT."""
+HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -70,6 +82,7 @@ class CompleteSave:
     Attributes:
         publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came from, and
             leaves pushing to transformers.
+        state_dict: what the caller of a save brings along, who may hold the model in shards; the quantizer asks for it.
     """
 
     publisher: ClassVar[Publisher | None] = None
@@ -78,39 +91,65 @@ class CompleteSave:
         self.model = model
         self.tokenizer: Any = None
         self.report: dict[str, Any] | None = None
+        self.state_dict: dict[str, Any] | None = None
 
     def __call__(
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
         push_to_hub: bool = False,
+        *,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         model, folder = self.model, Path(save_directory)
+        if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
+            self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        if kwargs.get("distributed_checkpoint"):
+            raise CompressionError(
+                f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers cannot open; "
+                "leave it out, and one process writes the whole model"
+            )
+        record_layers(model)
         model.config.auto_map = auto_map(model)
+        here = Path(__file__).parent
+        model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
         # tensors keep the names of their modules, as in `quantization_config.layers`: older formats of some families rename or split layers
         kwargs["save_original_format"] = False
         publisher = CompleteSave.publisher
-        if publisher is None:
-            type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+        hub = {} if publisher is None else {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        push = push_to_hub and publisher is None
+        self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push, **kwargs)
+        if not is_main_process or not folder.is_dir():
             return
-        hub = {key: kwargs.pop(key) for key in ("repo_id", "private", "commit_message", "create_pr") if key in kwargs}
-        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and folder.is_dir():
+        record_checksums(folder, RUNTIME_FILES)
+        if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
                 publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
+    def native_save(self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any) -> None:
+        """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""
+        self.state_dict = state_dict
+        try:
+            type(self.model).save_pretrained(self.model, save_directory, **kwargs)
+        finally:
+            self.state_dict = None
+
     def write_companions(self, folder: Path) -> None:
-        """Write the runtime's files, the report, the tokenizer and the card; the latter three from where the model came from if need be."""
-        here = Path(__file__).parent
-        for name in RUNTIME_FILES:
-            if here.resolve() != folder.resolve():
-                shutil.copyfile(here / name, folder / name)
+        """Write the runtime's files, the report, the tokenizer and the card; the latter three from where the model came from if need be.
+
+        A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the folder above and uploads
+        that one, so the runtime's files go there too.
+        """
+        write_runtime(folder)
+        if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
+            write_runtime(folder.parent)
         if self.report is not None:
             (folder / REPORT_FILE).write_text(json.dumps(self.report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         else:
@@ -174,6 +213,31 @@ class CompletePush:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, max_shard_size=max_shard_size, name=repo_id)
             return self.publisher.upload(Path(folder), repo_id, **options)
+
+
+def write_runtime(folder: Path) -> None:
+    """Copy the runtime's files, those beside this one, to a folder."""
+    here = Path(__file__).parent
+    if here.resolve() != folder.resolve():
+        for name in RUNTIME_FILES:
+            shutil.copyfile(here / name, folder / name)
+
+
+def record_layers(model: "PreTrainedModel") -> None:
+    """Write into the model's config what its layers store now: they grow when adapters are merged.
+
+    Raises:
+        CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
+    """
+    layers = model.config.quantization_config.layers
+    for name in layers:
+        module = model.get_submodule(name)
+        if not isinstance(module, CompressedLinear):
+            raise CompressionError(
+                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, save the adapter by itself "
+                "(PeftModel.save_pretrained) or merge it first (merge_and_unload)"
+            )
+        layers[name] = module.spec
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:

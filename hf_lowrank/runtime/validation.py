@@ -1,20 +1,41 @@
-"""A checkpoint is untrusted input: its config is checked against the model, its files against its config, before anything is allocated."""
+"""A checkpoint is untrusted input: its config is checked against the model, its files against both, before anything is allocated."""
 
-import json
+import contextlib
+import copy
+import math
 import os
-import struct
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
-from .configuration import CompressionConfig, LayerSpec
+from .configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from .errors import CheckpointError
+from .headers import BITS, FLOAT_TYPES, StoredTensor, read_headers, read_json, weight_files
 
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100_000_000
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ENTRY_FILE = "modeling_hf_lowrank.py"
 SUBCLASSES_OF_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` that compute just what it does; others may not, and are no linear layers here."""
+COUNTED = ("layer", "block", "stage", "depth", "expert", "head", "label")
+"""In the names of numbers of which transformers makes as many objects."""
+MOST_COUNTED = 100_000
+MOST_MODULES = 200_000
+"""In a model whose files are not here yet; else so many for each stored tensor, and a thousand."""
+MODULES_PER_TENSOR = 20
+SPARE_BYTES = 64 << 20
+"""What a model may compute for itself on loading (position tables, causal masks) beyond the size of its files."""
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+Expected = tuple[tuple[int, ...], str]
+"""Shape and type ("float", "uint8", or another safetensors dtype) of a tensor."""
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -36,7 +57,7 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
     A checkpoint of a full model may be opened as its base model and the other way round, so the base model's prefix may differ.
 
     Raises:
-        CheckpointError: for a layer that the model does not have, or that is not a linear layer, or does not fit.
+        CheckpointError: for a layer that the model does not have, that is not a linear layer, shares its weight, or does not fit.
     """
     modules = dict(model.named_modules())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -53,69 +74,234 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
             raise CheckpointError(
                 f"{name}: found {found} in {type(model).__name__}, expected a linear layer; the config was made for another model"
             )
-        spec.validate(name, *dense_shape(module))  # type: ignore[arg-type]
+        assert module is not None
+        spec.validate(name, *dense_shape(module))
+    tied = {f"{name}.weight" for name in layers} & {name for group in _tied_names(model) for name in group}
+    if tied:
+        raise CheckpointError(f"{min(tied)}: is shared with another module, expected a layer of its own; the config is damaged")
     return dict(layers)
 
 
-def validate_files(config: CompressionConfig, shapes: Mapping[str, tuple[int, int]], files: Iterable[str]) -> None:
-    """Check every stored tensor of the compressed layers, from the safetensors headers alone.
+def expected_tensors(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, Expected]:
+    """What the files of a checkpoint must hold: every tensor of `model`, a dense skeleton, with `layers` compressed.
+
+    Tensors that share their memory are all named; a file may hold any of them.
+    """
+    expected: dict[str, Expected] = {}
+    for name, tensor in model.state_dict().items():
+        kind = "float" if tensor.is_floating_point() else _safetensors_name(tensor.dtype)
+        expected[name] = (tuple(tensor.shape), kind)
+    for layer, spec in layers.items():
+        module = model.get_submodule(layer)
+        for name in module.state_dict():
+            del expected[f"{layer}.{name}"]
+        expected |= {f"{layer}.{name}": found for name, found in spec.tensors(*dense_shape(module)).items()}
+    return expected
+
+
+def validate_files(
+    model: nn.Module, layers: Mapping[str, LayerSpec], stored: Mapping[str, StoredTensor], compressed_shapes_only: bool = False
+) -> None:
+    """Check every stored tensor against the model and its compressed layers, from the safetensors headers alone.
 
     Args:
-        config: the config of the checkpoint, with the layer names as they are in its files.
-        shapes: (out_features, in_features) of each dense layer, by the same names.
-        files: the checkpoint's safetensors files.
+        model: the dense skeleton of the class that the checkpoint was saved from.
+        layers: what the config says of the compressed layers.
+        stored: what the headers say.
+        compressed_shapes_only: whether the caller may have changed the model's config, and with it the shapes of other tensors.
 
     Raises:
         CheckpointError: naming the tensor, what was found and what was expected.
     """
-    headers: dict[str, tuple[str, tuple[int, ...], str]] = {}
-    for file in files:
-        for name, (dtype, shape) in read_header(file).items():
-            headers[name] = (dtype, shape, os.path.basename(file))
-    stored: dict[str, set[str]] = {}
-    for name in headers:
-        layer, _, tensor = name.rpartition(".")
-        stored.setdefault(layer, set()).add(tensor)
-    for layer, spec in config.layers.items():
-        expected = spec.tensors(*shapes[layer])
-        if spec.bias is False:
-            stored.get(layer, set()).discard("bias")
-        for tensor, (shape, kind) in expected.items():
-            if f"{layer}.{tensor}" not in headers:
-                raise CheckpointError(
-                    f"{layer}.{tensor}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again"
-                )
-            dtype, found, file = headers[f"{layer}.{tensor}"]
-            if found != shape or dtype not in (FLOAT_TYPES if kind == "float" else ("U8",)):
-                raise CheckpointError(
-                    f"{layer}.{tensor}: {file} has {dtype} {found}, expected {kind} {shape}; the file and the config do not belong together"
-                )
-        extra = stored.get(layer, set()) - expected.keys()
-        if extra:
+    expected = expected_tensors(model, layers)
+    own = {f"{layer}.{name}" for layer, spec in layers.items() for name in spec.tensors(*dense_shape(model.get_submodule(layer)))}
+    optional = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # tensors that the class makes itself
+    for group in _tied_names(model):
+        if any(name in stored for name in group):
+            optional |= set(group)
+    for name, (shape, kind) in expected.items():
+        if name not in stored:
+            if name in optional:
+                continue
+            raise CheckpointError(f"{name}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again")
+        found = stored[name]
+        if compressed_shapes_only and name not in own:
+            continue
+        if found.shape != shape or found.dtype not in {"float": FLOAT_TYPES, "uint8": ("U8",)}.get(kind, (kind,)):
             raise CheckpointError(
-                f"{layer}: unexpected tensors {sorted(extra)} in the checkpoint's files; they do not belong to its config"
+                f"{name}: {found.file} has {found.dtype} {found.shape}, expected {kind} {shape}; "
+                "the file and the config do not belong together"
             )
+    extra = stored.keys() - expected.keys()
+    if extra:
+        owner = next((name.rpartition(".")[0] for name in sorted(extra) if name.rpartition(".")[0] in layers), type(model).__name__)
+        raise CheckpointError(
+            f"{owner}: unexpected tensors {sorted(extra)[:5]} in the checkpoint's files; they do not belong to its config"
+        )
 
 
-def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor of a safetensors file, by name, without reading any of them.
+def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) -> tuple["PreTrainedModel", CompressionConfig]:
+    """Check a compressed model's config and, in a folder, the headers of its files; nothing is allocated.
+
+    Args:
+        values: the content of config.json.
+        folder: where the weights lie; None if they are not on this machine yet.
+
+    Returns:
+        The dense skeleton on the meta device, and the compression.
 
     Raises:
-        CheckpointError: if the file is truncated or its header cannot be read.
+        CheckpointError: for whatever is wrong first.
     """
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        size = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        result = {name: (str(entry["dtype"]), tuple(int(side) for side in entry["shape"])) for name, entry in tensors.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file ({error}); download it again") from error
-    if os.path.getsize(file) != size:
+    recorded = values.get("quantization_config")
+    if not isinstance(recorded, dict) or recorded.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"{file}: {os.path.getsize(file)} bytes, expected {size}; the file is truncated or damaged, download it again"
+            f"config.json: the auto_map is that of a compressed model, but quantization_config is {recorded!r}, expected one with "
+            f"quant_method {QUANT_METHOD!r}; the config is damaged, download it again"
         )
-    return result
+    compression: CompressionConfig = CompressionConfig.from_dict(recorded)
+    if not compression.layers:
+        raise CheckpointError(
+            "quantization_config.layers: empty in a checkpoint that says it is compressed; "
+            "delete quantization_config from config.json if the weights are dense, else download the checkpoint again"
+        )
+    check_counts(values)
+    stored: dict[str, StoredTensor] | None = None
+    if folder is not None:
+        stored = read_headers(weight_files(folder))
+        check_generation(folder)
+    model = make_skeleton(values, MOST_MODULES if stored is None else 1000 + MODULES_PER_TENSOR * len(stored))
+    layers = resolve_layers(model, compression.layers)
+    if list(layers) != list(compression.layers):
+        name = next(iter(compression.layers))
+        raise CheckpointError(f"{name}: no such module in {type(model).__name__}; the config was made for another model")
+    if stored is not None:
+        check_dtype(model.config, stored)
+        validate_files(model, layers, stored)
+        _check_buffers(model, sum(math.prod(tensor.shape) * BITS[tensor.dtype] // 8 for tensor in stored.values()))
+    return model, compression
+
+
+def make_skeleton(values: Mapping[str, Any], most_modules: int = MOST_MODULES) -> "PreTrainedModel":
+    """The dense model of a config.json, of the class that it names, on the meta device.
+
+    Raises:
+        CheckpointError: if transformers cannot make one, or it has more than `most_modules` modules.
+    """
+    values = {name: copy.deepcopy(value) for name, value in values.items() if name not in ("auto_map", "quantization_config")}
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"config.json: model_type is {model_type!r}, expected one that transformers {transformers.__version__} knows")
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    model_class = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise CheckpointError(f"config.json: architectures is {names!r}, expected the name of a model class of transformers")
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
+        with torch.device("meta"), at_most(most_modules):
+            return model_class._from_config(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers makes of what somebody wrote into the file
+        raise CheckpointError(
+            f"config.json: transformers cannot make a {name} of it ({type(error).__name__}: {error}); download it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def at_most(modules: int) -> Iterator[None]:
+    """While active, this thread makes no more than so many modules; a config that asks for more would take hours and all memory."""
+    thread, made = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal made
+        if threading.get_ident() == thread:
+            made += 1
+            if made > modules:
+                raise CheckpointError(f"config.json: asks for more than {modules} modules, which its weights cannot fill; it is damaged")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_counts(values: Any, key: str = "") -> None:
+    """Raise CheckpointError for a number of layers, heads, experts or labels that no model has: some configs make lists as long."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            check_counts(value, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            check_counts(value, key)
+    elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
+        raise CheckpointError(f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged")
+
+
+def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError if a config asks for a dtype in which no tensor is stored: loading would take more memory than the files."""
+    dtypes = {TORCH_NAMES[tensor.dtype] for tensor in stored.values() if tensor.dtype in FLOAT_TYPES}
+    if config.dtype is not None and str(config.dtype).removeprefix("torch.") not in dtypes:
+        raise CheckpointError(f"config.json: dtype is {config.dtype}, expected one that is stored: {', '.join(sorted(dtypes))}")
+
+
+def check_generation(folder: str) -> None:
+    """Raise CheckpointError if there is a generation_config.json beside the weights that transformers cannot read."""
+    file = os.path.join(folder, "generation_config.json")
+    if os.path.isfile(file):
+        values = read_json(file)
+        try:
+            transformers.GenerationConfig.from_dict(values)
+        except Exception as error:  # whatever transformers makes of what somebody wrote into the file
+            raise CheckpointError(f"{file}: cannot be used ({type(error).__name__}: {error}); download it again, or delete it") from error
+
+
+def saved_skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A dense skeleton of the class that a model's checkpoint was saved from, or of its own, if unknown."""
+    names = getattr(model.config, "architectures", None) or [""]
+    model_class = getattr(transformers, str(names[0]), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        model_class = type(model)
+    with torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(model.config))
+
+
+def is_compressed(values: Any) -> bool:
+    """Whether the content of a config.json is, or once was, that of a compressed model."""
+    if not isinstance(values, Mapping):
+        return False
+    recorded, entries = values.get("quantization_config"), values.get("auto_map")
+    if isinstance(recorded, dict) and recorded.get("quant_method") == QUANT_METHOD:
+        return True
+    return isinstance(entries, dict) and any(str(entry).startswith("modeling_hf_lowrank.") for entry in entries.values())
+
+
+def holds_checkpoint(folder: str) -> bool:
+    """Whether a compressed model was saved in a folder, whatever has become of its config."""
+    return os.path.isfile(os.path.join(folder, ENTRY_FILE))
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Names of parameters and buffers that are the same tensor, or will be: transformers ties weights only after it has loaded them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
+        for group in names.values():
+            if source in group:
+                group.append(tied)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _check_buffers(model: nn.Module, file_bytes: int) -> None:
+    saved = model.state_dict().keys()
+    made = sum(buffer.numel() * buffer.itemsize for name, buffer in model.named_buffers() if name not in saved)
+    if made > file_bytes + SPARE_BYTES:
+        raise CheckpointError(f"config.json: asks for {made} bytes of tables beside {file_bytes} bytes of weights; the config is damaged")
+
+
+def _safetensors_name(dtype: torch.dtype) -> str:
+    names = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+    return names.get(dtype, str(dtype))

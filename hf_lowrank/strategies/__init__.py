@@ -3,6 +3,7 @@
 from .choose_then_build import choose_then_build
 from .layer_by_layer import layer_by_layer
 from .measure_then_decide import measure_then_decide
+from .refine import refine
 from .run import Run
 
-__all__ = ["Run", "choose_then_build", "layer_by_layer", "measure_then_decide"]
+__all__ = ["Run", "choose_then_build", "layer_by_layer", "measure_then_decide", "refine"]

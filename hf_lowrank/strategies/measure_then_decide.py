@@ -9,6 +9,7 @@ from ..budget import Layer
 from ..calibration import BlockBatch
 from ..methods.soco import SoCo
 from ..methods.spectral import Factorization, Measurement, SpectralMethod
+from ..report import sampled_spectrum
 from ..spectrum_training import learn_spectrum
 from ..work_folder import Record
 from .run import Run
@@ -25,6 +26,7 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
             visit.found = _packed(method.measure(layer, run.weight(layer), statistics[layer.name]) for layer in visit.layers)
         found = _unpacked(visit.found, visit.layers)
         measurements |= found if run.offloaded is None else {name: _spectrum_alone(each) for name, each in found.items()}
+    spectra = {name: sampled_spectrum(measurement.factorization.sigma) for name, measurement in measurements.items()}
     if isinstance(method, SoCo):
         measurements, ranks, curve = learn_spectrum(
             run.model, method, measurements, run.tokens, run.budget, run.available, run.config.seed, run.work,
@@ -46,7 +48,8 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
             if rank is None:
                 run.reasons[layer.name] = f"{method.name} gives it a rank that would cost as much as the dense layer"
             else:
-                run.swap(layer, measurements[layer.name].finish(rank), run.weight(layer), statistics[layer.name])
+                decomposition = measurements[layer.name].finish(rank)
+                run.swap(layer, decomposition, run.weight(layer), statistics[layer.name], spectra[layer.name])
             if run.offloaded is not None:
                 del measurements[layer.name]
 

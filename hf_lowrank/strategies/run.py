@@ -1,5 +1,6 @@
 """One run of `compress`: the model, the budget and the report, and what every strategy does with a block."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from ..budget import Layer, ModelBudget
 from ..calibration import BlockBatch, Shelf, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
 from ..linears import dense_weight, permute_inputs, permute_outputs
 from ..methods import Decomposition, Method, Statistics
-from ..offloading import OffloadedBlocks, is_offloaded
+from ..offloading import OffloadedBlocks, is_offloaded, return_memory
 from ..progress import Step
-from ..report import LayerReport, Report, layer_report
+from ..report import BlockRefinement, LayerReport, Report, layer_report
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
@@ -59,6 +60,7 @@ class Run:
         work: where finished blocks are recorded; None if nowhere.
         offloaded: the blocks, of a model that has them on disk; None if they are in memory.
         shelf: where activations wait between blocks.
+        original: a copy of the dense model, if blocks are to be refined; `refinement` has what that gave, block by block.
         gradients, output_grams: of the layers by name, for methods that need them.
     """
 
@@ -78,6 +80,8 @@ class Run:
         self.work: WorkFolder | None = None
         self.offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
         self.shelf = Shelf()
+        self.original = copy.deepcopy(model) if config.refinement_steps else None
+        self.refinement: list[BlockRefinement] | None = None
         self.gradients: dict[str, Tensor] = {}
         self.output_grams: dict[str, Tensor] = {}
 
@@ -158,9 +162,10 @@ class Run:
             restore_block(visit.block, record, values=self.offloaded is None)
             return
         for name, order in record.facts["orders"].items():
-            self.orders[name] = torch.tensor(order)
-            if self.offloaded is None:
-                self.apply_order(visit, name, self.orders[name])
+            if name not in self.orders:
+                self.orders[name] = torch.tensor(order)
+                if self.offloaded is None:
+                    self.apply_order(visit, name, self.orders[name])
         visit.found = Record(record.tensors, record.facts["found"])
 
     def _record(self, work: WorkFolder, stage: str, visit: Visit, mark: Mark, batches: list[BlockBatch]) -> None:
@@ -185,7 +190,7 @@ class Run:
             known = found[layer.name]
             if known is None:
                 self.warn(f"{layer.name} saw no calibration token; it is compressed without data")
-            statistics[layer.name] = known or _no_data(layer, modules[layer.name])
+            statistics[layer.name] = known or no_data(layer, modules[layer.name])
             if shifted is not None and known is not None:
                 statistics[layer.name] = shifted.extend(layer.name, known)
             if layer.name in self.gradients:
@@ -233,15 +238,19 @@ class Run:
     def apply_order(self, visit: Visit, output_name: str, order: Tensor) -> None:
         """Permute the neurons that the layer `output_name` reads."""
         network = next(network for network in find_feed_forwards(visit.block) if f"{visit.name}.{network.output}" == output_name)
-        for name in network.inputs:
-            permute_outputs(visit.block.get_submodule(name), torch.cat([order, order + len(order)]) if network.fused else order)
-        permute_inputs(visit.block.get_submodule(network.output), order)
+        for model in (self.model, *([] if self.original is None else [self.original])):
+            for name in network.inputs:
+                doubled = torch.cat([order, order + len(order)]) if network.fused else order
+                permute_outputs(model.get_submodule(f"{visit.name}.{name}"), doubled)
+            permute_inputs(model.get_submodule(output_name), order)
 
     def weight(self, layer: Layer) -> Tensor:
         """The dense weight, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
-    def swap(self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics) -> None:
+    def swap(
+        self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
+    ) -> None:
         """Put the compressed layer in place and report on it.
 
         Raises:
@@ -259,7 +268,9 @@ class Run:
                     f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype"
                 )
         replace_layer(self.model, layer.name, made)
-        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer)))
+        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum))
+        if self.offloaded is not None:
+            return_memory()
 
     def report(self) -> Report:
         layers = self.compressed + self.dense
@@ -281,6 +292,7 @@ class Run:
             dense=self.reasons,
             warnings=self.warnings,
             curve=self.curve,
+            refinement=self.refinement,
         )
 
 
@@ -294,7 +306,8 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
 
 
-def _no_data(layer: Layer, module: nn.Module) -> Statistics:
+def no_data(layer: Layer, module: nn.Module) -> Statistics:
+    """What stands in for the statistics of a layer that no token reached: all inputs count alike."""
     n, device = layer.in_features, dense_weight(module).device
     ones = torch.ones(n, dtype=torch.float64, device=device)
     return Statistics(tokens=0, column_norms=ones, mean=torch.zeros_like(ones), mean_abs=ones, gram=torch.diag(ones))

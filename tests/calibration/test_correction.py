@@ -73,7 +73,7 @@ def test_output_grams_are_reproducible_and_positive() -> None:
     for name, gram in first.items():
         assert torch.equal(gram, second[name])
         assert gram.shape[0] == model.get_submodule(name).out_features
-        assert float(torch.linalg.eigvalsh(gram)[0]) > -1e-9 * float(gram.diagonal().max())
+        assert float(torch.linalg.eigvalsh(gram)[0]) > -1e-6 * float(gram.diagonal().sum())  # float32 products
         assert float(gram.diagonal().sum()) > 0
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaModel
 
 from hf_lowrank import CompressionError
-from hf_lowrank.calibration.sampling import SEQUENCES_AT_ONCE, sample_sequences
+from hf_lowrank.calibration import sampling
+from hf_lowrank.calibration.sampling import sample_sequences
 
 from .. import tiny_models
 
@@ -26,8 +27,9 @@ def test_the_global_generator_is_untouched() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("samples", "length"), [(1, 1), (5, 1), (3, 30), (SEQUENCES_AT_ONCE + 3, 6), (1, tiny_models.CONTEXT)])
-def test_shapes(samples: int, length: int) -> None:
+@pytest.mark.parametrize(("samples", "length"), [(1, 1), (5, 1), (3, 30), (35, 6), (1, tiny_models.CONTEXT)])
+def test_shapes(samples: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 50)  # several batches, and of the longest a single sequence
     ids = sample_sequences(MODEL, samples, length, seed=0)
     assert ids.shape == (samples, length)
     assert ids.dtype == torch.int64

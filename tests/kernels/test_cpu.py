@@ -4,6 +4,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -13,21 +14,25 @@ from torch import Tensor
 
 from hf_lowrank import kernels
 from hf_lowrank.kernels import cpu
-from hf_lowrank.kernels.cpu import native
-from hf_lowrank.runtime import ops
+from hf_lowrank.kernels.cpu import native, products
+from hf_lowrank.runtime import ops, quantized_ops
 
-from .layers import random_layer
+from .layers import FACTORED, FORMS, TRANSPOSED, operation_of, random_layer
 
 pytestmark = pytest.mark.skipif(native.library_path() is None, reason="the C++ library is not built")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def kernel(operation: str) -> Callable[..., Tensor | None]:
-    return getattr(cpu, operation)
+def kernel(form: str) -> Callable[..., Tensor | None]:
+    return products.KERNELS[operation_of(form)]
 
 
-def multiplied(operation: str, x: Tensor, *arguments: Tensor) -> Tensor:
-    y = kernel(operation)(x, *arguments)
+def declared(form: str) -> Callable[..., Tensor]:
+    return getattr(quantized_ops if form.startswith("quantized") else ops, operation_of(form))
+
+
+def multiplied(form: str, x: Tensor, *arguments: Any) -> Tensor:
+    y = kernel(form)(x, *arguments)
     assert y is not None
     return y
 
@@ -59,74 +64,99 @@ def tolerance(y: Tensor, x: Tensor, magnitudes: Tensor, tiled: bool) -> Tensor:
     binary_rank=st.integers(1, 3),
     tokens=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
-    operation=st.sampled_from(kernels.OPERATIONS),
+    bits=st.integers(2, 8),
+    group=st.sampled_from([3, 8, 64, 1000]),
+    form=st.sampled_from(FORMS),
     name=st.sampled_from(available() or ("portable",)),
 )
 def test_every_kernel_agrees_with_the_float64_oracle(
-    rows: int, columns: int, density: float, binary_rank: int, tokens: int, dtype: torch.dtype, operation: str, name: str
+    rows: int, columns: int, density: float, binary_rank: int, tokens: int, dtype: torch.dtype, bits: int, group: int, form: str, name: str
 ) -> None:
-    layer = random_layer(rows, columns, round(density * columns), dtype, binary_rank)
+    layer = random_layer(rows, columns, round(density * columns), dtype, binary_rank, bits=bits, group=group)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     with native.forced_instruction_set(name):
-        y = kernel(operation)(x, *layer.arguments(operation))
+        y = kernel(form)(x, *layer.arguments(form))
     if y is None:
-        assert operation == "lowrank_linear" and tokens > cpu.FEW_TOKENS
+        assert form in FACTORED and tokens > products.FEW_TOKENS
         return
-    dense, magnitudes = layer.dense(operation)
+    dense, magnitudes = layer.dense(form)
     error = (y.double() - x.double() @ dense.T).abs()
-    assert y.dtype == dtype and bool((error <= tolerance(y, x, magnitudes, tiled=tokens > cpu.FEW_TOKENS)).all())
+    assert y.dtype == dtype and bool((error <= tolerance(y, x, magnitudes, tiled=tokens > products.FEW_TOKENS)).all())
 
 
-@pytest.mark.parametrize("operation", kernels.OPERATIONS)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 150),
+    columns=st.integers(1, 300),
+    density=st.floats(0, 1),
+    tokens=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    form=st.sampled_from(sorted(TRANSPOSED)),
+    name=st.sampled_from(available() or ("portable",)),
+)
+def test_gradients_agree_with_the_float64_oracle(
+    rows: int, columns: int, density: float, tokens: int, dtype: torch.dtype, form: str, name: str
+) -> None:
+    layer = random_layer(rows, columns, round(density * columns), dtype)
+    grad = torch.randn(tokens, rows, generator=torch.Generator().manual_seed(1)).to(dtype)
+    further = (columns,) if form == "bitmask_linear" or form.startswith("quantized") else ()
+    with native.forced_instruction_set(name), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "TILE_BYTES", 40 * columns)
+        result = products.KERNELS[TRANSPOSED[form]](grad, *layer.arguments(form), *further)
+    dense, magnitudes = layer.dense(form)
+    assert result is not None and result.dtype == dtype
+    error = (result.double() - grad.double() @ dense).abs()
+    assert bool((error <= 2 * tolerance(result, grad, magnitudes.T, tiled=True)).all())
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_input_and_weights_may_differ_in_dtype(instruction_set: str, operation: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+def test_input_and_weights_may_differ_in_dtype(instruction_set: str, form: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     layer = random_layer(20, 77, 30, dtype)
     x = torch.randn(3, 77, generator=torch.Generator().manual_seed(1)).to(x_dtype)
-    y = multiplied(operation, x, *layer.arguments(operation))
-    dense, magnitudes = layer.dense(operation)
+    y = multiplied(form, x, *layer.arguments(form))
+    dense, magnitudes = layer.dense(form)
     assert y.dtype == x_dtype
     assert bool(((y.double() - x.double() @ dense.T).abs() <= tolerance(y, x, magnitudes, tiled=False)).all())
 
 
-@pytest.mark.parametrize("operation", kernels.OPERATIONS)
-def test_rows_and_columns_without_values_contribute_nothing(instruction_set: str, operation: str) -> None:
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("pivoted_linear", "quantized_linear")])
+def test_rows_and_columns_without_values_contribute_nothing(instruction_set: str, form: str) -> None:
     layer = random_layer(40, 50, 0, torch.bfloat16)
     layer.scale_out[3], layer.scale_in[:, 7], layer.lowrank_b[3], layer.lowrank_a[:, 7] = 0, 0, 0, 0
     x = torch.ones(2, 50, dtype=torch.bfloat16)
-    y = multiplied(operation, x, *layer.arguments(operation))
+    y = multiplied(form, x, *layer.arguments(form))
     moved = x.index_fill(1, torch.tensor([7]), 5)
     assert bool((y[:, 3] == 0).all())
-    assert torch.equal(y, multiplied(operation, moved, *layer.arguments(operation)))
+    assert torch.equal(y, multiplied(form, moved, *layer.arguments(form)))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-@pytest.mark.parametrize("operation", kernels.OPERATIONS)
-def test_infinities_and_nans_come_out_as_dense_gives_them(instruction_set: str, operation: str, value: float, tokens: int) -> None:
-    kernels.load()
+@pytest.mark.parametrize("form", FORMS)
+def test_infinities_and_nans_come_out_as_dense_gives_them(instruction_set: str, form: str, value: float, tokens: int) -> None:
     layer = random_layer(30, 64, 20, torch.float32, rank=2)
     x = torch.randn(tokens, 64)
     x[tokens // 2, 11] = value
-    y = getattr(ops, operation)(x, *layer.arguments(operation))
-    if operation == "lowrank_linear":
-        dense = torch.nn.functional.linear(torch.nn.functional.linear(x, layer.lowrank_a), layer.lowrank_b)
+    y = declared(form)(x, *layer.arguments(form))
+    if form in FACTORED:
+        dense = getattr(ops, f"plain_{form}")(x, *layer.arguments(form))
     else:
-        dense = torch.nn.functional.linear(x, layer.dense(operation)[0].float())
+        dense = torch.nn.functional.linear(x, layer.dense(form)[0].float())
     torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("operation", kernels.OPERATIONS)
-def test_leading_dimensions_zero_tokens_and_strides_are_those_of_linear(instruction_set: str, operation: str) -> None:
-    kernels.load()
-    arguments = random_layer(9, 33, 10, torch.float32).arguments(operation)
+@pytest.mark.parametrize("form", FORMS)
+def test_leading_dimensions_zero_tokens_and_strides_are_those_of_linear(instruction_set: str, form: str) -> None:
+    arguments = random_layer(9, 33, 10, torch.float32).arguments(form)
     x = torch.randn(2, 3, 33)
-    together = getattr(ops, operation)(x, *arguments)
-    apart = torch.stack([getattr(ops, operation)(token, *arguments) for token in x.flatten(0, 1)]).view(2, 3, 9)
+    together = declared(form)(x, *arguments)
+    apart = torch.stack([declared(form)(token, *arguments) for token in x.flatten(0, 1)]).view(2, 3, -1)
     torch.testing.assert_close(together, apart)
-    assert getattr(ops, operation)(x[:0], *arguments).shape == (0, 3, 9)
+    assert declared(form)(x[:0], *arguments).shape == (0, 3, together.shape[-1])
     strided = x.transpose(0, 1)
-    torch.testing.assert_close(getattr(ops, operation)(strided, *arguments), together.transpose(0, 1))
+    torch.testing.assert_close(declared(form)(strided, *arguments), together.transpose(0, 1))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16])
@@ -144,13 +174,13 @@ def test_the_result_does_not_depend_on_the_number_of_threads(instruction_set: st
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("operation", kernels.OPERATIONS)
-def test_concurrent_callers_get_what_a_single_one_gets(operation: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_concurrent_callers_get_what_a_single_one_gets(form: str) -> None:
     layer = random_layer(500, 512, 220, torch.bfloat16, rank=64)
     inputs = [torch.randn(1 + i % 16, 512).bfloat16() for i in range(64)]
-    alone = [multiplied(operation, x, *layer.arguments(operation)) for x in inputs]
+    alone = [multiplied(form, x, *layer.arguments(form)) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda x: multiplied(operation, x, *layer.arguments(operation)), inputs))
+        together = list(pool.map(lambda x: multiplied(form, x, *layer.arguments(form)), inputs))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
@@ -179,7 +209,13 @@ def test_what_the_library_cannot_read_is_left_to_torch(change: str) -> None:
     layer = random_layer(12, 40, 10, torch.float32)
     weight, mask = layer.bitmask
     weight = weight.double() if change == "float64" else weight.t().contiguous().t()
-    assert cpu.bitmask_linear(torch.randn(1, 40), weight, mask) is None
+    assert products.bitmask_linear(torch.randn(1, 40), weight, mask) is None
+
+
+def test_pivots_that_are_not_as_many_as_the_rank_are_left_to_torch() -> None:
+    layer = random_layer(12, 40, 10, torch.float32)
+    a, b, pivots, rows = layer.arguments("pivoted_linear")
+    assert products.pivoted_linear(torch.randn(1, 40), a, b, pivots | 0xF, rows) is None
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

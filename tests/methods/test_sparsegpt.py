@@ -11,8 +11,10 @@ from hf_lowrank.methods.sparsegpt import BLOCK
 from .problems import budget_of, correlated_tokens, gaussian, problem, relative_error, statistics_of
 
 
-def surgeon(weight: Tensor, gram: Tensor, quotas: dict[int, tuple[int, int]]) -> Tensor:
-    """Removes entries from left to right; `quotas` says at which columns a mask is chosen: start → (end, kept per row).
+def surgeon(weight: Tensor, gram: Tensor, kept: int, spans: list[tuple[int, int]], quota: int | None = None) -> Tensor:
+    """Removes entries from left to right; a mask is chosen at the start of every span of columns.
+
+    Each row keeps `quota` entries of a span, or as many as the `kept` that cost most in the whole row, before any is removed, lie in it.
 
     Removing w_j changes the columns F = {j, j+1, ...} by −w_j / [H_FF⁻¹]_jj · H_FF⁻¹[:, j], and costs w_j² / [H_FF⁻¹]_jj.
     """
@@ -20,12 +22,14 @@ def surgeon(weight: Tensor, gram: Tensor, quotas: dict[int, tuple[int, int]]) ->
     H = gram + 0.01 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)
     W, mask = weight.clone(), torch.zeros(weight.shape, dtype=torch.bool)
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(n)]
+    ends = dict(spans)
+    first = [costs.argsort(descending=True)[:kept].tolist() for costs in W**2 / torch.stack([each[0, 0] for each in inverses])]
     for j in range(n):
-        if j in quotas:
-            end, kept = quotas[j]
-            cost = torch.stack([W[:, c] ** 2 / inverses[c][0, 0] for c in range(j, end)], dim=1)
+        if j in ends:
+            cost = torch.stack([W[:, c] ** 2 / inverses[c][0, 0] for c in range(j, ends[j])], dim=1)
             for row in range(len(W)):
-                mask[row, j + cost[row].argsort(descending=True)[:kept]] = True
+                here = sum(j <= c < ends[j] for c in first[row]) if quota is None else quota
+                mask[row, j + cost[row].argsort(descending=True)[:here]] = True
         removed = torch.where(mask[:, j], 0.0, W[:, j])
         W[:, j:] -= torch.outer(removed / inverses[j][0, 0], inverses[j][0])
     return W * mask
@@ -35,26 +39,23 @@ def test_unstructured_is_the_surgeon_block_by_block() -> None:
     m, n = 20, 300
     weight, statistics = problem(m, n)
     budget = budget_of(m, n, 0.5)
-    kept, quotas = budget.kept_per_row(), {}
-    for start in range(0, n, BLOCK):
-        end = min(start + BLOCK, n)
-        quotas[start] = (end, end * kept // n - start * kept // n)
+    spans = [(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
     assert statistics.gram is not None
-    assert sum(quota for _, quota in quotas.values()) == kept
     decomposition = make_method("sparsegpt").decompose(weight, statistics, budget)
     assert decomposition.weight is not None
-    torch.testing.assert_close(decomposition.weight, surgeon(weight, statistics.gram, quotas), rtol=1e-8, atol=1e-8)
+    expected = surgeon(weight, statistics.gram, budget.kept_per_row(), spans)
+    torch.testing.assert_close(decomposition.weight, expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(("pattern", "kept", "group"), [("2:4", 2, 4), ("4:8", 4, 8)])
 @pytest.mark.parametrize("n", [160, 163])
 def test_full_pattern_is_the_surgeon_group_by_group(pattern: str, kept: int, group: int, n: int) -> None:
     weight, statistics = problem(20, n)
-    quotas = {start: (start + group, kept) for start in range(0, n - group + 1, group)}
+    spans = [(start, start + group) for start in range(0, n - group + 1, group)]
     decomposition = make_method("sparsegpt", {"pattern": pattern}).decompose(weight, statistics, budget_of(20, n, 0.4))
     assert decomposition.weight is not None
     assert statistics.gram is not None
-    torch.testing.assert_close(decomposition.weight, surgeon(weight, statistics.gram, quotas), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(decomposition.weight, surgeon(weight, statistics.gram, 0, spans, kept), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "2:5"])

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lowrank import CompressionError
+from hf_lowrank.budget import Layer
+from hf_lowrank.methods import make_method
 from hf_lowrank.methods.sparsity import largest_kept, largest_per_row, parse_pattern, relative_scales
 
 from .problems import gaussian
@@ -57,3 +59,20 @@ def test_relative_scales_are_positive_and_free_of_units() -> None:
     assert bool((relative_scales(scales) > 0).all())
     torch.testing.assert_close(relative_scales(scales), relative_scales(scales * 1e30))
     assert torch.equal(relative_scales(torch.zeros(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_every_row_may_have_a_number_of_its_own(pattern: str) -> None:
+    scores, kept = gaussian(5, 16, seed=0).abs(), torch.tensor([0, 1, 3, 8, 5])
+    mask = largest_per_row(scores, kept, pattern)
+    for row, count in enumerate(kept.tolist()):
+        assert torch.equal(mask[row : row + 1], largest_per_row(scores[row : row + 1], count, pattern))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "oats"])
+def test_layers_without_room_for_the_pattern_stay_dense(method: str) -> None:
+    """Known before any work is done, so that decomposing does not stop half-way."""
+    made = make_method(method, {"pattern": "4:8"})
+    narrow, wide = (Layer("layer", 0, 1, "other", 32, inputs) for inputs in (7, 8))
+    assert "no room for the pattern 4:8" in (made.leaves_dense(narrow, 0.5) or "")
+    assert made.leaves_dense(wide, 0.5) is None

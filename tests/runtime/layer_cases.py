@@ -10,12 +10,14 @@ from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.packing import pack_bits
 
 LAYOUTS = ("none", "rows", "columns", "bitmask")
-FLOAT_NAMES = ("weight", "lowrank_a", "lowrank_b", "scale_in", "scale_out", "bias")
+FLOAT_NAMES = ("weight", "lowrank_a", "lowrank_b", "adapter_a", "adapter_b", "scale_in", "scale_out", "bias")
 
 
-def make_spec(sparse: str, kept: int, rank: int, binary_rank: int, bias: bool) -> LayerSpec:
+def make_spec(sparse: str, kept: int, rank: int, binary_rank: int, bias: bool, adapter_rank: int = 0) -> LayerSpec:
+    """`rank` is that of the low-rank part; that of merged adapters comes on top."""
     kind = "sparse_lowrank_binary" if binary_rank else "sparse_lowrank"
-    return LayerSpec(kind=kind, sparse=sparse, kept=0 if sparse == "none" else kept, rank=rank, binary_rank=binary_rank, bias=bias)
+    ranks = {"rank": rank + adapter_rank, "adapter_rank": adapter_rank, "binary_rank": binary_rank}
+    return LayerSpec(kind=kind, sparse=sparse, kept=0 if sparse == "none" else kept, bias=bias, **ranks)
 
 
 def random_layer(
@@ -49,7 +51,9 @@ def dense_by_hand(layer: CompressedLinear) -> Tensor:
         dense[: spec.kept] = stored["weight"]
     elif spec.sparse == "columns":
         dense[:, : spec.kept] = stored["weight"]
-    if spec.rank:
+    if spec.adapter_rank:
+        dense += stored["adapter_b"] @ stored["adapter_a"]
+    if spec.factor_rank:
         product = stored["lowrank_b"] @ stored["lowrank_a"]
         dense[m - product.shape[0] :, n - product.shape[1] :] += product
     for b in range(spec.binary_rank):
@@ -63,10 +67,11 @@ def bits_by_hand(packed: Tensor, columns: int) -> Tensor:
 
 
 @st.composite
-def layer_cases(draw: st.DrawFn, max_side: int = 24) -> tuple[LayerSpec, int, int]:
-    """(spec, out_features, in_features) of any layer that the format allows."""
+def layer_cases(draw: st.DrawFn, max_side: int = 24, max_adapter_rank: int = 3) -> tuple[LayerSpec, int, int]:
+    """(spec, out_features, in_features) of any layer that the format allows, quantised and pivoted ones apart."""
     m, n = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
     sparse = draw(st.sampled_from(LAYOUTS))
     kept = draw(st.integers(0, (m if sparse == "rows" else n) - 1))
     rank, binary_rank = draw(st.integers(0, min(m, n))), draw(st.integers(0, min(m, n, 3)))
-    return make_spec(sparse, kept, rank, binary_rank, draw(st.booleans())), m, n
+    adapter_rank = draw(st.integers(0, min(m + n, max_adapter_rank)))
+    return make_spec(sparse, kept, rank, binary_rank, draw(st.booleans()), adapter_rank), m, n

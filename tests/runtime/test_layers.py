@@ -18,8 +18,13 @@ from .layer_cases import FLOAT_NAMES, LAYOUTS, bits_by_hand, dense_by_hand, laye
 RELATIVE_ERROR = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest ‖y − ŷ‖∞ / ‖y‖∞, a few roundings of the dtype: one per part of a layer, and that of the result."""
 
-FULL = make_spec("bitmask", 5, rank=3, binary_rank=1, bias=True)
-EVERY_PART = [FULL, make_spec("rows", 4, 3, 0, True), make_spec("columns", 4, 3, 0, False), make_spec("none", 0, 3, 2, False)]
+FULL = make_spec("bitmask", 5, rank=3, binary_rank=1, bias=True, adapter_rank=2)
+EVERY_PART = [
+    FULL,
+    make_spec("rows", 4, 3, 0, True, adapter_rank=2),
+    make_spec("columns", 4, 3, 0, False),
+    make_spec("none", 0, 3, 2, False),
+]
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -209,7 +214,7 @@ def test_it_is_an_nn_linear_of_the_dense_shape(spec: LayerSpec) -> None:
 
 def test_repr_says_what_is_stored() -> None:
     text = repr(random_layer(FULL, 16, 16))
-    for part in ("in_features=16", "out_features=16", "bitmask", "5 of 16", "rank=3", "binary_rank=1", "bias=True"):
+    for part in ("in_features=16", "out_features=16", "bitmask", "5 of 16", "rank=5", "adapter_rank=2", "binary_rank=1", "bias=True"):
         assert part in text
     assert "\n" not in text
 
@@ -240,7 +245,7 @@ def test_from_dense_refuses_a_matrix_without_zeros() -> None:
         SparseLowRankLinear.from_dense(torch.ones(3, 4))
 
 
-@given(case=layer_cases(max_side=12), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(case=layer_cases(max_side=12, max_adapter_rank=0), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None)
 def test_from_parts_inverts_taking_apart(case: tuple[LayerSpec, int, int], dtype: torch.dtype) -> None:
     spec, m, n = case
@@ -298,6 +303,9 @@ def test_autocast_as_for_nn_linear(spec: LayerSpec, dtype: torch.dtype) -> None:
         ({"rank": -1}, "rank"),
         ({"rank": 1.0}, "rank"),
         ({"rank": True}, "rank"),
+        ({"rank": 1, "adapter_rank": 2}, "rank"),
+        ({"rank": 9, "adapter_rank": 2}, "rank"),
+        ({"rank": 15, "adapter_rank": 15}, "adapter_rank"),
         ({"bias": 1}, "bias"),
     ],
 )

@@ -15,7 +15,8 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from hf_lowrank import CheckpointError, LayerSpec
 from hf_lowrank.runtime import quantizer
-from hf_lowrank.runtime.validation import dense_shape, read_header, resolve_layers
+from hf_lowrank.runtime.headers import read_header
+from hf_lowrank.runtime.validation import dense_shape, resolve_layers
 
 from .conftest import Checkpoint, tiny_gpt2, tiny_llama
 
@@ -115,6 +116,7 @@ def test_a_config_of_another_model(folder: Path) -> None:
     assert_refused(folder, "model.layers.1.", "no such module", "expected a linear layer")
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=64))
 def test_any_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "bytes.safetensors"
@@ -134,7 +136,7 @@ entries = st.fixed_dictionaries({"dtype": json_values, "shape": json_values, "da
 
 
 @given(header=json_values | st.dictionaries(st.text(max_size=3), entries, max_size=2))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_any_header_is_refused_or_read(tmp_path_factory: pytest.TempPathFactory, header: object) -> None:
     file = tmp_path_factory.getbasetemp() / "header.safetensors"
     encoded = json.dumps(header).encode()

@@ -21,7 +21,8 @@ def open_elsewhere(tasks: Sequence[dict[str, Any]], home: Path, *, installed: bo
     """What a new process answers to each task.
 
     Args:
-        tasks: "folder", and optionally "auto_class", "arguments" of `from_pretrained`, and a folder to "save_to".
+        tasks: "folder", and optionally "auto_class", "arguments" of `from_pretrained`, a folder to "save_to", and the config class of an
+            adapter to "merge".
         home: the new process's Hugging Face home and working directory.
         installed: whether `hf_lowrank` can be imported there at all.
         imported: whether it is, before the first task.
@@ -70,7 +71,21 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         answer["logits"] = output[0].float().flatten().tolist()
         if "save_to" in task:
             opened.save_pretrained(task["save_to"])
+        if "merge" in task:
+            answer["merge"] = _merge_error(opened, task["merge"])
     return answer
+
+
+def _merge_error(model: Any, adapter: str) -> str:
+    """What PEFT says when a new adapter of a kind is merged into the model; nothing if it does."""
+    import peft
+
+    config = getattr(peft, adapter)(target_modules=["q_proj"], **({"feedforward_modules": []} if adapter == "IA3Config" else {}))
+    try:
+        peft.get_peft_model(model, config).merge_and_unload()
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def _main() -> None:

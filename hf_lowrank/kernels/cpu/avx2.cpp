@@ -1,4 +1,5 @@
 // AVX2 (with FMA and F16C) loops: eight columns at a time, converted to float32.
+#include "dequantize.h"
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -74,16 +75,21 @@ struct Sums {
     __m256 of[R][T];
 
     AVX2_INLINE void clear(Sums& sums) {
+#pragma GCC unroll 4
         for (auto& row : sums.of)
+#pragma GCC unroll 4
             for (auto& sum : row) sum = _mm256_setzero_ps();
     }
 
     AVX2_INLINE void add(Sums& sums, int row, __m256 values, const float* x, int64_t token_stride) {
+#pragma GCC unroll 4
         for (int t = 0; t < T; ++t) sums.of[row][t] = _mm256_fmadd_ps(values, _mm256_loadu_ps(x + t * token_stride), sums.of[row][t]);
     }
 
     AVX2_INLINE void store(const Sums& sums, const Rows& rows, int64_t first) {
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
                 __m256 sum = sums.of[r][t];
                 __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
@@ -116,6 +122,7 @@ struct SparseFor {
         const Element* end = static_cast<const Element*>(product.values) + product.rows * kept;
         const Element* values[R];
         const uint8_t* masks[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * kept;
             masks[r] = product.mask + (rows.first + first + r) * width;
@@ -126,10 +133,12 @@ struct SparseFor {
         for (;;) {
             // Steps of eight mask bytes; as many as cannot read past the end of the tensor, whatever the mask says.
             int64_t steps = (width - byte) / 8;
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
             if (steps <= 0) break;
             for (int64_t stop = byte + 8 * steps; byte < stop; byte += 8) {
                 uint64_t bits[R], before[R];
+#pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
                     // The next rows: their values lie at irregular distances, which the processor's prefetchers do not follow.
                     _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * kept), _MM_HINT_T0);
@@ -139,14 +148,17 @@ struct SparseFor {
                 }
 #pragma GCC unroll 8
                 for (int k = 0; k < 8; ++k) {
+#pragma GCC unroll 4
                     for (int r = 0; r < R; ++r) {
                         __m256 unit = Values::expand(values[r] + (before[r] >> 8 * k & 0xff), static_cast<uint8_t>(bits[r] >> 8 * k));
                         Sums<T, R>::add(sums, r, unit, x + (byte + k) * kLanes, prepared.padded);
                     }
                 }
+#pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) values[r] += _mm_popcnt_u64(bits[r]);
             }
         }
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             for (int64_t at = byte; at < width; ++at) {
                 Element next[kLanes] = {};
@@ -192,8 +204,10 @@ struct DenseFor {
         Sums<T, R>::clear(sums);
         int64_t column = 0;
         for (; column + kLanes <= columns; column += kLanes)
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
                 Sums<T, R>::add(sums, r, Values::load(values + r * columns + column), x + column, prepared.padded);
+#pragma GCC unroll 4
         for (int r = 0; r < R && column < columns; ++r) {
             Element next[kLanes] = {};
             for (int64_t j = 0; column + j < columns; ++j) next[j] = values[r * columns + column + j];
@@ -241,7 +255,11 @@ AVX2_INLINE void transpose_words(const __m256i (&rows)[8], __m256i* out, int str
     }
 }
 
-// Lanes are rows. Three of four sign bits select among eight sums in each of two registers, the fourth between the two.
+// Lanes are rows. Three sign bits select one of the eight sums ± s₀ ± s₁ ± s₂ of the scaled inputs, which stand in one register
+// (vpermps looks at the low three bits of an index only); 32 columns make ten such groups and one of two columns.
+constexpr int kGroupColumns = 3, kGroups = 11, kEntries = 8;
+constexpr int64_t kWordTable = kUnit / kTableColumns * kTableEntries;  // room for the sums of 32 columns, of which 88 are used
+
 template <int T>
 struct BinaryLoop {
     static constexpr int kParts = T == 1 ? 4 : T <= 3 ? 2 : 1;
@@ -269,25 +287,26 @@ struct BinaryLoop {
             const float* tables = x.tables + (term * x.tokens + rows.first_token) * table_size;
             for (int64_t first = 0; first < rows.count; first += kParts * kLanes) {
                 __m256 sums[T][kParts];
+#pragma GCC unroll 4
                 for (auto& token : sums)
+#pragma GCC unroll 4
                     for (auto& sum : token) sum = _mm256_setzero_ps();
                 for (int64_t byte = 0; byte < width; byte += kStep) {
                     __m256i words[kStep / 4][kParts];
+#pragma GCC unroll 4
                     for (int part = 0; part < kParts; ++part)
                         load_words(product, rows, first + part * kLanes, byte, width, &words[0][part]);
                     for (int64_t word = 0; word < kStep / 4 && byte + 4 * word < width; ++word) {
-                        const float* table = tables + (byte + 4 * word) * (8 / kTableColumns) * kTableEntries;
-#pragma GCC unroll 8
-                        for (int group = 0; group < kUnit / kTableColumns; ++group) {
+                        const float* table = tables + (byte / 4 + word) * kWordTable;
+#pragma GCC unroll 11
+                        for (int group = 0; group < kGroups; ++group) {
+#pragma GCC unroll 4
                             for (int t = 0; t < T; ++t) {
-                                const float* entries = table + t * table_size + group * kTableEntries;
-                                __m256 minus = _mm256_load_ps(entries), plus = _mm256_load_ps(entries + 8);
+                                __m256 entries = _mm256_load_ps(table + t * table_size + group * kEntries);
+#pragma GCC unroll 4
                                 for (int part = 0; part < kParts; ++part) {
-                                    __m256i index = _mm256_srli_epi32(words[word][part], group * kTableColumns);
-                                    __m256i fourth = _mm256_slli_epi32(words[word][part], 28 - group * kTableColumns);
-                                    __m256 sum = _mm256_blendv_ps(_mm256_permutevar8x32_ps(minus, index),
-                                                                  _mm256_permutevar8x32_ps(plus, index), _mm256_castsi256_ps(fourth));
-                                    sums[t][part] = _mm256_add_ps(sums[t][part], sum);
+                                    __m256i index = _mm256_srli_epi32(words[word][part], group * kGroupColumns);
+                                    sums[t][part] = _mm256_add_ps(sums[t][part], _mm256_permutevar8x32_ps(entries, index));
                                 }
                             }
                         }
@@ -295,6 +314,7 @@ struct BinaryLoop {
                 }
                 for (int64_t i = first; i < rows.count && i < first + kParts * kLanes; ++i) {
                     float scale = load_as_float(product.scale_out, (rows.first + i) * product.binary_rank + term, DType(product.scale_dtype));
+#pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) {
                         alignas(32) float lanes[kLanes];
                         _mm256_store_ps(lanes, sums[t][(i - first) / kLanes]);
@@ -306,27 +326,31 @@ struct BinaryLoop {
     }
 };
 
-void binary_rows(const Product& product, const Prepared& x, const Rows& rows) {
-    for_token_groups<BinaryLoop>(rows, product, x);
+void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (product.signs) for_token_groups<BinaryLoop>(rows, product, x);
+    if (product.values) sparse_rows(product, x, rows);
 }
 
 AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
     // Bit j of an entry's index set: + column j; clear: − column j.
     const __m256 signs[3] = {_mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1), _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1),
                              _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1)};
-    for (int64_t column = 0; column < padded; column += kTableColumns, out += kTableEntries) {
-        __m256 sum = _mm256_mul_ps(signs[0], _mm256_set1_ps(scaled[column]));
-        for (int j = 1; j < 3; ++j) sum = _mm256_fmadd_ps(signs[j], _mm256_set1_ps(scaled[column + j]), sum);
-        __m256 last = _mm256_set1_ps(scaled[column + 3]);
-        _mm256_store_ps(out, _mm256_sub_ps(sum, last));
-        _mm256_store_ps(out + 8, _mm256_add_ps(sum, last));
+    for (int64_t first = 0; first < padded; first += kUnit, out += kWordTable) {
+        for (int group = 0; group < kGroups; ++group) {
+            __m256 sum = _mm256_setzero_ps();
+            for (int j = 0; j < 3 && kGroupColumns * group + j < kUnit; ++j)
+                sum = _mm256_fmadd_ps(signs[j], _mm256_set1_ps(scaled[first + kGroupColumns * group + j]), sum);
+            _mm256_store_ps(out + group * kEntries, sum);
+        }
     }
 }
+
+AVX2 void dequantize(const Product& product, int64_t row, float* out) { dequantize_row(product, row, out); }
 
 }  // namespace
 
 const Kernels& avx2_kernels() {
-    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, portable_kernels().unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize, portable_kernels().unpack, false};
     return kernels;
 }
 

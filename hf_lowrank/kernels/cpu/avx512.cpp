@@ -1,7 +1,7 @@
 // AVX-512 (VBMI2 and BF16) loops.
 //
 // Kept values: a mask word spreads the next values of the row over 32 columns (vpexpandw, register form), which are then
-// multiplied as in a dense product. Signs: see binary_rows.
+// multiplied as in a dense product. Signs: see binary_rows. Where everything is bfloat16, both in one pass: avx512_bfloat16.cpp.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -10,12 +10,13 @@
 
 namespace hf_lowrank {
 
+// avx512_bfloat16.cpp
+void avx512_bfloat16_rows(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_unpack.cpp
+void avx512_dequantize(const Product& product, int64_t row, float* out);
 void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out);
 
 namespace {
-
-AVX512_INLINE __mmask64 first_of_64(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
 
 // --- sums of several rows and tokens ---------------------------------------------------------------------------------------
 
@@ -27,37 +28,27 @@ struct Sums {
     __m512 of[R][T];
 
     AVX512_INLINE void clear(Sums& sums) {
+#pragma GCC unroll 4
         for (auto& row : sums.of)
+#pragma GCC unroll 4
             for (auto& sum : row) sum = _mm512_setzero_ps();
     }
 
     AVX512_INLINE void add(Sums& sums, int row, const typename Values::Unit& unit, const typename Values::Inputs& x, int64_t column) {
+#pragma GCC unroll 4
         for (int t = 0; t < T; ++t) Values::multiply_add(sums.of[row][t], unit, x, t, column);
     }
 
-    AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first) {
+    // To rows `first`, `first` + `step`, ... of the block.
+    AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first, int64_t step) {
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r] += _mm512_reduce_add_ps(sums.of[r][t]);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r * step] += _mm512_reduce_add_ps(sums.of[r][t]);
     }
 };
 
 // --- sparse ----------------------------------------------------------------------------------------------------------------
-
-// Memory that will be read soon, fetched a little at every step: kept values are read at irregular distances, which the
-// processor's own prefetchers do not follow.
-struct Ahead {
-    const char* at;
-    int64_t stride;
-
-    // `bytes` from `start` on, over `steps` steps.
-    AVX512_INLINE Ahead of(const void* start, int64_t bytes, int64_t steps) {
-        return {static_cast<const char*>(start), (bytes + steps) / (steps + 1)};
-    }
-    AVX512_INLINE void fetch(Ahead& ahead) {
-        for (int64_t line = 0; line < ahead.stride; line += 64) _mm_prefetch(ahead.at + line, _MM_HINT_T0);
-        ahead.at += ahead.stride;
-    }
-};
 
 template <class Values>
 struct SparseFor {
@@ -71,39 +62,42 @@ struct SparseFor {
         const Element* end = static_cast<const Element*>(product.values) + product.rows * product.kept;
         const Element* values[R];
         const uint8_t* masks[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * product.kept;
             masks[r] = product.mask + (rows.first + first + r) * width;
         }
-        // While these rows are multiplied the next ones are fetched, and the signs of the next block.
-        const uint8_t* signs = product.signs ? product.signs + (rows.first + kBlockRows + first) * width : masks[0];
-        Ahead values_ahead = Ahead::of(values[0] + R * product.kept, R * product.kept * sizeof(Element), columns / 64);
-        Ahead masks_ahead = Ahead::of(masks[0] + R * width, R * width, columns / 128);
-        Ahead signs_ahead = Ahead::of(signs, R * width, columns / 128);
+        NextValues next = NextValues::of(values[0] + R * product.kept, R * product.kept * int64_t(sizeof(Element)), columns);
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
         for (;;) {
             // Steps of 64 columns; as many as cannot read past the end of the tensor, whatever the mask says.
             int64_t steps = (columns - column) / 64;
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
             if (steps <= 0) break;
+            if (steps > 8) steps = 8;
+            NextValues::fetch(next);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + column / 8), _MM_HINT_T0);
+#pragma GCC unroll 1
             for (int64_t stop = column + 64 * steps; column < stop; column += 64) {
-                Ahead::fetch(values_ahead);
-                Ahead::fetch(column & 64 ? signs_ahead : masks_ahead);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
+                    const uint8_t* mask = masks[r] + column / 8;
                     uint64_t bits;
-                    __builtin_memcpy(&bits, masks[r] + (column >> 3), 8);
-                    uint32_t low = static_cast<uint32_t>(bits), high = bits >> 32;
-                    auto left = Values::expand(Values::load(values[r]), low);
-                    auto right = Values::expand(Values::load(values[r] + _mm_popcnt_u32(low)), high);
+                    __builtin_memcpy(&bits, mask, 8);
+                    if (!next.lines) _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * product.kept), _MM_HINT_T0);
+                    auto left = Values::expand(Values::load(values[r]), load_mask(mask));
+                    auto right = Values::expand(Values::load(values[r] + _mm_popcnt_u32(static_cast<uint32_t>(bits))), load_mask(mask + 4));
                     values[r] += _mm_popcnt_u64(bits);
                     Sums<T, R, Values>::add(sums, r, left, x, column);
                     Sums<T, R, Values>::add(sums, r, right, x, column + kUnit);
                 }
             }
         }
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             for (int64_t at = column; at < columns; at += kUnit) {
                 uint32_t bits = load_bits(masks[r], width, at >> 3);
@@ -112,7 +106,7 @@ struct SparseFor {
                 values[r] += used < present ? used : present;
             }
         }
-        Sums<T, R, Values>::store(sums, rows, first);
+        Sums<T, R, Values>::store(sums, rows, first, 1);
     }
 
     template <int T>
@@ -146,34 +140,37 @@ template <class Values>
 struct DenseFor {
     using Element = typename Values::Element;
 
+    // R rows of the block, `step` apart: each is one of R long streams of memory.
     template <int T, int R>
-    AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first) {
+    AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
-        const int64_t columns = prepared.columns;
+        const int64_t columns = prepared.columns, stride = step * columns;
         const Element* values = static_cast<const Element*>(matrix) + (rows.first + first) * columns;
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
         for (; column + kUnit <= columns; column += kUnit)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * columns + column), x, column);
+            for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
         if (column < columns)
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
-                Sums<T, R, Values>::add(sums, r, Values::load_first(values + r * columns + column, columns - column), x, column);
-        Sums<T, R, Values>::store(sums, rows, first);
+                Sums<T, R, Values>::add(sums, r, Values::load_first(values + r * stride + column, columns - column), x, column);
+        Sums<T, R, Values>::store(sums, rows, first, step);
     }
 
     template <int T>
     struct Loop {
-        AVX512 static void run(const void* matrix, const Prepared& x, int64_t first, const Rows& rows) {
-            if (first + kGroupRows <= rows.count) multiply<T, kGroupRows>(matrix, x, rows, first);
-            else
-                for (; first < rows.count; ++first) multiply<T, 1>(matrix, x, rows, first);
+        AVX512 static void run(const void* matrix, const Prepared& x, int64_t step, int64_t first, const Rows& rows) {
+            if (first < step) multiply<T, kGroupRows>(matrix, x, rows, first, step);
+            else multiply<T, 1>(matrix, x, rows, first, 1);
         }
     };
 
     static void run(const void* matrix, const Prepared& x, const Rows& rows) {
-        for (int64_t first = 0; first < rows.count; first += kGroupRows) for_token_groups<Loop>(rows, matrix, x, first);
+        const int64_t step = rows.count / kGroupRows;
+        for (int64_t first = 0; first < step; ++first) for_token_groups<Loop>(rows, matrix, x, step, first);
+        for (int64_t first = step * kGroupRows; first < rows.count; ++first) for_token_groups<Loop>(rows, matrix, x, step, first);
     }
 };
 
@@ -230,17 +227,19 @@ struct BinaryLoop {
         for (int64_t term = 0; term < product.binary_rank; ++term) {
             const float* tables = x.tables + (term * x.tokens + rows.first_token) * table_size;
             __m512 sums[T][kParts];
+#pragma GCC unroll 4
             for (auto& token : sums)
+#pragma GCC unroll 4
                 for (auto& sum : token) sum = _mm512_setzero_ps();
             for (int64_t byte = 0; byte < width; byte += 64) {
                 __mmask64 present = first_of_64(width - byte);
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; ++part) {
                     __m512i bits[16];
                     for (int i = 0; i < 16; ++i) {
                         int64_t row = part * 16 + i;
                         const uint8_t* at = product.signs + (rows.first + row) * width + byte;
-                        // The next block's, unless sparse_rows fetches them between here and there.
-                        if (!product.values) _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);
+                        _mm_prefetch(reinterpret_cast<const char*>(at + kBlockRows * width), _MM_HINT_T0);  // the next block's
                         bits[i] = row < rows.count ? _mm512_maskz_loadu_epi8(present, at) : _mm512_setzero_si512();
                     }
                     transpose_words(bits, &words[0][part], kParts);
@@ -248,15 +247,19 @@ struct BinaryLoop {
                 int64_t word_count = (width - byte + 3) / 4 < 16 ? (width - byte + 3) / 4 : 16;
                 for (int64_t word = 0; word < word_count; ++word) {
                     __m512i index[kParts];
+#pragma GCC unroll 4
                     for (int part = 0; part < kParts; ++part) index[part] = words[word][part];
                     const float* table = tables + (byte / 4 + word) * (kUnit / kTableColumns) * kTableEntries;
 #pragma GCC unroll 8
                     for (int group = 0; group < kUnit / kTableColumns; ++group) {
+#pragma GCC unroll 4
                         for (int t = 0; t < T; ++t) {
                             __m512 entries = _mm512_load_ps(table + t * table_size + group * kTableEntries);
+#pragma GCC unroll 4
                             for (int part = 0; part < kParts; ++part)
                                 sums[t][part] = _mm512_add_ps(sums[t][part], _mm512_permutexvar_ps(index[part], entries));
                         }
+#pragma GCC unroll 4
                         for (int part = 0; part < kParts; ++part) index[part] = _mm512_srli_epi32(index[part], kTableColumns);
                     }
                 }
@@ -264,7 +267,9 @@ struct BinaryLoop {
             alignas(64) float scale[kBlockRows] = {};
             for (int64_t i = 0; i < rows.count; ++i)
                 scale[i] = load_as_float(product.scale_out, (rows.first + i) * product.binary_rank + term, DType(product.scale_dtype));
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; ++part) {
                     float* at = rows.sums + t * kBlockRows + 16 * part;
                     __m512 scaled = _mm512_mul_ps(sums[t][part], _mm512_load_ps(scale + 16 * part));
@@ -275,7 +280,11 @@ struct BinaryLoop {
     }
 };
 
-void binary_rows(const Product& product, const Prepared& x, const Rows& rows) { for_token_groups<BinaryLoop>(rows, product, x); }
+void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (x.multiplies_signs) return avx512_bfloat16_rows(product, x, rows);
+    if (product.signs) for_token_groups<BinaryLoop>(rows, product, x);
+    if (product.values) sparse_rows(product, x, rows);
+}
 
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
     // Bit j of an entry's index set: + column j; clear: − column j.
@@ -292,7 +301,7 @@ AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, avx512_unpack, true};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx512_dequantize, avx512_unpack, true};
     return kernels;
 }
 

@@ -5,13 +5,33 @@
 
 #include <immintrin.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,bmi2,f16c,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,popcnt,bmi2,f16c,fma")))
 #define AVX512_INLINE AVX512 __attribute__((always_inline)) static inline
 
 namespace hf_lowrank {
 namespace {
 
+AVX512_INLINE __mmask64 first_of_64(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
 AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
+
+// --- memory that will be read soon ---------------------------------------------------------------------------------------------
+
+// While a group of rows is multiplied the kept values of the next one, which lie right behind, are fetched: they are read at
+// irregular distances, which the processor's own prefetchers do not follow. Where they are many, some at every step; where they are
+// few, all that fall on 512 columns together, so that no line is asked for twice.
+struct NextValues {
+    const char* at;
+    int64_t lines;  // per 512 columns; 0: at every step
+
+    AVX512_INLINE NextValues of(const void* start, int64_t bytes, int64_t columns) {
+        int64_t lines = (bytes * 512 / columns + 63) / 64;
+        return {static_cast<const char*>(start), lines <= 12 ? lines : 0};
+    }
+    // At the first of 512 columns.
+    AVX512_INLINE void fetch(NextValues& next) {
+        for (const char* stop = next.at + 64 * next.lines; next.at < stop; next.at += 64) _mm_prefetch(next.at, _MM_HINT_T0);
+    }
+};
 
 // --- 32 values of a row and their product with 32 columns of x ---------------------------------------------------------------
 
@@ -19,10 +39,17 @@ AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : 
 #define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 
 // vpexpandw waits for the old value of its destination although it zeroes it; a cleared register is never waited for.
-AVX512_INLINE __m512i expand_words(__m512i values, uint32_t mask) {
-    __m512i out = _mm512_setzero_si512();
-    __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "+v"(out) : "v"(values), "Yk"(mask));
+AVX512_INLINE __m512i expand_words(__m512i values, __mmask32 mask) {
+    __m512i out;
+    __asm__("vpxord %x0, %x0, %x0\n\tvpexpandw %1, %0%{%2%}%{z%}" : "=&v"(out) : "v"(values), "Yk"(mask));
     return out;
+}
+
+// Four bytes of a bitmap straight into a mask register: by way of a general register they would take the port that expands.
+AVX512_INLINE __mmask32 load_mask(const uint8_t* bits) {
+    __mmask32 mask;
+    __asm__("kmovd %1, %0" : "=Yk"(mask) : "m"(*reinterpret_cast<const uint8_t(*)[4]>(bits)));
+    return mask;
 }
 
 struct Bits16 {
@@ -50,6 +77,7 @@ struct BFloat16 : Bits16 {
         return {x.pieces + rows.first_token * x.padded, x.padded, x.tokens * x.padded};
     }
     AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
+#pragma GCC unroll 4
         for (int piece = 0; piece < Pieces; ++piece) {
             const uint16_t* at = x.at + token * x.token_stride + piece * x.piece_stride + column;
             sum = _mm512_dpbf16_ps(sum, (__m512bh)unit, (__m512bh)_mm512_loadu_si512(at));

@@ -30,8 +30,12 @@ class Product(ctypes.Structure):
         ("binary_rank", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("lowrank_a", "lowrank_b")),
         ("rank", ctypes.c_int64),
-        ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("x_dtype", "values_dtype", "scale_dtype", "lowrank_dtype", "bias_dtype")),
+        ("pivots", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("codes", "code_scale")),
+        ("group", ctypes.c_int64),
+        ("code_bits", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "values_dtype", "scale_dtype", "lowrank_dtype", "code_scale_dtype")),
         *((name, ctypes.c_int32) for name in ("threads", "instruction_set")),
     ]
 
@@ -76,6 +80,11 @@ _forced: list[int] = []
 def instruction_set() -> int:
     """The number of the instruction set in use: the forced one, the environment's, or the best."""
     return _forced[-1] if _forced else _from_environment()
+
+
+def instruction_set_in_use() -> str:
+    """Its name."""
+    return INSTRUCTION_SETS[instruction_set()]
 
 
 @cache

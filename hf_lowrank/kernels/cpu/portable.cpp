@@ -1,4 +1,5 @@
 // Plain C++ loops, for every other processor.
+#include "dequantize.h"
 #include "product.h"
 
 namespace hf_lowrank {
@@ -87,8 +88,9 @@ void sparse_rows(const Product& product, const Prepared& x, const Rows& rows) {
     }
 }
 
-void binary_rows(const Product& product, const Prepared& x, const Rows& rows) {
-    for_token_groups<BinaryLoop>(rows, product, x);
+void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (product.signs) for_token_groups<BinaryLoop>(rows, product, x);
+    if (product.values) sparse_rows(product, x, rows);
 }
 
 void dense_rows(const void* matrix, DType dtype, const Prepared& x, const Rows& rows) {
@@ -142,7 +144,7 @@ void unpack(const Product& product, const float* scale_in, int64_t padded, int64
 }  // namespace
 
 const Kernels& portable_kernels() {
-    static const Kernels kernels = {sparse_rows, binary_rows, dense_rows, fill_tables, unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize_row, unpack, false};
     return kernels;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <vector>
 
 #include "threads.h"
 
@@ -13,7 +14,8 @@ namespace {
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__) || defined(_M_X64)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512bf16"))
         return kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
@@ -50,31 +52,54 @@ class Scratch {
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// x in the forms that the loops read, in memory of the calling thread.
+// The number of bfloat16 whose sum is any value of the dtype.
+int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
+
+// The forms of x that a product's loops read, and where they lie in memory of the calling thread.
 struct Forms {
-    int64_t tokens, columns, padded, terms;
-    int pieces;
+    int64_t tokens, columns, padded, terms = 0;
+    int pieces = 0;
+    bool floats = false, multiplies_signs = false;
 
-    Forms(int64_t tokens, int64_t columns, int64_t terms, int pieces)
-        : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)), terms(terms), pieces(pieces) {}
+    Forms(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)) {}
 
+    void add_matrix(DType dtype, const Kernels& kernels, int piece_count) {
+        if (kernels.multiplies_bfloat16 && dtype == kBFloat16) pieces = piece_count;
+        else floats = true;
+    }
+
+    void add_signs(const Product& product, const Kernels& kernels) {
+        multiplies_signs = kernels.multiplies_bfloat16 && product.x_dtype == kBFloat16 && product.scale_dtype == kBFloat16 &&
+                           (!product.values || product.values_dtype == kBFloat16) && product.binary_rank == 1;
+        if (multiplies_signs) pieces = 1;
+        else terms = product.binary_rank;
+    }
+
+    bool makes_floats(DType dtype) const { return floats || terms || dtype != kBFloat16; }
     int64_t table_size() const { return padded / kTableColumns * kTableEntries; }
-    int64_t floats() const { return tokens * (padded + (terms ? padded + terms * table_size() : 0)); }
-    size_t bytes() const { return static_cast<size_t>(floats() * 4 + round_up(pieces * tokens * padded * 2, 64)); }
+    size_t bytes() const { return (tokens * (padded * 2 + terms * table_size()) * 4 + (pieces * tokens + 1) * padded * 2); }
 
     Prepared in(char* memory) const {
         float* values = reinterpret_cast<float*>(memory);
         float* scaled = values + tokens * padded;
-        float* tables = scaled + (terms ? tokens * padded : 0);
-        uint16_t* parts = reinterpret_cast<uint16_t*>(values + floats());
-        return {tokens, columns, padded, values, scaled, tables, parts, pieces};
+        float* tables = scaled + tokens * padded;
+        uint16_t* parts = reinterpret_cast<uint16_t*>(tables + terms * tokens * table_size());
+        return {tokens, columns, padded, values, scaled, tables, parts, pieces, parts + pieces * tokens * padded, multiplies_signs};
     }
 };
 
-// The number of bfloat16 whose sum is any value of the dtype.
-int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
+// Copies one token of bfloat16, with zeros after the last column; false if a value is not finite.
+bool copy(const uint16_t* from, int64_t count, int64_t padded, uint16_t* out) {
+    uint16_t not_finite = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        out[j] = from[j];
+        not_finite |= (from[j] & 0x7f80u) == 0x7f80u;
+    }
+    std::fill(out + count, out + padded, uint16_t{0});
+    return !not_finite;
+}
 
-// Converts one token, with zeros after the last column; false if a value is not finite.
+// The same for any dtype, to float32.
 bool convert(const void* x, DType dtype, int64_t token, const Prepared& prepared) {
     float* out = prepared.values + token * prepared.padded;
     int64_t start = token * prepared.columns;
@@ -110,11 +135,19 @@ void split(int64_t token, const Prepared& prepared) {
 bool prepare(const void* x, DType dtype, const Product& product, const Kernels& kernels, const Forms& forms, const Prepared& prepared) {
     std::atomic<bool> finite{true};
     auto prepare_token = [&](int64_t token) {
-        if (!convert(x, dtype, token, prepared)) {
+        bool fine = true;
+        if (dtype == kBFloat16 && forms.pieces) {
+            const uint16_t* from = static_cast<const uint16_t*>(x) + token * forms.columns;
+            fine = copy(from, forms.columns, forms.padded, prepared.pieces + token * forms.padded);
+        }
+        if (fine && forms.makes_floats(dtype)) {
+            fine = convert(x, dtype, token, prepared);
+            if (fine && dtype != kBFloat16) split(token, prepared);
+        }
+        if (!fine) {
             finite = false;
             return;
         }
-        split(token, prepared);
         const float* values = prepared.values + token * forms.padded;
         float* scaled = prepared.scaled + token * forms.padded;
         for (int64_t term = 0; term < forms.terms; ++term) {
@@ -124,7 +157,8 @@ bool prepare(const void* x, DType dtype, const Product& product, const Kernels& 
             kernels.tables(scaled, forms.padded, prepared.tables + (term * forms.tokens + token) * forms.table_size());
         }
     };
-    parallel_for(product.threads, forms.tokens, prepare_token);
+    if (forms.multiplies_signs) copy(static_cast<const uint16_t*>(product.scale_in), forms.columns, forms.padded, prepared.scale_in);
+    parallel_for(forms.terms ? product.threads : 1, forms.tokens, prepare_token);
     return finite;
 }
 
@@ -146,6 +180,41 @@ void for_each_block(const Product& product, int64_t row_count, const Step& step,
     parallel_for(product.threads, (row_count + kBlockRows - 1) / kBlockRows, block);
 }
 
+// Rows [first, first + count) of codes as a product of its own, its values float32 in memory of the calling thread.
+Product dequantized(const Product& product, const Kernels& kernels, int64_t first, int64_t count) {
+    thread_local Scratch scratch;
+    float* values = reinterpret_cast<float*>(scratch.at_least((count * product.kept + kCodeStep) * 4));
+    for (int64_t i = 0; i < count; ++i) kernels.dequantize(product, first + i, values + i * product.kept);
+    Product rows = product;
+    rows.rows = count;
+    rows.values = values;
+    rows.values_dtype = kFloat32;
+    if (product.mask) rows.mask = product.mask + first * ((product.columns + 7) / 8);
+    return rows;
+}
+
+// A few rows at a time are dequantised, and multiplied while they are in the cache.
+void multiply_codes(const Product& product, const Kernels& kernels, const Prepared& x, const Rows& rows) {
+    constexpr int64_t step = 4;
+    for (int64_t first = 0; first < rows.count; first += step) {
+        const int64_t count = std::min(step, rows.count - first);
+        const Product values = dequantized(product, kernels, rows.first + first, count);
+        const Rows few = {0, count, rows.first_token, rows.token_count, rows.sums + first};
+        if (product.mask) kernels.packed(values, x, few);
+        else kernels.dense(values.values, kFloat32, x, few);
+    }
+}
+
+// Where the values of A x, then those of B (A x), lie in y; empty if the pivots are not as many as the rank.
+std::vector<int64_t> output_order(const Product& product) {
+    std::vector<int64_t> pivots, others;
+    for (int64_t row = 0; product.pivots && row < product.outputs; ++row)
+        (product.pivots[row / 8] >> row % 8 & 1 ? pivots : others).push_back(row);
+    if (static_cast<int64_t>(pivots.size()) != product.rank) return {};
+    pivots.insert(pivots.end(), others.begin(), others.end());
+    return pivots;
+}
+
 }  // namespace
 }  // namespace hf_lowrank
 
@@ -156,49 +225,54 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_instruction
     return best;
 }
 
-// Computes product.y; 0 when done, 1 when x (or A x) has a value that is not finite, whose product is left to the caller: zeros
-// that are not stored would have to turn it into a NaN, or not, as in the dense product.
+// Computes product.y; 0 when done, 1 when x (or A x) has a value that is not finite, or the pivots are not as many as the rank: that
+// product is left to the caller. Zeros that are not stored would have to turn an infinity into a NaN, or not, as in the dense product.
 extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(const Product* argument) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
-    DType dtype = DType(product.x_dtype);
-    bool bfloat16_matrix = (product.values && product.values_dtype == kBFloat16) || (product.lowrank_b && product.lowrank_dtype == kBFloat16);
-    Forms forms(product.tokens, product.columns, product.signs ? product.binary_rank : 0,
-                kernels.splits_bfloat16 && bfloat16_matrix ? exact_pieces(dtype) : 0);
+    const DType dtype = DType(product.x_dtype), lowrank_dtype = DType(product.lowrank_dtype);
     // A x is rounded to 16 significant bits where the result has 8 or 11 of them.
-    bool chained = product.lowrank_a;
-    Forms inner_forms(product.tokens, chained ? product.rank : 0, 0,
-                      !chained || !forms.pieces ? 0 : dtype == kFloat32 ? 3 : 2);
+    const bool chained = product.lowrank_a;
+    Forms forms(product.tokens, product.columns), inner_forms(product.tokens, chained ? product.rank : 0);
+    if (product.values) forms.add_matrix(DType(product.values_dtype), kernels, exact_pieces(dtype));
+    if (product.codes) forms.add_matrix(kFloat32, kernels, 0);
+    if (product.lowrank_b) forms.add_matrix(lowrank_dtype, kernels, exact_pieces(dtype));
+    if (product.signs) forms.add_signs(product, kernels);
+    if (chained) inner_forms.add_matrix(lowrank_dtype, kernels, dtype == kFloat32 ? 3 : 2);
     thread_local Scratch scratch;
     char* memory = scratch.at_least(forms.bytes() + inner_forms.bytes() + round_up(product.tokens * inner_forms.columns * 4, 64));
     Prepared x = forms.in(memory);
     if (!prepare(product.x, dtype, product, kernels, forms, x)) return 1;
+    std::vector<int64_t> order = output_order(product);
+    if (product.pivots && order.empty()) return 1;
+    auto store = [&](int64_t token, int64_t row, float sum) {
+        store_from_float(product.y, token * product.outputs + (product.pivots ? order[row] : row), dtype, sum);
+    };
 
-    DType lowrank_dtype = DType(product.lowrank_dtype);
     Prepared inner = chained ? inner_forms.in(memory + forms.bytes()) : x;
     if (chained) {
         float* ax = reinterpret_cast<float*>(memory + forms.bytes() + inner_forms.bytes());
         for_each_block(
             product, product.rank, [&](const Rows& rows) { kernels.dense(product.lowrank_a, lowrank_dtype, x, rows); },
-            [&](int64_t token, int64_t row, float sum) { ax[token * product.rank + row] = sum; });
+            [&](int64_t token, int64_t row, float sum) {
+                ax[token * product.rank + row] = sum;
+                if (product.pivots) store(token, row, sum);
+            });
         if (!prepare(ax, kFloat32, product, kernels, inner_forms, inner)) return 1;
     }
     for_each_block(
         product, product.rows,
         [&](const Rows& rows) {
-            if (product.signs) kernels.binary(product, x, rows);
-            if (product.values) kernels.sparse(product, x, rows);
+            if (product.signs || product.values) kernels.packed(product, x, rows);
+            if (product.codes) multiply_codes(product, kernels, x, rows);
             if (product.lowrank_b) kernels.dense(product.lowrank_b, lowrank_dtype, inner, rows);
         },
-        [&](int64_t token, int64_t row, float sum) {
-            if (product.bias) sum += load_as_float(product.bias, row, DType(product.bias_dtype));
-            store_from_float(product.y, token * product.rows + row, dtype, sum);
-        });
+        [&](int64_t token, int64_t row, float sum) { store(token, product.pivots ? product.rank + row : row, sum); });
     return 0;
 }
 
-// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse and binary parts, (row_count, columns) of dtype
-// x_dtype, to product.y.
+// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse, binary or quantised part, (row_count, columns) of
+// dtype x_dtype, to product.y.
 extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const Product* argument, int64_t first_row, int64_t row_count) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
@@ -209,9 +283,15 @@ extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const P
         for (int64_t j = 0; j < padded; ++j)
             scale_in[term * padded + j] =
                 j < product.columns ? load_as_float(product.scale_in, term * product.columns + j, DType(product.scale_dtype)) : 0.0f;
+    const std::vector<uint8_t> all((product.columns + 7) / 8, 0xff);
     int64_t row_bytes = product.columns * element_size(DType(product.x_dtype));
-    auto unpack = [&](int64_t row) {
-        kernels.unpack(product, scale_in, padded, first_row + row, static_cast<char*>(product.y) + row * row_bytes);
+    auto unpack = [&](int64_t index) {
+        const int64_t row = first_row + index;
+        char* out = static_cast<char*>(product.y) + index * row_bytes;
+        if (!product.codes) return kernels.unpack(product, scale_in, padded, row, out);
+        Product values = dequantized(product, kernels, row, 1);
+        if (!product.mask) values.mask = all.data();
+        kernels.unpack(values, scale_in, padded, 0, out);
     };
     parallel_for(product.threads, row_count, unpack);
 }

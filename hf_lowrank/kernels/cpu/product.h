@@ -1,4 +1,4 @@
-// The product of one compressed layer on a CPU: y = S x + Σ_b scale_out_b ⊙ (±1 · (scale_in_b ⊙ x)) + B (A x) + bias.
+// The product of one compressed layer on a CPU: y = S x + Σ_b scale_out_b ⊙ (±1 · (scale_in_b ⊙ x)) + B (A x).
 //
 // Product is the C interface: plain data pointers, filled by the Python side. Prepared is what is derived from x once per
 // call; Kernels are the loops over rows that each instruction set implements. Every loop adds to float32 sums.
@@ -15,9 +15,11 @@ enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 constexpr int64_t kBlockRows = 64, kBlockTokens = 16;
 // Tokens multiplied in one pass over a few rows; more tokens take several passes while the rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
+// Codes are dequantised in steps of this many.
+constexpr int64_t kCodeStep = 64;
 // Columns of x are padded with zeros to a multiple of this.
 constexpr int64_t kUnit = 32;
-// Columns that share one lookup table of signed sums, and its entries.
+// Columns that share one lookup table of signed sums, and its entries; AVX2 arranges the same memory in its own way.
 constexpr int64_t kTableColumns = 4;
 constexpr int64_t kTableEntries = 16;
 
@@ -38,20 +40,30 @@ extern "C" struct Product {
     const void* lowrank_a;
     const void* lowrank_b;
     int64_t rank;
-    const void* bias;  // (rows,), or null
-    int32_t x_dtype, values_dtype, scale_dtype, lowrank_dtype, bias_dtype;
+    // pivoted low-rank part, or pivots = null: bitmap of the `rank` among `outputs` values of y that are A x itself; B has the others
+    const uint8_t* pivots;
+    int64_t outputs;  // rows of y: `rows`, or with pivots rows + rank
+    // quantised matrix, or codes = null: `kept` codes per row, little-endian bit stream of whole bytes per row; where `mask` is null
+    // they are those of all columns. Code q of b bits stands for (q − (2ᵇ − 1)/2) · scale, one scale per `group` codes.
+    const uint8_t* codes;
+    const void* code_scale;  // (rows, ⌈kept / group⌉)
+    int64_t group;
+    int32_t code_bits;
+    int32_t x_dtype, values_dtype, scale_dtype, lowrank_dtype, code_scale_dtype;
     int32_t threads;
     int32_t instruction_set;
 };
 
-// x in the forms that the loops read; columns padded with zeros to a multiple of kUnit.
+// x in the forms that the loops read, of which only those that they do are made; columns padded with zeros to a multiple of kUnit.
 struct Prepared {
     int64_t tokens, columns, padded;
     float* values;     // (tokens, padded)
     float* scaled;     // (tokens, padded): scale_in ⊙ x, for one term at a time
-    float* tables;     // (binary_rank, tokens, padded / 4, 16): Σ ± scaled over 4 columns, for each of 16 sign patterns
+    float* tables;     // (binary_rank, tokens, padded / 4, 16): Σ ± scaled over a few columns, for each of their sign patterns
     uint16_t* pieces;  // (piece_count, tokens, padded) bfloat16 whose sum is x: one where x is bfloat16, up to three otherwise
     int piece_count;
+    uint16_t* scale_in;     // (padded,) bfloat16, where multiplies_signs
+    bool multiplies_signs;  // ± scale_in is multiplied with x, instead of looking up `tables`
 };
 
 struct Rows {
@@ -61,15 +73,17 @@ struct Rows {
 };
 
 struct Kernels {
-    void (*sparse)(const Product&, const Prepared&, const Rows&);
-    void (*binary)(const Product&, const Prepared&, const Rows&);
+    // the sparse and the binary part
+    void (*packed)(const Product&, const Prepared&, const Rows&);
     // matrix (rows, prepared.columns) of the given dtype
     void (*dense)(const void* matrix, DType dtype, const Prepared&, const Rows&);
-    // 16 signed sums for every 4 columns of `scaled` (padded,)
+    // the signed sums of `scaled` (padded,) that `packed` looks up
     void (*tables)(const float* scaled, int64_t padded, float* out);
+    // the `kept` values of one row of codes; writes up to kCodeStep − 1 more
+    void (*dequantize)(const Product&, int64_t row, float* out);
     // one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in (binary_rank, padded)
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);
-    bool splits_bfloat16;  // bfloat16 matrices are multiplied by the pieces of x
+    bool multiplies_bfloat16;  // bfloat16 matrices are multiplied by the pieces of x
 };
 
 const Kernels& portable_kernels();

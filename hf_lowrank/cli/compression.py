@@ -1,0 +1,147 @@
+"""Verbs that make models: methods, compress, dense, demo."""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..runtime.configuration import CompressionConfig
+from ..runtime.errors import CompressionError
+from .base import (
+    HELP,
+    Device,
+    Dtype,
+    Json,
+    Output,
+    Overwrite,
+    app,
+    one_line_errors,
+    print_json,
+    print_table,
+    show_totals,
+    tokenizer_or_none,
+)
+
+
+@app.command()
+@one_line_errors
+def methods(as_json: Json = False) -> None:
+    """List the compression methods and their options."""
+    from ..methods import method_class, registered_methods
+
+    rows = []
+    for name in registered_methods():
+        cls: Any = method_class(name)
+        options = {field.name: (field.default, field.metadata["help"]) for field in dataclasses.fields(cls)}
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        rows.append({"method": name, "summary": summary, "source": cls.source, "options": options})
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        typer.secho(row["method"], bold=True, nl=False)
+        typer.echo(f"  {row['summary']}  [{row['source']}]")
+        for option, (default, text) in row["options"].items():
+            typer.echo(f"    {option}={default}  {text}")
+
+
+@app.command()
+@one_line_errors
+def compress(
+    model: Annotated[str, typer.Argument(help="dense model: a folder or a name on the Hub")],
+    output: Output,
+    method: Annotated[str, typer.Option(help=HELP["method"])] = "slab",
+    ratio: Annotated[float, typer.Option(help=HELP["ratio"])] = 0.5,
+    calibration: Annotated[str, typer.Option(help=HELP["calibration"])] = "self",
+    samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
+    sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
+    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    refinement_steps: Annotated[int, typer.Option(help=HELP["refinement_steps"])] = 0,
+    accounting: Annotated[str, typer.Option(help=HELP["accounting"])] = "bits",
+    skip: Annotated[list[str] | None, typer.Option(help=HELP["modules_to_not_convert"])] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, as key=value")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    work_dir: Annotated[Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory and disk it takes")] = False,
+) -> None:
+    """Compress a model and write a complete checkpoint."""
+    from ..disk_to_disk import compress_checkpoint, describe
+    from ..methods import make_method
+    from ..models import check_free, load_tokenizer
+
+    config = CompressionConfig(
+        method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
+        sequence_length=sequence_length, seed=seed, refinement_steps=refinement_steps, accounting=accounting,
+        modules_to_not_convert=skip or [],
+    )  # fmt: skip
+    make_method(config.method, config.options)
+    check_free(output, overwrite)
+    if dry_run:
+        typer.echo(describe(model, config, device))
+        return
+    tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
+    compress_checkpoint(
+        model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
+        command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+    )  # fmt: skip
+    _show_summary(output)
+
+
+@app.command()
+@one_line_errors
+def dense(
+    folder: Annotated[str, typer.Argument(help="compressed checkpoint")],
+    output: Output,
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a compressed model as a dense one, for engines that know no compressed layers."""
+    from ..models import check_free, compression_of, load_config, load_model, new_folder
+
+    check_free(output, overwrite)
+    if compression_of(load_config(folder)) is None:
+        raise CompressionError(f"{folder}: is not compressed by hf_lowrank; it is dense already")
+    model, tokenizer = load_model(folder, dtype), tokenizer_or_none(folder)
+    model.dequantize()
+    with new_folder(output, overwrite) as target:
+        model.save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+    typer.echo(f"wrote {output}: dense, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@app.command()
+@one_line_errors
+def demo(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="keep the checkpoints in this folder")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the whole job offline on the bundled model: SoLA, SoCo, SLaB and SVD-LLM, saved, reloaded, measured."""
+    from ..demo import run_demo
+
+    rows = run_demo(output, overwrite)
+    columns = ["model", "asked", "stored", "MB on disk", "perplexity", "nats lost", "KL", "top-1", "seconds"]
+    print_table("hf-lowrank demo (bundled reference model; text it was not calibrated on)", columns, rows)
+
+
+def _show_summary(folder: Path) -> None:
+    from ..inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(folder)
+    typer.echo(f"wrote {folder}")
+    show_totals(found)
+
+
+def _key_values(settings: list[str]) -> dict[str, str]:
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise CompressionError(f"--set: found {setting!r}, expected key=value")
+        values[key] = value
+    return values

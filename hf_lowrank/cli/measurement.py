@@ -1,0 +1,195 @@
+"""Verbs that measure models: evaluate, inspect, verify, report, compare."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..runtime.errors import CompressionError
+from .base import HELP, Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table, show_totals
+
+if TYPE_CHECKING:
+    from ..evaluation.perplexity import Evaluation
+    from ..evaluation.tasks import TaskResult
+
+
+@app.command(cls=SeveralValues)
+@one_line_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help="model to evaluate: a folder or a name on the Hub")],
+    text: Annotated[list[str] | None, typer.Option(help="one or more text files or datasets (wikitext2, c4)")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, .jsonl.gz)")] = None,
+    window: Annotated[int | None, typer.Option(help="texts: tokens per window; default: the model's context, at most 2048")] = None,
+    stride: Annotated[int | None, typer.Option(help="texts: tokens between window starts; default: the window")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="texts: score only the first windows")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="tasks: solved examples before each item; default: the task's own")] = None,
+    limit: Annotated[int | None, typer.Option(help="tasks: score only the first items")] = None,
+    batch_size: Annotated[int, typer.Option(help="tasks: requests per batch")] = 8,
+    reference: Annotated[str | None, typer.Option(help="model to compare with, such as the dense one")] = None,
+    card: Annotated[bool, typer.Option("--card", help="write the figures into the model card of the checkpoint")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity and tasks, and fidelity to a reference model.
+
+    Options of several values take them one after the other: --text a.txt b.txt --tasks piqa items.jsonl.
+    """
+    from ..evaluation.perplexity import evaluate_text
+    from ..evaluation.tasks import evaluate_tasks
+    from ..models import load_model, load_tokenizer
+
+    if not text and not tasks:
+        raise CompressionError("evaluate: nothing to measure on; name a --text or --tasks")
+    if card:
+        from ..model_card import read_config
+
+        read_config(Path(model))
+    subject, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
+    dense = load_model(reference, dtype, device) if reference else None
+    texts = [
+        evaluate_text(subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense)
+        for source in text or []
+    ]
+    scores = (
+        evaluate_tasks(subject, tokenizer, tasks, shots=num_fewshot, limit=limit, batch_size=batch_size, reference=dense) if tasks else []
+    )
+    if card:
+        from ..model_card import record_quality, task_quality, text_quality
+
+        rows = [row for result in texts for row in text_quality(result.to_dict())]
+        record_quality(Path(model), rows + [row for result in scores for row in task_quality(result.to_dict())])
+    if as_json:
+        print_json([result.to_dict() for result in texts] + [result.to_dict() for result in scores])
+        return
+    if texts:
+        _show_texts(model, texts, with_reference=dense is not None)
+    if scores:
+        _show_tasks(model, scores, with_reference=dense is not None)
+
+
+def _show_texts(model: str, results: list["Evaluation"], with_reference: bool) -> None:
+    columns = ["text", "windows", "perplexity", "nll"] + (["nats lost", "KL", "top-1 agreement"] if with_reference else [])
+    rows = []
+    for result in results:
+        row = [result.text, str(result.windows), f"{result.perplexity:.4g}", f"{result.nll:.4f}"]
+        if with_reference:
+            row += [f"{result.nats_lost:.4f}", f"{result.kl:.4f}", f"{result.top1_agreement:.2%}"]
+        rows.append(row)
+    print_table(f"{model}", columns, rows)
+
+
+def _show_tasks(model: str, results: list["TaskResult"], with_reference: bool) -> None:
+    rows = []
+    for result in results:
+        for metric, value in result.metrics.items():
+            error = result.standard_errors.get(metric)
+            row = [result.task, str(result.items), str(result.shots), metric, f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")]
+            rows.append([*row, f"{result.reference[metric]:.4g}"] if result.reference is not None else row)
+    print_table(f"{model}", ["task", "items", "shots", "metric", "value"] + (["reference"] if with_reference else []), rows)
+
+
+@app.command()
+@one_line_errors
+def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
+    """Show what a compressed checkpoint stores, layer by layer, counted from its files."""
+    from ..inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(folder)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    rows = []
+    for layer in found.layers:
+        error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
+        what = layer.reason or layer.sparse
+        rows.append(
+            [
+                layer.name,
+                layer.kind,
+                what,
+                str(layer.rank),
+                str(layer.binary_rank),
+                f"{layer.density:.3f}",
+                f"{layer.bits_per_weight:.2f}",
+                error,
+                f"{layer.bytes:,}",
+            ]
+        )
+    columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
+    print_table(f"{folder}: {found.method}", columns, rows)
+    show_totals(found)
+
+
+@app.command()
+@one_line_errors
+def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
+    """Check a compressed checkpoint, byte by byte, without running anything of it: is it whole, and what its author saved?"""
+    from ..verification import verify_checkpoint
+
+    found = verify_checkpoint(folder)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        for problem in found.problems:
+            typer.echo(problem)
+        typer.echo(f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}")
+    if not found.sound:
+        raise CompressionError(f"{folder}: verdict: not sound, {len(found.problems)} problems")
+    if not as_json:
+        typer.echo(f"{folder}: verdict: sound, as it was saved")
+
+
+@app.command()
+@one_line_errors
+def report(
+    folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")],
+    comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
+) -> None:
+    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training; needs no network."""
+    from ..html_report import write_report
+
+    write_report(folder, out, comparison)
+    typer.echo(f"wrote {out} ({out.stat().st_size:,} bytes)")
+
+
+@app.command(cls=SeveralValues)
+@one_line_errors
+def compare(
+    model: Annotated[str, typer.Argument(help="dense model, before the options: a folder or a name on the Hub")],
+    method_names: Annotated[list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")],
+    ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
+    text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
+    out: Annotated[Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")],
+    calibration: Annotated[str, typer.Option(help=HELP["calibration"])] = "self",
+    samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
+    sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
+    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    window: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="score only the first windows of each text")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the compressed checkpoints; otherwise they are deleted once measured")] = False,
+    dtype: Annotated[str, typer.Option(help="of the checkpoints: auto (as stored), float32, bfloat16 or float16")] = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Compress by several methods at several ratios; one table and one plot of what each loses at which size.
+
+    Options of several values take them one after the other: --methods slab sola --ratios 0.2 0.3.
+    """
+    from rich.markup import escape
+
+    from .. import frontier
+    from ..comparison import Comparison, candidates, compare, write_text
+
+    frontier.check_plotting()
+    comparison = Comparison(model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows)
+    wanted = candidates(method_names, ratios)
+    results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
+    write_text(out / "table.md", frontier.markdown(results))
+    frontier.plot(results, out / "frontier.png")
+    rows = [[escape(cell) for cell in row] for row in frontier.table(results)]
+    print_table(f"{model} (★ the best method at each size)", frontier.COLUMNS, rows)
+    for failure in frontier.failures(results):
+        typer.echo(f"not reached: {failure}")
+    typer.echo(f"wrote {out / 'table.md'}, {out / 'frontier.png'}, {out / 'results.json'}")

@@ -1,0 +1,68 @@
+"""Verbs about speed: env, benchmark."""
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from ..runtime.errors import CompressionError
+from .base import Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table
+
+
+@app.command()
+@one_line_errors
+def env(as_json: Json = False) -> None:
+    """Show versions, the machine, and which back end computes each operation and why."""
+    from .. import kernels
+    from ..evaluation.machine import machine
+
+    found, back_ends = machine(), kernels.describe()
+    if as_json:
+        print_json({**found, "operations": [dataclasses.asdict(row) for row in back_ends]})
+        return
+    for name, value in found.items():
+        typer.echo(f"{name}: {value}")
+    rows = [[row.operation, row.device, row.name, row.reason] for row in back_ends]
+    print_table("back ends (plain torch takes what they do not)", ["operation", "device", "back end", "why"], rows)
+
+
+@app.command(cls=SeveralValues)
+@one_line_errors
+def benchmark(
+    model: Annotated[str | None, typer.Argument(help="compressed checkpoint, before the options; without one, layers of --shapes")] = None,
+    shapes: Annotated[list[str] | None, typer.Option(help="one or more shapes of layers, OUTxIN; default 4096x4096")] = None,
+    reference: Annotated[str, typer.Option(help="what MODEL is compared with: dense (itself, decompressed) or another model")] = "dense",
+    tokens: Annotated[list[int] | None, typer.Option(help="one or more numbers of input rows; default 1 8 512")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch's threads; default: as many as it uses by itself")] = None,
+    prompt: Annotated[int, typer.Option(help="tokens of the prompt, end to end")] = 512,
+    new: Annotated[int, typer.Option(help="tokens generated after the first, end to end")] = 32,
+    repeats: Annotated[int, typer.Option(help="times that every variant is measured, in turn")] = 20,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time compressed layers beside dense ones and, given a model, its prefill and decoding, all in turn within one run.
+
+    Layers of --shapes have random content, in bfloat16, with the layouts of the papers. "bytes limit" is dense bytes per stored byte;
+    "share" says how much of it is reached, against a plain dense product written with the same care as the compressed one.
+    """
+    from ..evaluation import speed_report
+    from ..evaluation.machine import machine
+    from ..evaluation.speed import ModelSpeed
+
+    if model is not None and shapes:
+        raise CompressionError("benchmark: found a model and --shapes, expected one of the two; run it twice")
+    batches = tokens or [1, 8, 512]
+    if model is None:
+        wanted = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
+        layers = speed_report.of_shapes(wanted, batches, threads, repeats, device)
+        models: list[ModelSpeed] = []
+    else:
+        layers, models = speed_report.of_model(model, reference, batches, threads, repeats, prompt, new, dtype, device)
+    if as_json:
+        rows = {"layers": [speed_report.layer_fields(row) for row in layers], "models": [speed_report.model_fields(row) for row in models]}
+        print_json({"machine": machine(), **rows})
+        return
+    print_table("layers: milliseconds, median (range of the middle half)", *speed_report.layer_table(layers))
+    if models:
+        print_table(f"end to end: prompt of {prompt} tokens, {new} more generated", *speed_report.model_table(models))

@@ -1,0 +1,195 @@
+"""The operations of `runtime.ops` by the C++ library: each takes the operation's arguments and answers None where it does not apply."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import native
+
+FEW_TOKENS = 16
+"""Up to this many tokens the layer is multiplied from its packed form."""
+TILE_BYTES = 1 << 23
+"""Size of the dense tile that many tokens are multiplied by."""
+SERIAL_BYTES = 1 << 17
+"""Below this many bytes waking other threads costs more than it saves."""
+
+_STORED = {*native.DTYPES, torch.uint8}
+
+
+def bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor | None:
+    return _linear(x, weight_mask.shape[0], values=weight, mask=weight_mask, kept=weight.shape[1])
+
+
+def binary_linear(x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor | None:
+    return _linear(x, sign_bits.shape[0], signs=sign_bits, scale_in=scale_in, scale_out=scale_out)
+
+
+def bitmask_binary_linear(
+    x: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+) -> Tensor | None:
+    binary = {"signs": sign_bits, "scale_in": scale_in, "scale_out": scale_out}
+    return _linear(x, sign_bits.shape[0], values=weight, mask=weight_mask, kept=weight.shape[1], **binary)
+
+
+def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor | None:
+    return _linear(x, codes.shape[0], codes=codes, code_scale=scale, mask=mask, code_bits=bits, group=group, kept=kept)
+
+
+def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | None:
+    """B (A x), A x kept in float32; None for many tokens, whose two products are torch's own."""
+    return _multiply_few(x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b)
+
+
+def pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor | None:
+    """P [I; B'] (A' x); None for many tokens."""
+    return _multiply_few(x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=lowrank_pivots, outputs=rows)
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor | None:
+    """F.linear(x, weight) for few tokens by the same loops: the yardstick of the benchmark."""
+    return _multiply_few(x, weight.shape[0], lowrank_b=weight)
+
+
+def bitmask_input_grad(grad: Tensor, weight: Tensor, weight_mask: Tensor, columns: int) -> Tensor | None:
+    return _input_grad(grad, columns, values=weight, mask=weight_mask, kept=weight.shape[1])
+
+
+def binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor | None:
+    return _input_grad(grad, scale_in.shape[1], signs=sign_bits, scale_in=scale_in, scale_out=scale_out)
+
+
+def bitmask_binary_input_grad(
+    grad: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+) -> Tensor | None:
+    binary = {"signs": sign_bits, "scale_in": scale_in, "scale_out": scale_out}
+    return _input_grad(grad, scale_in.shape[1], values=weight, mask=weight_mask, kept=weight.shape[1], **binary)
+
+
+def quantized_input_grad(
+    grad: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int, columns: int
+) -> Tensor | None:
+    return _input_grad(grad, columns, codes=codes, code_scale=scale, mask=mask, code_bits=bits, group=group, kept=kept)
+
+
+_OPERATIONS: tuple[Callable[..., Tensor | None], ...] = (
+    bitmask_linear,
+    binary_linear,
+    bitmask_binary_linear,
+    quantized_linear,
+    lowrank_linear,
+    pivoted_linear,
+    bitmask_input_grad,
+    binary_input_grad,
+    bitmask_binary_input_grad,
+    quantized_input_grad,
+)
+KERNELS = {kernel.__name__: kernel for kernel in _OPERATIONS}
+"""The kernel of each operation that this back end offers."""
+
+
+def _linear(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
+    return _multiply(x, rows, **parts) if _tokens(x) <= FEW_TOKENS else _multiply_tiles(x, rows, **parts)
+
+
+def _multiply_few(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
+    return _multiply(x, rows, **parts) if _tokens(x) <= FEW_TOKENS else None
+
+
+def _multiply(x: Tensor, rows: int, outputs: int | None = None, **parts: Any) -> Tensor | None:
+    """The product of whichever parts are given; `outputs` where it has more rows than the matrix of `rows`."""
+    y = x.new_empty(*x.shape[:-1], rows if outputs is None else outputs)
+    x = x.contiguous()
+    product = _product(_tokens(x), x.shape[-1], rows, x.dtype, parts)
+    if product is None:
+        return None
+    product.x, product.y, product.outputs = x.data_ptr(), y.data_ptr(), y.shape[-1]
+    return None if native.loaded().hf_lowrank_multiply(ctypes.byref(product)) else y
+
+
+def _multiply_tiles(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
+    """The same for many tokens: tiles of rows are unpacked, and multiplied by torch while they are in the cache."""
+    inputs = x.reshape(-1, x.shape[-1])
+    tiles = _tiles(inputs, rows, x.shape[-1], parts)
+    if tiles is None:
+        return None
+    y = x.new_empty(inputs.shape[0], rows)
+    for covered, tile in tiles:
+        y[:, covered] = F.linear(inputs.to(tile.dtype), tile)
+    return y.view(*x.shape[:-1], rows)
+
+
+def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
+    """Mᵀ g for the matrix M (m, n) of the parts and g (..., m), tile by tile; the tiles' products are added in float32 or better."""
+    gradients = grad.reshape(-1, grad.shape[-1])
+    tiles = _tiles(gradients, grad.shape[-1], columns, parts)
+    if tiles is None:
+        return None
+    total = torch.zeros(gradients.shape[0], columns, dtype=torch.promote_types(grad.dtype, torch.float32))
+    for covered, tile in tiles:
+        total += gradients[:, covered].to(tile.dtype) @ tile
+    return total.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterator[tuple[slice, Tensor]] | None:
+    """Rows of the unpacked matrix, one tile after the other in the same memory, and which rows they are."""
+    dtype = _tile_dtype(x)
+    product = _product(_tokens(x), columns, rows, dtype, parts)
+    return None if product is None else _unpacked(product, rows, columns, dtype)
+
+
+def _unpacked(product: native.Product, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype)
+    product.y = tile.data_ptr()
+    unpack = partial(native.loaded().hf_lowrank_unpack, ctypes.byref(product))
+    for first in range(0, rows, len(tile)):
+        count = min(len(tile), rows - first)
+        unpack(ctypes.c_int64(first), ctypes.c_int64(count))
+        yield slice(first, first + count), tile[:count]
+
+
+def _tile_dtype(x: Tensor) -> torch.dtype:
+    """bfloat16 where the processor multiplies it faster than float32."""
+    fast = x.dtype == torch.bfloat16 and native.best_instruction_set() == "avx512"
+    return torch.bfloat16 if fast else torch.promote_types(x.dtype, torch.float32)
+
+
+def _product(tokens: int, columns: int, rows: int, dtype: torch.dtype, parts: dict[str, Any]) -> native.Product | None:
+    """The arguments of the C interface, x and y left out; None if a dtype or a layout in memory is not for it, or nothing is to compute.
+
+    Args:
+        dtype: of x, and of the unpacked tiles.
+        parts: tensors and numbers by their names in `Product`.
+    """
+    if dtype not in native.DTYPES or not tokens or not columns or not rows:
+        return None
+    product = native.Product(tokens=tokens, columns=columns, rows=rows, outputs=rows, x_dtype=native.DTYPES[dtype])
+    stored = 0
+    for name, part in parts.items():
+        if isinstance(part, Tensor):
+            if part.dtype not in _STORED or not part.is_contiguous():
+                return None
+            stored += part.nbytes
+            setattr(product, name, part.data_ptr())
+            if name in _DTYPE_FIELDS:
+                setattr(product, _DTYPE_FIELDS[name], native.DTYPES[part.dtype])
+        elif part is not None:
+            setattr(product, name, part)
+    if product.scale_in:
+        product.binary_rank = parts["scale_in"].shape[0]
+    if product.lowrank_b:
+        product.rank = parts["lowrank_b"].shape[1]
+    product.threads = 1 if stored < SERIAL_BYTES else torch.get_num_threads()
+    product.instruction_set = native.instruction_set()
+    return product
+
+
+_DTYPE_FIELDS = {"values": "values_dtype", "scale_in": "scale_dtype", "lowrank_b": "lowrank_dtype", "code_scale": "code_scale_dtype"}
+
+
+def _tokens(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)

@@ -1,0 +1,49 @@
+"""sha256 of the files of a checkpoint, recorded in its config when it is saved, so that a change can be found later.
+
+The sums are in `quantization_config.checksums`, by file name: of the weights, their index, the runtime's files, and of config.json
+itself, which counts without its own sums and whatever its formatting.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .headers import read_json
+
+CONFIG = "config.json"
+CHUNK = 1 << 20
+
+
+def file_checksum(file: str | os.PathLike[str]) -> str:
+    """sha256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def config_checksum(values: Mapping[str, Any]) -> str:
+    """sha256 of the content of a config.json without the checksums in it."""
+    recorded = {name: value for name, value in values["quantization_config"].items() if name != "checksums"}
+    content = json.dumps({**values, "quantization_config": recorded}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def folder_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, ...]) -> dict[str, str]:
+    """The checksums of a saved checkpoint, by file name."""
+    weights = [name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json"))]
+    runtime = [name for name in runtime_files if os.path.isfile(os.path.join(folder, name))]
+    sums = {name: file_checksum(os.path.join(folder, name)) for name in (*weights, *runtime)}
+    return dict(sorted({**sums, CONFIG: config_checksum(read_json(os.path.join(folder, CONFIG)))}.items()))
+
+
+def record_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, ...]) -> None:
+    """Write the checksums of a saved checkpoint into its config."""
+    file = os.path.join(folder, CONFIG)
+    values = read_json(file)
+    values["quantization_config"]["checksums"] = folder_checksums(folder, runtime_files)
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(values, indent=2, sort_keys=True) + "\n")

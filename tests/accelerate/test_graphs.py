@@ -1,0 +1,29 @@
+"""Whole models as one graph: torch.compile and torch.export."""
+
+import pytest
+import torch
+
+from hf_lowrank.runtime.ops import NAMESPACE
+from tests.support.compressed import compressed_model, logits
+from tests.support.fresh_process import INPUT_IDS
+
+
+@pytest.mark.parametrize("name", ["sola", "slab", "quantised"])
+def test_compiled_in_one_graph(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    torch._dynamo.reset()
+    model = compressed_model(name, tmp_path_factory).model()
+    torch.testing.assert_close(logits(torch.compile(model, fullgraph=True, backend="aot_eager")), logits(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sola", "slab"])
+def test_exported_for_any_number_of_tokens(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = compressed_model(name, tmp_path_factory).model()
+    batch, length = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("length", min=2, max=32)
+    arguments = {"input_ids": torch.tensor(INPUT_IDS), "use_cache": False}
+    shapes = {"input_ids": {0: batch, 1: length}, "use_cache": None}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
+        assert any(NAMESPACE in str(node.target) for node in exported.graph.nodes)  # the operations stay whole
+        for ids in (torch.tensor(INPUT_IDS), torch.tensor(INPUT_IDS + INPUT_IDS[:1])[:, :5]):
+            found = exported.module()(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(found, model(ids).logits, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,95 @@
+"""The benchmark counts bytes as the checkpoint does, measures every variant, and refuses what it cannot; no test looks at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from hf_lowrank import LayerSpec, cli, kernels
+from hf_lowrank.evaluation import speed, speed_report
+from hf_lowrank.runtime.errors import CompressionError
+from hf_lowrank.runtime.layers import build_layer
+from tests.tiny_models import llama
+
+
+@pytest.fixture(autouse=True)
+def _small_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "WORKING_SET_BYTES", 0)
+
+
+@pytest.mark.parametrize("accounting", ["paper", "bits"])
+@pytest.mark.parametrize("method", ["slab", "bitmask", "lowrank"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+def test_a_layout_stores_no_more_than_its_ratio_leaves(method: str, ratio: float, accounting: str) -> None:
+    rows, columns = 256, 640
+    found = speed.layout(method, ratio, accounting)(rows, columns)
+    budget = (1 - ratio) * 16 * rows * columns
+    more = found.stored_bits(rows, columns, 16, accounting) + 16 * (rows + columns)
+    assert found.stored_bits(rows, columns, 16, accounting) <= budget < more
+
+
+def test_layers_are_measured_once_for_every_variant_with_their_stored_bytes() -> None:
+    rows = speed.benchmark_layers([(48, 64)], tokens=[1, 20], threads=[1], repeats=1)
+    assert [(row.layout, row.tokens) for row in rows] == [(name, tokens) for tokens in (1, 20) for name in speed.PAPER_LAYOUTS]
+    for row in rows:
+        spec = speed.PAPER_LAYOUTS[row.layout](48, 64)
+        assert row.stored_bytes * 8 == spec.stored_bits(48, 64, 16)
+        assert row.bytes_limit == 48 * 64 * 2 / row.stored_bytes
+
+
+def test_random_layers_keep_the_number_of_values_that_they_say() -> None:
+    spec = LayerSpec(sparse="bitmask", kept=13)
+    layer = speed.random_layer(spec, 300, 40, torch.bfloat16)
+    assert bool((layer.to_dense() != 0).sum(dim=1).le(13).all())
+    assert layer.weight.shape == build_layer(spec, 40, 300).weight.shape
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speed") / "slab"
+    dense = tmp_path_factory.mktemp("dense")
+    llama().save_pretrained(dense)
+    options = ["--samples", "2", "--sequence-length", "8", "-o", str(folder)]
+    assert CliRunner().invoke(cli.app, ["compress", str(dense), *options]).exit_code == 0
+    return folder
+
+
+def test_a_checkpoint_is_measured_beside_itself_decompressed(checkpoint: Path) -> None:
+    layers, models = speed_report.of_model(str(checkpoint), "dense", [1], 1, 1, 4, 2, "auto", "cpu")
+    assert {row.layout.partition(" × ")[2].split()[0] for row in layers} == {"bitmask"}
+    assert [row.name for row in models] == ["dense", str(checkpoint)]
+    assert models[1].stored_bytes < models[0].stored_bytes
+    for table in (speed_report.layer_table(layers), speed_report.model_table(models)):
+        assert all(len(row) == len(table[0]) for row in table[1])
+
+
+def test_a_dense_model_alone_is_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(CompressionError, match="has no compressed layer; name a compressed checkpoint"):
+        speed_report.of_model(str(tmp_path), "dense", [1], 1, 1, 4, 2, "auto", "cpu")
+
+
+@pytest.mark.parametrize("shape", ["12", "3x", "0x4", "axb", "1x2x3"])
+def test_a_shape_is_two_positive_numbers(shape: str) -> None:
+    with pytest.raises(CompressionError, match="expected OUTxIN"):
+        speed_report.parse_shape(shape)
+
+
+def test_env_says_of_every_operation_what_computes_it_and_why() -> None:
+    answer = CliRunner().invoke(cli.app, ["env"])
+    assert answer.exit_code == 0
+    assert all(operation in answer.output for operation in kernels.OPERATIONS)
+    assert "HF_LOWRANK_KERNELS is off" in answer.output
+
+
+def test_the_benchmark_prints_one_row_per_layout_and_number_of_tokens() -> None:
+    answer = CliRunner().invoke(cli.app, ["benchmark", "--shapes", "32x32", "--tokens", "1", "--repeats", "1"])
+    assert answer.exit_code == 0
+    assert all(answer.output.count(name) == 1 for name in speed.PAPER_LAYOUTS)
+
+
+def test_linear_layers_are_the_yardstick_of_bytes() -> None:
+    row = speed.benchmark_layers([(16, 24)], {"low rank": lambda m, n: LayerSpec(rank=2)}, repeats=1)[0]
+    assert row.dense_bytes == nn.Linear(24, 16, bias=False, dtype=torch.bfloat16).weight.nbytes

@@ -1,0 +1,194 @@
+"""Whatever strikes, wherever: one line, the right exit code, the output absent or complete, and the next run unharmed."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_lowrank.locking import locked
+from tests import tiny_models
+from tests.support.fresh_process import PROJECT
+
+QUICK = ["--samples", "4", "--sequence-length", "16"]
+Ending = dict[str, Any]
+Run = Callable[..., Ending]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.saved(tiny_models.llama(), tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a command with a fault; all of them in forks of one process."""
+    errors = str(tmp_path_factory.mktemp("errors") / "stderr")
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    zygote = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.zygote"],
+        cwd=PROJECT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert zygote.stdin is not None and zygote.stdout is not None
+
+    def ask(*command: object, **case: object) -> Ending:
+        print(json.dumps({"command": [str(part) for part in command], "errors": errors, **case}), file=zygote.stdin, flush=True)
+        ending: Ending = json.loads(zygote.stdout.readline())
+        return ending
+
+    yield ask
+    zygote.stdin.close()
+    zygote.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Run, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("undisturbed") / "output"
+    assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", output)["code"] == 0
+    return contents(output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files that a seed decides: all but the report and the card, which name the output folder."""
+    return {
+        file.name: file.read_bytes() for file in folder.glob("*") if file.suffix in (".safetensors", ".py") or file.name == "config.json"
+    }
+
+
+FAULTS = {
+    "SIGINT": (130, "interrupted; nothing was left behind"),
+    "SIGTERM": (143, "terminated; nothing was left behind"),
+    "SIGKILL": (-9, None),
+    "ENOSPC": (1, "No space left on device"),
+    "EROFS": (1, "Read-only file system"),
+    "EACCES": (1, "Permission denied"),
+    "MemoryError": (1, "out of memory"),
+    "CUDA error": (1, "the device failed (CUDA error: an illegal memory access was encountered)"),
+}
+
+
+STAGES = {
+    "calibration": ["SIGINT", "ENOSPC", "CUDA error"],
+    "decomposition": list(FAULTS),
+    "saving": list(FAULTS),
+    "saved": ["SIGTERM", "SIGKILL"],
+}
+
+
+@pytest.mark.parametrize(("stage", "fault"), [(stage, fault) for stage, faults in STAGES.items() for fault in faults])
+def test_every_fault_in_every_stage(run: Run, dense: Path, undisturbed: dict[str, bytes], tmp_path: Path, stage: str, fault: str) -> None:
+    code, line = FAULTS[fault]
+    command = ("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "new" / "output")
+    ending = run(*command, stage=stage, fault=fault, call=3 if stage == "decomposition" else 1)
+    assert ending["code"] == code, ending
+    assert "Traceback" not in ending["stderr"]
+    if line is not None:
+        assert line in ending["stderr"].splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "new" / "output").exists()
+    if (stage, fault) in (("saved", "SIGKILL"), ("saving", "ENOSPC"), ("decomposition", "SIGKILL")):
+        assert run(*command)["code"] == 0
+        assert contents(tmp_path / "new" / "output") == undisturbed
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["output"]
+
+
+@pytest.mark.parametrize("fault", ["RLIMIT_FSIZE", "RLIMIT_AS"])
+@pytest.mark.parametrize("stage", ["calibration", "saving"])
+def test_limits_of_the_system(run: Run, dense: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    """Files that may not grow, and memory that may not: real refusals, wherever they come up first."""
+    ending = run("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "output", stage=stage, fault=fault)
+    if ending["code"] == 0:  # what was left sufficed
+        assert fault == "RLIMIT_AS"
+        return
+    assert ending["code"] == 1, ending
+    assert "Traceback" not in ending["stderr"]
+    assert ending["stderr"].splitlines()[-1].startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "dense"])
+def test_a_shard_that_vanishes_while_it_is_read(run: Run, dense: Path, tmp_path: Path, verb: str) -> None:
+    assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "output")["code"] == 0
+    output = ["-o", tmp_path / "dense"] if verb == "dense" else []
+    shard = tmp_path / "output" / "model.safetensors"
+    if verb == "verify":  # which reads every file anew, and has nothing to say about the order
+        shard.unlink()
+    stage = "inspecting" if verb == "inspect" else "loading"
+    ending = run(verb, tmp_path / "output", *output, stage=stage, fault="vanishing", vanishing=str(shard))
+    assert ending["code"] == 1
+    assert ending["stderr"].splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in ending["stderr"]
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("fault", ["SIGTERM", "ENOSPC"])
+def test_faults_while_pushing(run: Run, dense: Path, tmp_path: Path, fault: str) -> None:
+    output = tmp_path / "output"
+    assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", output)["code"] == 0
+    before = contents(output)
+    ending = run("push", output, "somebody/model", stage="pushing", fault=fault)
+    assert ending["code"] in (1, FAULTS[fault][0]), ending  # without a network, the push ends before it uploads
+    assert "Traceback" not in ending["stderr"]
+    assert contents(output) == before
+
+
+SOCO = ["--method", "soco", "--ratio", "0.3", "--set", "steps=52", "--set", "finish_steps=4", "--set", "batch_tokens=16"]
+
+
+def test_a_training_killed_at_any_time_ends_in_the_same_bytes(run: Run, dense: Path, tmp_path: Path) -> None:
+    def command(name: str) -> list[object]:
+        return ["compress", dense, *SOCO, *QUICK, "--work-dir", tmp_path / f"work-{name}", "-o", tmp_path / name]
+
+    assert run(*command("whole"))["code"] == 0
+    rng, kills = random.Random(0), int(os.environ.get("HF_LOWRANK_KILLS", "2"))
+    for _ in range(kills):
+        ending = run(*command("killed"), kill_after=rng.uniform(0.1, 2))
+        assert ending["code"] in (-9, 0)
+        if ending["code"] == 0:
+            shutil.rmtree(tmp_path / "killed")
+    assert run(*command("killed"))["code"] == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert list((tmp_path / "work-killed").iterdir()) == []
+
+
+def test_a_work_folder_serves_one_process_at_a_time(run: Run, dense: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    command = ["compress", dense, *SOCO, *QUICK, "--work-dir", work, "-o", tmp_path / "output"]
+    with locked(work):
+        ending = run(*command)
+        assert ending["code"] == 1
+        assert f"error: {work}: another process is working in it" in ending["stderr"]
+    assert run(*command, stage="training", fault="SIGKILL")["code"] == -9
+    assert run(*command)["code"] == 0
+
+
+def test_a_damaged_state_is_one_line(run: Run, dense: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "soco_state.safetensors").write_bytes(b"\x10")
+    ending = run("compress", dense, *SOCO, *QUICK, "--work-dir", work, "-o", tmp_path / "output")
+    assert ending["code"] == 1
+    assert "soco_state.safetensors: is damaged; delete it" in ending["stderr"].splitlines()[-1]
+
+
+def test_a_kill_between_the_renames_loses_nothing(run: Run, dense: Path, tmp_path: Path) -> None:
+    """The old content, moved aside by a process that was then killed, comes back."""
+    output = tmp_path / "output"
+    aside = tmp_path / ".output.replaced-1"
+    aside.mkdir()
+    (aside / "precious").write_text("yes")
+    ending = run("compress", dense, "--method", "svd", *QUICK, "-o", output)
+    assert ending["code"] == 1 and "exists and is not empty" in ending["stderr"]
+    assert (output / "precious").read_text() == "yes"
+    assert not aside.exists()

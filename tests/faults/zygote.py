@@ -1,0 +1,125 @@
+"""Runs command lines in forks of one process that has imported everything, each with a fault that strikes at a stage.
+
+As a script: reads cases as JSON from standard input, one per line, and answers each with a line of JSON.
+"""
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STAGES = {
+    "loading": ("hf_lowrank.models", "load_config"),
+    "inspecting": ("hf_lowrank.inspection", "load_config"),
+    "calibration": ("hf_lowrank.pipeline", "capture"),
+    "decomposition": ("hf_lowrank.strategies.run", "Run.swap"),
+    "training": ("hf_lowrank.spectrum_training", "_Run.save"),
+    "saving": ("hf_lowrank.runtime.saving", "CompleteSave.write_companions"),
+    "saved": ("hf_lowrank.runtime.saving", "record_checksums"),
+    "pushing": ("huggingface_hub", "HfApi.upload_folder"),
+}
+"""Where a fault strikes: before this function, at the call that the case counts."""
+
+
+def strike(fault: str, vanishing: str | None) -> None:
+    """What happens to the process."""
+    if fault in ("SIGINT", "SIGTERM", "SIGKILL"):
+        os.kill(os.getpid(), getattr(signal, fault))
+        time.sleep(0.5)  # the handler runs before this returns
+    elif fault == "RLIMIT_FSIZE":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    elif fault == "RLIMIT_AS":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+    elif fault == "MemoryError":
+        raise MemoryError
+    elif fault == "CUDA error":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+    elif fault == "vanishing":
+        assert vanishing is not None
+        Path(vanishing).unlink()
+    else:
+        number = getattr(errno, fault)
+        raise OSError(number, os.strerror(number), "some/file")
+
+
+def inject(case: dict[str, Any]) -> None:
+    """Put the fault in front of the stage's function."""
+    module_name, path = STAGES[case["stage"]]
+    owner: Any = sys.modules[module_name]
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def struck(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == case.get("call", 1) and case["fault"] != "vanishing":
+            strike(case["fault"], None)
+        result = original(*arguments, **options)
+        if calls == case.get("call", 1) and case["fault"] == "vanishing":
+            strike("vanishing", case["vanishing"])
+        return result
+
+    setattr(owner, name, struck)
+
+
+def run(case: dict[str, Any], errors: str) -> int:
+    """Exit code of the command, in a fork; negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(descriptor, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if case.get("stage"):
+                inject(case)
+            from hf_lowrank.cli import app
+
+            app(case["command"])
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    deadline = time.monotonic() + case.get("kill_after", 120)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            deadline += 60
+        time.sleep(0.01)
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import hf_lowrank.demo
+    import hf_lowrank.hub
+    import hf_lowrank.inspection
+    import hf_lowrank.model_card  # noqa: F401
+
+    for line in sys.stdin:
+        case = json.loads(line)
+        code = run(case, case["errors"])
+        print(json.dumps({"code": code, "stderr": Path(case["errors"]).read_text()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Coverage-guided fuzzing of what reads bytes from strangers: `python tests/fuzz/coverage_guided.py -max_total_time=600`.
+
+Needs `pip install atheris`. An input is a JSON config, or a safetensors file; anything but a result or a CheckpointError is a crash, which
+libFuzzer writes to a file. Options are libFuzzer's.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["hf_lowrank", "json"]):
+    from hf_lowrank import CheckpointError
+    from hf_lowrank.runtime.headers import read_header, weight_files
+    from hf_lowrank.runtime.validation import is_compressed, validate_checkpoint
+
+PLACE = Path(tempfile.mkdtemp(prefix="hf-lowrank-fuzz-"))
+
+
+def read(content: bytes) -> None:
+    """Treat bytes as weights, as an index, and as a config."""
+    (PLACE / "model.safetensors.index.json").write_bytes(content)
+    (PLACE / "one.safetensors").write_bytes(content)
+    for parse in (lambda: read_header(str(PLACE / "one.safetensors")), lambda: weight_files(str(PLACE)), lambda: _config(content)):
+        try:
+            parse()
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
+def _config(content: bytes) -> None:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):  # which transformers meets first
+        return
+    if is_compressed(values):
+        validate_checkpoint(values)
+
+
+def seeds(folder: Path) -> None:
+    """The files of small valid checkpoints, to start from."""
+    from tests.fuzz.checkpoints import save_checkpoints
+
+    for source in save_checkpoints(folder / "sources"):
+        for file in [source / "config.json", *source.glob("*.safetensors*")]:
+            (folder / f"{source.name}-{file.name}").write_bytes(file.read_bytes())
+
+
+def main() -> None:
+    """Make the corpus and hand over to libFuzzer."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    corpus = PLACE / "corpus"
+    corpus.mkdir()
+    seeds(corpus)
+    atheris.Setup([*sys.argv, "-max_len=60000", "-timeout=10", "-rss_limit_mb=4096", str(corpus)], read)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

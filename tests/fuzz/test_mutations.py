@@ -1,0 +1,56 @@
+"""A checkpoint that was tampered with opens, or raises the one exception type; thousands more by `python -m tests.fuzz.run`."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.checkpoints import save_checkpoints
+from tests.fuzz.mutations import copy_mutated, mutate
+from tests.fuzz.routes import ROUTES, attempt, same_model
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return save_checkpoints(tmp_path_factory.mktemp("sources"))
+
+
+FOUND = {
+    28: "a generation_config.json that is a list",
+    86: "an integer of 100,000 digits in generation_config.json",
+    87: "lists nested 200,000 deep in generation_config.json",
+    112: "config.json and generation_config.json swapped",
+    161: "dictionaries nested 100,000 deep in the report",
+    421: "config.json without its compression, but with an auto map that names other code",
+    509: "a report whose layers have no names",
+    1017: "a report whose errors are words",
+    1019: "a report that is a list",
+    1907: "shards without their index",
+}
+"""Seeds that once ended otherwise, and what they change."""
+
+
+@pytest.mark.parametrize("seed", FOUND, ids=FOUND.get)
+def test_what_was_found(sources: list[Path], tmp_path: Path, seed: int) -> None:
+    copy_mutated(seed, sources, tmp_path / "mutated")
+    for route in ROUTES.values():
+        outcome = attempt(route, tmp_path / "mutated")
+        assert outcome.allowed, outcome
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False), route=st.sampled_from(sorted(ROUTES)))
+def test_any_mutation(sources: list[Path], tmp_path: Path, rng: random.Random, route: str) -> None:
+    for left in tmp_path.iterdir():
+        shutil.rmtree(left, ignore_errors=True)
+    source = rng.choice(sources)
+    folder = tmp_path / "mutated"
+    shutil.copytree(source, folder)
+    mutate(rng, folder)
+    outcome = attempt(ROUTES[route], folder)
+    assert outcome.allowed, outcome
+    if outcome.verdict == "opened" and route == "verify":
+        assert same_model(folder, source), "sound, and yet another model"

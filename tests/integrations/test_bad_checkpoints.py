@@ -1,0 +1,120 @@
+"""What is wrong with a checkpoint is said by every command in one line that names the file and the cure."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, pipeline
+from typer.testing import CliRunner
+
+from hf_lowrank import CheckpointError, CompressionConfig, cli, compress
+from hf_lowrank.evaluation.tasks import evaluate_tasks
+from hf_lowrank.models import load_model
+from tests import tiny_models
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of several shards."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    config = CompressionConfig(method="svd", ratio=0.4, samples=4, sequence_length=16)
+    compress(tiny_models.llama(), config, tiny_models.tokenizer(), tiny_models.text(8), progress=False).save_pretrained(
+        folder, max_shard_size="60KB"
+    )
+    assert (folder / "model-00002-of-00003.safetensors").is_file()
+    return folder
+
+
+def newer(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def truncated(folder: Path) -> None:
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:20_000])
+
+
+def without_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "newer format": (newer, "config.json", "pip install -U hf_lowrank"),
+    "truncated shard": (truncated, "model-00002-of-00003.safetensors", "download"),
+    "missing shard": (without_shard, "model-00002-of-00003.safetensors", "download"),
+}
+VERBS = {
+    "inspect": [],
+    "dense": ["-o", "{folder}-dense"],
+    "report": ["--out", "{folder}.html"],
+    "push": ["me/model"],
+    "evaluate": ["--tasks", "items.jsonl"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    spoil, file, cure = DAMAGES[damage]
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=file):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=file) as error:  # transformers puts its own words and a traceback before ours
+        pipeline("text-generation", str(folder))
+    last = str(error.value).strip().splitlines()[-1]
+    assert file in last and cure in last
+    for verb, arguments in VERBS.items():
+        result = CliRunner().invoke(cli.app, [verb, str(folder), *(argument.format(folder=folder) for argument in arguments)])
+        assert result.exit_code == 1, verb
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ") and file in line and cure in line, line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["packing.py", "modeling_hf_lowrank.py"])
+def test_a_missing_runtime_file_is_not_pushed_and_comes_back_with_a_save(whole: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    (folder / name).unlink()
+    result = CliRunner().invoke(cli.app, ["push", str(folder), "me/model"])
+    (line,) = result.stderr.splitlines()
+    assert name in line and "save the model again" in line
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")  # the plugin needs none of these files
+    assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_missing_tokenizer(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(whole, folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    result = CliRunner().invoke(cli.app, ["evaluate", str(folder), "--tasks", "items.jsonl"])
+    (line,) = result.stderr.splitlines()
+    assert str(folder) in line and "add tokenizer.json to the folder" in line
+
+
+def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = type("ConnectError", (Exception,), {"__module__": "httpx"})  # which of its versions is installed depends on huggingface_hub
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise refused("connection refused")
+
+    monkeypatch.setattr("hf_lowrank.hub.push_folder", unreachable)
+    result = CliRunner().invoke(cli.app, ["push", str(whole), "me/model"])
+    (line,) = result.stderr.splitlines()
+    assert line == "error: me/model: the Hub cannot be reached (connection refused); push again when there is a connection"
+
+
+def test_a_model_that_gives_no_likelihoods(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="tasks score text by its likelihood, which BertModel does not give"):
+        evaluate_tasks(load_model(str(tmp_path)), tiny_models.tokenizer(), ["items.jsonl"])

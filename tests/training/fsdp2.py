@@ -1,0 +1,127 @@
+"""What two processes do in `test_fsdp2.py`: run as `python -m tests.training.fsdp2 OUTPUT FOLDER...`.
+
+They are forks of one process, so that transformers is imported once; the variables are those that torchrun sets.
+Accelerate shards on accelerators only; on a CPU it would quietly fall back to DDP. Its code for FSDP2 needs no accelerator, so the one
+question that it asks is answered for it here.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+
+import hf_lowrank  # noqa: F401
+
+from .conftest import Windows, same, settings
+
+STEPS = 20
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+
+
+def allow_fsdp_on_cpus() -> None:
+    initialize = AcceleratorState.__init__
+
+    def patched(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+def with_trainer(folder: str, output: Path, **changes: Any) -> list[float]:
+    """The losses of stock `Trainer` under accelerate's FSDP2; it saves the full state dict."""
+    arguments = settings(output, max_steps=STEPS, save_steps=10, per_device_train_batch_size=4, fsdp=True, fsdp_config=dict(FSDP))
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=Windows(64))
+    trainer.train(**changes)
+    trainer.save_model()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def sharded(folder: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """The model with zeros in everything that a checkpoint must bring back."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if buffer.dtype == torch.uint8)):
+            tensor.zero_()
+    return model
+
+
+def by_hand(folder: str, output: Path) -> dict[str, bool]:
+    """A loop of one's own with `fully_shard`; which ways to save and load give the same model again."""
+    model, rank = sharded(folder), dist.get_rank()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.stack([Windows()[4 * rank + row]["input_ids"] for row in range(4)])
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected: dict[str, Tensor] = get_model_state_dict(model, options=FULL)
+    model.save_pretrained(output / "full", state_dict=dict(expected), is_main_process=rank == 0)
+    dcp.save(get_model_state_dict(model), checkpoint_id=output / "sharded")
+    again = emptied(sharded(folder))
+    state = get_model_state_dict(again)
+    dcp.load(state, checkpoint_id=output / "sharded")
+    set_model_state_dict(again, state)
+    found = {"sharded": same(get_model_state_dict(again, options=FULL), expected)}
+    broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(emptied(again), dict(expected), options=broadcast)
+    found["broadcast"] = same(get_model_state_dict(again, options=FULL), expected)
+    found["full"] = rank > 0 or same(AutoModelForCausalLM.from_pretrained(output / "full").state_dict(), expected)
+    return found
+
+
+def work() -> None:
+    allow_fsdp_on_cpus()
+    for folder in sys.argv[2:]:
+        output = Path(sys.argv[1]) / Path(folder).name
+        losses = with_trainer(folder, output)
+        resumed = with_trainer(folder, output, resume_from_checkpoint=str(output / "checkpoint-10"))
+        found = by_hand(folder, output)
+        if dist.get_rank() == 0:
+            (output / "found.json").write_text(json.dumps({"losses": losses, "resumed": resumed, "same": found}))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    sys.exit(any(status for _, status in map(os.waitpid, processes, (0, 0))))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from hf_lowrank import CompressionConfig, CompressionError, compress, disk_to_disk
 from hf_lowrank.calibration.activations import Shelf
 from hf_lowrank.disk_to_disk import compress_checkpoint, whole_model_reason
-from hf_lowrank.models import load_model
+from hf_lowrank.forecast import forecast
+from hf_lowrank.models import files_size, load_config, load_model, skeleton
 from hf_lowrank.strategies import Run
 from hf_lowrank.work_folder import Record, WorkFolder
 
@@ -166,3 +167,23 @@ def test_what_waits_in_files_comes_back_bit_for_bit_and_leaves_nothing(tmp_path:
     waiting.clear()
     assert shelf.held == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_forecast_says_of_the_disk_is_what_the_files_take(tmp_path: Path, words: str) -> None:
+    dense = str(tiny_models.saved(tiny_models.llama(hidden_size=64, intermediate_size=160), tmp_path / "dense"))
+    for method in ("slab", "svd-llm"):
+        config = recipe(method, words)
+        expected = forecast(skeleton(load_config(dense)), config)
+        compress_checkpoint(dense, tmp_path / method, config, tiny_models.tokenizer())
+        assert files_size(tmp_path / method) == pytest.approx(expected.output, rel=0.05)  # headers of small files
+        assert expected.peak == expected.resident + expected.block + expected.activations + expected.working
+
+
+def test_more_of_anything_takes_more() -> None:
+    def peak(method: str = "svd-llm", samples: int = 4, **shape: int) -> int:
+        return forecast(tiny_models.llama(**shape), recipe(method, "words.txt", samples=samples)).peak
+
+    assert peak() < peak(intermediate_size=160) < peak(intermediate_size=160, hidden_size=64)
+    assert peak(samples=4) < peak(samples=8)
+    assert peak(num_hidden_layers=4) == peak(num_hidden_layers=8)  # the model's depth does not count
+    assert peak("svd") < peak("svd-llm")  # which needs Gram matrices

@@ -115,6 +115,8 @@ def layer_report(
 
 def sampled_spectrum(sigma: Tensor) -> list[float]:
     """Singular values (k,), falling, at no more than 48 evenly spaced places from first to last, in units of the largest; four digits."""
+    if not len(sigma):
+        return []
     positions = torch.linspace(0, len(sigma) - 1, min(len(sigma), SPECTRUM_POINTS)).round().long()
     values = (sigma.double().cpu() / sigma.max().clamp(min=torch.finfo(sigma.dtype).tiny))[positions]
     return [float(f"{value:.4g}") for value in values.tolist()]

@@ -18,7 +18,7 @@ from .runtime.errors import NumericalError
 from .runtime.quantizer import swap_module
 from .work_folder import Record, WorkFolder
 
-STATE = "spectrum"
+STATE = "soco_state"
 STATE_EVERY = 50
 """Steps between two recorded states."""
 

@@ -90,7 +90,7 @@ class WorkFolder:
                 tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  (no mapping)
                 return Record(tensors, json.loads(opened.metadata()["facts"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CompressionError(f"{file}: cannot be read ({error}); delete it, that part is then made again") from error
+            raise CompressionError(f"{file}: is damaged; delete it, and that part is made again ({error})") from error
 
     def write(self, name: str, record: Record) -> None:
         """Finish a record.

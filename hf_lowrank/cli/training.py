@@ -48,7 +48,7 @@ def distill(
         losses = train(
             student, load_model(teacher, "float32", device), rows, work_dir or scratch, steps=steps, learning_rate=learning_rate, seed=seed
         )
-    student.to(stored)
+    student.to(stored)  # type: ignore[arg-type]  # transformers wraps `to` without its types
     with new_folder(output, overwrite) as target:
         student.save_pretrained(target)
     typer.echo(

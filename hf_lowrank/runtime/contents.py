@@ -22,14 +22,14 @@ def validate_contents(layer: str, spec: LayerSpec, out_features: int, in_feature
     """
     rows, columns = spec.lowrank_shape(out_features, in_features)
     weight_columns = spec.kept if spec.sparse in ("columns", "bitmask") else in_features
-    counts = {"weight_mask": spec.kept, "lowrank_pivots": spec.rank}
+    counts = {"weight_mask": spec.kept, "lowrank_pivots": spec.factor_rank}
     used_bits = {
         "weight_mask": in_features,
         "lowrank_pivots": rows,
         "sign_bits": in_features,
         "weight": weight_columns * spec.weight_bits,
         "lowrank_a": columns * spec.lowrank_bits,
-        "lowrank_b": spec.rank * spec.lowrank_bits,
+        "lowrank_b": spec.factor_rank * spec.lowrank_bits,
     }
     for name, tensor in tensors.items():
         if tensor is None or tensor.device.type == "meta" or not tensor.numel():

@@ -62,7 +62,7 @@ int main() {
             }
             int32_t code_bits = static_cast<int32_t>(between(2, 8));
             bool masked = product.mask || between(0, 1);
-            int64_t coded = masked ? kept : columns, group = between(1, 100);
+            int64_t coded = masked ? kept : columns, group = between(0, 1) ? between(1, 100) : 32 * between(1, 20);
             auto codes = bits(rows * ((coded * code_bits + 7) / 8));
             auto code_scale = tensor(rows * ((coded + group - 1) / group), dtype);
             if (!product.values && !product.signs && between(0, 1)) {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_lowrank import CompressedLinear, CompressionError, LayerSpec, NumericalError
 from hf_lowrank.peft.merging import add_lowrank, balanced, remove_lowrank
+from hf_lowrank.runtime.contents import validate_contents
 from hf_lowrank.runtime.layers import build_layer
 from tests.runtime.layer_cases import layer_cases, random_layer
 
@@ -127,6 +128,14 @@ def test_it_is_an_ordinary_layer_afterwards(name: str) -> None:
     y = layer.requires_grad_()(x)
     y.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_it_stores_is_what_a_checkpoint_may_hold(name: str) -> None:
+    layer = random_layer(ALL[name], M, N)
+    add_lowrank(layer, *product(3))
+    layer.spec.validate(name, M, N)
+    validate_contents(name, layer.spec, M, N, layer.state_dict())
 
 
 @given(case=layer_cases(max_side=12), rank=st.integers(1, 12), seed=st.integers(0, 99))

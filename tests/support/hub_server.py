@@ -79,7 +79,7 @@ class HubServer(ThreadingHTTPServer):
 
         Proxies point at a closed port, so that a request to anywhere but 127.0.0.1 fails at once.
         """
-        foreign = re.compile(r"HF_|HUGGING|TRANSFORMERS_OFFLINE|.*_PROXY$", re.IGNORECASE)
+        foreign = re.compile(r"HF_(?!LOWRANK_)|HUGGING|TRANSFORMERS_OFFLINE|.*_PROXY$", re.IGNORECASE)
         environment = {name: value for name, value in os.environ.items() if not foreign.match(name)}
         environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
         environment |= {"NO_PROXY": "127.0.0.1", "HF_ENDPOINT": self.url, "HF_HOME": str(home)}

@@ -12,8 +12,10 @@ namespace hf_lowrank {
 
 // avx512_bfloat16.cpp
 void avx512_bfloat16_rows(const Product& product, const Prepared& x, const Rows& rows);
-// avx512_unpack.cpp
+// avx512_codes.cpp
 void avx512_dequantize(const Product& product, int64_t row, float* out);
+void avx512_codes(const Product& product, const Prepared& x, const Rows& rows);
+// avx512_unpack.cpp
 void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out);
 
 namespace {
@@ -301,7 +303,7 @@ AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx512_dequantize, avx512_unpack, true};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx512_dequantize, avx512_codes, avx512_unpack, true};
     return kernels;
 }
 

@@ -59,12 +59,19 @@ int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat1
 struct Forms {
     int64_t tokens, columns, padded, terms = 0;
     int pieces = 0;
-    bool floats = false, multiplies_signs = false;
+    bool floats = false, multiplies_signs = false, multiplies_codes = false;
 
     Forms(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)) {}
 
     void add_matrix(DType dtype, const Kernels& kernels, int piece_count) {
         if (kernels.multiplies_bfloat16 && dtype == kBFloat16) pieces = piece_count;
+        else floats = true;
+    }
+
+    void add_codes(const Product& product, const Kernels& kernels) {
+        multiplies_codes = kernels.codes && product.x_dtype == kBFloat16 && !product.mask &&
+                           (product.group % kUnit == 0 || product.group >= product.kept);
+        if (multiplies_codes) pieces = 1;
         else floats = true;
     }
 
@@ -235,7 +242,7 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
     const bool chained = product.lowrank_a;
     Forms forms(product.tokens, product.columns), inner_forms(product.tokens, chained ? product.rank : 0);
     if (product.values) forms.add_matrix(DType(product.values_dtype), kernels, exact_pieces(dtype));
-    if (product.codes) forms.add_matrix(kFloat32, kernels, 0);
+    if (product.codes) forms.add_codes(product, kernels);
     if (product.lowrank_b) forms.add_matrix(lowrank_dtype, kernels, exact_pieces(dtype));
     if (product.signs) forms.add_signs(product, kernels);
     if (chained) inner_forms.add_matrix(lowrank_dtype, kernels, dtype == kFloat32 ? 3 : 2);
@@ -264,7 +271,8 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
         product, product.rows,
         [&](const Rows& rows) {
             if (product.signs || product.values) kernels.packed(product, x, rows);
-            if (product.codes) multiply_codes(product, kernels, x, rows);
+            if (forms.multiplies_codes) kernels.codes(product, x, rows);
+            else if (product.codes) multiply_codes(product, kernels, x, rows);
             if (product.lowrank_b) kernels.dense(product.lowrank_b, lowrank_dtype, inner, rows);
         },
         [&](int64_t token, int64_t row, float sum) { store(token, product.pivots ? product.rank + row : row, sum); });

@@ -81,6 +81,8 @@ struct Kernels {
     void (*tables)(const float* scaled, int64_t padded, float* out);
     // the `kept` values of one row of codes; writes up to kCodeStep − 1 more
     void (*dequantize)(const Product&, int64_t row, float* out);
+    // rows of codes times bfloat16 x without a bitmap, groups of whole units; null where that is no faster
+    void (*codes)(const Product&, const Prepared&, const Rows&);
     // one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in (binary_rank, padded)
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);
     bool multiplies_bfloat16;  // bfloat16 matrices are multiplied by the pieces of x

@@ -1,7 +1,18 @@
 """The weight of a dense linear layer as (out_features, in_features), whichever way the layer stores it, and its reordering."""
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+CHUNK = 2**21
+"""Entries of a matrix that are worked on at a time where that saves memory."""
+
+
+def row_chunks(matrix: Tensor) -> Iterator[slice]:
+    """The rows of a matrix (m, n), some at a time."""
+    step = max(CHUNK // max(matrix.shape[1], 1), 1)
+    return (slice(first, first + step) for first in range(0, matrix.shape[0], step))
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .locking import is_held, locked
+from .offloading import device_map
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
 from .runtime.errors import CompressionError
 from .runtime.saving import AUTO_CLASSES
@@ -38,11 +39,12 @@ def load_config(source: str) -> Any:
         raise CompressionError(f"{source}: cannot be opened as a model ({_first_line(error)})") from error
 
 
-def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(source: str, dtype: str = "auto", device: str = "cpu", offload_folder: Path | None = None) -> PreTrainedModel:
     """A model, dense or compressed, of the class that its config names.
 
     Args:
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        offload_folder: leave the blocks on disk; here go weights that the model stores in another form than its files.
 
     Raises:
         CompressionError: if it cannot be opened, saying why.
@@ -52,8 +54,11 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu") -> PreTrai
     config = load_config(source)
     auto_class = _auto_class(config)
     try:
-        model = auto_class.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        return model.to(device).eval()
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        if offload_folder is not None:
+            places = device_map(skeleton(config))
+            return auto_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
+        return auto_class.from_pretrained(source, dtype=wanted).to(device).eval()
     except CompressionError:
         raise
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:

@@ -1,6 +1,8 @@
 """compress(): check the recipe, calibrate, walk the blocks of a model by the method's strategy, make the result a checkpoint's model."""
 
+import hashlib
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .calibration import TokenBatch, calibration_batches, capture, fingerprint, noting_calls, output_grams, squared_gradients
+from .calibration import Shelf, TokenBatch, calibration_batches, capture, fingerprint, noting_calls, output_grams, squared_gradients
 from .methods import make_method
 from .methods.base import ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import SpectralMethod
+from .offloading import OffloadedQuantizer, every_weight
 from .progress import progress_bar
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
@@ -21,6 +24,7 @@ from .runtime.quantizer import CompressionQuantizer, attach
 from .runtime.saving import CompleteSave
 from .strategies import Run, choose_then_build, layer_by_layer, measure_then_decide, refine
 from .version import __version__
+from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,8 @@ def compress(
         tokenizer: needed to calibrate on text; saved with the compressed model.
         calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a text file, or an
             iterable of texts, token ids, chats or batches.
-        work_dir: where SoCo keeps the state of its training, so that a killed run goes on from it.
+        work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to the same bytes.
+            Delete it, or use it for another run, once the model is saved.
         progress: whether to show a progress bar on a terminal.
 
     Returns:
@@ -56,18 +61,31 @@ def compress(
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)
-    with progress_bar(progress) as step, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        step = stack.enter_context(progress_bar(progress))
+        work = stack.enter_context(WorkFolder(work_dir)) if work_dir is not None else None
         was_training = model.training
         model.eval()
         try:
             run = Run(model, config, method, step)
-            check_finite(model)
+            check_finite(run)
             run.tokens = calibration_batches(model, config, tokenizer, calibration)
             if method.needs_gradients or method.needs_output_gram or isinstance(method, SoCo):
                 check_predicts_next_token(model, method.name, run.tokens)
-            _walk(run, Path(work_dir) if work_dir else None)
+            if work is not None:
+                work.claim(_identity(run))
+                run.work = work
+            if run.offloaded is not None:
+                if work is None:
+                    raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
+                run.shelf = Shelf(work.path)
+            _walk(run)
         finally:
             model.train(was_training)
+        if work is not None:
+            work.finish()
+        if run.offloaded is not None:
+            run.offloaded.release()
     _finish(run, _described(config.calibration if calibration is None else calibration), tokenizer)
     return model
 
@@ -89,12 +107,12 @@ def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
     compress(model, config, tokenizer, calibration=None if tokenizer else "self")
 
 
-def _walk(run: Run, work_dir: Path | None) -> None:
+def _walk(run: Run) -> None:
     """Calibrate, and compress the blocks by the strategy of the method."""
     model, method, tokens = run.model, run.method, run.tokens
     run.step("capturing block inputs", 0, len(run.compressed))
     with noting_calls({layer.name: model.get_submodule(layer.name) for layer in run.compressed}) as called:
-        batches = capture(model, run.blocks, tokens)
+        batches = capture(model, run.blocks, tokens, run.shelf)
     run.leave_uncalled_dense(called)
     names = [layer.name for layer in run.compressed]
     if method.needs_gradients:
@@ -106,11 +124,34 @@ def _walk(run: Run, work_dir: Path | None) -> None:
     if isinstance(method, ChoosingMethod):
         choose_then_build(run, method, batches)
     elif isinstance(method, SpectralMethod):
-        measure_then_decide(run, method, batches, work_dir)
+        measure_then_decide(run, method, batches)
     else:
         layer_by_layer(run, batches)
     if run.original is not None:
         refine(run, run.original)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What the result of a run follows from."""
+    return {
+        "weights": weights_fingerprint(run),
+        "calibration": fingerprint(run.tokens),
+        "config": run.config.to_dict(),
+        "versions": _versions(),
+    }
+
+
+def weights_fingerprint(run: Run) -> str:
+    """sha256 over the names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in every_weight(run.model, run.offloaded):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
@@ -122,14 +163,17 @@ def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration_sha256": fingerprint(run.tokens),
         "calibration_tokens": sum(batch.tokens for batch in run.tokens),
-        "versions": {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": _versions(),
     }
     options = {name: getattr(run.method, name) for name in run.method.__dict__}
     final = CompressionConfig.from_dict(
         {**run.config.to_dict(), "calibration": calibration, "options": options, "provenance": provenance, "layers": {}}
     )
     final.layers = specs
-    attach(model, CompressionQuantizer(final, pre_quantized=True))
+    if run.offloaded is None:
+        attach(model, CompressionQuantizer(final, pre_quantized=True))
+    else:
+        attach(model, OffloadedQuantizer(final, run.offloaded, run.built_files()))
     save = CompleteSave.attach(model)
     save.tokenizer = tokenizer
     report = run.report()
@@ -149,10 +193,11 @@ def check_predicts_next_token(model: PreTrainedModel, method: str, batches: list
         )
 
 
-def check_finite(model: PreTrainedModel) -> None:
+def check_finite(run: Run) -> None:
     """Raise NumericalError if a weight is not finite, naming it: what it makes of the calibration would blame other layers."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+    buffers = {name for name, _ in run.model.named_buffers()}
+    for name, tensor in every_weight(run.model, run.offloaded):
+        if name not in buffers and not bool(tensor.isfinite().all()):
             raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .linears import row_chunks
 from .methods.base import Statistics
 from .runtime.layers import CompressedLinear
 
@@ -123,7 +124,10 @@ def sampled_spectrum(sigma: Tensor) -> list[float]:
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
     """‖(W − Ŵ) X‖ / ‖W X‖ in the metric of the statistics; 0 if the layer's output is always zero and stays so."""
-    lost, whole = (_energy(matrix, statistics) for matrix in (weight - approximation, weight))
+    lost = whole = weight.new_zeros(())
+    for rows in row_chunks(weight):
+        lost = lost + _energy(weight[rows] - approximation[rows], statistics)
+        whole = whole + _energy(weight[rows], statistics)
     return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
 
 

@@ -1,16 +1,11 @@
 """The training that SoCo needs: scores of all singular components, learned end to end against the dense model (papers: SoCo §2.3)."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -19,12 +14,13 @@ from .budget import ModelBudget
 from .calibration import TokenBatch
 from .methods.soco import Phase, SoCo, effective_score, gate, learned, polarisation, score
 from .methods.spectral import Measurement, prices
-from .runtime.errors import CheckpointError, CompressionError, NumericalError
-from .runtime.headers import read_header
+from .runtime.errors import NumericalError
 from .runtime.quantizer import swap_module
+from .work_folder import Record, WorkFolder
 
+STATE = "soco_state"
 STATE_EVERY = 50
-"""Steps between two saved states."""
+"""Steps between two recorded states."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +75,7 @@ def learn_spectrum(
     budget: ModelBudget,
     available: int,
     seed: int,
-    state_file: Path | None = None,
+    work: WorkFolder | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> tuple[dict[str, Measurement], dict[str, int | None], LossCurve]:
     """Learn scores and deviations, cut to the budget, and re-fit what is left.
@@ -87,7 +83,7 @@ def learn_spectrum(
     Args:
         measurements: factorizations of the layers to compress, by module name.
         available: bits that these layers may take together.
-        state_file: where to keep the state, so that a killed run goes on from it; deleted at the end by the caller.
+        work: where to record the state, so that a killed run goes on from it.
         on_step: called with the number of steps done and of all.
 
     Returns:
@@ -98,15 +94,15 @@ def learn_spectrum(
     """
     with _spectral_layers(model, measurements, method.deviation) as layers:
         run = _Run(model, method, layers, measurements, batches, budget, available, seed)
-        first = run.load(state_file)
+        first = run.load(work)
         total = method.steps + method.finish_steps
         for step in range(first, total):
             if step == method.steps:
                 run.cut()
             run.step(step)
             on_step(step + 1, total)
-            if state_file is not None and (step + 1) % STATE_EVERY == 0 and step + 1 != method.steps:
-                run.save(state_file, step + 1)
+            if work is not None and (step + 1) % STATE_EVERY == 0 and step + 1 != method.steps:
+                run.save(work, step + 1)
         if run.kept is None:
             run.cut()
         assert run.kept is not None and run.ranks is not None
@@ -248,17 +244,8 @@ class _Run:
             for name, layer in self.layers.items():
                 layer.effective = effective[name]
 
-    def fingerprint(self) -> str:
-        """What a saved state belongs to: the options, the spectra, the data and the seed."""
-        digest = hashlib.sha256(repr((self.method, self.available, self.seed, self.price)).encode())
-        for ids, _ in self.rows:
-            digest.update(ids.cpu().numpy().tobytes())
-        for name, measurement in self.measurements.items():
-            digest.update(name.encode() + measurement.factorization.sigma.cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-    def save(self, file: Path, step: int) -> None:
-        """Write the state beside `file` and rename it, so that a kill leaves the old one or the new one."""
+    def save(self, work: WorkFolder, step: int) -> None:
+        """Record the state after `step` steps."""
         tensors = {}
         for name, layer in self.layers.items():
             for key, parameter in (("a", layer.a), ("d", layer.d)):
@@ -268,34 +255,15 @@ class _Run:
                     tensors |= {f"{name}.{key}.{part}": state[part] for part in ("exp_avg", "exp_avg_sq", "step")}
             if self.kept is not None:
                 tensors[f"{name}.kept"] = self.kept[name]
-        metadata = {"step": str(step), "fingerprint": self.fingerprint(), "curve": json.dumps(self.curve.__dict__)}
-        metadata |= {"ranks": json.dumps(self.ranks), "first_removed": json.dumps(self.first_removed)}
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(file)
+        facts = {"step": step, "curve": self.curve.__dict__, "ranks": self.ranks, "first_removed": self.first_removed}
+        work.write(STATE, Record(tensors, facts))
 
-    def load(self, file: Path | None) -> int:
-        """Go on from a saved state; the number of steps it had done, 0 without one.
-
-        Raises:
-            CompressionError: if the state belongs to another run, or is damaged.
-        """
-        if file is None or not file.exists():
+    def load(self, work: WorkFolder | None) -> int:
+        """Go on from a recorded state; the number of steps it had done, 0 without one."""
+        record = None if work is None else work.read(STATE)
+        if record is None:
             return 0
-        damaged = f"{file}: is damaged; delete it, and the training starts anew"
-        expected = {f"{name}.{key}{part}" for name, layer in self.layers.items() for key, value in (("a", layer.a), ("d", layer.d))
-                    if value is not None for part in ("", ".exp_avg", ".exp_avg_sq", ".step")}  # fmt: skip
-        try:
-            read_header(str(file))
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata() or {}
-            tensors = load_file(file)
-        except (CheckpointError, SafetensorError) as error:
-            raise CompressionError(f"{damaged} ({error})") from error
-        if metadata.get("fingerprint") != self.fingerprint():
-            raise CompressionError(f"{file}: belongs to a run with other options, weights or data; delete it or use another work folder")
-        if not expected <= tensors.keys():
-            raise CompressionError(damaged)
+        tensors, facts = record
         for name, layer in self.layers.items():
             for key, parameter in (("a", layer.a), ("d", layer.d)):
                 if parameter is not None:
@@ -305,11 +273,11 @@ class _Run:
                         part: tensors[f"{name}.{key}.{part}"].to(parameter.device if part != "step" else "cpu")
                         for part in ("exp_avg", "exp_avg_sq", "step")
                     }
-        self.curve = LossCurve(**json.loads(metadata["curve"]))
-        self.ranks, self.first_removed = json.loads(metadata["ranks"]), json.loads(metadata["first_removed"])
+        self.curve = LossCurve(**facts["curve"])
+        self.ranks, self.first_removed = facts["ranks"], facts["first_removed"]
         if self.ranks is not None:
             self.kept = {name: tensors[f"{name}.kept"].to(layer.a.device) for name, layer in self.layers.items()}
-        return int(metadata["step"])
+        return int(facts["step"])
 
 
 @contextmanager

@@ -131,15 +131,13 @@ def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
         for batch in captured:
             batch.enter(index)
         modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
-        statistics, outputs = block_statistics(block, index, captured, modules, needs_gram=True)
-        for batch, output in zip(captured, outputs, strict=True):
-            batch.hidden = output
+        statistics = block_statistics(block, index, captured, modules, needs_gram=True, move=True)
         for layer, found in statistics.items():
             x = torch.cat([counted(layer, part, batch) for part, batch in zip(seen[layer], batches, strict=True)])
             assert found is not None
             assert found.tokens == len(x)
             assert found.gram is not None
-            torch.testing.assert_close(found.gram, x.T @ x, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found.gram, x.T @ x, rtol=1e-4, atol=1e-5)  # block by block rounds otherwise than the whole model
 
 
 def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:

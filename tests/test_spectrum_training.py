@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hf_lowrank import CompressionConfig, CompressionError, NumericalError, compress, pipeline, spectrum_training
+from hf_lowrank import CompressionConfig, NumericalError, compress, pipeline, spectrum_training
 from hf_lowrank.architectures import find_blocks, find_layers
 from hf_lowrank.methods.soco import SoCo, effective_score, gate, learned, polarisation, score
 from hf_lowrank.methods.spectral import Measurement, factorize
@@ -124,27 +124,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
     curves = [len(resumed.save_pretrained.report["curve"][key]) for key in ("loss", "ratio", "phase")]
     assert curves == [STEPS + FINISH] * 3
-
-
-def test_a_state_of_another_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
-    monkeypatch.setattr(pipeline, "progress_bar", interrupting(7, []))
-    with pytest.raises(KeyboardInterrupt):
-        compress(tiny_models.llama(), recipe(), calibration=IDS, work_dir=tmp_path)
-    for model, options, ids in (
-        (tiny_models.llama(), {"learning_rate": 0.03}, IDS),
-        (tiny_models.llama(seed=1), {}, IDS),
-        (tiny_models.llama(), {}, tiny_models.token_ids(8, 24, seed=1).tolist()),
-    ):
-        with pytest.raises(CompressionError, match="belongs to a run with other options, weights or data"):
-            compress(model, recipe(**options), calibration=ids, work_dir=tmp_path)
-
-
-def test_the_state_is_gone_when_the_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
-    compress(tiny_models.llama(), recipe(), calibration=IDS, work_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    compress(tiny_models.llama(seed=1), recipe(), calibration=IDS, work_dir=tmp_path)  # another run may use the folder
 
 
 def test_the_training_lowers_the_divergence_it_ends_with() -> None:

@@ -1,5 +1,6 @@
 """Texts → token batches; block inputs; statistics."""
 
+from .activations import Shelf
 from .batches import TokenBatch, calibration_batches, fingerprint
 from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_block, shifted_sums, starts_anew
 from .correction import stage_sums, stages, stream_writers
@@ -8,6 +9,7 @@ from .gradients import squared_gradients
 
 __all__ = [
     "BlockBatch",
+    "Shelf",
     "TokenBatch",
     "block_statistics",
     "calibration_batches",

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
+from .activations import Shelf, Waiting
 from .batches import TokenBatch
 from .statistics import ShiftedSums, StatisticsCollector
 
@@ -21,47 +21,69 @@ class Call(NamedTuple):
 
     Attributes:
         args, kwargs: its arguments beside the hidden states; without a cache, which a replay would fill again.
-        start: the hidden states, (B, T, d), if they are not the output of the block before, as where a decoder starts; else None.
+        start: the hidden states, (B, T, d), if they are not the output of the block before, as where a decoder starts.
         mask: (B, T) of the tokens that count in the hidden states; None for all.
         context: the states of an encoder that the block reads too, (B, T', d), and the mask of those that count.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    start: Tensor | None = None
+    start: Waiting | None = None
     mask: Tensor | None = None
     context: tuple[Tensor, Tensor | None] | None = None
 
 
-@dataclass
 class BlockBatch:
     """A batch on its way through the blocks.
 
-    Attributes:
+    Args:
         hidden: input of the next block, (B, T, d).
         calls: for each block how the model called it; None if it did not (a vision tower, in a batch of text alone).
+        shelf: where the hidden states wait.
+
+    Attributes:
         shifted: the same batch in the compressed model, for methods that compare the two.
     """
 
-    hidden: Tensor
-    calls: list[Call | None]
-    shifted: "BlockBatch | None" = None
+    def __init__(self, hidden: Tensor, calls: list[Call | None], shelf: Shelf | None = None) -> None:
+        self.shelf = shelf or Shelf()
+        self.calls = calls
+        self.shifted: BlockBatch | None = None
+        self._hidden = self.shelf.put(hidden)
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._hidden.tensor
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self._hidden = self.shelf.put(hidden)
+
+    def shift(self) -> None:
+        """Start the same batch in the compressed model."""
+        self.shifted = BlockBatch(self.hidden, self.calls, self.shelf)
+
+    def start(self) -> None:
+        """Go back to the input of the first block that the model called."""
+        self.hidden = next(call.start for call in self.calls if call is not None and call.start is not None).tensor
 
     def enter(self, index: int) -> None:
         """Take the hidden states with which a new list of blocks starts, if this block is its first."""
         call = self.calls[index]
         if call is not None and call.start is not None:
-            self.hidden = call.start
+            self.hidden = call.start.tensor
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch]) -> list[BlockBatch]:
-    """Run the model once per batch and keep the input of the first block and the arguments of every block.
+def capture(
+    model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch], shelf: Shelf | None = None
+) -> list[BlockBatch]:
+    """Run the model once per batch and keep the input of the first block, on the shelf, and the arguments of every block.
 
     Raises:
         CompressionError: if a block was called more than once, or not with a tensor of hidden states first.
     """
-    return [_capture_batch(model, blocks, batch) for batch in batches]
+    return [_capture_batch(model, blocks, batch, shelf or Shelf()) for batch in batches]
 
 
 def starts_anew(batches: list[BlockBatch], index: int) -> bool:
@@ -69,7 +91,7 @@ def starts_anew(batches: list[BlockBatch], index: int) -> bool:
     return index > 0 and any(call is not None and call.start is not None for call in (batch.calls[index] for batch in batches))
 
 
-def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch) -> BlockBatch:
+def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch, shelf: Shelf) -> BlockBatch:
     calls: dict[str, Call] = {}
     last: dict[str, Any] = {}  # the output of the block that ran last, by its name
     before = dict(zip(list(blocks)[1:], blocks, strict=False))
@@ -84,7 +106,7 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
             hidden, rest, named = _split(name, args, kwargs)
             continues = name in before and hidden is last.get(before[name])
             context = inspect.signature(module.forward).bind(hidden, *rest, **named).arguments.get("encoder_hidden_states")
-            start = None if continues else hidden
+            start = None if continues else shelf.put(hidden)
             if context is None:
                 calls[name] = Call(rest, named, start, batch.attention_mask)
             else:
@@ -114,7 +136,7 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
         )
     ordered = [calls.get(name) for name in blocks]
     first = next(call.start for call in ordered if call is not None and call.start is not None)
-    return BlockBatch(first, ordered)
+    return BlockBatch(first.tensor, ordered, shelf)
 
 
 @contextmanager
@@ -136,18 +158,19 @@ def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
 
 
 def block_statistics(
-    block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], needs_gram: bool
-) -> tuple[dict[str, Statistics | None], list[Tensor]]:
-    """The statistics of a block's linear layers over all batches, and the block's outputs."""
+    block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], needs_gram: bool, move: bool
+) -> dict[str, Statistics | None]:
+    """The statistics of a block's linear layers over all batches, which move on to the block's outputs if `move`."""
     collector = StatisticsCollector(layers, needs_gram)
-    outputs = []
     with collector.collecting():
         for batch in batches:
             call = batch.calls[index]
             if call is not None:
                 collector.start_batch(call.mask, call.context)
-            outputs.append(run_block(block, index, batch))
-    return collector.statistics(), outputs
+            output = run_block(block, index, batch)
+            if move:
+                batch.hidden = output
+    return collector.statistics()
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
 
+TOKENS_AT_ONCE = 1024
+"""Tokens that are in float64 at a time."""
+
 
 class StatisticsCollector:
     """Sums over tokens, in float64, of what `Statistics` holds.
@@ -80,7 +83,10 @@ class _Sums:
         self.gram = torch.zeros(n, n, dtype=torch.float64, device=x.device) if needs_gram else None
 
     def add(self, x: Tensor) -> None:
-        x = x.detach().double()
+        for part in x.detach().split(TOKENS_AT_ONCE):
+            self._add(part.double())
+
+    def _add(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
         self.total += x.sum(dim=0)
         self.total_abs += x.abs().sum(dim=0)

@@ -65,14 +65,14 @@ def compress(
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, as key=value")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    work_dir: Annotated[Path | None, typer.Option(help="folder in which a killed training of SoCo goes on")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")] = None,
     overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory and disk it takes")] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
+    from ..disk_to_disk import compress_checkpoint, describe
     from ..methods import make_method
-    from ..models import check_free, load_model, load_tokenizer, new_folder
-    from ..pipeline import compress as compress_model
-    from ..runtime.saving import CompleteSave
+    from ..models import check_free, load_tokenizer
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -81,14 +81,14 @@ def compress(
     )  # fmt: skip
     make_method(config.method, config.options)
     check_free(output, overwrite)
-    dense = load_model(model, dtype, device)
+    if dry_run:
+        typer.echo(describe(model, config, device))
+        return
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
-    compressed = compress_model(dense, config, tokenizer, work_dir=work_dir)
-    save = CompleteSave.attach(compressed)
-    assert save.report is not None
-    save.report["command"] = shlex.join(["hf-lowrank", *sys.argv[1:]])
-    with new_folder(output, overwrite) as folder:
-        save(folder, name=output.absolute().name)
+    compress_checkpoint(
+        model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
+        command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+    )  # fmt: skip
     _show_summary(output)
 
 

@@ -154,6 +154,11 @@ class Method:
         m, n = layer.out_features, layer.in_features
         return (m * n - 1) // (m + n) - 1
 
+    def working_memory(self, layer: Layer) -> int:
+        """About how many bytes are in use at most while a layer is decomposed and reported on: float64 matrices, its weight among them."""
+        m, n = layer.out_features, layer.in_features
+        return 8 * (4 * m * n + (3 * n * n if self.needs_gram else 0))
+
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """Decompose `weight` (m, n), float64, within the budget.
 

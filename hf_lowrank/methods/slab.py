@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, Layer
+from ..linears import row_chunks
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from .base import Decomposition, Method, Statistics, too_small
@@ -56,16 +57,19 @@ class SLaB(Method):
         A, score_weight = (weight * c, torch.ones_like(c)) if self.weighted else (weight, c)
 
         S = torch.zeros_like(A)  # W_S
+        mask = torch.zeros(A.shape, dtype=torch.bool, device=A.device)
+        signs = torch.empty_like(mask)
         V: Tensor | None = None
         for _ in range(self.iterations):
-            R = A - S
-            U, V = leading_components(R.abs(), self.binary_rank, V)  # W_L = U V ≥ 0 for rank 1 (Perron–Frobenius)
-            L = U @ V
-            B = torch.where((R >= 0) == (L >= 0), 1.0, -1.0)  # sign(R ⊙ W_L), sign(0) := +1
-            Y = A - L * B
-            mask = largest_per_row((Y * score_weight).abs(), kept, self.pattern)
-            S = torch.where(mask, Y, 0.0)
+            U, V = leading_components((A - S).abs_(), self.binary_rank, V)  # W_L = U V ≥ 0 for rank 1 (Perron–Frobenius)
+            for rows in row_chunks(A):  # all that follows is row by row; whole matrices of it would be most of the memory
+                R, L = A[rows] - S[rows], U[rows] @ V
+                signs[rows] = (R >= 0) == (L >= 0)  # sign(R ⊙ W_L), sign(0) := +1
+                Y = A[rows] - torch.where(signs[rows], L, -L)
+                mask[rows] = largest_per_row((Y * score_weight).abs(), kept, self.pattern)
+                S[rows] = torch.where(mask[rows], Y, 0.0)
 
         assert V is not None, "there is at least one iteration"
-        unweight = c if self.weighted else torch.ones_like(c)
-        return Decomposition(sparse="bitmask", weight=S / unweight, mask=mask, signs=B > 0, scale_in=V / unweight, scale_out=U)
+        if self.weighted:
+            S, V = S / c, V / c
+        return Decomposition(sparse="bitmask", weight=S, mask=mask, signs=signs, scale_in=V, scale_out=U)

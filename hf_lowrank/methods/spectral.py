@@ -56,6 +56,29 @@ def factorize(weight: Tensor, gram: Tensor | None = None) -> Factorization:
     return Factorization(left, sigma, unwhitened)
 
 
+def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, n) and B (m, r) that minimise ‖(W − B A) X‖_F, both of the same scale; in the memory of C and little more than W.
+
+    With the SVD W S = U Σ Vᵀ the best approximation is U_r U_rᵀ W = W S V_r V_rᵀ S⁻¹. U are the eigenvectors of W C Wᵀ (m, m), V those
+    of Sᵀ Wᵀ W S (n, n); the smaller of the two is decomposed. Eigenvalues are squares of singular values, so components under 1e-8 of
+    the largest are not told apart; together they lose no more than rounding the factors to 16 bits does.
+    """
+    if not bool(gram.diagonal().any()):
+        return factorize(weight).truncate(rank)
+    if weight.shape[0] <= weight.shape[1]:
+        jitter = RELATIVE_JITTERS[0] * gram.diagonal().mean()  # where no token is, W itself decides
+        energy = (weight @ gram @ weight.T).addmm_(weight, weight.T, alpha=float(jitter))
+        b = torch.linalg.eigh(energy).eigenvectors[:, -rank:].flip(1)
+        a = b.T @ weight
+    else:
+        root, is_triangular = matrix_root(gram)
+        vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root).eigenvectors[:, -rank:].flip(1)
+        b = weight @ (root @ vectors)
+        a = (torch.linalg.solve_triangular(root.T, vectors, upper=True) if is_triangular else torch.linalg.solve(root.T, vectors)).T
+    scale = (a.norm(dim=1) / b.norm(dim=0)).clamp(min=torch.finfo(a.dtype).tiny).sqrt()
+    return a / scale[:, None], b * scale
+
+
 def matrix_root(gram: Tensor) -> tuple[Tensor, bool]:
     """S with C ≈ S Sᵀ, and whether it is lower triangular.
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget
+from ..budget import Budget, Layer
 from .base import Decomposition, Method, Statistics
 from .registry import register_method
-from .spectral import factorize
+from .spectral import whitened_factors
 from .svd import affordable_rank
 
 
@@ -27,13 +27,17 @@ class SVDLLM(Method):
     def needs_shifted(self) -> bool:
         return self.update
 
+    def working_memory(self, layer: Layer) -> int:
+        m, n = layer.out_features, layer.in_features
+        return 8 * max(3 * m * n, m * n + 5 * min(m, n) ** 2)
+
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ B A, minimising ‖(W − B A) X‖_F; with `update`, A stays and B minimises ‖W X − B A X̂‖_F (papers §4).
 
         Only the training-free update of the paper's first version is here; the later one, two LoRA runs, is training.
         """
         rank = affordable_rank(self.name, budget)
-        a, b = factorize(weight, statistics.require("gram", self.name)).truncate(rank)
+        a, b = whitened_factors(weight, statistics.require("gram", self.name), rank)
         if self.update:
             b = refit_left(weight, a, statistics.require("shifted_gram", self.name), statistics.require("cross_gram", self.name))
         return Decomposition(lowrank_a=a, lowrank_b=b)

@@ -97,7 +97,7 @@ class CompressedLinear(nn.Linear):
             dense = dense + self.adapter_b.detach().double() @ self.adapter_a.detach().double()
         if self.spec.binary_rank:
             signs = signs_to_values(self.sign_bits, self.in_features, torch.float64)
-            dense = dense + signs * (self.scale_out.double() @ self.scale_in.double())
+            dense += signs.mul_(self.scale_out.detach().double() @ self.scale_in.detach().double())
         return dense.to(dtype or self.dtype)
 
     def _sparse_lowrank_dense(self) -> Tensor:
@@ -116,7 +116,7 @@ class CompressedLinear(nn.Linear):
             a, b = self._values("lowrank_a", columns), self._values("lowrank_b", spec.factor_rank)
             if spec.pivoted:
                 b = unpivot(b, unpack_bits(self.lowrank_pivots, rows))
-            dense[m - rows :, n - columns :] += b @ a
+            dense[m - rows :, n - columns :].addmm_(b, a)
         return dense
 
     def _values(self, name: str, columns: int) -> Tensor:

@@ -49,7 +49,7 @@ def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
 
 def signs_to_values(sign_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """±1 (m, n) from packed sign bits; a set bit is +1."""
-    return unpack_bits(sign_bits, columns).to(dtype) * 2 - 1
+    return unpack_bits(sign_bits, columns).to(dtype).mul_(2).sub_(1)
 
 
 def _bit_positions(device: torch.device) -> Tensor:

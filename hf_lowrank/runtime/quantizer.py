@@ -57,6 +57,10 @@ class CompressionQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
+        if getattr(getattr(model.config, "distributed_config", None), "tp_plan", None) is not None:
+            raise CompressionError(
+                "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
+            )
         config = self.quantization_config
         if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
             saved = saved_skeleton(model)

@@ -5,35 +5,44 @@ import copy
 from torch import nn
 
 from ..allocation import cheapest_choices
-from ..budget import Layer
-from ..calibration import BlockBatch, run_block, stage_sums, stages, starts_anew, stream_writers
+from ..calibration import BlockBatch, run_block, stage_sums, stages, stream_writers
 from ..methods import Statistics
 from ..methods.base import Choice, ChoosingMethod
 from ..runtime.configuration import LayerSpec
-from .run import Run
+from ..work_folder import Record
+from .run import Run, Visit
 
 
 def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
-    inputs = [batch.hidden for batch in batches]
     choices: dict[str, list[Choice]] = {}
-    statistics: dict[str, Statistics] = {}
-    for index, block, layers in run.walk():
-        statistics |= run.gather(index, block, layers, batches)
-        for layer in layers:
-            choices[layer.name] = method.choices(layer, run.weight(layer), statistics[layer.name], run.budget.value_bits[layer.name])
+    for visit in run.walk("choices", batches, surveys=True):
+        if visit.found is None:
+            statistics = run.gather(visit, batches)
+            found = {
+                layer.name: method.choices(layer, run.weight(layer), statistics[layer.name], run.budget.value_bits[layer.name])
+                for layer in visit.layers
+            }
+            facts = {name: [[choice.spec.to_dict(), choice.loss] for choice in each] for name, each in found.items()}
+            visit.found = Record({}, facts)
+        for name, each in visit.found.facts.items():
+            choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in each]
     chosen = _choose(run, choices)
-    for batch, hidden in zip(batches, inputs, strict=True):
-        batch.hidden, batch.shifted = hidden, BlockBatch(hidden, batch.calls)
-    for index, block, layers in run.walk():
-        if starts_anew(batches, index):
-            run.start_list(index, batches)
-        dense = copy.deepcopy(block)
-        _build_block(run, method, index, block, dense, layers, batches, chosen, statistics)
-        for batch in batches:
+    for batch in batches:
+        batch.start()
+        batch.shift()
+    for visit in run.walk("built", batches):
+        dense = copy.deepcopy(visit.block)
+        inputs = [batch.hidden for batch in batches]
+        statistics = run.gather(visit, batches)
+        outputs = [batch.hidden for batch in batches]
+        for batch, hidden in zip(batches, inputs, strict=True):
+            batch.hidden = hidden
+        _build_block(run, method, visit, dense, batches, chosen, statistics)
+        for batch, hidden in zip(batches, outputs, strict=True):
             assert batch.shifted is not None
-            batch.shifted.hidden = run_block(block, index, batch.shifted)
-            batch.hidden = run_block(dense, index, batch)
+            batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
+            batch.hidden = hidden
 
 
 def _choose(run: Run, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
@@ -51,18 +60,16 @@ def _choose(run: Run, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec |
 def _build_block(
     run: Run,
     method: ChoosingMethod,
-    index: int,
-    block: nn.Module,
+    visit: Visit,
     dense: nn.Module,
-    layers: list[Layer],
     batches: list[BlockBatch],
     chosen: dict[str, LayerSpec | None],
     statistics: dict[str, Statistics],
 ) -> None:
     """Make the layers of a block in the order of the data's way; `dense` is a copy of the block as it was."""
-    block_name = list(run.blocks)[index]
-    local = {layer.name.removeprefix(f"{block_name}."): layer for layer in layers}
-    writers = _stream_writers(block_name, block, index, layers, batches[0])
+    index, block = visit.index, visit.block
+    local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
+    writers = _stream_writers(visit, batches[0])
     order = stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
     last = [name for names in order for name in names if name in writers][-1:]
     for names in order:
@@ -79,11 +86,11 @@ def _build_block(
             run.swap(layer, method.build(target, fitted, spec), weight, known)
 
 
-def _stream_writers(block_name: str, block: nn.Module, index: int, layers: list[Layer], batch: BlockBatch) -> list[str]:
+def _stream_writers(visit: Visit, batch: BlockBatch) -> list[str]:
     """The two layers of a block that write to the residual stream, named within it; none if the block is not made that way."""
-    writing = [layer for layer in layers if layer.role in ("output", "ffn_out")]
-    found = {layer.role: layer.name.removeprefix(f"{block_name}.") for layer in writing}
-    modules = {name: block.get_submodule(name) for name in found.values()}
-    if len(found) != 2 or len(writing) != 2 or not stream_writers(block, index, batch, modules):
+    writing = [layer for layer in visit.layers if layer.role in ("output", "ffn_out")]
+    found = {layer.role: layer.name.removeprefix(f"{visit.name}.") for layer in writing}
+    modules = {name: visit.block.get_submodule(name) for name in found.values()}
+    if len(found) != 2 or len(writing) != 2 or not stream_writers(visit.block, visit.index, batch, modules):
         return []
     return list(found.values())

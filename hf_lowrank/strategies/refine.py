@@ -1,13 +1,17 @@
 """After any strategy: the compressed blocks in turn are trained to give the dense blocks' outputs."""
 
+from dataclasses import asdict
+
 from transformers import PreTrainedModel
 
-from ..calibration import BlockBatch, block_statistics, capture, run_block, starts_anew
+from ..budget import Layer
+from ..calibration import BlockBatch, block_statistics, capture, run_block
 from ..linears import dense_weight
 from ..refinement import refine_block
-from ..report import BlockRefinement, layer_report
+from ..report import BlockRefinement, LayerReport, layer_report
 from ..runtime.layers import CompressedLinear
-from .run import Run, no_data
+from ..work_folder import Record
+from .run import Run, Visit, no_data
 
 
 def refine(run: Run, dense: PreTrainedModel) -> None:
@@ -19,26 +23,31 @@ def refine(run: Run, dense: PreTrainedModel) -> None:
     blocks = {name: dense.get_submodule(name) for name in run.blocks}
     batches = capture(dense, blocks, run.tokens)
     for batch in batches:
-        batch.shifted = BlockBatch(batch.hidden, batch.calls)
+        batch.shift()
     reported = {report.name: at for at, report in enumerate(run.reports)}
     run.refinement = []
-    for index, (name, block) in enumerate(run.blocks.items()):
-        run.step(f"refining {name}", index, len(run.blocks))
-        if starts_anew(batches, index):
-            run.start_list(index, batches)
-        layers = [layer for layer in run.compressed if layer.block == index and layer.name in reported]
-        originals = {layer.name: dense.get_submodule(layer.name) for layer in layers}
-        statistics, targets = block_statistics(blocks[name], index, batches, originals, run.method.needs_gram)
-        shifted = [batch.shifted for batch in batches if batch.shifted is not None]
-        before, after = refine_block(block, index, shifted, targets, run.config.refinement_steps)
-        run.refinement.append(BlockRefinement(name, before, after))
-        for layer in layers:
-            made, known = run.model.get_submodule(layer.name), statistics[layer.name] or no_data(layer, originals[layer.name])
-            assert isinstance(made, CompressedLinear)
-            weight, bits = dense_weight(originals[layer.name]).detach().double(), run.budget.dense_bits(layer)
-            at = reported[layer.name]
-            run.reports[at] = layer_report(layer.name, made, weight, known, bits, run.reports[at].spectrum)
-        for batch, target in zip(batches, targets, strict=True):
-            assert batch.shifted is not None
-            batch.shifted.hidden = run_block(block, index, batch.shifted)
-            batch.hidden = target
+    for visit in run.walk("refined", batches, surveys=True):
+        if visit.found is None:
+            visit.found = _refine_block(run, visit, dense, batches, [layer for layer in visit.layers if layer.name in reported])
+        visit.block.load_state_dict(visit.found.tensors)
+        run.refinement.append(BlockRefinement(visit.name, *visit.found.facts["losses"]))
+        for report in visit.found.facts["reports"]:
+            run.reports[reported[report["name"]]] = LayerReport(**report)
+
+
+def _refine_block(run: Run, visit: Visit, dense: PreTrainedModel, batches: list[BlockBatch], layers: list[Layer]) -> Record:
+    """Refine one block, and move the batches on; what became of it, with its losses before and after."""
+    spectra = {report.name: report.spectrum for report in run.reports}
+    originals = {layer.name: dense.get_submodule(layer.name) for layer in layers}
+    statistics = block_statistics(dense.get_submodule(visit.name), visit.index, batches, originals, run.method.needs_gram, move=True)
+    shifted = [batch.shifted for batch in batches if batch.shifted is not None]
+    losses = refine_block(visit.block, visit.index, shifted, [batch.hidden for batch in batches], run.config.refinement_steps)
+    reports = []
+    for layer in layers:
+        made, known = run.model.get_submodule(layer.name), statistics[layer.name] or no_data(layer, originals[layer.name])
+        assert isinstance(made, CompressedLinear)
+        weight, bits = dense_weight(originals[layer.name]).detach().double(), run.budget.dense_bits(layer)
+        reports.append(asdict(layer_report(layer.name, made, weight, known, bits, spectra[layer.name])))
+    for each in shifted:
+        each.hidden = run_block(visit.block, visit.index, each)
+    return Record(dict(visit.block.state_dict()), {"losses": list(losses), "reports": reports})

@@ -2,26 +2,45 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..allocation import check_reachable
 from ..architectures import find_blocks, find_feed_forwards, find_layers
 from ..budget import Layer, ModelBudget
-from ..calibration import BlockBatch, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
+from ..calibration import BlockBatch, Shelf, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
 from ..linears import dense_weight, permute_inputs, permute_outputs
 from ..methods import Decomposition, Method, Statistics
+from ..offloading import OffloadedBlocks, is_offloaded, return_memory
 from ..progress import Step
 from ..report import BlockRefinement, LayerReport, Report, layer_report
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import NumericalError
+from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
-from ..runtime.quantizer import swap_module
 from ..selection import TIED, left_out, select_layers, uncalled_layers
+from ..work_folder import Record, WorkFolder
+from .records import Mark, block_record, inputs_record, replace_layer, restore_block, restore_inputs, take_notes
+
+
+@dataclass
+class Visit:
+    """A block in its turn.
+
+    Attributes:
+        index, name, block: which.
+        layers: those of its layers that are to be compressed.
+        found: what a survey found out about it; set by the caller, unless it is known from the work folder.
+    """
+
+    index: int
+    name: str
+    block: nn.Module
+    layers: list[Layer]
+    found: Record | None = None
 
 
 class Run:
@@ -37,6 +56,10 @@ class Run:
         available: bits that the compressed layers may take together.
         reports: one entry per layer compressed so far.
         curve: SoCo's losses.
+        orders: how the neurons of feed-forward networks were permuted, by the name of the layer that reads them.
+        work: where finished blocks are recorded; None if nowhere.
+        offloaded: the blocks, of a model that has them on disk; None if they are in memory.
+        shelf: where activations wait between blocks.
         original: a copy of the dense model, if blocks are to be refined; `refinement` has what that gave, block by block.
         gradients, output_grams: of the layers by name, for methods that need them.
     """
@@ -53,6 +76,10 @@ class Run:
         self.warnings = left_out(model, self.blocks)
         self.reports: list[LayerReport] = []
         self.curve: dict[str, list[float]] | None = None
+        self.orders: dict[str, Tensor] = {}
+        self.work: WorkFolder | None = None
+        self.offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
+        self.shelf = Shelf()
         self.original = copy.deepcopy(model) if config.refinement_steps else None
         self.refinement: list[BlockRefinement] | None = None
         self.gradients: dict[str, Tensor] = {}
@@ -73,32 +100,96 @@ class Run:
             self.warnings.append(f"{len(left)} layers stay dense, such as {name}: {reason}")
             self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
 
-    def walk(self) -> Iterator[tuple[int, nn.Module, list[Layer]]]:
-        """(index, block, its layers to compress) for every block."""
+    def walk(self, stage: str, batches: list[BlockBatch], surveys: bool = False) -> Iterator[Visit]:
+        """Every block in turn, whose layers the caller compresses; it moves the batches on to the next one.
+
+        With a work folder, what becomes of a block is recorded under the name of the stage; what is recorded already is taken up
+        as it was, and not given again. A stage that `surveys` only finds out about blocks, and is given those that it knows, too.
+        """
+        known = False
         done = 0
         for index, (name, block) in enumerate(self.blocks.items()):
-            layers = [layer for layer in self.compressed if layer.block == index]
+            visit = Visit(index, name, block, [layer for layer in self.compressed if layer.block == index])
             self.step(name, done, len(self.compressed))
-            yield index, block, layers
-            done += len(layers)
+            done += len(visit.layers)
+            record = self.work.read(self.record_name(stage, index)) if self.work else None
+            if self.work is not None and known and record is None:
+                inputs = self.work.read(f"{stage}-inputs-{index:05}")
+                assert inputs is not None, "written before the record of the block before"
+                restore_inputs(batches, inputs)
+            known = record is not None
+            if starts_anew(batches, index):
+                if self.offloaded is not None:
+                    raise CompressionError(
+                        f"{name} reads more than the block before it gives: {type(self.model).__name__} must be in memory as a whole"
+                    )
+                self.start_list(index, batches)
+            if record is not None:
+                self._take_up(visit, record, surveys)
+                if surveys:
+                    yield visit
+                continue
+            mark = Mark.of(self)
+            self._fill(visit)
+            yield visit
+            if self.work is not None:
+                self._record(self.work, stage, visit, mark, batches)
+            if self.offloaded is not None:
+                self.offloaded.empty(name)
 
-    def gather(self, index: int, block: nn.Module, layers: list[Layer], batches: list[BlockBatch]) -> dict[str, Statistics]:
+    @staticmethod
+    def record_name(stage: str, index: int) -> str:
+        """The record of a block in the work folder."""
+        return f"{stage}-{index:05}"
+
+    def built_files(self) -> dict[str, Path]:
+        """Where the weights of the finished blocks are, by the name of the block."""
+        assert self.work is not None
+        return {name: self.work.file(self.record_name("built", index)) for index, name in enumerate(self.blocks)}
+
+    def _fill(self, visit: Visit) -> None:
+        """Bring a block that is on disk into memory, its neurons in the order that they were given."""
+        if self.offloaded is None:
+            return
+        self.offloaded.fill(visit.name)
+        for name, order in self.orders.items():
+            if name.startswith(f"{visit.name}."):
+                self.apply_order(visit, name, order)
+
+    def _take_up(self, visit: Visit, record: Record, surveyed: bool) -> None:
+        take_notes(self, record.facts["notes"])
+        if not surveyed:
+            restore_block(visit.block, record, values=self.offloaded is None)
+            return
+        for name, order in record.facts["orders"].items():
+            if name not in self.orders:
+                self.orders[name] = torch.tensor(order)
+                if self.offloaded is None:
+                    self.apply_order(visit, name, self.orders[name])
+        visit.found = Record(record.tensors, record.facts["found"])
+
+    def _record(self, work: WorkFolder, stage: str, visit: Visit, mark: Mark, batches: list[BlockBatch]) -> None:
+        notes = mark.notes_since(self)
+        if visit.found is None:
+            record = block_record(visit.block, notes)
+        else:
+            orders = {name: self.orders[name].tolist() for name in self.orders if name.startswith(f"{visit.name}.")}
+            record = Record(visit.found.tensors, {"found": visit.found.facts, "notes": notes, "orders": orders})
+        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches))
+        work.write(self.record_name(stage, visit.index), record)
+        work.discard(f"{stage}-inputs-{visit.index:05}")
+
+    def gather(self, visit: Visit, batches: list[BlockBatch]) -> dict[str, Statistics]:
         """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
-        if starts_anew(batches, index):
-            self.start_list(index, batches)
-        modules = {layer.name: self.model.get_submodule(layer.name) for layer in layers}
-        shifted = shifted_sums(block, index, batches, modules) if self.method.needs_shifted else None
-        found, outputs = block_statistics(block, index, batches, modules, self.method.needs_gram)
-        if not self.method.sequential:
-            for batch, output in zip(batches, outputs, strict=True):
-                if self.method.needs_shifted and batch.shifted is None:
-                    batch.shifted = BlockBatch(batch.hidden, batch.calls)
-                batch.hidden = output
+        index, block, method = visit.index, visit.block, self.method
+        modules = {layer.name: self.model.get_submodule(layer.name) for layer in visit.layers}
+        shifted = shifted_sums(block, index, batches, modules) if method.needs_shifted else None
+        found = block_statistics(block, index, batches, modules, method.needs_gram, move=not method.sequential)
         statistics = {}
-        for layer in layers:
+        for layer in visit.layers:
             known = found[layer.name]
             if known is None:
-                self.warnings.append(f"{layer.name} saw no calibration token; it is compressed without data")
+                self.warn(f"{layer.name} saw no calibration token; it is compressed without data")
             statistics[layer.name] = known or no_data(layer, modules[layer.name])
             if shifted is not None and known is not None:
                 statistics[layer.name] = shifted.extend(layer.name, known)
@@ -106,8 +197,13 @@ class Run:
                 statistics[layer.name] = replace(statistics[layer.name], squared_gradients=self.gradients[layer.name])
             if layer.name in self.output_grams:
                 statistics[layer.name] = replace(statistics[layer.name], output_gram=self.output_grams[layer.name])
-        self.order_neurons(index, block, statistics)
+        self.order_neurons(visit, statistics)
         return statistics
+
+    def warn(self, warning: str) -> None:
+        """Note what the user must know, once."""
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def start_list(self, index: int, batches: list[BlockBatch]) -> None:
         """Take up the inputs of a block that does not go on from the one before it, from the model as it is by now where that is asked for.
@@ -115,7 +211,7 @@ class Run:
         A decoder also reads the encoder's states: those of the compressed encoder, if the method is sequential.
         """
         follows = self.method.sequential or any(batch.shifted is not None for batch in batches)
-        now = capture(self.model, self.blocks, self.tokens) if follows else batches
+        now = capture(self.model, self.blocks, self.tokens, self.shelf) if follows else batches
         for position, batch in enumerate(batches):
             if self.method.sequential:
                 batches[position] = now[position]
@@ -126,23 +222,27 @@ class Run:
                 batch.shifted.enter(index)
             batches[position].enter(index)
 
-    def order_neurons(self, index: int, block: nn.Module, statistics: dict[str, Statistics]) -> None:
-        """Permute the neurons of the block's feed-forward networks as the method wants; the function of the block is unchanged."""
-        block_name = list(self.blocks)[index]
-        for network in find_feed_forwards(block):
-            output_name = f"{block_name}.{network.output}"
-            names = [f"{block_name}.{name}" for name in network.inputs]
-            if output_name not in statistics or any(self.reasons.get(name) == TIED for name in names):
+    def order_neurons(self, visit: Visit, statistics: dict[str, Statistics]) -> None:
+        """Permute the neurons of the block's feed-forward networks once, as the method wants; the block's function is unchanged."""
+        for network in find_feed_forwards(visit.block):
+            output_name = f"{visit.name}.{network.output}"
+            names = [f"{visit.name}.{name}" for name in network.inputs]
+            if output_name in self.orders or output_name not in statistics or any(self.reasons.get(name) == TIED for name in names):
                 continue
-            output = block.get_submodule(network.output)
-            order = self.method.neuron_order(statistics[output_name], dense_weight(output))
-            if order is None:
-                continue
-            for model in (self.model, *([] if self.original is None else [self.original])):
-                for name in names:
-                    permute_outputs(model.get_submodule(name), torch.cat([order, order + len(order)]) if network.fused else order)
-                permute_inputs(model.get_submodule(output_name), order)
-            statistics[output_name] = statistics[output_name].select(order)
+            order = self.method.neuron_order(statistics[output_name], dense_weight(visit.block.get_submodule(network.output)))
+            if order is not None:
+                self.orders[output_name] = order
+                self.apply_order(visit, output_name, order)
+                statistics[output_name] = statistics[output_name].select(order)
+
+    def apply_order(self, visit: Visit, output_name: str, order: Tensor) -> None:
+        """Permute the neurons that the layer `output_name` reads."""
+        network = next(network for network in find_feed_forwards(visit.block) if f"{visit.name}.{network.output}" == output_name)
+        for model in (self.model, *([] if self.original is None else [self.original])):
+            for name in network.inputs:
+                doubled = torch.cat([order, order + len(order)]) if network.fused else order
+                permute_outputs(model.get_submodule(f"{visit.name}.{name}"), doubled)
+            permute_inputs(model.get_submodule(output_name), order)
 
     def weight(self, layer: Layer) -> Tensor:
         """The dense weight, (m, n) float64."""
@@ -161,15 +261,16 @@ class Run:
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
         made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
-        made.replaces_conv1d = isinstance(dense, Conv1D)
+        del decomposition  # its matrices are larger than the layer
         for name, parameter in made.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise NumericalError(
                     f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype"
                 )
-        made.requires_grad_(dense.weight.requires_grad)
-        swap_module(self.model, layer.name, made.train(dense.training))
+        replace_layer(self.model, layer.name, made)
         self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum))
+        if self.offloaded is not None:
+            return_memory()
 
     def report(self) -> Report:
         layers = self.compressed + self.dense

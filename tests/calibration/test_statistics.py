@@ -31,10 +31,8 @@ def all_statistics(model: PreTrainedModel, tokens: list[TokenBatch], needs_gram:
     with torch.no_grad():
         for index, block in enumerate(blocks.values()):
             modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
-            statistics, outputs = block_statistics(block, index, batches, modules, needs_gram)
+            statistics = block_statistics(block, index, batches, modules, needs_gram, move=True)
             found |= {name: entry for name, entry in statistics.items() if entry is not None}
-            for batch, output in zip(batches, outputs, strict=True):
-                batch.hidden = output
     return found
 
 

@@ -158,7 +158,7 @@ def test_a_training_killed_at_any_time_ends_in_the_same_bytes(run: Run, dense: P
             shutil.rmtree(tmp_path / "killed")
     assert run(*command("killed"))["code"] == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert list((tmp_path / "work-killed").iterdir()) == []
+    assert not (tmp_path / "work-killed").exists()
 
 
 def test_a_work_folder_serves_one_process_at_a_time(run: Run, dense: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,21 @@ def test_a_fresh_process_gives_equal_logits_and_never_holds_a_dense_copy(
         assert found["class"].startswith("transformers.models.")
         assert found["layers"] == ["hf_lowrank.runtime.layers"]
         assert torch.equal(torch.tensor(found["logits"]), checkpoint.logits.flatten())
+
+
+def test_a_tensor_parallel_plan_is_refused_in_one_line(checkpoint_of_one_process: Path) -> None:
+    with pytest.raises(CompressionError, match="tp_plan: compressed layers are not split over processes"):
+        AutoModelForCausalLM.from_pretrained(checkpoint_of_one_process, tp_plan="auto")
+
+
+@pytest.fixture
+def checkpoint_of_one_process(slab: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A compressed checkpoint, in a process as `torchrun` would start it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    yield slab.folder
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,56 @@
+"""Where activations wait between two blocks: in memory up to a limit, the others in files that are mapped while they are used."""
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS_IN_MEMORY = 2**28
+"""Bytes that wait in memory where there is a folder for more."""
+
+
+class Shelf:
+    """Room for tensors that wait.
+
+    Args:
+        folder: where files go; None keeps everything in memory.
+        limit: bytes that may wait in memory; `ACTIVATIONS_IN_MEMORY` by default.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder, self.limit = folder, ACTIVATIONS_IN_MEMORY if limit is None else limit
+        self.held = 0
+        self._numbers = itertools.count()
+
+    def put(self, tensor: Tensor) -> "Waiting":
+        """A tensor on the shelf."""
+        size = tensor.numel() * tensor.itemsize
+        if self.folder is None or self.held + size <= self.limit:
+            self.held += size
+            return Waiting(self, size, tensor)
+        file = self.folder / f"activations-{next(self._numbers)}.bin"
+        file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return Waiting(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
+
+
+class Waiting:
+    """A tensor on a shelf; its place is free again when nobody holds it."""
+
+    def __init__(self, shelf: Shelf, size: int, tensor: Tensor, file: Path | None = None, device: torch.device | None = None) -> None:
+        self._shelf, self._size, self._tensor, self._file, self._device = shelf, size, tensor, file, device
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor; of one that waits in a file, a view of the file that is in memory only while it is used."""
+        if self._file is None:
+            return self._tensor
+        empty = self._tensor
+        mapped = torch.from_file(str(self._file), shared=False, size=empty.numel(), dtype=empty.dtype)
+        return mapped.view(empty.shape).to(self._device or "cpu")
+
+    def __del__(self) -> None:
+        if self._file is None:
+            self._shelf.held -= self._size
+        else:
+            self._file.unlink(missing_ok=True)

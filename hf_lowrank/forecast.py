@@ -1,0 +1,97 @@
+"""What a compression from disk to disk will take, by formula, before it starts."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from .architectures import find_blocks, find_layers
+from .budget import Layer
+from .calibration.activations import ACTIVATIONS_IN_MEMORY
+from .calibration.batches import TOKENS_PER_BATCH, sequence_length
+from .calibration.statistics import TOKENS_AT_ONCE
+from .linears import CHUNK
+from .methods import Method, make_method
+from .methods.spectral import SpectralMethod
+from .offloading import device_map
+from .runtime.configuration import CompressionConfig
+
+FLOAT64 = 8
+CHUNKS = 8
+"""Row chunks of a matrix that are in use at a time."""
+LIBRARIES = 200_000_000
+"""Bytes that transformers and what it imports take beside torch."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes, all of them.
+
+    Attributes:
+        resident: what stays in memory: embeddings and norms, and the libraries beside torch.
+        block: the weights of the largest block.
+        activations: hidden states that wait in memory, and those of the batch that is in the block.
+        working: the statistics of a block, and what the method needs for the layer that needs most.
+        work_folder, output: on disk.
+    """
+
+    resident: int
+    block: int
+    activations: int
+    working: int
+    work_folder: int
+    output: int
+
+    @property
+    def peak(self) -> int:
+        """Memory above that of torch itself."""
+        return self.resident + self.block + self.activations + self.working
+
+
+def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
+    """What compressing a model of this skeleton from disk to disk takes."""
+    method = make_method(config.method, config.options)
+    blocks = find_blocks(dense)
+    layers = find_layers(blocks)
+    on_disk = {name for name, place in device_map(dense).items() if place == "disk"}
+    sizes = {name: tensor.numel() * tensor.itemsize for name, tensor in dense.named_parameters()}
+    kept = sum(size for name, size in sizes.items() if not any(name.startswith(f"{part}.") for part in on_disk))
+    block = max(sum(size for name, size in sizes.items() if name.startswith(f"{each}.")) for each in blocks)
+    linears = sum(sizes[f"{layer.name}.weight"] for layer in layers)
+    length = sequence_length(dense, config)
+    width = dense.config.get_text_config().hidden_size * dense.dtype.itemsize
+    hidden = config.samples * length * width
+    batch = min(max(TOKENS_PER_BATCH // length, 1), config.samples) * length
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    streams = 2 if method.needs_shifted else 1
+    waiting = min((streams + 1) * hidden, ACTIVATIONS_IN_MEMORY)
+    return Forecast(
+        resident=kept + LIBRARIES,
+        block=block,
+        activations=waiting + 3 * batch * widest * dense.dtype.itemsize + 2 * min(batch, TOKENS_AT_ONCE) * widest * FLOAT64,
+        working=max(_working(method, [layer for layer in layers if layer.block == index]) for index in range(len(blocks))),
+        work_folder=round((1 - config.ratio) * linears) + 2 * streams * hidden + _measured(method, layers),
+        output=sum(sizes.values()) - round(config.ratio * linears),
+    )
+
+
+def _working(method: Method, layers: list[Layer]) -> int:
+    """Of one block: for each layer in its turn what it needs itself, and the Gram matrices of those that are not done yet."""
+    most = 0
+    for position, layer in enumerate(layers):
+        waiting = {_input(each): each.in_features for each in layers[position:]} if method.needs_gram else {}
+        grams = sum(FLOAT64 * features**2 for features in waiting.values()) * (3 if method.needs_shifted else 1)
+        most = max(most, grams + method.working_memory(layer))
+    return most + CHUNKS * FLOAT64 * CHUNK
+
+
+def _input(layer: Layer) -> str:
+    """The same for layers that see the same input."""
+    shared = {"query": "attention", "key": "attention", "value": "attention", "ffn_in": "ffn_in"}
+    return shared.get(layer.role, layer.name)
+
+
+def _measured(method: Method, layers: list[Layer]) -> int:
+    """Factors that a method keeps on disk until it knows the ranks of all layers."""
+    if not isinstance(method, SpectralMethod):
+        return 0
+    return sum(FLOAT64 * (m + n) * min(m, n) for m, n in ((layer.out_features, layer.in_features) for layer in layers))

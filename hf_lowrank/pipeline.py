@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,12 @@ def compress(
         model.eval()
         try:
             run = Run(model, config, method, step)
+            learns = method.needs_gradients or method.needs_output_gram or isinstance(method, SoCo)
+            if learns:
+                check_predicts_next_token(model, method.name)
             check_finite(run)
             run.tokens = calibration_batches(model, config, tokenizer, calibration)
-            if method.needs_gradients or method.needs_output_gram or isinstance(method, SoCo):
+            if learns:
                 check_predicts_next_token(model, method.name, run.tokens)
             if work is not None:
                 work.claim(_identity(run))
@@ -184,7 +188,7 @@ def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
         logger.warning(warning)
 
 
-def check_predicts_next_token(model: PreTrainedModel, method: str, batches: list[TokenBatch]) -> None:
+def check_predicts_next_token(model: PreTrainedModel, method: str, batches: Sequence[TokenBatch] = ()) -> None:
     """Raise CompressionError if the loss that a method learns from, that of the next token of a text, is not what the model is for."""
     if not model.can_generate() or model.config.is_encoder_decoder or any(batch.others for batch in batches):
         raise CompressionError(

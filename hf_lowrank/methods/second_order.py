@@ -55,7 +55,8 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
 def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
     """The values S (m, n), zero off the mask, that minimise Σ_i (r_i − s_i) C (r_i − s_i)ᵀ: C_MM s_M = (C r)_M in every row.
 
-    Conjugate gradients on all rows at once: a product with C each step, where every row's own system would have to be factorized.
+    Conjugate gradients on all rows at once: a product with C each step, where every row's own system would have to be factorized. First in
+    float32, which is half the work, then in the target's own precision until the residual is met there.
 
     Args:
         target: R, (m, n).
@@ -63,9 +64,17 @@ def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | Non
         start: values to begin with.
     """
     S = torch.zeros_like(target) if start is None else torch.where(mask, start, 0.0)
-    r = torch.where(mask, (target - S) @ gram, 0.0)
-    wanted = RESIDUAL**2 * torch.where(mask, target @ gram, 0.0).square().sum()
-    tiny = torch.finfo(target.dtype).tiny
+    right = torch.where(mask, target @ gram, 0.0)
+    near = _conjugate_gradients(right.float(), gram.float(), mask, S.float()).to(target)
+    return _conjugate_gradients(right, gram, mask, near)
+
+
+def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    """S, zero off the mask, with C_MM s_M = `right` in every row up to `RESIDUAL` of all rows together."""
+    S = start
+    r = right - torch.where(mask, S @ gram, 0.0)
+    wanted = RESIDUAL**2 * right.square().sum()
+    tiny = torch.finfo(right.dtype).tiny
     p, energy = r, r.square().sum(dim=1, keepdim=True)
     for _ in range(LARGEST_STEPS):
         if not bool(energy.sum() > wanted):
@@ -78,14 +87,22 @@ def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | Non
     return S
 
 
-def admm_support(target: Tensor, gram: Tensor, kept: int, start: Tensor) -> Tensor:
+def eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), not below zero, and eigenvectors (n, n) of a Gram matrix, in float32 for `admm_support`."""
+    energies, Q = torch.linalg.eigh(gram)
+    return energies.clamp(min=0).float(), Q.float()
+
+
+def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kept: int, start: Tensor) -> Tensor:
     """A mask (m, n) of `kept` entries per row on which `target` (m, n) is well approximated in the metric of `gram`.
 
     ADMM over S = D, S free and D sparse: S ← (C + ρI)⁻¹(C R − V + ρ D), D ← the largest of S + V/ρ, V ← V + ρ (S − D); ρ grows until
     the support stands. The eigenvectors of C serve every ρ. Steps in float32: the values are solved for afterwards.
+
+    Args:
+        eigen: what `eigenvectors` gives for `gram`.
     """
-    energies, Q = (each.float() for each in torch.linalg.eigh(gram))
-    energies = energies.clamp(min=0)
+    energies, Q = eigen
     right, D, rho = (target @ gram).float(), start.float(), FIRST_PENALTY
     V, mask = torch.zeros_like(D), start != 0
     for step in range(1, ADMM_STEPS + 1):

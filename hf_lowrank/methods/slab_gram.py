@@ -14,7 +14,17 @@ from ..runtime.configuration import LayerSpec
 from ..runtime.quantization import Quantized
 from .base import Choice, ChoosingMethod, Decomposition, Statistics
 from .registry import register_method
-from .second_order import admm_support, damped, output_weights, refit_scales, refit_values, row_errors, sampled_rows, sign_descent
+from .second_order import (
+    admm_support,
+    damped,
+    eigenvectors,
+    output_weights,
+    refit_scales,
+    refit_values,
+    row_errors,
+    sampled_rows,
+    sign_descent,
+)
 from .sparsity import largest_per_row
 from .spectral import leading_components
 
@@ -102,12 +112,19 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
         gram: C = X Xᵀ (n, n), positive definite with a diagonal of ones: scale W and C by the input norms first.
         row_weights: what the squared error of each row counts in the fit of `scale_in`, (m,); all alike without them.
     """
-    W, C = weight, gram
-    parts = first_guess(W, kept)
+    parts = first_guess(weight, kept)
+    if rounds:
+        parts = _alternate(weight, gram, kept, parts, row_weights, rounds)
+    return replace(parts, values=refit_values(weight - parts.binary(), gram, parts.mask, parts.values))
+
+
+def _alternate(W: Tensor, C: Tensor, kept: int, parts: Parts, row_weights: Tensor | None, rounds: int) -> Parts:
+    """Support, values, signs and scales in turn; see `fit`."""
+    eigen = eigenvectors(C)
     for _ in range(rounds):
         R = W - parts.binary()
         parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values))
-        support = admm_support(R, C, kept, parts.values)
+        support = admm_support(R, C, eigen, kept, parts.values)
         values = refit_values(R, C, support)
         better = (row_errors(R - values, C) < row_errors(R - parts.values, C))[:, None]
         parts = replace(parts, values=torch.where(better, values, parts.values), mask=torch.where(better, support, parts.mask))
@@ -115,7 +132,7 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
         parts = replace(parts, signs=sign_descent(R, C, parts.signs, torch.outer(parts.scale_out, parts.scale_in)))
         u, v = refit_scales(R, C, parts.signs, parts.scale_in, row_weights)
         parts = replace(parts, scale_out=u, scale_in=v)
-    return replace(parts, values=refit_values(W - parts.binary(), C, parts.mask, parts.values))
+    return parts
 
 
 def first_guess(weight: Tensor, kept: int) -> Parts:

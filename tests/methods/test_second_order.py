@@ -10,7 +10,7 @@ from hf_lowrank.budget import Layer
 from hf_lowrank.methods import make_method
 from hf_lowrank.methods.lowrank import output_root
 from hf_lowrank.methods.rounding import compensated_both, rounded_values
-from hf_lowrank.methods.second_order import admm_support, damped, refit_scales, refit_values, row_errors, sign_descent
+from hf_lowrank.methods.second_order import admm_support, damped, eigenvectors, refit_scales, refit_values, row_errors, sign_descent
 from hf_lowrank.methods.slab_gram import first_guess, fit
 from hf_lowrank.methods.sparsity import largest_per_row
 from hf_lowrank.methods.spectral import inverse_cholesky
@@ -89,7 +89,7 @@ def test_admm_finds_a_better_support_than_magnitudes() -> None:
     weight, C = scaled_problem(24, 64)
     mask = largest_per_row(weight.abs(), 16)
     start = refit_values(weight, C, mask)
-    found = admm_support(weight, C, 16, start)
+    found = admm_support(weight, C, eigenvectors(C), 16, start)
     assert bool((found.sum(dim=1) == 16).all())
     assert float(row_errors(weight - refit_values(weight, C, found), C).sum()) < float(row_errors(weight - start, C).sum())
 

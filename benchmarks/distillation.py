@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from hf_lowrank import CompressionConfig, DistillationTrainer, compress
 from hf_lowrank.calibration.texts import read_documents, token_stream, windows
+from hf_lowrank.distillation import Windows
 
 BATCH = 16
 
@@ -22,19 +22,6 @@ def nats_per_token(model: PreTrainedModel, rows: Tensor) -> float:
     model.eval()
     losses = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in rows.split(BATCH)]
     return sum(losses) / len(rows)
-
-
-class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of a text as a causal language model is trained on them."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def sizes(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:

@@ -11,13 +11,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .pipeline import weights_fingerprint
 from .runtime.errors import CompressionError
+from .work_folder import WorkFolder
 
 IGNORED = -100
 """Label of a position that no loss counts, as everywhere in transformers."""
 BATCH_TOKENS = 4096
 """Of one step of `distill`."""
-STARTED_FROM = "started_from.sha256"
 
 
 class DistillationTrainer(Trainer):
@@ -87,7 +88,7 @@ class DistillationTrainer(Trainer):
         return F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
 
 
-class _Windows(Dataset[dict[str, Tensor]]):
+class Windows(Dataset[dict[str, Tensor]]):
     """Windows of tokens (rows, length) as a causal language model is trained on them."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -117,10 +118,9 @@ def distill(
         The mean KL divergence per token over each tenth of the training.
 
     Raises:
-        CompressionError: if the folder belongs to a training with other settings, text or weights.
+        CompressionError: if the folder holds a training with other settings, text or weights, or another process works in it.
     """
     batch_size = max(min(BATCH_TOKENS // rows.shape[1], len(rows)), 1)
-    check_same_training(Path(folder), student, rows, [steps, learning_rate, seed, batch_size])
     settings = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -136,20 +136,14 @@ def distill(
         report_to=[],
         use_cpu=student.device.type == "cpu",
     )
-    trainer = DistillationTrainer(student, settings, train_dataset=_Windows(rows), teacher_model=teacher)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    identity = {
+        "weights": weights_fingerprint(student),
+        "text": hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest(),
+        "settings": {"steps": steps, "learning_rate": learning_rate, "seed": seed, "batch_size": batch_size},
+    }
+    with WorkFolder(folder) as work:
+        work.claim(identity)
+        trainer = DistillationTrainer(student, settings, train_dataset=Windows(rows), teacher_model=teacher)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def check_same_training(folder: Path, student: PreTrainedModel, rows: Tensor, settings: list[Any]) -> None:
-    """Write down what a training in a folder starts from, or raise CompressionError if another one was begun there."""
-    digest = hashlib.sha256(repr(settings).encode() + rows.cpu().numpy().tobytes())
-    for name, tensor in sorted(student.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / STARTED_FROM
-    if not file.exists():
-        file.write_text(digest.hexdigest(), encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != digest.hexdigest():
-        raise CompressionError(f"{folder}: a training with other settings, text or weights was begun here; delete it or use another folder")

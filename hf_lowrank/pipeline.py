@@ -16,7 +16,7 @@ from .methods import make_method
 from .methods.base import ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import SpectralMethod
-from .offloading import OffloadedQuantizer, every_weight
+from .offloading import OffloadedBlocks, OffloadedQuantizer, every_weight
 from .progress import progress_bar
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
@@ -138,17 +138,17 @@ def _walk(run: Run) -> None:
 def _identity(run: Run) -> dict[str, Any]:
     """What the result of a run follows from."""
     return {
-        "weights": weights_fingerprint(run),
+        "weights": weights_fingerprint(run.model, run.offloaded),
         "calibration": fingerprint(run.tokens),
         "config": run.config.to_dict(),
         "versions": _versions(),
     }
 
 
-def weights_fingerprint(run: Run) -> str:
+def weights_fingerprint(model: PreTrainedModel, blocks: OffloadedBlocks | None = None) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in every_weight(run.model, run.offloaded):
+    for name, tensor in every_weight(model, blocks):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

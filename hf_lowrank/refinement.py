@@ -17,10 +17,8 @@ LEARNING_RATE = 0.05
 BETAS = (0.9, 0.95)
 
 
-def refine_block(
-    block: nn.Module, index: int, batches: list[BlockBatch], targets: list[Tensor], steps: int, root: Tensor | None = None
-) -> tuple[float, float]:
-    """Train the float tensors of a block's compressed layers, in place: min ‖(f(ĥ) − f_dense(h)) R‖² over the calibration tokens.
+def refine_block(block: nn.Module, index: int, batches: list[BlockBatch], targets: list[Tensor], steps: int) -> tuple[float, float]:
+    """Train the float tensors of a block's compressed layers, in place: min ‖f(ĥ) − f_dense(h)‖² over the calibration tokens.
 
     Training is in float32; the result is rounded once to the block's dtype. A block that does not come nearer stays as it was.
 
@@ -28,7 +26,6 @@ def refine_block(
         batches: with the inputs ĥ that the block sees in the compressed model.
         targets: the dense block's outputs f_dense(h), (B, T, d), one per batch.
         steps: how many; each takes one batch, in turn.
-        root: R, (d, d), of what errors of the output count, see `output_root`; all alike without it.
 
     Returns:
         The error relative to the targets' own size, before and after.
@@ -41,15 +38,14 @@ def refine_block(
     if not parameters or not called or not steps:
         return 0.0, 0.0
     dtypes = [parameter.dtype for parameter in parameters]
-    root = None if root is None else root.float()
     with _in_float32(block, parameters), torch.enable_grad():
         inputs = [_as_float32(batches[at], index) for at in called]
-        wanted = [_counted_outputs(targets[at], batches[at], index, root) for at in called]
+        wanted = [_counted_outputs(targets[at], batches[at], index) for at in called]
         size = sum(float(each.square().sum()) for each in wanted)
 
         def error(at: int) -> Tensor:
             output = run_block(block, index, inputs[at])
-            return (_counted_outputs(output, batches[at], index, root) - wanted[at]).square().sum() / size
+            return (_counted_outputs(output, batches[at], index) - wanted[at]).square().sum() / size
 
         def total() -> float:
             with torch.no_grad():
@@ -79,10 +75,9 @@ def refine_block(
         return before, min(after, before)
 
 
-def _counted_outputs(output: Tensor, batch: BlockBatch, index: int, root: Tensor | None) -> Tensor:
+def _counted_outputs(output: Tensor, batch: BlockBatch, index: int) -> Tensor:
     call = batch.calls[index]
-    found = counted(output.float(), call.mask if call is not None else None)
-    return found if root is None else found @ root
+    return counted(output.float(), call.mask if call is not None else None)
 
 
 @contextmanager

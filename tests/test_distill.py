@@ -73,7 +73,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(home: Path, tmp_path: Path,
     assert first == second
     other = run(home, tmp_path / "other", *work, "--seed", "1")
     assert other.exit_code == 1
-    assert "a training with other settings" in other.stderr
+    assert "settings.seed (then 0, now 1)" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
             mask = None if attended is None else attended.bool()
             with torch.enable_grad():
                 logits = model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits.float().flatten(0, 1)
-                drawn = torch.multinomial(logits.detach().softmax(dim=1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+                drawn = _draw(logits.detach(), generator)
                 counted = drawn if mask is None else drawn.masked_fill(~mask.flatten(), -100)
                 F.cross_entropy(logits, counted, ignore_index=-100, reduction="sum").backward()
     finally:
@@ -62,3 +62,10 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
         if not bool(gram.isfinite().all()):
             raise NumericalError(f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype")
     return grams
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token from the distribution of each row of `logits` (T, V), (T,): where its cumulative sum passes a uniform number."""
+    cumulated = logits.softmax(dim=1).cumsum(dim=1)
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 
+ENOUGH_TOKENS = 16384
+"""Once so many tokens were seen, the batches that are left add little to the estimate."""
+
 
 def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int) -> dict[str, Tensor]:
-    """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t.
+    """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t; estimated from some.
 
     L is the cross-entropy, summed over tokens, of next tokens drawn from the dense model's own distribution: then the mean of
     gradient products is the Fisher matrix, the curvature of KL(dense ‖ compressed). With C = Σ x xᵀ of the inputs, a change D of the
@@ -44,7 +47,11 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        seen = 0
         for batch in batches:
+            if seen >= ENOUGH_TOKENS:
+                break
+            seen += batch.tokens
             input_ids = batch.input_ids.to(model.device)
             attended = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
             mask = None if attended is None else attended.bool()
@@ -58,7 +65,9 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
             handle.remove()
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
+    share = seen / sum(batch.tokens for batch in batches)
     for name, gram in grams.items():
+        gram /= share
         if not bool(gram.isfinite().all()):
             raise NumericalError(f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype")
     return grams

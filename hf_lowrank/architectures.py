@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from .methods.base import Layer
 from .runtime.errors import CompressionError
+from .runtime.experts import ExpertBank, is_fused_experts
 from .runtime.validation import dense_shape, is_linear
 
 ATTENTION_ROLES = {
@@ -109,8 +110,21 @@ def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
 def _routers(block: nn.Module) -> list[str]:
     """Layers with one output, or with one for each of the experts that lie in the same part of the block."""
     experts = {(name.partition(".")[0], parameter.shape[0]) for name, parameter in _expert_tensors(block)}
+    experts |= {(name.partition(".")[0], len(module)) for name, module in block.named_modules() if isinstance(module, ExpertBank)}
     shapes = {name: dense_shape(module) for name, module in _linears(block)}
     return [name for name, (outputs, _) in shapes.items() if outputs == 1 or (name.partition(".")[0], outputs) in experts]
+
+
+def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
+    """Put banks in the place of those fused experts in the blocks that these can stand for; the banks by name."""
+    banks = {}
+    for block_name, block in blocks.items():
+        for name, module in list(block.named_modules()):
+            if is_fused_experts(module):
+                bank = banks[f"{block_name}.{name}"] = ExpertBank(module)
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, bank)
+    return banks
 
 
 def fused_experts(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> dict[str, int]:

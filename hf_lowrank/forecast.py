@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from .architectures import find_blocks, find_layers
+from .architectures import find_blocks, find_layers, separate_experts
 from .budget import Layer
 from .calibration.activations import ACTIVATIONS_IN_MEMORY
 from .calibration.batches import TOKENS_PER_BATCH, sequence_length
@@ -48,9 +48,10 @@ class Forecast:
 
 
 def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
-    """What compressing a model of this skeleton from disk to disk takes."""
+    """What compressing a model of this skeleton, whose fused experts are separated, from disk to disk takes."""
     method = make_method(config.method, config.options)
     blocks = find_blocks(dense)
+    separate_experts(blocks)
     layers = find_layers(blocks)
     on_disk = {name for name, place in device_map(dense).items() if place == "disk"}
     sizes = {name: tensor.numel() * tensor.itemsize for name, tensor in dense.named_parameters()}

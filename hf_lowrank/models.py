@@ -18,6 +18,7 @@ from .offloading import device_map
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
 from .runtime.errors import CompressionError
 from .runtime.saving import AUTO_CLASSES
+from .runtime.validation import resolve_experts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -80,9 +81,12 @@ def load_tokenizer(source: str) -> Any:
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The dense model of a config on the meta device: shapes without memory."""
+    """The dense model of a config on the meta device: shapes without memory; its experts one by one where a checkpoint stores them so."""
     with torch.device("meta"):
-        return _auto_class(config).from_config(config)
+        model: PreTrainedModel = _auto_class(config).from_config(config)
+    compression = compression_of(config)
+    resolve_experts(model, compression.experts if compression else [])
+    return model
 
 
 def compression_of(config: Any) -> CompressionConfig | None:

@@ -3,12 +3,12 @@
 import ctypes
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_module
-from accelerate.utils import set_module_tensor_to_device
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .architectures import find_blocks
 from .runtime.configuration import CompressionConfig
 from .runtime.errors import CompressionError
+from .runtime.experts import ExpertBank
 from .runtime.quantizer import CompressionQuantizer
 
 SHARD_SIZE = "1GB"
@@ -57,6 +58,18 @@ class OffloadedBlocks:
             raise CompressionError(f"{type(model).__name__}: none of its weights are on disk; open it with a device_map that leaves them")
         self.weights: Mapping[str, Tensor] = getattr(found, "dataset", found)
 
+    def separate_experts(self, banks: Mapping[str, ExpertBank]) -> None:
+        """The layers of banks, by name, read their weights from the fused tensors on disk."""
+        slices: dict[str, tuple[str, int]] = {}
+        for name, bank in banks.items():
+            _without_hooks(bank.fused)
+            slices |= {f"{name}.{weight}": (f"{name}.{fused}", index) for weight, (fused, index) in bank.slices().items()}
+        self.weights = _WithSlices(self.weights, slices)
+        for weight in slices:
+            layer = weight.rpartition(".")[0]
+            hook = AlignDevicesHook("cpu", offload=True, weights_map=PrefixedDataset(self.weights, f"{layer}."))
+            add_hook_to_module(self.model.get_submodule(layer), hook)
+
     def fill(self, name: str) -> None:
         """Bring a block's weights into memory; it is then like any other."""
         block = self.model.get_submodule(name)
@@ -78,6 +91,25 @@ class OffloadedBlocks:
         """All blocks are done: the model is no longer one that runs from the disk."""
         _without_hooks(self.model)
         del self.model.hf_device_map
+
+
+class _WithSlices(Mapping[str, Tensor]):
+    """Weights on disk by name, and some more that are slices of them: name → name of the whole, index of its first dimension."""
+
+    def __init__(self, weights: Mapping[str, Tensor], slices: Mapping[str, tuple[str, int]]) -> None:
+        self.weights, self.slices = weights, slices
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.slices:
+            return self.weights[name]
+        whole, index = self.slices[name]
+        return self.weights[whole][index]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(self.weights, self.slices)
+
+    def __len__(self) -> int:
+        return len(self.weights) + len(self.slices)
 
 
 def return_memory() -> None:

@@ -21,8 +21,9 @@ from .progress import progress_bar
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
 from .runtime.layers import CompressedLinear
-from .runtime.quantizer import CompressionQuantizer, attach
+from .runtime.quantizer import CompressionQuantizer, attach, fuse_experts
 from .runtime.saving import CompleteSave
+from .runtime.validation import is_linear
 from .strategies import Run, choose_then_build, layer_by_layer, measure_then_decide, refine
 from .version import __version__
 from .work_folder import WorkFolder
@@ -84,6 +85,10 @@ def compress(
                     raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
                 run.shelf = Shelf(work.path)
             _walk(run)
+        except BaseException:
+            if not any(isinstance(module, CompressedLinear) for module in model.modules()):
+                fuse_experts(model)
+            raise
         finally:
             model.train(was_training)
         if work is not None:
@@ -171,9 +176,20 @@ def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
     }
     options = {name: getattr(run.method, name) for name in run.method.__dict__}
     final = CompressionConfig.from_dict(
-        {**run.config.to_dict(), "calibration": calibration, "options": options, "provenance": provenance, "layers": {}}
+        {
+            **run.config.to_dict(),
+            "calibration": calibration,
+            "options": options,
+            "provenance": provenance,
+            "experts": list(run.banks),
+            "layers": {},
+        }
     )
     final.layers = specs
+    for bank in run.banks.values():
+        for layer in filter(is_linear, bank.modules()):  # what stays dense lets go of the fused tensor
+            for parameter in layer.parameters():
+                parameter.data = parameter.data.clone()
     if run.offloaded is None:
         attach(model, CompressionQuantizer(final, pre_quantized=True))
     else:

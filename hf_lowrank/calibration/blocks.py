@@ -13,7 +13,7 @@ from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
 from .activations import Shelf, Waiting
 from .batches import TokenBatch
-from .statistics import ShiftedSums, StatisticsCollector
+from .statistics import Routing, ShiftedSums, StatisticsCollector
 
 
 class Call(NamedTuple):
@@ -161,8 +161,9 @@ def block_statistics(
     block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], needs_gram: bool, move: bool
 ) -> dict[str, Statistics | None]:
     """The statistics of a block's linear layers over all batches, which move on to the block's outputs if `move`."""
-    collector = StatisticsCollector(layers, needs_gram)
-    with collector.collecting():
+    routing = Routing()
+    collector = StatisticsCollector(layers, needs_gram, routing)
+    with routing.watching(block), collector.collecting():
         for batch in batches:
             call = batch.calls[index]
             if call is not None:
@@ -176,16 +177,18 @@ def block_statistics(
 @torch.no_grad()
 def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module]) -> ShiftedSums:
     """Sums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
-    sums = ShiftedSums(layers)
-    for batch in batches:
-        call = batch.calls[index]
-        if call is None:
-            continue
-        with sums.inputs() as dense:
-            run_block(block, index, batch)
-        with sums.inputs() as shifted:
-            run_block(block, index, batch.shifted or batch)
-        sums.add(dense, shifted, call.mask, call.context)
+    routing = Routing()
+    sums = ShiftedSums(layers, routing)
+    with routing.watching(block):
+        for batch in batches:
+            call = batch.calls[index]
+            if call is None:
+                continue
+            with sums.inputs() as dense:
+                run_block(block, index, batch)
+            with sums.inputs() as shifted:
+                run_block(block, index, batch.shifted or batch)
+            sums.add(dense, shifted, call.mask, call.context)
     return sums
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..methods.base import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
-from .statistics import counted
+from .statistics import Routing, Seen, counted, seen_by_both
 
 RIDGE = 1e-3
 """Of the regression, as a share of the mean of the diagonal of Ĉ; pulls W' towards W. Few tokens add to it: n / T."""
@@ -87,15 +87,19 @@ class DensePasses:
         room = ACTIVATIONS_IN_MEMORY
         for position, batch in enumerate(batches):
             seen: dict[str, _Pass] = {}
-            handles = [block.get_submodule(name).register_forward_hook(_keep_pass(seen, name, batch, name == whole)) for name in names]
+            routing = Routing()
+            handles = [
+                block.get_submodule(name).register_forward_hook(_keep_pass(seen, name, batch, routing, name == whole)) for name in names
+            ]
             try:
-                output = run_block(block, index, batch)
+                with routing.watching(block):
+                    output = run_block(block, index, batch)
             finally:
                 for handle in handles:
                     handle.remove()
             self.outputs.append(output)
             for name, found in seen.items():
-                room -= found.x.numel() * found.x.itemsize
+                room -= found.seen.x.numel() * found.seen.x.itemsize
                 if room >= 0:
                     self._kept[position, name] = replace(found, block=output if name == whole else None)
 
@@ -124,9 +128,12 @@ def stage_sums(
             continue
         whole = writer == "output"
         here, there = dense.at(position, names[0], whole), _run(block, index, shifted, names[0], whole)
-        if here is None or there is None or here.x.shape != there.x.shape:  # experts that see other tokens
+        if here is None or there is None:
             continue
-        x, x_hat = counted(here.x, call.mask).float(), counted(there.x, call.mask).float()  # products of one batch; sums are float64
+        seen = seen_by_both(here.seen, there.seen)
+        if seen[0].x.shape != seen[1].x.shape:  # experts that are no bank, with other tokens
+            continue
+        x, x_hat = (counted(each.x, call.mask, each.tokens).float() for each in seen)  # products of one batch; sums are float64
         gram, shift, residual = (x_hat.T @ x_hat).double(), ((x - x_hat).T @ x_hat).double(), None
         if writer is not None:
             lost = here.stream() - there.stream() if whole else batch.hidden.double() - shifted.hidden.double()
@@ -163,7 +170,7 @@ def stream_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: 
 class _Pass:
     """Input of a layer; its output and that of its block if they were asked for."""
 
-    x: Tensor
+    seen: Seen
     y: Tensor | None
     block: Tensor | None = None
 
@@ -179,7 +186,8 @@ class _Reached(Exception):
 
 def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, whole: bool) -> _Pass | None:
     seen: dict[str, _Pass] = {}
-    keep = _keep_pass(seen, name, batch, whole)
+    routing = Routing()
+    keep = _keep_pass(seen, name, batch, routing, whole)
 
     def reach(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         keep(module, inputs, output)
@@ -189,7 +197,8 @@ def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, whole: bool
     output = None
     handle = block.get_submodule(name).register_forward_hook(reach)
     try:
-        output = run_block(block, index, batch)
+        with routing.watching(block):
+            output = run_block(block, index, batch)
     except _Reached:
         pass
     finally:
@@ -197,7 +206,7 @@ def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, whole: bool
     return replace(seen[name], block=output) if name in seen else None
 
 
-def _keep_pass(seen: dict[str, _Pass], name: str, batch: BlockBatch, output: bool) -> Any:
+def _keep_pass(seen: dict[str, _Pass], name: str, batch: BlockBatch, routing: Routing, output: bool) -> Any:
     """A hook that keeps the first input of a layer, and its output if that is asked for, token by token where it has all of them."""
     tokens = batch.hidden.shape[:2]
 
@@ -206,7 +215,8 @@ def _keep_pass(seen: dict[str, _Pass], name: str, batch: BlockBatch, output: boo
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         if name not in seen:
-            seen[name] = _Pass(aligned(inputs[0]), aligned(y) if output else None)
+            x = aligned(inputs[0]) if routing.tokens is None else inputs[0]
+            seen[name] = _Pass(Seen(x, routing.tokens), aligned(y) if output else None)
 
     return hook
 

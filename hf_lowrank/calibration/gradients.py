@@ -31,7 +31,8 @@ def squared_gradients(model: PreTrainedModel, layers: list[str], batches: list[T
             weight.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(_loss(model, batch), list(weights.values()))
+                loss = _loss(model, batch)
+                gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)  # zeros for experts without tokens
             for (name, module), gradient in zip(modules.items(), gradients, strict=True):
                 per_input = gradient.double().square().sum(dim=1 if isinstance(module, Conv1D) else 0)
                 sums[name] = sums.get(name, 0) + per_input / len(batches)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,48 @@ from torch import Tensor, nn
 
 from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
+from ..runtime.experts import Expert
 
 TOKENS_AT_ONCE = 1024
 """Tokens that are summed at a time: in float64, or in float32 if the inputs have 16 bits, whose products it holds exactly."""
+
+
+class Routing:
+    """Which tokens a layer that is called now sees: in a bank of experts each expert has its own.
+
+    Attributes:
+        tokens: indices (t,) into the tokens of the batch; None outside experts, where a layer sees all.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: Tensor | None = None
+
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """While active, the calls of the block's experts are followed."""
+
+        def enter(expert: nn.Module, arguments: tuple[Any, ...]) -> None:
+            self.tokens = arguments[1]
+
+        def leave(expert: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            self.tokens = None
+
+        experts = [module for module in block.modules() if isinstance(module, Expert)]
+        handles = [expert.register_forward_pre_hook(enter) for expert in experts]
+        handles += [expert.register_forward_hook(leave, always_call=True) for expert in experts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The input of a layer in one batch, and which tokens these are if the layer is an expert's, as in `Routing`."""
+
+    x: Tensor
+    tokens: Tensor | None = None
 
 
 class StatisticsCollector:
@@ -21,10 +60,11 @@ class StatisticsCollector:
     Args:
         layers: the linear layers of one block by module name.
         needs_gram: whether to sum the Gram matrix too.
+        routing: followed by the caller, if the block has experts.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], needs_gram: bool) -> None:
-        self.layers, self.needs_gram = layers, needs_gram
+    def __init__(self, layers: dict[str, nn.Module], needs_gram: bool, routing: Routing | None = None) -> None:
+        self.layers, self.needs_gram, self.routing = layers, needs_gram, routing or Routing()
         self._leader: dict[str, str] = {}
         self._sums: dict[str, _Sums] = {}
         self._seen: list[tuple[Tensor, str]] = []
@@ -68,7 +108,7 @@ class StatisticsCollector:
                 self._seen.append((x, name))
                 if name not in self._sums:
                     self._sums[name] = _Sums(x, self.needs_gram)
-                self._sums[name].add(counted(x, _mask_of(x, self._mask, self._context)))
+                self._sums[name].add(counted(x, _mask_of(x, self._mask, self._context), self.routing.tokens))
 
         return count
 
@@ -114,18 +154,18 @@ class _Sums:
 class ShiftedSums:
     """Ĉ = Σ x̂ x̂ᵀ and M = Σ x x̂ᵀ of a block's linear layers: dense inputs x against those of the compressed model, token by token."""
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: dict[str, nn.Module], routing: Routing | None = None) -> None:
+        self.layers, self.routing = layers, routing or Routing()
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
-    def inputs(self) -> Iterator[dict[str, Tensor]]:
+    def inputs(self) -> Iterator[dict[str, Seen]]:
         """While active, the last input of every layer is kept, by name."""
-        kept: dict[str, Tensor] = {}
+        kept: dict[str, Seen] = {}
 
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                kept[name] = inputs[0]
+                kept[name] = Seen(inputs[0], self.routing.tokens)
 
             return hook
 
@@ -138,21 +178,25 @@ class ShiftedSums:
 
     def add(
         self,
-        dense: dict[str, Tensor],
-        shifted: dict[str, Tensor],
+        dense: dict[str, Seen],
+        shifted: dict[str, Seen],
         mask: Tensor | None,
         context: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
-        """Count the tokens of one batch that the mask (B, T) lets through; `context` as for `StatisticsCollector.start_batch`."""
-        for name, x in dense.items():
-            counting = _mask_of(x, mask, context)
-            x, y = (counted(each, counting).double() for each in (x, shifted[name]))
+        """Count the tokens of one batch that the mask (B, T) lets through; `context` as for `StatisticsCollector.start_batch`.
+
+        Tokens that an expert sees in one of the models only do not count.
+        """
+        for name in (name for name in dense if name in shifted):
+            here, there = seen_by_both(dense[name], shifted[name])
+            counting = _mask_of(here.x, mask, context)
+            x, y = (counted(each.x, counting, each.tokens).double() for each in (here, there))
             gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
             self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
 
     def extend(self, name: str, statistics: Statistics) -> Statistics:
-        """The statistics of a layer with its two matrices."""
-        gram, cross = self._sums[name]
+        """The statistics of a layer with its two matrices; as if nothing had shifted if no token came to it in both models."""
+        gram, cross = self._sums.get(name) or (statistics.gram, statistics.gram)
         return replace(statistics, shifted_gram=gram, cross_gram=cross)
 
 
@@ -161,11 +205,24 @@ def _mask_of(x: Tensor, mask: Tensor | None, context: tuple[Tensor, Tensor | Non
     return context[1] if context is not None and x is context[0] else mask
 
 
-def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+def seen_by_both(one: Seen, other: Seen) -> tuple[Seen, Seen]:
+    """Two inputs of a layer, of an expert's those tokens alone that came to it both times."""
+    if one.tokens is None or other.tokens is None:
+        return one, other
+    tokens = one.tokens[torch.isin(one.tokens, other.tokens)].sort().values
+    rows = ((each[:, None] == tokens).int().argmax(dim=0) for each in (one.tokens, other.tokens))
+    first, second = (Seen(each.x[at], tokens) for each, at in zip((one, other), rows, strict=True))
+    return first, second
+
+
+def counted(x: Tensor, mask: Tensor | None, tokens: Tensor | None = None) -> Tensor:
     """The tokens of an input (..., n) that count, (tokens, n).
 
-    The mask (B, T) fits inputs (B, T, ..., n), (B, 1, T, n) and (B T, n); of any other all count.
+    The mask (B, T) fits inputs (B, T, ..., n), (B, 1, T, n) and (B T, n), and those of experts, (t, n), if it is known which
+    tokens these are; of any other all count.
     """
+    if tokens is not None:
+        return x if mask is None else x[mask.bool().flatten()[tokens]]
     if mask is not None and x.shape[: mask.dim()] == mask.shape:
         return x[mask.bool()].flatten(0, -2)
     sides = [side for side in x.shape[:-1] if side > 1]

@@ -197,6 +197,9 @@ class CompressionConfig(QuantizationConfigMixin):
     checksums: dict[str, str] = field(
         default_factory=dict, metadata={"help": "recorded when saving: sha256 of the checkpoint's files; `hf-lowrank verify` compares them"}
     )
+    experts: list[str] = field(
+        default_factory=list, metadata={"help": "recorded by compress(): modules of fused experts that are stored expert by expert"}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
     layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
     quant_method: str = field(  # type: ignore[assignment]  # transformers types it as its own enumeration
@@ -222,6 +225,8 @@ class CompressionConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CompressionError(f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns")
+        if not isinstance(self.experts, list) or not all(isinstance(name, str) for name in self.experts):
+            raise CompressionError(f"experts: found {self.experts!r}, expected a list of module names")
         if not all(isinstance(text, str) for item in self.checksums.items() for text in item):
             raise CompressionError("checksums: expected sha256 sums in hexadecimal digits, by file name")
         if self.accounting not in ("bits", "paper"):

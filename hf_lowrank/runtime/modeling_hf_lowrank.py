@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # never run: transformers copies the files that are named her
     from .configuration import CompressionConfig  # noqa: F401
     from .contents import validate_contents  # noqa: F401
     from .errors import CompressionError  # noqa: F401
+    from .experts import ExpertBank  # noqa: F401
     from .guard import guard_configs  # noqa: F401
     from .headers import read_header  # noqa: F401
     from .layers import CompressedLinear  # noqa: F401

@@ -14,11 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 from .configuration import QUANT_METHOD, CompressionConfig
 from .contents import validate_contents
 from .errors import CompressionError
+from .experts import ExpertBank
 from .guard import guard_configs
 from .headers import read_headers
 from .layers import CompressedLinear, build_layer
 from .saving import CompleteSave
-from .validation import dense_shape, resolve_layers, saved_skeleton, validate_files
+from .validation import dense_shape, resolve_experts, resolve_layers, saved_skeleton, validate_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,9 @@ class CompressionQuantizer(HfQuantizer):
         config = self.quantization_config
         if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
             saved = saved_skeleton(model)
+            resolve_experts(saved, config.experts)
             validate_files(saved, resolve_layers(saved, config.layers), read_headers(files), compressed_shapes_only=True)
+        config.experts = resolve_experts(model, config.experts)
         config.layers = layers = resolve_layers(model, config.layers)
         for name, spec in layers.items():
             swap_module(model, name, _build_like(model.get_submodule(name), spec))
@@ -85,6 +88,7 @@ class CompressionQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
+        fuse_experts(model)
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
@@ -170,6 +174,13 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is in the model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def fuse_experts(model: nn.Module) -> None:
+    """Put fused experts, as the model's class has them, in the place of banks, all layers of which are dense."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ExpertBank):
+            swap_module(model, name, module.fuse())
 
 
 def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from .checksums import file_checksum, record_checksums
 from .errors import CompressionError
+from .experts import ExpertBank
 from .layers import CompressedLinear
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ RUNTIME_FILES = (
     "configuration.py",
     "contents.py",
     "errors.py",
+    "experts.py",
     "guard.py",
     "headers.py",
     "layers.py",
@@ -224,11 +226,12 @@ def write_runtime(folder: Path) -> None:
 
 
 def record_layers(model: "PreTrainedModel") -> None:
-    """Write into the model's config what its layers store now: they grow when adapters are merged.
+    """Write into the model's config what its layers store now, which grow when adapters are merged, and which experts are apart.
 
     Raises:
         CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
     """
+    model.config.quantization_config.experts = [name for name, module in model.named_modules() if isinstance(module, ExpertBank)]
     layers = model.config.quantization_config.layers
     for name in layers:
         module = model.get_submodule(name)

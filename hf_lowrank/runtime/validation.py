@@ -5,8 +5,8 @@ import copy
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from .errors import CheckpointError
+from .experts import ExpertBank, is_fused_experts
 from .headers import BITS, FLOAT_TYPES, StoredTensor, read_headers, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ SPARE_BYTES = 64 << 20
 """What a model may compute for itself on loading (position tables, causal masks) beyond the size of its files."""
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+Value = TypeVar("Value")
 Expected = tuple[tuple[int, ...], str]
 """Shape and type ("float", "uint8", or another safetensors dtype) of a tensor."""
 
@@ -51,6 +53,28 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def resolve_experts(model: nn.Module, names: Sequence[str], most_modules: int = MOST_MODULES) -> list[str]:
+    """Put banks in the place of the fused experts that a config names, and return the names that these have in `model`.
+
+    Raises:
+        CheckpointError: for a module that the model does not have, that a bank cannot stand for, or banks of more than `most_modules`.
+    """
+    modules = dict(model.named_modules())
+    names = list(_renamed(model, dict.fromkeys(names), modules.keys()))
+    for name in names:
+        module = modules.get(name)
+        if not is_fused_experts(module):
+            found = "no such module" if module is None else type(module).__name__
+            raise CheckpointError(
+                f"{name}: found {found} in {type(model).__name__}, expected fused experts; the config was made for another model"
+            )
+        parent, _, child = name.rpartition(".")
+        assert module is not None
+        with at_most(most_modules):
+            setattr(model.get_submodule(parent), child, ExpertBank(module))
+    return names
+
+
 def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
     """The layers of a config under the names that they have in `model`, each checked against the dense module it replaces.
 
@@ -60,13 +84,7 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
         CheckpointError: for a layer that the model does not have, that is not a linear layer, shares its weight, or does not fit.
     """
     modules = dict(model.named_modules())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = list(layers)
-    if names and prefix != "." and not any(name in modules for name in names):
-        if all(name.startswith(prefix) for name in names):
-            layers = {name.removeprefix(prefix): spec for name, spec in layers.items()}
-        else:
-            layers = {prefix + name: spec for name, spec in layers.items()}
+    layers = _renamed(model, layers, modules.keys())
     for name, spec in layers.items():
         module = modules.get(name)
         if not is_linear(module):
@@ -80,6 +98,16 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
     if tied:
         raise CheckpointError(f"{min(tied)}: is shared with another module, expected a layer of its own; the config is damaged")
     return dict(layers)
+
+
+def _renamed(model: nn.Module, by_name: Mapping[str, Value], modules: Collection[str]) -> dict[str, Value]:
+    """What belongs to modules of a checkpoint, by the names that these have in `model`: with its base model's prefix or without."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if by_name and prefix != "." and not any(name in modules for name in by_name):
+        if all(name.startswith(prefix) for name in by_name):
+            return {name.removeprefix(prefix): value for name, value in by_name.items()}
+        return {prefix + name: value for name, value in by_name.items()}
+    return dict(by_name)
 
 
 def expected_tensors(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, Expected]:
@@ -170,10 +198,12 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
     if folder is not None:
         stored = read_headers(weight_files(folder))
         check_generation(folder)
-    model = make_skeleton(values, MOST_MODULES if stored is None else 1000 + MODULES_PER_TENSOR * len(stored))
+    most_modules = MOST_MODULES if stored is None else 1000 + MODULES_PER_TENSOR * len(stored)
+    model = make_skeleton(values, most_modules)
+    experts = resolve_experts(model, compression.experts, most_modules)
     layers = resolve_layers(model, compression.layers)
-    if list(layers) != list(compression.layers):
-        name = next(iter(compression.layers))
+    if [*experts, *layers] != [*compression.experts, *compression.layers]:
+        name = next(iter([*compression.experts, *compression.layers]))
         raise CheckpointError(f"{name}: no such module in {type(model).__name__}; the config was made for another model")
     if stored is not None:
         check_dtype(model.config, stored)

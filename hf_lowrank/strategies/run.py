@@ -1,7 +1,7 @@
 """One run of `compress`: the model, the budget and the report, and what every strategy does with a block."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..allocation import check_reachable
-from ..architectures import find_blocks, find_feed_forwards, find_layers
+from ..architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, separate_experts
 from ..budget import Layer, ModelBudget
 from ..calibration import BlockBatch, Shelf, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
 from ..linears import dense_weight, permute_inputs, permute_outputs
@@ -52,6 +52,7 @@ class Run:
 
     Attributes:
         tokens: the calibration batches.
+        banks: the fused experts, by name, that became layers of their own.
         compressed, dense: the layers to compress, and the others; `reasons` has why, by name.
         available: bits that the compressed layers may take together.
         reports: one entry per layer compressed so far.
@@ -68,6 +69,10 @@ class Run:
         self.model, self.config, self.method, self.step = model, config, method, step
         self.tokens: list[TokenBatch] = []
         self.blocks = find_blocks(model)
+        self.offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
+        self.banks = separate_experts(self.blocks)
+        if self.offloaded is not None:
+            self.offloaded.separate_experts(self.banks)
         layers = find_layers(self.blocks)
         self.compressed, self.reasons = select_layers(model, layers, method, config)
         self.dense = [layer for layer in layers if layer.name in self.reasons]
@@ -78,7 +83,6 @@ class Run:
         self.curve: dict[str, list[float]] | None = None
         self.orders: dict[str, Tensor] = {}
         self.work: WorkFolder | None = None
-        self.offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
         self.shelf = Shelf()
         self.original = copy.deepcopy(model) if config.refinement_steps else None
         self.refinement: list[BlockRefinement] | None = None
@@ -152,20 +156,21 @@ class Run:
         if self.offloaded is None:
             return
         self.offloaded.fill(visit.name)
-        for name, order in self.orders.items():
-            if name.startswith(f"{visit.name}."):
-                self.apply_order(visit, name, order)
+        for network in find_feed_forwards(visit.block):
+            if (order := self.orders.get(f"{visit.name}.{network.output}")) is not None:
+                self.apply_order(visit, network, order)
 
     def _take_up(self, visit: Visit, record: Record, surveyed: bool) -> None:
         take_notes(self, record.facts["notes"])
         if not surveyed:
             restore_block(visit.block, record, values=self.offloaded is None)
             return
+        networks = {f"{visit.name}.{network.output}": network for network in find_feed_forwards(visit.block)}
         for name, order in record.facts["orders"].items():
             if name not in self.orders:
                 self.orders[name] = torch.tensor(order)
                 if self.offloaded is None:
-                    self.apply_order(visit, name, self.orders[name])
+                    self.apply_order(visit, networks[name], self.orders[name])
         visit.found = Record(record.tensors, record.facts["found"])
 
     def _record(self, work: WorkFolder, stage: str, visit: Visit, mark: Mark, batches: list[BlockBatch]) -> None:
@@ -188,22 +193,15 @@ class Run:
         statistics = {}
         for layer in visit.layers:
             known = found[layer.name]
-            if known is None:
-                self.warn(f"{layer.name} saw no calibration token; it is compressed without data")
             statistics[layer.name] = known or no_data(layer, modules[layer.name])
-            if shifted is not None and known is not None:
-                statistics[layer.name] = shifted.extend(layer.name, known)
+            if shifted is not None:
+                statistics[layer.name] = shifted.extend(layer.name, statistics[layer.name])
             if layer.name in self.gradients:
                 statistics[layer.name] = replace(statistics[layer.name], squared_gradients=self.gradients[layer.name])
             if layer.name in self.output_grams:
                 statistics[layer.name] = replace(statistics[layer.name], output_gram=self.output_grams[layer.name])
         self.order_neurons(visit, statistics)
         return statistics
-
-    def warn(self, warning: str) -> None:
-        """Note what the user must know, once."""
-        if warning not in self.warnings:
-            self.warnings.append(warning)
 
     def start_list(self, index: int, batches: list[BlockBatch]) -> None:
         """Take up the inputs of a block that does not go on from the one before it, from the model as it is by now where that is asked for.
@@ -232,17 +230,16 @@ class Run:
             order = self.method.neuron_order(statistics[output_name], dense_weight(visit.block.get_submodule(network.output)))
             if order is not None:
                 self.orders[output_name] = order
-                self.apply_order(visit, output_name, order)
+                self.apply_order(visit, network, order)
                 statistics[output_name] = statistics[output_name].select(order)
 
-    def apply_order(self, visit: Visit, output_name: str, order: Tensor) -> None:
-        """Permute the neurons that the layer `output_name` reads."""
-        network = next(network for network in find_feed_forwards(visit.block) if f"{visit.name}.{network.output}" == output_name)
+    def apply_order(self, visit: Visit, network: FeedForward, order: Tensor) -> None:
+        """Permute the neurons of a feed-forward network of the block."""
         for model in (self.model, *([] if self.original is None else [self.original])):
             for name in network.inputs:
                 doubled = torch.cat([order, order + len(order)]) if network.fused else order
                 permute_outputs(model.get_submodule(f"{visit.name}.{name}"), doubled)
-            permute_inputs(model.get_submodule(output_name), order)
+            permute_inputs(model.get_submodule(f"{visit.name}.{network.output}"), order)
 
     def weight(self, layer: Layer) -> Tensor:
         """The dense weight, (m, n) float64."""
@@ -290,10 +287,27 @@ class Run:
             accounting=self.config.accounting,
             layers=self.reports,
             dense=self.reasons,
-            warnings=self.warnings,
+            warnings=self.warnings + scarce_tokens(self.reports, self.banks),
             curve=self.curve,
             refinement=self.refinement,
         )
+
+
+def scarce_tokens(reports: list[LayerReport], banks: Collection[str]) -> list[str]:
+    """What the user must know about layers without calibration tokens, and about experts with fewer of them than inputs."""
+    warnings = []
+    unseen = [report.name for report in reports if not report.tokens]
+    if unseen:
+        warnings.append(f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data")
+    experts = [report for report in reports if report.name.rsplit(".", 2)[0] in banks]
+    few = [report for report in experts if 0 < report.tokens < report.in_features]
+    if few:
+        worst = min(few, key=lambda report: report.tokens / report.in_features)
+        warnings.append(
+            f"{len(few)} of {len(experts)} expert layers saw fewer calibration tokens than they have inputs, {worst.name} the fewest "
+            f"({worst.tokens} for {worst.in_features}); more samples tell more about them"
+        )
+    return warnings
 
 
 def model_budget(model: PreTrainedModel, layers: list[Layer], config: CompressionConfig) -> ModelBudget:

@@ -110,8 +110,9 @@ def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
 def _routers(block: nn.Module) -> list[str]:
     """Layers with one output, or with one for each of the experts that lie in the same part of the block."""
     experts = {(name.partition(".")[0], parameter.shape[0]) for name, parameter in _expert_tensors(block)}
-    experts |= {(name.partition(".")[0], len(module)) for name, module in block.named_modules() if isinstance(module, ExpertBank)}
-    shapes = {name: dense_shape(module) for name, module in _linears(block)}
+    banks = {name: module for name, module in block.named_modules() if isinstance(module, ExpertBank)}
+    experts |= {(name.partition(".")[0], len(bank)) for name, bank in banks.items()}
+    shapes = {name: dense_shape(module) for name, module in _linears(block) if name.rsplit(".", 2)[0] not in banks}
     return [name for name, (outputs, _) in shapes.items() if outputs == 1 or (name.partition(".")[0], outputs) in experts]
 
 

@@ -54,7 +54,7 @@ class Sums:
 
 @torch.no_grad()
 def stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The layers in the order of the data's way, those that see the same input together; layers that no token of `batch` reaches last."""
+    """The layers in the order of the data's way, those that see the same input together; those that no token of `batch` reaches last."""
     inputs: dict[str, Tensor] = {}
     handles = [layer.register_forward_pre_hook(_keep(inputs, name)) for name, layer in layers.items()]
     run_block(block, index, batch)
@@ -63,8 +63,7 @@ def stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn
     found: dict[int, list[str]] = {}
     for name, x in inputs.items():
         found.setdefault(id(x), []).append(name)
-    unseen = [name for name in layers if name not in inputs]
-    return [*found.values(), *([unseen] if unseen else [])]
+    return [*found.values(), *([name] for name in layers if name not in inputs)]
 
 
 class DensePasses:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, fused_experts
+from hf_lowrank.architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
 
 VOCABULARY = 64
 LENGTH = 12
@@ -117,6 +117,8 @@ LLAVA = {
     "vision_feature_layer": -1,
 }
 
+EXPERTS = "each expert is compressed by itself"
+SHARED_EXPERTS = f"{EXPERTS}, and so are the shared experts"
 FUSED_EXPERTS = "the experts are one tensor and stay dense, as the report warns; attention is compressed"
 ROUTER = (".gate.weight",)
 SHIFTED_TEXT = "without `decoder_input_ids` or `labels` the decoder reads the text itself"
@@ -139,29 +141,24 @@ FAMILIES = {
     "Cohere": Family("CohereForCausalLM", GROUPED, "attention and feed-forward network read the same input"),
     "StarCoder 2": Family("Starcoder2ForCausalLM", GROUPED),
     "BitNet": Family("BitNetForCausalLM", GROUPED, "a norm over the neurons: SoLA compresses them as they lie, without prime ones"),
-    "Mixtral": Family("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, FUSED_EXPERTS, outside=ROUTER),
+    "Mixtral": Family("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, EXPERTS, outside=ROUTER),
     "Qwen2-MoE": Family(
         "Qwen2MoeForCausalLM",
         {**GROUPED, **MIXTURE, "shared_expert_intermediate_size": 48},
-        f"{FUSED_EXPERTS}, and so is the shared expert; its gate stays dense",
+        f"{EXPERTS}, and so is the shared one; its gate stays dense",
         outside=ROUTER,
     ),
-    "Qwen3-MoE": Family("Qwen3MoeForCausalLM", {**GROUPED, **MIXTURE, "head_dim": 8}, FUSED_EXPERTS, outside=ROUTER),
-    "OLMoE": Family("OlmoeForCausalLM", {**GROUPED, **MIXTURE}, FUSED_EXPERTS, outside=ROUTER),
+    "Qwen3-MoE": Family("Qwen3MoeForCausalLM", {**GROUPED, **MIXTURE, "head_dim": 8}, EXPERTS, outside=ROUTER),
+    "OLMoE": Family("OlmoeForCausalLM", {**GROUPED, **MIXTURE}, EXPERTS, outside=ROUTER),
     "GPT-OSS": Family(
         "GptOssForCausalLM",
         {**GROUPED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
         FUSED_EXPERTS,
         outside=(".router.weight", "_proj_bias"),
     ),
-    "DeepSeek-V2": Family(
-        "DeepseekV2ForCausalLM", {**SIZES, **LATENT, **DEEPSEEK}, f"{FUSED_EXPERTS}, and so are the shared experts", outside=ROUTER
-    ),
+    "DeepSeek-V2": Family("DeepseekV2ForCausalLM", {**SIZES, **LATENT, **DEEPSEEK}, SHARED_EXPERTS, outside=ROUTER),
     "DeepSeek-V3": Family(
-        "DeepseekV3ForCausalLM",
-        {**SIZES, **LATENT, **DEEPSEEK, "n_group": 2, "topk_group": 1},
-        f"{FUSED_EXPERTS}, and so are the shared experts",
-        outside=ROUTER,
+        "DeepseekV3ForCausalLM", {**SIZES, **LATENT, **DEEPSEEK, "n_group": 2, "topk_group": 1}, SHARED_EXPERTS, outside=ROUTER
     ),
     "BERT": Family("BertForMaskedLM", SIZES),
     "RoBERTa": Family("RobertaForMaskedLM", SIZES),
@@ -201,6 +198,10 @@ compressed, saved, opened again and run in `tests/test_model_families.py`, from 
 REMARKS = """
 - *Fused* feed-forward networks hold gate and up in one matrix. SoLA permutes both halves alike and keeps the prime columns of the
   output matrix; the fused matrix itself gets low rank alone, as its prime rows lie in two places.
+- *Experts* that Transformers keeps in two tensors are compressed one by one where that computes the same, which is tried out;
+  others (GPT-OSS: transposed, with biases) stay dense, and the report says so. An expert is calibrated on the tokens that come to it.
+  The report counts those that see fewer than they have inputs, and those that see none, which are compressed without data. Products
+  run expert by expert, not in one grouped kernel. `hf-lowrank dense` writes the family's own names.
 - Only models that generate from a text alone calibrate on themselves; the others say so and want data.
 - SoCo and FWSVD learn from the loss of the next token, and refuse models without one.
 - Not supported: models that run one block several times (ALBERT), and those that read the weights of their layers past the layers
@@ -216,8 +217,10 @@ def table() -> str:
 def _row(name: str, family: Family) -> str:
     model = family.make()
     blocks = find_blocks(model)
+    banks = separate_experts(blocks)
     linears = list(dict.fromkeys(f"`{layer.name.rpartition('.')[2]}`" for layer in find_layers(blocks)))
-    kinds = dict.fromkeys(_kind(network) for block in blocks.values() for network in find_feed_forwards(block))
+    networks = [(f"{name}.{network.output}", network) for name, block in blocks.items() for network in find_feed_forwards(block)]
+    kinds = dict.fromkeys("experts" if output.rsplit(".", 2)[0] in banks else _kind(network) for output, network in networks)
     if fused_experts(model, blocks):
         kinds["fused experts"] = None
     conv1d = " (`Conv1D`)" if any(isinstance(module, Conv1D) for module in model.modules()) else ""

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
-from hf_lowrank.architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, fused_experts
+from hf_lowrank.architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
 
 from . import tiny_models
+from .model_families import FAMILIES
 
 LLAMA = {
     "self_attn.q_proj": ("query", 32, 32),
@@ -73,18 +74,34 @@ def test_embeddings_and_head_are_never_layers() -> None:
         assert not outside & {id(model.get_submodule(layer.name)) for layer in find_layers(find_blocks(model))}
 
 
-def test_fused_experts_are_found_and_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_models.mixtral()
-    experts = fused_experts(model, find_blocks(model))
-    assert sum(experts.values()) == 2 * 4 * 3 * 32 * 64  # blocks, experts, matrices
+def test_fused_experts_that_stay_so_are_found_and_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    family = FAMILIES["GPT-OSS"]
+    model = family.make()
+    blocks = find_blocks(model)
+    assert separate_experts(blocks) == {}
+    experts = fused_experts(model, blocks)
+    assert sum(experts.values()) == 2 * 4 * 3 * 32 * 80  # blocks, experts, matrices
     assert fused_experts(tiny_models.llama(), find_blocks(tiny_models.llama())) == {}
-    compressed = compress(model, CompressionConfig(method="svd", ratio=0.3, samples=2, sequence_length=16))
+    compressed = compress(model, CompressionConfig(method="svd", ratio=0.3), calibration=family.batches())
     warnings = compressed.save_pretrained.report["warnings"]
     assert any("fused expert" in warning and next(iter(experts)) in warning for warning in warnings)
     assert any("fused expert" in record.getMessage() for record in caplog.records)
     for name, parameter in model.named_parameters():
         if name in experts:
-            assert torch.equal(parameter, tiny_models.mixtral().get_parameter(name))
+            assert torch.equal(parameter, family.make().get_parameter(name))
+
+
+def test_separated_experts_are_layers_with_networks_of_their_own() -> None:
+    blocks = find_blocks(tiny_models.mixtral())
+    assert list(separate_experts(blocks)) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert separate_experts(blocks) == {}
+    found = {layer.name.removeprefix("model.layers.1."): layer for layer in find_layers(blocks) if layer.block == 1}
+    roles = {name: (layer.role, layer.out_features, layer.in_features) for name, layer in found.items()}
+    experts = {f"mlp.experts.{index}.gate_up": ("other", 128, 32) for index in range(4)}
+    experts |= {f"mlp.experts.{index}.down": ("ffn_out", 32, 64) for index in range(4)}
+    assert roles == MIXTRAL | experts
+    networks = [FeedForward((f"mlp.experts.{index}.gate_up",), f"mlp.experts.{index}.down", fused=True) for index in range(4)]
+    assert find_feed_forwards(blocks["model.layers.1"]) == networks
 
 
 def test_a_model_without_blocks_is_an_error() -> None:

@@ -178,7 +178,9 @@ def test_a_dense_expert_among_compressed_ones_is_stored_by_itself(saved: Path) -
     expert = model.get_submodule(f"{BANK}.2")
     assert torch.equal(expert.down.weight, weight)
     assert expert.down.weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
-    assert inspect_checkpoint(saved).ratio_stored == pytest.approx(json.loads((saved / "compression_report.json").read_text())["ratio_stored"])
+    assert inspect_checkpoint(saved).ratio_stored == pytest.approx(
+        json.loads((saved / "compression_report.json").read_text())["ratio_stored"]
+    )
     assert verify_checkpoint(saved).sound
 
 

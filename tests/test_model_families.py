@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedModel
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
-from hf_lowrank.architectures import find_blocks, find_feed_forwards, find_layers, fused_experts
+from hf_lowrank.architectures import find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
 from hf_lowrank.budget import Budget
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.inspection import inspect_checkpoint
@@ -24,7 +24,10 @@ from .model_families import FAMILIES, SIZES, Batches, pairs_of_texts, pictures, 
 from .support.fresh_process import INPUT_IDS, open_elsewhere
 
 FUSED = {"Phi-3", "ModernBERT"}
+MIXTURES = {"Mixtral": 8, "Qwen2-MoE": 8, "Qwen3-MoE": 8, "OLMoE": 8, "DeepSeek-V2": 4, "DeepSeek-V3": 4}
+"""Their experts in all blocks."""
 WITHOUT_NETWORKS = {"BitNet", "Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS"}
+"""Beside experts."""
 REPRESENTATIVE = ["Llama", "OPT", "GPT-2", "Phi-3", "BERT", "T5", "Whisper"]
 OPTIONS = {"slab": {"iterations": 2}}
 
@@ -83,6 +86,7 @@ def test_every_weight_of_the_blocks_is_compressed_or_explained(name: str) -> Non
     report = model.save_pretrained.report
     original = family.make()
     blocks = find_blocks(original)
+    assert len(separate_experts(blocks)) == len(model.config.quantization_config.experts)
     experts = fused_experts(original, blocks)
     compressed = {entry["name"] for entry in report["layers"]}
     for block_name, block in blocks.items():
@@ -92,8 +96,8 @@ def test_every_weight_of_the_blocks_is_compressed_or_explained(name: str) -> Non
             if parameter.dim() > 1 and layer not in compressed | report["dense"].keys() and weight not in experts:
                 assert weight.endswith(family.outside), weight
     assert set(report["dense"].values()) <= {"it routes tokens to experts or weighs them, and is tiny"}
-    assert bool(experts) == any("fused expert" in warning for warning in report["warnings"])
-    assert len(report["warnings"]) == bool(experts)
+    assert bool(experts) == (name == "GPT-OSS") == any("fused expert" in warning for warning in report["warnings"])
+    assert all("expert" in warning for warning in report["warnings"])
     assert all(entry["tokens"] for entry in report["layers"])
 
 
@@ -124,7 +128,7 @@ def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
     family = FAMILIES[name]
     model, batches = family.make(), family.batches()
     blocks = find_blocks(model)
-    layers = find_layers(blocks)
+    layers = find_layers(blocks)  # those of separated experts are for tests/test_experts.py
     seen = seen_by_layers(model, [layer.name for layer in layers], batches)
     captured = capture(model, blocks, calibration_batches(model, recipe(), calibration=batches))
     for index, block in enumerate(blocks.values()):
@@ -145,7 +149,9 @@ def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
     model, batches = family.make(), family.batches()
     before = answers(model, batches)
     networks = 0
-    for block in find_blocks(model).values():
+    blocks = find_blocks(model)
+    banks = separate_experts(blocks)
+    for block in blocks.values():
         for network in find_feed_forwards(block):
             output = block.get_submodule(network.output)
             order = torch.randperm(dense_weight(output).shape[1], generator=torch.Generator().manual_seed(1))
@@ -153,10 +159,11 @@ def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
                 permute_outputs(block.get_submodule(part), torch.cat([order, order + len(order)]) if network.fused else order)
             permute_inputs(output, order)
             networks += 1
-            assert network.fused == (name in FUSED)
+            assert network.fused == (name in FUSED or ".experts." in network.output)
     for one, other in zip(before, answers(model, batches), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert networks == (0 if name in WITHOUT_NETWORKS else len(find_blocks(model)))
+    assert sum(map(len, banks.values())) == MIXTURES.get(name, 0)
+    assert networks == MIXTURES.get(name, 0) + (0 if name in WITHOUT_NETWORKS else len(blocks))
 
 
 @pytest.mark.parametrize("method", ["sola", "svd-llm", "svd-llm with update"])
@@ -348,7 +355,8 @@ def test_a_block_that_runs_more_than_once_is_refused_by_name() -> None:
 
 
 def test_checkpoints_open_without_the_package(tmp_path: Path) -> None:
-    classes = {"Phi-3": "AutoModelForCausalLM", "Falcon": "AutoModelForCausalLM", "BERT": "AutoModelForMaskedLM"}
+    causal = ("Phi-3", "Falcon", "Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V2")
+    classes = {**dict.fromkeys(causal, "AutoModelForCausalLM"), "BERT": "AutoModelForMaskedLM"}
     tasks, expected = [], []
     for name, auto_class in classes.items():
         family = FAMILIES[name]

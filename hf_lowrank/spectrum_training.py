@@ -41,7 +41,8 @@ class SpectralLinear(nn.Module):
         assert isinstance(weight, Tensor)
         spectrum = measurement.factorization
         compute = torch.promote_types(weight.dtype, torch.float32)
-        self.left, self.right = spectrum.left.to(compute), spectrum.right.to(compute)
+        # contiguous, as from a record: a resumed run rounds as one that was never killed
+        self.left, self.right = spectrum.left.to(compute).contiguous(), spectrum.right.to(compute).contiguous()
         self.sigma = spectrum.sigma.to(compute)
         self.a = nn.Parameter(torch.zeros_like(self.sigma))
         self.d = nn.Parameter(self.left.new_zeros(self.left.shape[0])) if deviation else None
@@ -155,6 +156,10 @@ class _Run:
             raise NumericalError(f"soco: the loss is {loss.item()} at step {step}; lower learning_rate, or use a wider dtype")
         self.optimizer.zero_grad()
         loss.backward()
+        for layer in self.layers.values():
+            for parameter in layer.parameters(recurse=False):
+                if parameter.grad is None:  # an expert to which no token of the minibatch comes
+                    parameter.grad = torch.zeros_like(parameter)
         removed = self.budget.ratio if self.kept is not None else self.add_decrease(step, phase)
         self.optimizer.step()
         self.curve.loss.append(loss.item())

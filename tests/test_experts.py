@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress
+from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress, spectrum_training
 from hf_lowrank.architectures import find_blocks, separate_experts
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.calibration.statistics import Seen, seen_by_both
@@ -23,6 +23,7 @@ from hf_lowrank.inspection import inspect_checkpoint
 from hf_lowrank.linears import dense_weight
 from hf_lowrank.runtime.experts import ExpertBank, is_fused_experts
 from hf_lowrank.verification import verify_checkpoint
+from hf_lowrank.work_folder import Record, WorkFolder
 
 from .model_families import FAMILIES, text
 
@@ -158,6 +159,27 @@ def test_what_fails_leaves_the_model_as_it_was() -> None:
     }
     assert all(torch.equal(tensor, untouched.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model), logits(untouched))
+
+
+@pytest.mark.parametrize("method", ["sola", "soco"])
+def test_a_killed_run_goes_on_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe(method, **({"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}))
+    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    family, expected, written = FAMILIES["Mixtral"], made("Mixtral", config).state_dict(), []
+    usual = WorkFolder.write
+
+    def write(self: WorkFolder, name: str, record: Record) -> None:
+        usual(self, name, record)
+        written.append(name)
+        if name in ("measured-00000", spectrum_training.STATE, "built-00000") and written.count(name) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkFolder, "write", write)
+    for _ in range(3 if method == "soco" else 2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(family.make(), config, calibration=family.batches(), work_dir=tmp_path, progress=False)
+    model = compress(family.make(), config, calibration=family.batches(), work_dir=tmp_path, progress=False)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")

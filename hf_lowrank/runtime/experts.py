@@ -49,8 +49,8 @@ class ExpertBank(nn.ModuleList):
         self.names = names
         (activation,) = fused.children()
         gate_up, down = (fused.get_parameter(name) for name in names)
-        for first, second in zip(gate_up.detach(), down.detach(), strict=True):
-            self.append(Expert(_linear(first, gate_up.requires_grad), _linear(second, down.requires_grad), activation))
+        for index in range(len(gate_up)):
+            self.append(Expert(_linear(gate_up, index), _linear(down, index), activation))
         empty = {name: nn.Parameter(p.detach().to("meta"), p.requires_grad) for name, p in zip(names, (gate_up, down), strict=True)}
         vars(self)["fused"] = _with_parameters(fused, empty)  # not a child: its tensors are no part of the model
         self.train(fused.training)
@@ -130,8 +130,8 @@ def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> 
     return copy.deepcopy(module, shared | {id(module.get_parameter(name)): parameter for name, parameter in parameters.items()})
 
 
-def _linear(weight: Tensor, requires_grad: bool) -> nn.Linear:
-    """A linear layer with this weight (m, n), in its memory."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad)
+def _linear(weights: nn.Parameter, index: int) -> nn.Linear:
+    """A linear layer with one of the weights (E, m, n), in their memory."""
+    linear = nn.Linear(weights.shape[2], weights.shape[1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weights.detach()[index], weights.requires_grad)
     return linear

@@ -222,7 +222,7 @@ def counted(x: Tensor, mask: Tensor | None, tokens: Tensor | None = None) -> Ten
     tokens these are; of any other all count.
     """
     if tokens is not None:
-        return x if mask is None else x[mask.bool().flatten()[tokens]]
+        return x if mask is None else x[mask.to(tokens.device).bool().flatten()[tokens]]
     if mask is not None and x.shape[: mask.dim()] == mask.shape:
         return x[mask.bool()].flatten(0, -2)
     sides = [side for side in x.shape[:-1] if side > 1]

@@ -51,12 +51,13 @@ def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
     """What compressing a model of this skeleton, whose fused experts are separated, from disk to disk takes."""
     method = make_method(config.method, config.options)
     blocks = find_blocks(dense)
-    separate_experts(blocks)
+    banks = separate_experts(blocks)
     layers = find_layers(blocks)
     on_disk = {name for name, place in device_map(dense).items() if place == "disk"}
     sizes = {name: tensor.numel() * tensor.itemsize for name, tensor in dense.named_parameters()}
     kept = sum(size for name, size in sizes.items() if not any(name.startswith(f"{part}.") for part in on_disk))
     block = max(sum(size for name, size in sizes.items() if name.startswith(f"{each}.")) for each in blocks)
+    converted = sum(size for name, size in sizes.items() if any(name.startswith(f"{bank}.") for bank in banks))
     linears = sum(sizes[f"{layer.name}.weight"] for layer in layers)
     length = sequence_length(dense, config)
     width = dense.config.get_text_config().hidden_size * dense.dtype.itemsize
@@ -70,7 +71,7 @@ def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
         block=block,
         activations=waiting + 3 * batch * widest * dense.dtype.itemsize + 2 * min(batch, TOKENS_AT_ONCE) * widest * FLOAT64,
         working=max(_working(method, [layer for layer in layers if layer.block == index]) for index in range(len(blocks))),
-        work_folder=round((1 - config.ratio) * linears) + 2 * streams * hidden + _measured(method, layers),
+        work_folder=converted + round((1 - config.ratio) * linears) + 2 * streams * hidden + _measured(method, layers),
         output=sum(sizes.values()) - round(config.ratio * linears),
     )
 

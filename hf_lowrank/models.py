@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .locking import is_held, locked
-from .offloading import device_map
+from .offloading import close_files, device_map
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
 from .runtime.errors import CompressionError
 from .runtime.saving import AUTO_CLASSES
@@ -58,7 +58,10 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu", offload_fo
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if offload_folder is not None:
             places = device_map(skeleton(config))
-            return auto_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
+            model = auto_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
+            if any(offload_folder.iterdir()):
+                close_files(model)
+            return model
         return auto_class.from_pretrained(source, dtype=wanted).to(device).eval()
     except CompressionError:
         raise

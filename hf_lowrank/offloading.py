@@ -112,6 +112,13 @@ class _WithSlices(Mapping[str, Tensor]):
         return len(self.weights) + len(self.slices)
 
 
+def close_files(model: PreTrainedModel) -> None:
+    """Move what is in memory off the files that it is mapped from: all that was read of these to be converted counts as ours."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.device.type != "meta":
+            tensor.data = tensor.data.clone()
+
+
 def return_memory() -> None:
     """Give what was freed back to the system, where the C library has a call for that: its heaps keep what lies between living objects."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

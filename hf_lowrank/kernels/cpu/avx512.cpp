@@ -169,7 +169,7 @@ struct BinaryLoop {
 
 void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
     if (product.signs && !x.multiplies_signs) for_token_groups<BinaryLoop>(rows, product, x);
-    if (product.values || x.multiplies_signs) avx512_kept(product, x, rows);
+    if (product.values) avx512_kept(product, x, rows);
 }
 
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {

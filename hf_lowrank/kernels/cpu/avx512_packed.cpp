@@ -39,12 +39,64 @@ AVX512_INLINE __m512i broadcast_8_bytes(const uint8_t* bytes) {
     return _mm512_set1_epi64(word);
 }
 
+// In assembly, so that the sum of both takes no register.
 AVX512_INLINE void prefetch(const void* from, int64_t bytes_ahead) {
-    _mm_prefetch(static_cast<const char*>(from) + bytes_ahead, _MM_HINT_T0);
+    __asm__ volatile("prefetcht0 (%0,%1)" : : "r"(from), "r"(bytes_ahead));
 }
 
-// `kept`: there are values; `signs`: there are signs, and Values is BFloat16<1>.
-template <class Values, bool kept, bool signs>
+// Few values: their columns among 64 are listed, and x is taken from there, instead of the values being spread.
+struct ColumnList {
+    alignas(64) uint8_t numbers[64];
+    constexpr ColumnList() : numbers() {
+        for (int column = 0; column < 64; ++column) numbers[column] = static_cast<uint8_t>(0x80 | column);
+    }
+};
+constexpr ColumnList kColumnList;
+
+// The numbers of the columns whose mask bits are set, one after the other, as words with the upper nine bits set; zeros after them.
+AVX512_INLINE __m512i list_columns(__mmask64 mask, __m512i numbers) {
+    __m512i bytes;
+    __asm__("vpxord %x0, %x0, %x0\n\tvpcompressb %1, %0%{%2%}%{z%}" : "=&v"(bytes) : "v"(numbers), "Yk"(mask));
+    return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
+}
+
+// Adds the products of the next values of a row with 64 columns of x to each token's sum.
+template <class Values>
+struct Spread : Values {
+    template <int T>
+    AVX512_INLINE void multiply_64(__m512 (&sums)[T], const typename Values::Element*& values, const uint8_t* mask,
+                                   const typename Values::Inputs& x, int64_t column) {
+        typename Values::Unit low, high;
+        Values::expand_64(values, mask, low, high);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            Values::multiply_add(sums[t], low, x, t, column);
+            Values::multiply_add(sums[t], high, x, t, column + kUnit);
+        }
+    }
+};
+
+// The same where up to 32 values are likely. What was loaded beyond them lies beside a zero of the list: only its lower seven bits are
+// left, a number that vdpbf16ps takes for zero.
+struct Listed : BFloat16<1> {
+    template <int T>
+    AVX512_INLINE void multiply_64(__m512 (&sums)[T], const uint16_t*& values, const uint8_t* mask, const Inputs& x, int64_t column) {
+        const int64_t count = count_bits_64(mask);
+        if (__builtin_expect(count > kUnit, 0)) return Spread<BFloat16<1>>::multiply_64(sums, values, mask, x, column);
+        const __m512i columns = list_columns(load_mask(mask), _mm512_load_si512(kColumnList.numbers));
+        const __m512i present = _mm512_ternarylogic_epi32(load(values), columns, _mm512_set1_epi32(0x007f007f), 0xe0);
+        values += count;
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            const uint16_t* at = x.at + t * x.token_stride + column;
+            const __m512i chosen = _mm512_permutex2var_epi16(_mm512_load_si512(at), columns, _mm512_load_si512(at + kUnit));
+            sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)present, (__m512bh)chosen);
+        }
+    }
+};
+
+// `signs`: those of x.multiplies_signs too, where Values are bfloat16 and x is one piece.
+template <class Values, bool signs>
 struct Packed {
     using Element = typename Values::Element;
 
@@ -58,12 +110,12 @@ struct Packed {
         const int64_t columns = prepared.columns, width = (columns + 7) / 8, stride = step * width, row = rows.first + first;
         const int64_t next_values = next * product.kept * int64_t(sizeof(Element)), next_bits = next * width;
         const int64_t line_values = product.kept * int64_t(sizeof(Element)) * kLineColumns / columns;  // bytes of them per kLineColumns
-        const uint8_t* masks = kept ? product.mask + row * width : nullptr;
+        const uint8_t* masks = product.mask + row * width;
         const uint8_t* bits = signs ? product.signs + row * width : nullptr;
-        const Element* end = kept ? static_cast<const Element*>(product.values) + product.rows * product.kept : nullptr;
+        const Element* end = static_cast<const Element*>(product.values) + product.rows * product.kept;
         const Element* values[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) values[r] = kept ? static_cast<const Element*>(product.values) + (row + r * step) * product.kept : nullptr;
+        for (int r = 0; r < R; ++r) values[r] = static_cast<const Element*>(product.values) + (row + r * step) * product.kept;
         const bool near_end = end - values[R - 1] < columns;
         const __m512i low_positions = _mm512_load_si512(kSignPositions.low), high_positions = _mm512_load_si512(kSignPositions.high);
         Sums<T, R, Values> kept_sums, sign_sums;
@@ -74,18 +126,18 @@ struct Packed {
         for (;;) {
             // As many steps as cannot read past the end of the tensor, whatever the mask says.
             int64_t steps = (columns - column) / kStep;
-            if (kept && near_end)
+            if (near_end)
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) steps = (end - values[r]) / kStep < steps ? (end - values[r]) / kStep : steps;
             if (steps <= 0) break;
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                if (kept) prefetch(masks + r * stride, next_bits);
+                prefetch(masks + r * stride, next_bits);
                 if (signs) prefetch(bits + r * stride, next_bits);
             }
             // More of them than the one line that is fetched at each step.
-            if (kept && line_values > kLineColumns)
+            if (line_values > kLineColumns)
                 for (int64_t line = 0; line < line_values; line += 64)
 #pragma GCC unroll 4
                     for (int r = 0; r < R; ++r) prefetch(values[r], next_values + line);
@@ -93,13 +145,8 @@ struct Packed {
             for (int64_t stop = column + steps * kStep; column < stop; column += kStep) {
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    if (kept) {
-                        prefetch(values[r], next_values);
-                        typename Values::Unit low, high;
-                        Values::expand_64(values[r], masks + r * stride, low, high);
-                        Sums<T, R, Values>::add(kept_sums, r, low, x, column);
-                        Sums<T, R, Values>::add(kept_sums, r, high, x, column + kUnit);
-                    }
+                    prefetch(values[r], next_values);
+                    Values::multiply_64(kept_sums.of[r], values[r], masks + r * stride, x, column);
                     if constexpr (signs) {
                         const __m512i both = broadcast_8_bytes(bits + r * stride);
                         const __m512i low = _mm512_load_si512(scale + column), high = _mm512_load_si512(scale + column + kUnit);
@@ -107,7 +154,7 @@ struct Packed {
                         Sums<T, R, Values>::add(sign_sums, r, with_signs(both, high_positions, high), x, column + kUnit);
                     }
                 }
-                masks += kept ? kStep / 8 : 0;
+                masks += kStep / 8;
                 bits += signs ? kStep / 8 : 0;
             }
         }
@@ -115,18 +162,16 @@ struct Packed {
             const int64_t left = width - column / 8;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                if (kept) {
-                    uint32_t mask = load_bits(masks + r * stride, left, 0);
-                    int64_t present = end - values[r] < kUnit ? end - values[r] : kUnit, used = _mm_popcnt_u32(mask);
-                    Sums<T, R, Values>::add(kept_sums, r, Values::expand(Values::load_first(values[r], present), mask), x, column);
-                    values[r] += used < present ? used : present;
-                }
+                uint32_t mask = load_bits(masks + r * stride, left, 0);
+                int64_t present = end - values[r] < kUnit ? end - values[r] : kUnit, used = _mm_popcnt_u32(mask);
+                Sums<T, R, Values>::add(kept_sums, r, Values::expand(Values::load_first(values[r], present), mask), x, column);
+                values[r] += used < present ? used : present;
                 if constexpr (signs) {
                     const __m512i word = _mm512_set1_epi64(load_bits(bits + r * stride, left, 0));
                     Sums<T, R, Values>::add(sign_sums, r, with_signs(word, low_positions, _mm512_load_si512(scale + column)), x, column);
                 }
             }
-            masks += kept ? kUnit / 8 : 0;
+            masks += kUnit / 8;
             bits += signs ? kUnit / 8 : 0;
         }
         if (signs)
@@ -158,19 +203,22 @@ struct Packed {
 }  // namespace
 
 void avx512_kept(const Product& product, const Prepared& x, const Rows& rows) {
+    // Fewer values than a quarter of the columns: hardly ever more than 32 among 64 columns.
+    const bool few = product.kept * 4 <= product.columns;
     if (x.multiplies_signs) {
-        if (product.values) for_token_groups<Packed<BFloat16<1>, true, true>::template Loop>(rows, product, x);
-        else for_token_groups<Packed<BFloat16<1>, false, true>::template Loop>(rows, product, x);
+        if (few) for_token_groups<Packed<Listed, true>::template Loop>(rows, product, x);
+        else for_token_groups<Packed<Spread<BFloat16<1>>, true>::template Loop>(rows, product, x);
     } else if (product.values_dtype == kFloat32) {
-        for_token_groups<Packed<Float32, true, false>::template Loop>(rows, product, x);
+        for_token_groups<Packed<Spread<Float32>, false>::template Loop>(rows, product, x);
     } else if (product.values_dtype == kFloat16) {
-        for_token_groups<Packed<Float16, true, false>::template Loop>(rows, product, x);
+        for_token_groups<Packed<Spread<Float16>, false>::template Loop>(rows, product, x);
     } else if (x.piece_count == 1) {
-        for_token_groups<Packed<BFloat16<1>, true, false>::template Loop>(rows, product, x);
+        if (few) for_token_groups<Packed<Listed, false>::template Loop>(rows, product, x);
+        else for_token_groups<Packed<Spread<BFloat16<1>>, false>::template Loop>(rows, product, x);
     } else if (x.piece_count == 2) {
-        for_token_groups<Packed<BFloat16<2>, true, false>::template Loop>(rows, product, x);
+        for_token_groups<Packed<Spread<BFloat16<2>>, false>::template Loop>(rows, product, x);
     } else {
-        for_token_groups<Packed<BFloat16<3>, true, false>::template Loop>(rows, product, x);
+        for_token_groups<Packed<Spread<BFloat16<3>>, false>::template Loop>(rows, product, x);
     }
 }
 

@@ -45,6 +45,12 @@ AVX512_INLINE BitCounts count_bits(const uint8_t* bits) {
     return counts;
 }
 
+AVX512_INLINE int64_t count_bits_64(const uint8_t* bits) {
+    int64_t count;
+    __asm__("popcntq %1, %0" : "=r"(count) : "m"(*reinterpret_cast<const uint8_t(*)[8]>(bits)));
+    return count;
+}
+
 struct Bits16 {
     using Element = uint16_t;
     using Unit = __m512i;

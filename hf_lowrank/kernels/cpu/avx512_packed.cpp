@@ -60,9 +60,12 @@ AVX512_INLINE __m512i list_columns(__mmask64 mask, __m512i numbers) {
     return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
 }
 
-// Adds the products of the next values of a row with 64 columns of x to each token's sum.
+// multiply_64 adds the products of the next values of a row with 64 columns of x to each token's sum. kColumnsAhead: what is fetched
+// meanwhile is that far away, about half a microsecond; together it must leave room for x in the first cache.
 template <class Values>
 struct Spread : Values {
+    static constexpr int64_t kColumnsAhead = 2048;
+
     template <int T>
     AVX512_INLINE void multiply_64(__m512 (&sums)[T], const typename Values::Element*& values, const uint8_t* mask,
                                    const typename Values::Inputs& x, int64_t column) {
@@ -79,6 +82,8 @@ struct Spread : Values {
 // The same where up to 32 values are likely. What was loaded beyond them lies beside a zero of the list: only its lower seven bits are
 // left, a number that vdpbf16ps takes for zero.
 struct Listed : BFloat16<1> {
+    static constexpr int64_t kColumnsAhead = 4096;
+
     template <int T>
     AVX512_INLINE void multiply_64(__m512 (&sums)[T], const uint16_t*& values, const uint8_t* mask, const Inputs& x, int64_t column) {
         const int64_t count = count_bits_64(mask);
@@ -100,16 +105,15 @@ template <class Values, bool signs>
 struct Packed {
     using Element = typename Values::Element;
 
-    // R rows of the block, `step` apart, and T tokens: each of the rows is one of R long streams of memory. The row `next` rows further
-    // in each is fetched meanwhile, for kept values are read at irregular distances, which the processor's own prefetchers do not follow,
-    // and rows of bitmaps are shorter than a page.
+    // R rows of the block, `step` apart, and T tokens: each of the rows is one of R long streams of memory. What comes further on in each
+    // is fetched meanwhile, for kept values are read at irregular distances, which the processor's own prefetchers do not follow, and rows
+    // of bitmaps are shorter than a page.
     template <int T, int R>
-    AVX512_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step, int64_t next) {
+    AVX512_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
         const uint16_t* scale = prepared.scale_in;
         const int64_t columns = prepared.columns, width = (columns + 7) / 8, stride = step * width, row = rows.first + first;
-        const int64_t next_values = next * product.kept * int64_t(sizeof(Element)), next_bits = next * width;
-        const int64_t line_values = product.kept * int64_t(sizeof(Element)) * kLineColumns / columns;  // bytes of them per kLineColumns
+        const int64_t row_bytes = product.kept * int64_t(sizeof(Element)), line_values = row_bytes * kLineColumns / columns;
         const uint8_t* masks = product.mask + row * width;
         const uint8_t* bits = signs ? product.signs + row * width : nullptr;
         const Element* end = static_cast<const Element*>(product.values) + product.rows * product.kept;
@@ -131,6 +135,11 @@ struct Packed {
                 for (int r = 0; r < R; ++r) steps = (end - values[r]) / kStep < steps ? (end - values[r]) / kStep : steps;
             if (steps <= 0) break;
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
+            // After the end of each stream comes that of the next block.
+            constexpr int64_t ahead = Values::kColumnsAhead;
+            const int64_t jump = column + ahead < (step - first) * columns ? 0 : kBlockRows - step;
+            const int64_t next_bits = ahead * width / columns + jump * width;
+            const int64_t next_values = ahead * row_bytes / columns + jump * row_bytes;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 prefetch(masks + r * stride, next_bits);
@@ -190,12 +199,8 @@ struct Packed {
 
         AVX512 static void run(const Product& product, const Prepared& x, const Rows& rows) {
             const int64_t step = rows.count / kStreams;
-            for (int64_t first = 0; first < step; ++first) {
-                // After the last row of each stream come those of the next block.
-                const int64_t next = first + 1 < step ? 1 : kBlockRows - first;
-                multiply<T, kStreams>(product, x, rows, first, step, next);
-            }
-            for (int64_t first = step * kStreams; first < rows.count; ++first) multiply<T, 1>(product, x, rows, first, 1, 1);
+            for (int64_t first = 0; first < step; ++first) multiply<T, kStreams>(product, x, rows, first, step);
+            for (int64_t first = step * kStreams; first < rows.count; ++first) multiply<T, 1>(product, x, rows, first, 1);
         }
     };
 };

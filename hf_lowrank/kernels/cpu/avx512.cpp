@@ -20,6 +20,8 @@ void avx512_unpack(const Product& product, const float* scale_in, int64_t padded
 namespace {
 
 constexpr int64_t kGroupRows = 4;
+// Bytes. From rows of kLongRow on, the processor's own prefetchers do better; in shorter ones, kBytesAhead is fetched by the loop.
+constexpr int64_t kLongRow = 8192, kBytesAhead = 2048;
 
 // --- dense -----------------------------------------------------------------------------------------------------------------
 
@@ -27,18 +29,23 @@ template <class Values>
 struct DenseFor {
     using Element = typename Values::Element;
 
-    // R rows of the block, `step` apart: each is one of R long streams of memory.
-    template <int T, int R>
+    // R rows of the block, `step` apart: each is one of R long streams of memory. `fetch`: what comes next in each is fetched meanwhile.
+    template <int T, int R, bool fetch>
     AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
         const int64_t columns = prepared.columns, stride = step * columns;
         const Element* values = static_cast<const Element*>(matrix) + (rows.first + first) * columns;
+        // After the end of each stream comes that of the next block.
+        const int64_t next = first + 1 < step ? kBytesAhead : (kBlockRows - step + 1) * columns * int64_t(sizeof(Element));
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
         for (; column + kUnit <= columns; column += kUnit)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
+            for (int r = 0; r < R; ++r) {
+                if (fetch) prefetch(values + r * stride + column, next);
+                Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
+            }
         if (column < columns)
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
@@ -49,8 +56,9 @@ struct DenseFor {
     template <int T>
     struct Loop {
         AVX512 static void run(const void* matrix, const Prepared& x, int64_t step, int64_t first, const Rows& rows) {
-            if (first < step) multiply<T, kGroupRows>(matrix, x, rows, first, step);
-            else multiply<T, 1>(matrix, x, rows, first, 1);
+            if (first >= step) multiply<T, 1, false>(matrix, x, rows, first, 1);
+            else if (x.columns * int64_t(sizeof(Element)) < kLongRow) multiply<T, kGroupRows, true>(matrix, x, rows, first, step);
+            else multiply<T, kGroupRows, false>(matrix, x, rows, first, step);
         }
     };
 

@@ -15,35 +15,6 @@ namespace {
 constexpr int64_t kStep = 64;             // columns per step: eight bytes of a bitmap
 constexpr int64_t kLineColumns = 64 * 8;  // columns per cache line of a bitmap
 
-// For word j of 32: the bits of an eight-byte word that end with bit j (low) or 32 + j (high), in the word's upper byte.
-struct SignPositions {
-    alignas(64) uint8_t low[64], high[64];
-    constexpr SignPositions() : low(), high() {
-        for (int word = 0; word < 32; ++word) {
-            low[2 * word + 1] = static_cast<uint8_t>((word + 57) % 64);
-            high[2 * word + 1] = static_cast<uint8_t>((word + 25) % 64);
-        }
-    }
-};
-constexpr SignPositions kSignPositions;
-
-// ± scale: negative where the bit is clear.
-AVX512_INLINE __m512i with_signs(__m512i bits, __m512i positions, __m512i scale) {
-    __m512i moved = _mm512_multishift_epi64_epi8(positions, bits);
-    return _mm512_ternarylogic_epi32(moved, scale, _mm512_set1_epi32(static_cast<int>(0x80008000u)), 0xc6);  // scale ^ (~moved & 0x8000)
-}
-
-AVX512_INLINE __m512i broadcast_8_bytes(const uint8_t* bytes) {
-    long long word;
-    __builtin_memcpy(&word, bytes, 8);
-    return _mm512_set1_epi64(word);
-}
-
-// In assembly, so that the sum of both takes no register.
-AVX512_INLINE void prefetch(const void* from, int64_t bytes_ahead) {
-    __asm__ volatile("prefetcht0 (%0,%1)" : : "r"(from), "r"(bytes_ahead));
-}
-
 // Few values: their columns among 64 are listed, and x is taken from there, instead of the values being spread.
 struct ColumnList {
     alignas(64) uint8_t numbers[64];
@@ -208,8 +179,8 @@ struct Packed {
 }  // namespace
 
 void avx512_kept(const Product& product, const Prepared& x, const Rows& rows) {
-    // Fewer values than a quarter of the columns: hardly ever more than 32 among 64 columns.
-    const bool few = product.kept * 4 <= product.columns;
+    // Fewer values than a quarter of the columns: hardly ever more than 32 among 64 columns. Spread values are shared among tokens.
+    const bool few = product.kept * 4 <= product.columns && rows.token_count == 1;
     if (x.multiplies_signs) {
         if (few) for_token_groups<Packed<Listed, true>::template Loop>(rows, product, x);
         else for_token_groups<Packed<Spread<BFloat16<1>>, true>::template Loop>(rows, product, x);

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_lowrank import kernels
 from hf_lowrank.kernels import cpu
 from hf_lowrank.kernels.cpu import native, products
-from hf_lowrank.runtime import ops, quantized_ops
+from hf_lowrank.runtime import ops, packing, quantized_ops
 
 from .layers import FACTORED, FORMS, TRANSPOSED, operation_of, random_layer
 
@@ -145,6 +145,24 @@ def test_infinities_and_nans_come_out_as_dense_gives_them(instruction_set: str, 
     else:
         dense = torch.nn.functional.linear(x, layer.dense(form)[0].float())
     torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_few_values_close_together_and_infinite_neighbours(instruction_set: str) -> None:
+    layer = random_layer(70, 320, 75, torch.bfloat16)
+    columns = torch.arange(320).expand(70, -1)
+    # Four rows of five have their values side by side, 64 columns full of them; the fifth has them everywhere, and they are infinite.
+    infinite = torch.arange(70) % 5 == 4
+    mask = torch.where(infinite[:, None], columns % 4 == 1, (columns >= 100) & (columns < 175))
+    layer.weight_mask.copy_(packing.pack_bits(mask & (mask.cumsum(1) <= 75)))
+    layer.weight[infinite] = float("inf")
+    x = torch.rand(1, 320, generator=torch.Generator().manual_seed(1)).bfloat16() + 1
+    for form in ("bitmask_linear", "bitmask_binary_linear"):
+        dense, magnitudes = layer.dense(form)
+        finite = ~infinite
+        y = multiplied(form, x, *layer.arguments(form))
+        error = (y.double() - x.double() @ dense.T)[:, finite].abs()
+        assert bool((error <= tolerance(y[:, finite], x, magnitudes[finite], tiled=False)).all())
+        assert not bool(y[:, infinite].isfinite().any())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -25,7 +25,7 @@ def _configurations(*sizes: tuple[int, int, int], second: str) -> list[triton.Co
 
 
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
-_VECTOR_SIZES = ((4, 128, 4), (2, 128, 4), (8, 64, 4), (2, 256, 8), (4, 64, 2), (1, 512, 4))
+_VECTOR_SIZES = ((4, 32, 1), (2, 32, 1), (1, 64, 1), (4, 64, 2), (4, 128, 4), (2, 128, 4))
 _multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="BLOCK_BYTES"), (*_FORM, "TOKENS"))
 _TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
 _multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
@@ -139,9 +139,10 @@ KERNELS = {kernel.__name__: kernel for kernel in _OPERATIONS}
 
 
 def _linear(x: Tensor, parts: Parts) -> Tensor | None:
-    if not _readable(x, *parts.tensors().values()):
+    rows = parts.packed.shape[0]
+    if not rows or not _readable(x, *parts.tensors().values()):
         return None
-    inputs, rows = as_matrix(x).contiguous(), parts.packed.shape[0]
+    inputs = as_matrix(x).contiguous()
     y = x.new_empty(inputs.shape[0], rows)
     if inputs.shape[0] <= FEW_TOKENS:
         _multiply(inputs, y, parts)
@@ -184,11 +185,11 @@ def _tiles(x: Tensor, columns: int, parts: Parts) -> Iterator[tuple[slice, Tenso
 
 
 def _lowrank(x: Tensor, a: Tensor, b: Tensor, pivots: Tensor | None, rows: int) -> Tensor | None:
-    inputs = as_matrix(x).contiguous()
+    inputs, rank = as_matrix(x).contiguous(), a.shape[0]
     tokens = inputs.shape[0]
-    if tokens > VECTOR_TOKENS or not _readable(x, a, b, pivots):
+    if tokens > VECTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
         return None
-    z = inputs.new_empty(tokens, a.shape[0], dtype=torch.float32)
+    z = inputs.new_empty(tokens, rank, dtype=torch.float32)
     y = inputs.new_empty(tokens, rows)
     _multiply_by_factor(inputs, z, a, None)
     _multiply_by_factor(z, y, b, pivots)
@@ -218,11 +219,7 @@ def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:
 
 
 def _readable(x: Tensor, *parts: Tensor | None) -> bool:
-    """Whether all are of a dtype and a layout in memory that the kernels read, and there is something to compute."""
-    if x.dtype not in DTYPES or not x.numel():
-        return False
-    return all(
-        part.numel() > 0 and part.is_contiguous() and part.device == x.device and part.dtype in (*DTYPES, torch.uint8)
-        for part in parts
-        if part is not None
-    )
+    """Whether all are of a dtype and a layout in memory that the kernels read, and x is not empty."""
+    stored = [part for part in parts if part is not None]
+    readable = all(part.is_contiguous() and part.device == x.device and part.dtype in (*DTYPES, torch.uint8) for part in stored)
+    return readable and x.dtype in DTYPES and x.numel() > 0

@@ -25,13 +25,13 @@ def _configurations(*sizes: tuple[int, int, int], second: str) -> list[triton.Co
 
 
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
-_VECTOR_SIZES = ((4, 32, 1), (2, 32, 1), (1, 64, 1), (4, 64, 2), (4, 128, 4), (2, 128, 4))
+_VECTOR_SIZES = ((8, 32, 2), (4, 32, 1), (2, 32, 1), (1, 64, 1), (4, 128, 4), (2, 128, 4))
 _multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="BLOCK_BYTES"), (*_FORM, "TOKENS"))
 _TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
 _multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
-_UNPACK_SIZES = ((4, 128, 4), (2, 128, 4), (8, 64, 4), (2, 256, 8))
+_UNPACK_SIZES = ((8, 32, 2), (4, 32, 1), (2, 128, 4), (4, 128, 4))
 _unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM)
-_FACTOR_SIZES = ((8, 512, 4), (8, 256, 4), (16, 256, 4), (8, 1024, 8), (16, 128, 4), (32, 128, 8))
+_FACTOR_SIZES = ((8, 256, 4), (16, 128, 4), (16, 256, 4), (8, 512, 4), (8, 1024, 8), (32, 128, 8))
 _FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
 _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)
 

@@ -41,7 +41,7 @@ def tolerance(y: Tensor, x: Tensor, magnitudes: Tensor, rounded: bool) -> Tensor
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     data=st.data(),
     density=st.floats(0, 1),
@@ -67,7 +67,7 @@ def test_every_kernel_agrees_with_the_float64_oracle(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), density=st.floats(0, 1), dtype=st.sampled_from(DTYPES), form=st.sampled_from(sorted(TRANSPOSED)))
 def test_gradients_agree_with_the_float64_oracle(name: str, data: st.DataObject, density: float, dtype: torch.dtype, form: str) -> None:
     with in_use(name) as back_end, small_tiles():

@@ -24,9 +24,9 @@ class TunedKernel:
     """
 
     def __init__(self, kernel: Any, configurations: Sequence[triton.Config], key: Sequence[str]) -> None:
-        self.kernel, self.first, self.key = kernel, configurations[0], key
-        self.interpreted = not isinstance(kernel, triton.JITFunction)
-        self.tuned = None if self.interpreted else triton.autotune(list(configurations), list(key))(kernel)
+        self.kernel, self.configurations, self.key = kernel, list(configurations), list(key)
+        interpreted = not isinstance(kernel, triton.JITFunction)
+        self.tuned = None if interpreted else triton.autotune(self.configurations, self.key)(kernel)
         self.seen: set[tuple[Any, ...]] = set()
 
     def launch(self, device: torch.device, grid: Grid, **arguments: Any) -> None:
@@ -36,7 +36,7 @@ class TunedKernel:
             CompressionError: if a CUDA graph is being captured and the shape is new, as tuning cannot be captured.
         """
         if self.tuned is None:
-            self.kernel[grid](**arguments, **self.first.kwargs)
+            self.kernel[grid](**arguments, **self.configurations[0].kwargs)
             return
         shape = (device, *(arguments[name] for name in self.key), *(part.dtype for part in arguments.values() if hasattr(part, "dtype")))
         if shape not in self.seen and torch.cuda.is_current_stream_capturing():

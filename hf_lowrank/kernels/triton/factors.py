@@ -24,7 +24,7 @@ def multiply(
     """y (tokens, rows) of x (tokens, columns), summed in float32, for `weight` (rows, columns); a program has `BLOCK_ROWS` rows.
 
     With `PIVOTED`, `weight` has the rows that are not set in the bitmap `pivots` (⌈rows/8⌉ ≤ BITMAP_BYTES); the others are x itself, one
-    entry each in their order. `BLOCK_ROWS` is then a multiple of 8, so that a program begins at a byte of the bitmap.
+    entry each in their order.
     """
     first_row = tl.program_id(0) * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -33,18 +33,19 @@ def multiply(
     source, wanted = row, inside
     if PIVOTED:
         byte = tl.arange(0, BITMAP_BYTES)
-        earlier = tl.load(pivots + byte, mask=byte < first_row // 8, other=0).to(tl.int32)
+        earlier = tl.load(pivots + byte, mask=byte <= first_row // 8, other=0).to(tl.int32)
+        earlier = tl.where(byte < first_row // 8, earlier, earlier & ((1 << (first_row % 8)) - 1))
         is_pivot = (tl.load(pivots + row // 8, mask=inside, other=0).to(tl.int32) >> (row % 8)) & 1
         pivots_before = tl.sum(ones_of_byte(earlier), axis=0) + tl.cumsum(is_pivot, axis=0) - is_pivot
         source, wanted = row - pivots_before, inside & (is_pivot == 0)
     total = tl.zeros((TOKENS, BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    of_row = weight + source.to(tl.int64)[:, None] * columns
+    of_row = weight + source.to(tl.int64)[None, :, None] * columns
+    of_token = x + token[:, None, None] * columns
     for first in range(0, columns, BLOCK_COLUMNS):
-        column = first + tl.arange(0, BLOCK_COLUMNS)
-        entries = tl.load(of_row + column[None, :], mask=wanted[:, None] & (column < columns)[None, :], other=0.0)
-        of_token = x + token[:, None] * columns + column[None, :]
-        inputs = tl.load(of_token, mask=(token < tokens)[:, None] & (column < columns)[None, :], other=0.0)
-        total += entries.to(tl.float32)[None, :, :] * inputs.to(tl.float32)[:, None, :]
+        column = (first + tl.arange(0, BLOCK_COLUMNS))[None, None, :]
+        entries = tl.load(of_row + column, mask=wanted[None, :, None] & (column < columns), other=0.0)
+        inputs = tl.load(of_token + column, mask=(token < tokens)[:, None, None] & (column < columns), other=0.0)
+        total += entries.to(tl.float32) * inputs.to(tl.float32)
     result = tl.sum(total, axis=2)
     stored = (token < tokens)[:, None] & inside[None, :]
     if PIVOTED:

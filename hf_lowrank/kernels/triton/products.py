@@ -21,17 +21,21 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _configurations(*sizes: tuple[int, int, int], second: str) -> list[triton.Config]:
+    """From rows and columns (or bytes) of a tile, and warps.
+
+    For vectors a warp spans 256 columns, 16 bytes to a lane, so that the entries and x lie alike and nothing moves between threads.
+    """
     return [triton.Config({"BLOCK_ROWS": rows, second: width}, num_warps=warps) for rows, width, warps in sizes]
 
 
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
-_VECTOR_SIZES = ((8, 32, 2), (4, 32, 1), (2, 32, 1), (1, 64, 1), (4, 128, 4), (2, 128, 4))
+_VECTOR_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (2, 64, 2), (4, 128, 4), (2, 128, 4))
 _multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="BLOCK_BYTES"), (*_FORM, "TOKENS"))
 _TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
 _multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
-_UNPACK_SIZES = ((8, 32, 2), (4, 32, 1), (2, 128, 4), (4, 128, 4))
+_UNPACK_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (4, 128, 4))
 _unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM)
-_FACTOR_SIZES = ((8, 256, 4), (16, 128, 4), (16, 256, 4), (8, 512, 4), (8, 1024, 8), (32, 128, 8))
+_FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4), (2, 1024, 4))
 _FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
 _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)
 

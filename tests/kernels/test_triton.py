@@ -101,7 +101,8 @@ def test_a_shape_that_is_new_in_a_captured_graph_is_refused(monkeypatch: pytest.
 
 
 @needs_triton
-def test_gradients_and_compiled_graphs_reach_the_kernels() -> None:
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_gradients_and_compiled_graphs_reach_the_kernels(tokens: int) -> None:
     layer = random_layer(9, 40, 11, torch.float32)
     arguments = layer.arguments("bitmask_binary_linear")
 
@@ -109,7 +110,7 @@ def test_gradients_and_compiled_graphs_reach_the_kernels() -> None:
         x = x.detach().requires_grad_()
         return torch.autograd.grad(ops.bitmask_binary_linear(x, *arguments).square().sum(), x)[0]
 
-    x = torch.randn(2, 40)
+    x = torch.randn(tokens, 40)
     expected = gradient(x)
     with in_use("triton") as used:
         arguments = tuple(used.placed(*arguments))

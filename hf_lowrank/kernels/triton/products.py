@@ -34,7 +34,7 @@ _multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES,
 _TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
 _multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
 _UNPACK_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (4, 128, 4))
-_unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM)
+_unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM[1:])  # alike for all rows
 _FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4), (2, 1024, 4))
 _FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
 _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
-from .checksums import file_checksum, record_checksums
-from .errors import CompressionError
+from .checksums import file_checksum, record_checksums, weights_checksum
+from .errors import CheckpointError, CompressionError
+from .headers import read_json
 from .layers import CompressedLinear
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ RUNTIME_FILES = (
 )
 REPORT_FILE = "compression_report.json"
 CARD_FILE = "README.md"
+MEASURED = ("quality", "speed")
+"""Entries of the report that were measured on the stored weights; `measured_on` beside them is the checksum of those."""
+OTHER_WEIGHTS = "figures of quality and speed that were measured on other weights (before training, a merge or a cast) are left out"
 ENTRY_MODULE = "modeling_hf_lowrank"
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves; its own constant lies in a module that imports PEFT."""
@@ -128,6 +132,9 @@ class CompleteSave:
         if not is_main_process or not folder.is_dir():
             return
         record_checksums(folder, RUNTIME_FILES)
+        changed = drop_figures_of_other_weights(folder)
+        if publisher is None and changed:
+            disown_figures(folder)
         if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
@@ -151,7 +158,7 @@ class CompleteSave:
         if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
             write_runtime(folder.parent)
         if self.report is not None:
-            (folder / REPORT_FILE).write_text(json.dumps(self.report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_report(folder, self.report)
         else:
             self.carry_over(REPORT_FILE, folder)
         if CompleteSave.publisher is None:
@@ -213,6 +220,48 @@ class CompletePush:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, max_shard_size=max_shard_size, name=repo_id)
             return self.publisher.upload(Path(folder), repo_id, **options)
+
+
+def read_current_report(folder: Path) -> dict[str, Any]:
+    """The report of a checkpoint, {} if it has none; without figures that were measured on other weights than are in the folder now.
+
+    Raises:
+        CheckpointError: if the report is not a dictionary in JSON, or has figures and the weights cannot be read.
+    """
+    file = folder / REPORT_FILE
+    report = read_json(str(file)) if os.path.lexists(file) else {}
+    if not isinstance(report, dict):
+        raise CheckpointError(f"{file}: is damaged (found {type(report).__name__}); delete it to go on without measurements")
+    if not any(report.get(name) for name in MEASURED) or report.get("measured_on") == weights_checksum(folder):
+        return report
+    current = {name: value for name, value in report.items() if name not in (*MEASURED, "measured_on")}
+    return {**current, "warnings": [*current.get("warnings", []), OTHER_WEIGHTS]}
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the report of a checkpoint; the same report gives the same bytes."""
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def drop_figures_of_other_weights(folder: Path) -> bool:
+    """Bring the report of a checkpoint that was just saved up to date; whether figures had to go."""
+    report, file = read_current_report(folder), folder / REPORT_FILE
+    changed = file.is_file() and read_json(str(file)) != report
+    if changed:
+        write_report(folder, report)
+    return changed
+
+
+def disown_figures(folder: Path) -> None:
+    """Say in a card that was written for other weights that its figures are of those, and take them out of its metadata."""
+    card = folder / CARD_FILE
+    if card.is_file():
+        content = card.read_text(encoding="utf-8")
+        metadata = re.match(r"---\n.*?\n---\n", content, re.DOTALL)
+        end = metadata.end() if metadata else 0
+        kept = re.sub(r"^model-index:\n(?:[ -].*\n)*?(?=\w|---\n)", "", content[:end], flags=re.MULTILINE)
+        note = "> Written before the weights were changed (training, a merge or a cast): figures of quality and speed are of those before."
+        card.write_text(f"{kept}\n{note}\n\n{content[end:].lstrip()}", encoding="utf-8")
 
 
 def write_runtime(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 from hf_lowrank.hub import check_complete
-from hf_lowrank.runtime.saving import RUNTIME_FILES
+from hf_lowrank.inspection import read_report
+from hf_lowrank.model_card import make_card, record
+from hf_lowrank.runtime.saving import OTHER_WEIGHTS, RUNTIME_FILES, CompleteSave
 from tests import tiny_models
 
 from .conftest import LAYOUTS, Windows, pattern, same, settings, weights
@@ -101,6 +105,33 @@ def test_a_trainer_leaves_the_runtime_in_its_own_folder(checkpoints: dict[str, P
     """From there it is pushed while the training goes on, with config and weights that it copies there itself."""
     trained(checkpoints[SLAB], tmp_path, max_steps=1, save_only_model=True, save_total_limit=1)
     assert set(RUNTIME_FILES) <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("package", [True, False], ids=["package", "runtime alone"])
+def test_figures_of_other_weights_are_not_kept(
+    package: bool, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save of the same weights keeps what was measured on them, in however many shards; one after training says that it does not."""
+    folder = shutil.copytree(checkpoints[SLAB], tmp_path / "measured")
+    figure = {"metric": "perplexity", "dataset": "text", "compressed": 61.53}
+    record(folder, quality=[figure], license="mit")
+    if not package:
+        monkeypatch.setattr(CompleteSave, "publisher", None)
+    opened(folder).save_pretrained(tmp_path / "again", max_shard_size="40KB")
+    model, _ = trained(folder, tmp_path / "run", max_steps=1)
+    model.save_pretrained(tmp_path / "trained")
+    again, *changed = (ModelCard.load(tmp_path / name / "README.md") for name in ("again", "run/checkpoint-1", "trained"))
+    assert again.data.eval_results is not None and "61.53" in again.text
+    for card in changed:
+        assert card.data.eval_results is None and card.data.license == "mit"
+        assert "61.53" not in card.text if package else "Written before the weights were changed" in card.text
+    reports = [read_report(tmp_path / name) for name in ("measured", "again", "trained")]
+    assert [report.get("quality") for report in reports] == [[figure], [figure], None]
+    assert [OTHER_WEIGHTS in report["warnings"] for report in reports] == [False, False, True]
+    record(tmp_path / "trained", quality=[{**figure, "compressed": 50.25}])
+    assert "50.25" in ModelCard.load(tmp_path / "trained" / "README.md").text
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "trained" / "model.safetensors")
+    assert "50.25" not in make_card(tmp_path / "trained").text
 
 
 def test_a_save_writes_the_state_dict_that_it_is_given(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class CompressedLinearMethod(LinearMethodBase):
             if place.shape != loaded.shape or (place.dtype == torch.uint8) != (loaded.dtype == torch.uint8):
                 raise CheckpointError(
                     f"{list(self.specs)[index]}.{name}: found {loaded.dtype} {tuple(loaded.shape)}, expected {place.dtype} "
-                    f"{tuple(place.shape)}; download the checkpoint again"
+                    f"{tuple(place.shape)}; download the checkpoint again, or {DENSE}"
                 )
             place.copy_(loaded)
             self.missing.discard((index, name))

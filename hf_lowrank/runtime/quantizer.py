@@ -88,6 +88,8 @@ class CompressionQuantizer(HfQuantizer):
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
+        if not model.__dict__.get("_weight_conversions"):  # our files needed none; unset, the dense model is saved as its family is
+            model.__dict__.pop("_weight_conversions", None)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, str]]:

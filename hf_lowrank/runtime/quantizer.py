@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from .configuration import QUANT_METHOD, CompressionConfig
 from .contents import validate_contents
 from .errors import CompressionError
-from .guard import guard_configs
+from .guard import guard_configs, guard_tokenizers
 from .headers import read_headers
 from .layers import CompressedLinear, build_layer
 from .saving import CompleteSave
@@ -125,6 +125,7 @@ def register(override: bool = False) -> None:
         if not override:
             register_module_module_registration_hook(_watch_adapters)
     guard_configs()
+    guard_tokenizers()
 
 
 def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:

@@ -2,20 +2,26 @@
 
 import copy
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..allocation import cheapest_choices
-from ..calibration import BlockBatch, run_block, stage_sums, stages, stream_writers
+from ..calibration import BlockBatch, DensePasses, run_block, stage_sums, stages, stream_writers
 from ..methods import Statistics
 from ..methods.base import Choice, ChoosingMethod
 from ..runtime.configuration import LayerSpec
 from ..work_folder import Record
 from .run import Run, Visit
 
+STATISTICS_IN_MEMORY = 2**28
+"""Bytes of Gram matrices that are kept from the survey to the building; those of other blocks are summed once more."""
+
 
 def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
     choices: dict[str, list[Choice]] = {}
+    surveyed: dict[str, dict[str, Statistics]] = {}  # by block, as far as they fit
+    room = STATISTICS_IN_MEMORY
     for visit in run.walk("choices", batches, surveys=True):
         if visit.found is None:
             statistics = run.gather(visit, batches)
@@ -25,6 +31,9 @@ def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch
             }
             facts = {name: [[choice.spec.to_dict(), choice.loss] for choice in each] for name, each in found.items()}
             visit.found = Record({}, facts)
+            room -= sum(layer.in_features**2 * torch.float64.itemsize for layer in visit.layers)
+            if room >= 0:
+                surveyed[visit.name] = statistics
         for name, each in visit.found.facts.items():
             choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in each]
     chosen = _choose(run, choices)
@@ -33,16 +42,21 @@ def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch
         batch.shift()
     for visit in run.walk("built", batches):
         dense = copy.deepcopy(visit.block)
-        inputs = [batch.hidden for batch in batches]
-        statistics = run.gather(visit, batches)
-        outputs = [batch.hidden for batch in batches]
-        for batch, hidden in zip(batches, inputs, strict=True):
-            batch.hidden = hidden
-        _build_block(run, method, visit, dense, batches, chosen, statistics)
+        known = surveyed.pop(visit.name, None) or _regathered(run, visit, batches)
+        outputs = _build_block(run, method, visit, dense, batches, chosen, known)
         for batch, hidden in zip(batches, outputs, strict=True):
             assert batch.shifted is not None
             batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
             batch.hidden = hidden
+
+
+def _regathered(run: Run, visit: Visit, batches: list[BlockBatch]) -> dict[str, Statistics]:
+    """The statistics of the survey once more, where they were not kept."""
+    inputs = [batch.hidden for batch in batches]
+    statistics = run.gather(visit, batches)
+    for batch, hidden in zip(batches, inputs, strict=True):
+        batch.hidden = hidden
+    return statistics
 
 
 def _choose(run: Run, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
@@ -65,16 +79,17 @@ def _build_block(
     batches: list[BlockBatch],
     chosen: dict[str, LayerSpec | None],
     statistics: dict[str, Statistics],
-) -> None:
-    """Make the layers of a block in the order of the data's way; `dense` is a copy of the block as it was."""
+) -> list[Tensor]:
+    """Make the layers of a block in the order of the data's way; its outputs as it was, of which `dense` is a copy."""
     index, block = visit.index, visit.block
     local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
     writers = _stream_writers(visit, batches[0])
     order = stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
-    last = [name for names in order for name in names if name in writers][-1:]
+    last = next((name for names in reversed(order) for name in reversed(names) if name in writers), None)
+    passes = DensePasses(dense, index, batches, [names[0] for names in order], whole=last)
     for names in order:
-        writer = None if names[0] not in writers else "output" if names[0] in last else "input"
-        sums = stage_sums(dense, block, index, batches, names, writer)
+        writer = None if names[0] not in writers else "output" if names[0] == last else "input"
+        sums = stage_sums(passes, block, index, batches, names, writer)
         for name in names:
             layer = local[name]
             spec, weight, known = chosen[layer.name], run.weight(layer), statistics[layer.name]
@@ -84,6 +99,7 @@ def _build_block(
             target = weight if sums is None else sums.target(weight)
             fitted = known if sums is None else sums.statistics(known)
             run.swap(layer, method.build(target, fitted, spec), weight, known)
+    return passes.outputs
 
 
 def _stream_writers(visit: Visit, batch: BlockBatch) -> list[str]:

@@ -41,14 +41,14 @@ def trained(folder: Path, output: Path, **changes: Any) -> tuple[PreTrainedModel
 def test_every_float_moves_and_the_pattern_stays(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """With what users switch on at once: gradient checkpointing, accumulation, evaluation, the best checkpoint, weight decay."""
     before = opened(checkpoints[layout])
-    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     model, _ = trained(
         checkpoints[layout], tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2, weight_decay=0.1, **evaluation
     )
     assert same(pattern(model), pattern(before))
     start = weights(before)
     assert [name for name, tensor in weights(model).items() if torch.equal(tensor, start[name])] == []
-    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+    for checkpoint in ("checkpoint-1", "checkpoint-2"):
         check_complete(tmp_path / checkpoint)
         again = opened(tmp_path / checkpoint)
         assert same(pattern(again), pattern(before))
@@ -71,7 +71,7 @@ def test_the_ways_to_save_memory_change_nothing(checkpoints: dict[str, Path], tm
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_autocast_follows_float32(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    common = {"learning_rate": 1e-4, "max_steps": 3, "save_strategy": "no"}
+    common = {"learning_rate": 1e-4, "save_strategy": "no"}
     _, losses = trained(checkpoints[layout], tmp_path, **common)
     model, found = trained(checkpoints[layout], tmp_path, bf16=True, **common)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=0.02)
@@ -83,8 +83,8 @@ def test_compiled_training_is_training(tmp_path: Path) -> None:
     config = CompressionConfig(method="slab", ratio=0.4, samples=4, sequence_length=32)
     model = compress(tiny_models.llama(num_hidden_layers=1), config, calibration=tiny_models.token_ids(4, 32).tolist(), progress=False)
     model.save_pretrained(tmp_path / "compressed")
-    _, losses = trained(tmp_path / "compressed", tmp_path, max_steps=2, save_strategy="no")
-    model, found = trained(tmp_path / "compressed", tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
+    _, losses = trained(tmp_path / "compressed", tmp_path, save_strategy="no")
+    model, found = trained(tmp_path / "compressed", tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
     assert same(weights(opened(tmp_path / "checkpoint-2")), weights(model))
 
@@ -93,10 +93,10 @@ def test_a_loss_of_the_users_own(checkpoints: dict[str, Path], tmp_path: Path) -
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    arguments = settings(tmp_path, save_strategy="no", max_steps=3)
+    arguments = settings(tmp_path, save_strategy="no")
     trainer = Trainer(opened(checkpoints[SLAB]), arguments, train_dataset=Windows(), compute_loss_func=loss)
     trainer.train()
-    plain, _ = trained(checkpoints[SLAB], tmp_path, save_strategy="no", max_steps=3)
+    plain, _ = trained(checkpoints[SLAB], tmp_path, save_strategy="no")
     for key, tensor in weights(trainer.model).items():
         torch.testing.assert_close(tensor, weights(plain)[key], rtol=0, atol=1e-4)
 

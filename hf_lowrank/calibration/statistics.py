@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linears import row_chunks
 from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
 
@@ -93,7 +94,8 @@ class _Sums:
         self.total_abs += x.abs().sum(dim=0)
         self.total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            self.gram += x.T @ x
+            for rows in row_chunks(self.gram):
+                self.gram[rows] += x[:, rows].T @ x
 
     def statistics(self, name: str) -> Statistics:
         if not bool(self.total_square.isfinite().all()):

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowrank.hub import check_complete
 from hf_lowrank.runtime.saving import RUNTIME_FILES
+from tests.support.assets import PROJECT
 from tests.support.hub_server import WRITE_TOKEN, HubServer
 from tests.support.hub_storage import Repository
+from tests.support.lm_eval_task import accuracy, write_task
 from tests.support.prepared import Prepared
 
 from .conftest import pattern, same
@@ -20,7 +22,20 @@ from .conftest import pattern, same
 pytestmark = pytest.mark.xdist_group("prepared")  # one process serves them all
 
 SCRIPT = Path(__file__).with_name("run_clm.py")
-REMOTE = "import runpy, sys; sys.modules['hf_lowrank'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+REMOTE = """
+import runpy, sys
+sys.modules["hf_lowrank"] = None
+project, task, *sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ending:
+    assert not ending.code
+sys.path.append(project)
+from pathlib import Path
+from tests.support.lm_eval_task import accuracy
+folder = sys.argv[sys.argv.index("--output_dir") + 1]
+print(accuracy(f"pretrained={folder},trust_remote_code=True", Path(task)))
+"""
 
 
 def command(folder: Path, text: Path, output: Path, *more: str) -> list[str]:
@@ -34,21 +49,22 @@ def command(folder: Path, text: Path, output: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(
     checkpoints: dict[str, Path], text_file: Path, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, HubServer]:
-    """By plugin, and by remote code while it pushes."""
+) -> tuple[Path, HubServer, Path, float]:
+    """By plugin, and by remote code, which pushes while it trains and has lm-eval measure the result."""
     root, folder = tmp_path_factory.mktemp("clm"), checkpoints["bitmask and signs"]
     prepared.run(command(folder, text_file, root / "plugin"), root)
     pushing = ["--trust_remote_code", "--push_to_hub", "--hub_model_id", "tester/tuned"]
+    task = write_task(root)
     with HubServer(root / "hub") as hub:
         environment = hub.environment(root / "home", WRITE_TOKEN) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        remote = [sys.executable, "-c", REMOTE, *command(folder, text_file, root / "remote", *pushing)]
+        remote = [sys.executable, "-c", REMOTE, str(PROJECT), str(task), *command(folder, text_file, root / "remote", *pushing)]
         done = subprocess.run(remote, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    return root, hub
+    return root, hub, task, float(done.stdout.splitlines()[-1])
 
 
-def test_both_routes_train_alike_and_leave_whole_folders(runs: tuple[Path, HubServer], checkpoints: dict[str, Path]) -> None:
-    root, _ = runs
+def test_both_routes_train_alike_and_leave_whole_folders(runs: tuple[Path, HubServer, Path, float], checkpoints: dict[str, Path]) -> None:
+    root, *_ = runs
     results = [
         [json.loads((root / route / f"{of}_results.json").read_text()) for of in ("train", "eval")] for route in ("plugin", "remote")
     ]
@@ -62,11 +78,16 @@ def test_both_routes_train_alike_and_leave_whole_folders(runs: tuple[Path, HubSe
             assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
 
 
-def test_every_commit_of_the_training_opens_by_remote_code(runs: tuple[Path, HubServer]) -> None:
-    root, hub = runs
+def test_every_commit_of_the_training_opens_by_remote_code(runs: tuple[Path, HubServer, Path, float]) -> None:
+    root, hub, *_ = runs
     repository = Repository(hub.root / "tester" / "tuned")
     commits = [commit for commit in repository.history("main") if commit.title != "initial commit"]
     assert any(commit.title.startswith("Training in progress") for commit in commits)
     for commit in commits:
         assert {"config.json", "model.safetensors", "tokenizer.json", *RUNTIME_FILES} <= commit.files.keys(), commit.title
     assert "hf_lowrank" in ModelCard.load(root / "remote" / "README.md").data.tags
+
+
+def test_lm_eval_finds_the_same_on_both_routes(runs: tuple[Path, HubServer, Path, float]) -> None:
+    root, _, task, by_remote_code = runs
+    assert accuracy(f"pretrained={root / 'remote'}", task) == by_remote_code

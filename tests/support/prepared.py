@@ -7,6 +7,7 @@ one per line, and answers each with its exit codes.
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +47,9 @@ class Prepared:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        codes: list[int] = json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        assert answer, f"{program}: the process that was to run it has ended"
+        codes: list[int] = json.loads(answer)
         return codes
 
     def run(self, program: list[Any], folder: Path, processes: int = 1) -> None:
@@ -83,6 +86,17 @@ def _forked(job: dict[str, Any], variables: dict[str, str]) -> int:
         os._exit(code)
 
 
+def _ended(children: list[int]) -> list[int]:
+    """Their exit codes; when one fails, the others, which would wait for it, are killed."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in set(children) - codes.keys() if codes[child] else ():
+            os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
 def _main() -> None:
     import torch
 
@@ -112,8 +126,7 @@ def _main() -> None:
                 world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(job["processes"])}
             world["LOCAL_WORLD_SIZE"] = world["WORLD_SIZE"]
             together = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(job["processes"])]
-        children = [_forked(job, variables) for variables in together]
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), file=answers, flush=True)
+        print(json.dumps(_ended([_forked(job, variables) for variables in together])), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class CompleteSave:
         publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came from, and
             leaves pushing to transformers.
         state_dict: what the caller of a save brings along, who may hold the model in shards; the quantizer asks for it.
+        saved: while transformers pushes, the folder to push; its push would save the model once more, to a folder of its own.
     """
 
     publisher: ClassVar[Publisher | None] = None
@@ -96,6 +97,7 @@ class CompleteSave:
         self.tokenizer: Any = None
         self.report: dict[str, Any] | None = None
         self.state_dict: dict[str, Any] | None = None
+        self.saved: Path | None = None
 
     def __call__(
         self,
@@ -108,6 +110,10 @@ class CompleteSave:
         **kwargs: Any,
     ) -> None:
         model, folder = self.model, Path(save_directory)
+        if self.saved is not None:
+            for file in filter(Path.is_file, self.saved.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+            return
         if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
             self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
@@ -125,20 +131,30 @@ class CompleteSave:
             self.write_companions(folder)
         # tensors keep the names of their modules, as in `quantization_config.layers`: older formats of some families rename or split layers
         kwargs["save_original_format"] = False
-        publisher = CompleteSave.publisher
-        hub = {} if publisher is None else {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        push = push_to_hub and publisher is None
-        self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push, **kwargs)
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        self.native_save(save_directory, state_dict, is_main_process=is_main_process, **kwargs)
         if not is_main_process or not folder.is_dir():
             return
         record_checksums(folder, RUNTIME_FILES)
         changed = drop_figures_of_other_weights(folder)
-        if publisher is None and changed:
-            disown_figures(folder)
+        publisher, repo_id = CompleteSave.publisher, hub.pop("repo_id", folder.name)
         if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
-                publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+                publisher.upload(folder, repo_id, token=kwargs.get("token"), **hub)
+            return
+        if changed:
+            disown_figures(folder)
+        if push_to_hub:
+            self.native_push(folder, repo_id, token=kwargs.get("token"), **hub)
+
+    def native_push(self, folder: Path, repo_id: str, **options: Any) -> None:
+        """Transformers' own push, of a folder that is complete."""
+        self.saved = folder
+        try:
+            type(self.model).push_to_hub(self.model, repo_id, **options)
+        finally:
+            self.saved = None
 
     def native_save(self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any) -> None:
         """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""

@@ -111,7 +111,7 @@ def test_a_pushed_model_opens_on_both_routes(hub, folder, saved, tmp_path):
 
 
 PUSH_MODEL = """
-import sys
+import sys, tempfile
 if sys.argv[1] == "remote code":
     sys.modules["hf_lowrank"] = None
 else:
@@ -119,7 +119,8 @@ else:
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=sys.argv[1] == "remote code")
 model.push_to_hub(sys.argv[3], tags=["mine"], max_shard_size="40KB")
-model.save_pretrained("local", push_to_hub=True, repo_id=sys.argv[3])
+with tempfile.TemporaryDirectory() as local:
+    model.save_pretrained(local, push_to_hub=True, repo_id=sys.argv[3])
 """
 
 

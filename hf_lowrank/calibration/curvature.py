@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..distributed import ALONE, Team
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 
 
-def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int) -> dict[str, Tensor]:
+def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int, team: Team = ALONE) -> dict[str, Tensor]:
     """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t.
 
     L is the cross-entropy, summed over tokens, of next tokens drawn from the dense model's own distribution: then the mean of
@@ -41,10 +42,15 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
     handles.append(embeddings.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_()))
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for batch in batches:
+        mine = set(team.share(range(len(batches))))
+        for position, batch in enumerate(batches):
+            if position not in mine:  # drawn elsewhere; drawn here for nothing, so that our next batch gets what it gets in one process
+                torch.multinomial(torch.ones(1, 1).expand(batch.input_ids.numel(), vocabulary), 1, generator=generator)
+                continue
             input_ids = batch.input_ids.to(model.device)
             attended = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
             mask = None if attended is None else attended.bool()
@@ -58,6 +64,7 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
             handle.remove()
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
+    grams = team.summed(grams)
     for name, gram in grams.items():
         if not bool(gram.isfinite().all()):
             raise NumericalError(f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype")

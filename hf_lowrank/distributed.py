@@ -6,6 +6,7 @@ by itself, for which all of that is nothing; `Processes` are those of torch.dist
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -258,10 +259,10 @@ class Processes(Team):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = re.sub(r"^\[\S*\] ", "", str(error)).split(". ")[0].strip()  # without gloo's place in its code, and its advice
             raise CompressionError(
-                f"process {self.rank} of {self.size}: another one ended or cannot be reached ({reason}); it says why where it could; "
-                "the same command goes on from what is finished in the work folder, if it has one"
+                f"another of the {self.size} processes ended or cannot be reached ({reason}); it said why if it could; "
+                "the same command goes on from what is finished in its work folder, if it has one"
             ) from error
 
 

@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/hf-lowrank demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ from hf_lowrank.models import load_model, load_tokenizer
 
 from . import tiny_models
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one process makes what all its tests look at
+
 METHOD, RATIO, TOO_MUCH = "slab[iterations=2]", 0.4, 0.95
 
 

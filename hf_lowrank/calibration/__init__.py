@@ -3,12 +3,13 @@
 from .activations import Shelf
 from .batches import TokenBatch, calibration_batches, fingerprint
 from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_block, shifted_sums, starts_anew
-from .correction import Sums, stage_sums, stages, stream_writers
+from .correction import DensePasses, Sums, stage_sums, stages, stream_writers
 from .curvature import output_grams
 from .gradients import squared_gradients
 
 __all__ = [
     "BlockBatch",
+    "DensePasses",
     "Shelf",
     "Sums",
     "TokenBatch",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed import ALONE, Team
 from ..methods.base import Statistics
+from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
 from .statistics import counted
 
@@ -67,34 +68,69 @@ def stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn
     return [*found.values(), *([unseen] if unseen else [])]
 
 
+class DensePasses:
+    """What passes through a block as it was: its outputs, and at chosen layers their inputs, kept as far as they fit.
+
+    Args:
+        block: a copy of the block as it was.
+        names: the first layer of every stage, named within the block.
+        whole: the layer of which the output counts too.
+
+    Attributes:
+        outputs: of the block, batch by batch, (B, T, d).
+    """
+
+    @torch.no_grad()
+    def __init__(self, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], whole: str | None) -> None:
+        self.block, self.index, self.batches = block, index, batches
+        self.outputs: list[Tensor] = []
+        self._kept: dict[tuple[int, str], _Pass] = {}
+        room = ACTIVATIONS_IN_MEMORY
+        for position, batch in enumerate(batches):
+            seen: dict[str, _Pass] = {}
+            handles = [block.get_submodule(name).register_forward_hook(_keep_pass(seen, name, batch, name == whole)) for name in names]
+            try:
+                output = run_block(block, index, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.outputs.append(output)
+            for name, found in seen.items():
+                room -= found.x.numel() * found.x.itemsize
+                if room >= 0:
+                    self._kept[position, name] = replace(found, block=output if name == whole else None)
+
+    def at(self, position: int, name: str, whole: bool) -> "_Pass | None":
+        """The pass of a batch at a layer; None if none of its tokens reach it."""
+        return self._kept.get((position, name)) or _run(self.block, self.index, self.batches[position], name, whole)
+
+
 @torch.no_grad()
 def stage_sums(
-    dense: nn.Module, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], writer: str | None, team: Team = ALONE
+    dense: DensePasses, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], writer: str | None, team: Team = ALONE
 ) -> Sums | None:
     """The sums over all batches of the team for layers that share an input; None if no token reached them in both models.
 
     Args:
-        dense: a copy of the block as it was.
-        block: the same block, some of it compressed.
+        dense: the same batches through a copy of the block as it was.
+        block: the block, some of it compressed.
         names: the layers, named within the block.
         writer: how the layer writes to the residual stream: "input" if the stream before it is the block's input, "output" if the
             layer is the block's last, None if it writes elsewhere.
     """
     total: Sums | None = None
-    for batch in batches:
+    for position, batch in enumerate(batches):
         call, shifted = batch.calls[index], batch.shifted
         if call is None or shifted is None:
             continue
         whole = writer == "output"
-        here, there = _run(dense, index, batch, names[0], whole), _run(block, index, shifted, names[0], whole)
+        here, there = dense.at(position, names[0], whole), _run(block, index, shifted, names[0], whole)
         if here is None or there is None or here.x.shape != there.x.shape:  # experts that see other tokens
             continue
         x, x_hat = counted(here.x, call.mask).float(), counted(there.x, call.mask).float()  # products of one batch; sums are float64
         gram, shift, residual = (x_hat.T @ x_hat).double(), ((x - x_hat).T @ x_hat).double(), None
         if writer is not None:
-            lost = batch.hidden.double() - shifted.hidden.double()
-            if here.block is not None and there.block is not None:
-                lost = (here.block.double() - here.y.double()) - (there.block.double() - there.y.double())
+            lost = here.stream() - there.stream() if whole else batch.hidden.double() - shifted.hidden.double()
             residual = (counted(lost, call.mask).float().T @ x_hat).double()
         if total is not None:
             gram, shift = gram + total.gram, shift + total.shift
@@ -129,11 +165,16 @@ def stream_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Input and output of a layer, and the output of its block if that was asked for."""
+    """Input of a layer; its output and that of its block if they were asked for."""
 
     x: Tensor
-    y: Tensor
-    block: Tensor | None
+    y: Tensor | None
+    block: Tensor | None = None
+
+    def stream(self) -> Tensor:
+        """The residual stream before the layer, which is the block's last: what its output is added to, float64."""
+        assert self.y is not None and self.block is not None, "asked for"
+        return self.block.double() - self.y.double()
 
 
 class _Reached(Exception):
@@ -141,26 +182,37 @@ class _Reached(Exception):
 
 
 def _run(block: nn.Module, index: int, batch: BlockBatch, name: str, whole: bool) -> _Pass | None:
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: dict[str, _Pass] = {}
+    keep = _keep_pass(seen, name, batch, whole)
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output))
+    def reach(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        keep(module, inputs, output)
         if not whole:
             raise _Reached
 
     output = None
-    handle = block.get_submodule(name).register_forward_hook(keep)
+    handle = block.get_submodule(name).register_forward_hook(reach)
     try:
         output = run_block(block, index, batch)
     except _Reached:
         pass
     finally:
         handle.remove()
-    if not seen:
-        return None
+    return replace(seen[name], block=output) if name in seen else None
+
+
+def _keep_pass(seen: dict[str, _Pass], name: str, batch: BlockBatch, output: bool) -> Any:
+    """A hook that keeps the first input of a layer, and its output if that is asked for, token by token where it has all of them."""
     tokens = batch.hidden.shape[:2]
-    x, y = (each.view(*tokens, -1) if each.shape[:-1].numel() == tokens.numel() else each for each in seen[0])
-    return _Pass(x, y, output if whole else None)
+
+    def aligned(x: Tensor) -> Tensor:
+        return x.view(*tokens, -1) if x.shape[:-1].numel() == tokens.numel() else x
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
+        if name not in seen:
+            seen[name] = _Pass(aligned(inputs[0]), aligned(y) if output else None)
+
+    return hook
 
 
 def _keep(inputs: dict[str, Tensor], name: str) -> Any:

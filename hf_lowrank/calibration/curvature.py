@@ -11,9 +11,12 @@ from ..distributed import ALONE, Team
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 
+ENOUGH_TOKENS = 16384
+"""Once so many tokens were seen, the batches that are left add little to the estimate."""
+
 
 def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int, team: Team = ALONE) -> dict[str, Tensor]:
-    """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t.
+    """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t; estimated from some.
 
     L is the cross-entropy, summed over tokens, of next tokens drawn from the dense model's own distribution: then the mean of
     gradient products is the Fisher matrix, the curvature of KL(dense ‖ compressed). With C = Σ x xᵀ of the inputs, a change D of the
@@ -42,21 +45,26 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
     handles.append(embeddings.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_()))
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        mine = set(team.share(range(len(batches))))
-        for position, batch in enumerate(batches):
-            if position not in mine:  # drawn elsewhere; drawn here for nothing, so that our next batch gets what it gets in one process
-                torch.multinomial(torch.ones(1, 1).expand(batch.input_ids.numel(), vocabulary), 1, generator=generator)
+        used: list[TokenBatch] = []
+        seen = 0
+        for batch in batches:
+            if seen < ENOUGH_TOKENS:
+                used.append(batch)
+                seen += batch.tokens
+        mine = set(team.share(range(len(used))))
+        for position, batch in enumerate(used):
+            if position not in mine:
+                torch.rand(batch.input_ids.numel(), 1, generator=generator)  # as drawn elsewhere, so that our next batch gets its own
                 continue
             input_ids = batch.input_ids.to(model.device)
             attended = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
             mask = None if attended is None else attended.bool()
             with torch.enable_grad():
                 logits = model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits.float().flatten(0, 1)
-                drawn = torch.multinomial(logits.detach().softmax(dim=1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+                drawn = _draw(logits.detach(), generator)
                 counted = drawn if mask is None else drawn.masked_fill(~mask.flatten(), -100)
                 F.cross_entropy(logits, counted, ignore_index=-100, reduction="sum").backward()
     finally:
@@ -65,7 +73,16 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
     grams = team.summed(grams)
+    share = seen / sum(batch.tokens for batch in batches)
     for name, gram in grams.items():
+        gram /= share
         if not bool(gram.isfinite().all()):
             raise NumericalError(f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype")
     return grams
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token from the distribution of each row of `logits` (T, V), (T,): where its cumulative sum passes a uniform number."""
+    cumulated = logits.softmax(dim=1).cumsum(dim=1)
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)

@@ -13,7 +13,7 @@ from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
 
 TOKENS_AT_ONCE = 1024
-"""Tokens that are in float64 at a time."""
+"""Tokens that are summed at a time: in float64, or in float32 if the inputs have 16 bits, whose products it holds exactly."""
 
 
 class StatisticsCollector:
@@ -100,8 +100,9 @@ class _Sums:
         self.gram = torch.zeros(n, n, dtype=torch.float64, device=x.device) if needs_gram else None
 
     def add(self, x: Tensor) -> None:
+        precise = torch.float64 if x.dtype.itemsize > 2 else torch.float32
         for part in x.detach().split(TOKENS_AT_ONCE):
-            self._add(part.double())
+            self._add(part.to(precise))
 
     def _add(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
@@ -109,7 +110,7 @@ class _Sums:
         self.total_abs += x.abs().sum(dim=0)
         self.total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            self.gram.addmm_(x.T, x)
+            self.gram += x.T @ x
 
     def tensors(self) -> dict[str, Tensor]:
         return {"totals": self.totals} if self.gram is None else {"totals": self.totals, "gram": self.gram}

@@ -5,6 +5,7 @@ A local file becomes a `ConfigurableTask` of lm-eval, which builds the requests,
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -223,12 +224,18 @@ def _file_name(source: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's remarks on what is done here on purpose (a model that is loaded already) are not shown; what it prints goes to stderr."""
+    """Around lm-eval: its remarks on what is done here on purpose (a model that is loaded already) are not shown, what it prints goes to
+    stderr, and its bootstrap stays in this process: a fork of a process whose torch runs threads may never come back.
+    """
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    before, forks = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         logger.setLevel(before)
+        os.environ.pop("DISABLE_MULTIPROC")
+        if forks is not None:
+            os.environ["DISABLE_MULTIPROC"] = forks

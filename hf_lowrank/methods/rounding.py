@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..runtime.quantization import BITS, Quantized, group_scales, levels, nearest_codes, spread_scale
-from .second_order import sampled_rows
+from ..runtime.quantization import BITS, Quantized, group_scales, nearest_codes, nearest_levels, spread_scale
+from .second_order import COLUMNS_AT_ONCE, sampled_rows
 from .spectral import inverse_cholesky
 
 INPUT_DAMPING = 0.01
@@ -16,8 +17,9 @@ LARGEST_MEASURED_BITS = 4
 
 def searched_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> Tensor:
     """The best scales (m, ⌈n/group⌉) of the groups of `weight` (m, n) for squared errors weighted by `importance` (n,)."""
-    starts = range(0, weight.shape[1], group)
-    return torch.stack([group_scales(weight[:, at : at + group], bits, importance[at : at + group]) for at in starts], dim=1)
+    padding = (0, -weight.shape[1] % group)
+    groups = F.pad(weight, padding).float().unflatten(1, (-1, group))
+    return group_scales(groups, bits, F.pad(importance, padding).float().view(-1, group)).to(weight)
 
 
 def rounding_losses(weight: Tensor, group: int, rows: Tensor, columns: Tensor) -> dict[int, float]:
@@ -36,8 +38,7 @@ def rounding_losses(weight: Tensor, group: int, rows: Tensor, columns: Tensor) -
             found[bits] = found[bits - 1] / 4
             continue
         scale = spread_scale(searched_scales(some, bits, group, columns), group, weight.shape[1])
-        restored = levels(nearest_codes(some, scale, bits), bits, weight.dtype) * scale
-        found[bits] = float(row_weights @ (some - restored).square() @ columns)
+        found[bits] = float(row_weights @ (some - nearest_levels(some, scale, bits)).square() @ columns)
     return found
 
 
@@ -53,19 +54,19 @@ def compensated_both(weight: Tensor, input_root: Tensor, output_root: Tensor, bi
     """
     m, n = weight.shape
     scale = searched_scales(weight, bits, group, input_root.diagonal() ** -2)
-    spread = spread_scale(scale, group, n)
-    L_C, L_G = (root / root.diagonal()[:, None] for root in (input_root, output_root))
-    pushed = torch.zeros_like(weight)  # E L_C
-    codes = torch.zeros(m, n, dtype=torch.uint8, device=weight.device)
-    for diagonal in range(m + n - 1):
-        first, last = max(0, diagonal - n + 1), min(m, diagonal + 1)
-        i = torch.arange(first, last, device=weight.device)
-        j = diagonal - i
-        made_up = (L_G[:last, first:last] * pushed[:last, diagonal - last + 1 : diagonal - first + 1].flip(1)).sum(dim=0)
-        wanted = weight[i, j] - made_up
-        codes[i, j] = nearest_codes(wanted, spread[i, j], bits)
-        error = wanted - levels(codes[i, j], bits, weight.dtype) * spread[i, j]
-        pushed[first:last] += error[:, None] * L_C[j]
+    # transposed and columns from last to first, so that an antidiagonal is a diagonal; in float32, against which codes are coarse
+    W, spread = (each.T.flip(0).float() for each in (weight, spread_scale(scale, group, n)))
+    L_C, L_G = (root.float() / root.float().diagonal()[:, None] for root in (input_root, output_root))
+    L_C, L_G = L_C.flip(0, 1), L_G.T.contiguous()
+    pushed, restored = torch.zeros_like(W), torch.zeros_like(W)  # (E L_C)ᵀ, and what the codes stand for
+    for diagonal in range(1 - n, m):
+        i, j = slice(max(0, diagonal), min(m, n + diagonal)), slice(max(0, -diagonal), min(n, m - diagonal))
+        made_up = torch.linalg.vecdot(L_G[i, : i.stop], pushed[j, : i.stop])
+        wanted = W.diagonal(diagonal) - made_up
+        rounded = nearest_levels(wanted, spread.diagonal(diagonal), bits)
+        restored.diagonal(diagonal).copy_(rounded)
+        pushed[: j.stop, i] += L_C[j, : j.stop].T * (wanted - rounded)
+    codes = nearest_codes(restored.flip(0).T.to(weight), spread_scale(scale, group, n), bits)
     return Quantized(codes, scale, bits, group)
 
 
@@ -84,16 +85,19 @@ def rounded_values(
     kept = stored.shape[1]
     scale = searched_scales(stored, bits, min(group, kept), torch.ones_like(stored[0]))
     spread = torch.zeros_like(values).masked_scatter(mask, spread_scale(scale, min(group, kept), kept).contiguous()) / unscale
-    codes = nearest_codes(values, spread, bits)
-    S = torch.where(mask, levels(codes, bits, values.dtype) * spread, 0.0)
-    E = (target - S) @ gram
-    for j in range(n):
-        wanted = S[:, j] + E[:, j] / gram[j, j]
-        codes[:, j] = nearest_codes(wanted, spread[:, j], bits)
-        new = torch.where(mask[:, j], levels(codes[:, j], bits, values.dtype) * spread[:, j], 0.0)
-        E -= torch.outer(new - S[:, j], gram[j])
-        S[:, j] = new
-    return Quantized(codes[mask].view(m, kept), scale, bits, min(group, kept)), S
+    S = nearest_levels(values, spread, bits) * mask
+    E = ((target - S) @ gram).float().T.contiguous()  # columns as rows, which lie together
+    S, spread, kept_here, C = S.float().T.contiguous(), spread.float().T.contiguous(), mask.T.contiguous(), gram.float()
+    for start in range(0, n, COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, n)
+        before = S[start:end].clone()
+        for j in range(start, end):
+            new = nearest_levels(S[j] + E[j] / C[j, j], spread[j], bits) * kept_here[j]
+            E[j:end] -= torch.outer(C[j:end, j], new - S[j])
+            S[j] = new
+        E[end:] -= C[end:, start:end] @ (S[start:end] - before)
+    quantised = Quantized(nearest_codes(S, spread, bits).T[mask].view(m, kept), scale, bits, min(group, kept))
+    return quantised, torch.zeros_like(values).masked_scatter(mask, quantised.dequantize()) / unscale
 
 
 def gram_root(gram: Tensor | None, features: int, damping: float) -> Tensor:

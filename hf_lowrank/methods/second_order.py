@@ -11,15 +11,20 @@ JITTER = 1e-9
 """The same for a small system that is solved, relative to its own diagonal."""
 RESIDUAL = 1e-5
 """Of least squares by conjugate gradients, relative to the right side; the error it leaves is the square of that."""
+ROUGH_RESIDUAL = 1e-2
+"""The same where values are only tried out."""
 LARGEST_STEPS = 100
 """Of conjugate gradients."""
 SAMPLED_ROWS = 128
 """Of a layer, on which losses are estimated before the budget is spread."""
 
+COLUMNS_AT_ONCE = 32
+"""Of descent over columns: errors are brought up to date within them one by one, beyond them together."""
+
 # ADMM with a growing penalty, after 3BASiL (papers §4); C has a diagonal of ones.
-ADMM_STEPS = 40
+ADMM_STEPS = 20
 FIRST_PENALTY = 0.1
-PENALTY_GROWTH = 1.2
+PENALTY_GROWTH = 1.4
 STEPS_PER_PENALTY = 3
 
 
@@ -52,11 +57,11 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(dim=1)
 
 
-def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None) -> Tensor:
+def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, rough: bool = False) -> Tensor:
     """The values S (m, n), zero off the mask, that minimise Σ_i (r_i − s_i) C (r_i − s_i)ᵀ: C_MM s_M = (C r)_M in every row.
 
     Conjugate gradients on all rows at once: a product with C each step, where every row's own system would have to be factorized. First in
-    float32, which is half the work, then in the target's own precision until the residual is met there.
+    float32, which is half the work, then, unless a `rough` solution will do, in the target's own precision until the residual is met there.
 
     Args:
         target: R, (m, n).
@@ -65,15 +70,15 @@ def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | Non
     """
     S = torch.zeros_like(target) if start is None else torch.where(mask, start, 0.0)
     right = torch.where(mask, target @ gram, 0.0)
-    near = _conjugate_gradients(right.float(), gram.float(), mask, S.float()).to(target)
-    return _conjugate_gradients(right, gram, mask, near)
+    near = _conjugate_gradients(right.float(), gram.float(), mask, S.float(), ROUGH_RESIDUAL if rough else RESIDUAL).to(target)
+    return near if rough else _conjugate_gradients(right, gram, mask, near, RESIDUAL)
 
 
-def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tensor) -> Tensor:
-    """S, zero off the mask, with C_MM s_M = `right` in every row up to `RESIDUAL` of all rows together."""
+def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tensor, residual: float) -> Tensor:
+    """S, zero off the mask, with C_MM s_M = `right` in every row up to `residual` of all rows together."""
     S = start
     r = right - torch.where(mask, S @ gram, 0.0)
-    wanted = RESIDUAL**2 * right.square().sum()
+    wanted = residual**2 * right.square().sum()
     tiny = torch.finfo(right.dtype).tiny
     p, energy = r, r.square().sum(dim=1, keepdim=True)
     for _ in range(LARGEST_STEPS):
@@ -106,26 +111,32 @@ def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kep
     right, D, rho = (target @ gram).float(), start.float(), FIRST_PENALTY
     V, mask = torch.zeros_like(D), start != 0
     for step in range(1, ADMM_STEPS + 1):
-        S = ((right - V + rho * D) @ Q / (energies + rho)) @ Q.T
-        Z = S + V / rho
+        S = ((right - V).add_(D, alpha=rho) @ Q).div_(energies + rho) @ Q.T
+        Z = V.div(rho).add_(S)
         mask = largest_per_row(Z.abs(), kept)
-        D = torch.where(mask, Z, 0.0)
-        V = V + rho * (S - D)
+        D = Z * mask
+        V.add_(S.sub_(D), alpha=rho)
         if step % STEPS_PER_PENALTY == 0:
             rho *= PENALTY_GROWTH
     return mask
 
 
 def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor) -> Tensor:
-    """One pass over the columns of ±1 (m, n): each sign is flipped where that alone lowers the error of `target` − magnitudes ⊙ signs."""
-    E = ((target - magnitudes * signs) @ gram).float()
-    B, magnitudes, gram = signs.float(), magnitudes.float(), gram.float()
-    for j in range(B.shape[1]):
-        step = -2 * magnitudes[:, j] * B[:, j]
-        flip = 2 * step * E[:, j] > step.square() * gram[j, j]
-        B[:, j] = torch.where(flip, -B[:, j], B[:, j])
-        E -= torch.outer(torch.where(flip, step, 0.0), gram[j])
-    return B.to(signs)
+    """One pass over the columns of ±1 (m, n): each sign is flipped where that alone lowers the error of `target` − magnitudes ⊙ signs.
+
+    Flips are subtracted from the errors of their own block of columns at once, from those of the columns behind it together.
+    """
+    E = ((target - magnitudes * signs) @ gram).float().T.contiguous()  # columns as rows, which lie together
+    B, M, C = signs.float().T.contiguous(), magnitudes.float().T.contiguous(), gram.float()
+    for start in range(0, len(C), COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, len(C))
+        steps = -2 * M[start:end] * B[start:end]
+        for j, step in enumerate(steps, start):
+            step *= 2 * step * E[j] > step.square() * C[j, j]
+            E[j:end] -= torch.outer(C[j:end, j], step)
+        B[start:end] = torch.where(steps == 0, B[start:end], -B[start:end])
+        E[end:] -= C[end:, start:end] @ steps
+    return B.T.to(signs)
 
 
 def refit_scales(target: Tensor, gram: Tensor, signs: Tensor, scale_in: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

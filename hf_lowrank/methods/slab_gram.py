@@ -28,7 +28,7 @@ from .second_order import (
 from .sparsity import largest_per_row
 from .spectral import leading_components
 
-FIRST_GUESS_ITERATIONS = 20
+FIRST_GUESS_ITERATIONS = 10
 """Of plain SLaB, from which the alternation starts."""
 ROUNDS = 2
 """Of the alternation over support, values, signs and scales; a third one gains about one percent of the error."""
@@ -123,9 +123,9 @@ def _alternate(W: Tensor, C: Tensor, kept: int, parts: Parts, row_weights: Tenso
     eigen = eigenvectors(C)
     for _ in range(rounds):
         R = W - parts.binary()
-        parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values))
+        parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values, rough=True))
         support = admm_support(R, C, eigen, kept, parts.values)
-        values = refit_values(R, C, support)
+        values = refit_values(R, C, support, rough=True)
         better = (row_errors(R - values, C) < row_errors(R - parts.values, C))[:, None]
         parts = replace(parts, values=torch.where(better, values, parts.values), mask=torch.where(better, support, parts.mask))
         R = W - parts.values

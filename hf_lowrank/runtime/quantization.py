@@ -67,23 +67,23 @@ def quantize(values: Tensor, bits: int, group: int, search: bool = False) -> Qua
 
 
 def group_scales(values: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
-    """The scale (k,) of each row of `values` (k, g), a group; zero for a group of zeros. Zeros that pad a group have no say.
+    """The scale (...) of each group of g `values` (..., g); zero for a group of zeros. Zeros that pad a group have no say.
 
     A scale is rounded to the eight significant bits of bfloat16, so that a checkpoint of any dtype holds it exactly.
 
     Args:
-        importance: (g,), the weights of the squared errors whose sum is made least among `SCALE_FACTORS`; without them, the scale is
-            the one that just covers the group.
+        importance: weights of the squared errors whose sum is made least among `SCALE_FACTORS`, in a shape that broadcasts; without
+            them, the scale is the one that just covers the group.
     """
-    covering = values.abs().amax(dim=1) / 2 ** (bits - 1)
+    covering = values.abs().amax(dim=-1) / 2 ** (bits - 1)
     best = _rounded(covering)
     if importance is None:
         return best
+    importance = torch.where(values == 0, 0.0, importance)
     least = torch.full_like(best, math.inf)
     for factor in SCALE_FACTORS:
         scale = _rounded(covering * factor)
-        restored = levels(nearest_codes(values, scale[:, None], bits), bits, values.dtype) * scale[:, None]
-        error = (torch.where(values == 0, 0.0, restored - values).square() * importance).sum(dim=1)
+        error = (nearest_levels(values, scale[..., None], bits).sub_(values).square_() * importance).sum(dim=-1)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -93,6 +93,12 @@ def nearest_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The codes, uint8, of the levels nearest to `values`; `scale` has a shape that broadcasts. Any code where the scale is zero."""
     steps = values / torch.where(scale == 0, 1.0, scale)
     return (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def nearest_levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """What `nearest_codes` stand for at their scale, in a new tensor."""
+    steps = values / torch.where(scale == 0, 1.0, scale)
+    return steps.floor_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(0.5).mul_(scale)
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -3,11 +3,12 @@
 import copy
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..allocation import cheapest_choices
 from ..budget import Layer
-from ..calibration import BlockBatch, Sums, run_block, stage_sums, stages, stream_writers
+from ..calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums, stages, stream_writers
 from ..methods import Statistics
 from ..methods.base import Choice, ChoosingMethod
 from ..report import LayerReport
@@ -16,14 +17,22 @@ from ..runtime.layers import CompressedLinear
 from ..work_folder import Record
 from .run import Run, Visit
 
+STATISTICS_IN_MEMORY = 2**28
+"""Bytes of Gram matrices that are kept from the survey to the building; those of other blocks are summed once more."""
+
 
 def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
     choices: dict[str, list[Choice]] = {}
+    surveyed: dict[str, dict[str, Statistics]] = {}  # by block, as far as they fit
+    room = STATISTICS_IN_MEMORY
     for visit in run.walk("choices", batches, surveys=True):
         if visit.found is None:
             statistics = run.gather(visit, batches)
             visit.found = run.survey(visit.layers, partial(_choices, run, method, statistics))
+            room -= sum(layer.in_features**2 * torch.float64.itemsize for layer in visit.layers)
+            if room >= 0:
+                surveyed[visit.name] = statistics
         for name, each in visit.found.facts.items():
             choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in each]
     chosen = _choose(run, choices)
@@ -32,16 +41,21 @@ def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch
         batch.shift()
     for visit in run.walk("built", batches):
         dense = copy.deepcopy(visit.block)
-        inputs = [batch.hidden for batch in batches]
-        statistics = run.gather(visit, batches)
-        outputs = [batch.hidden for batch in batches]
-        for batch, hidden in zip(batches, inputs, strict=True):
-            batch.hidden = hidden
-        _build_block(run, method, visit, dense, batches, chosen, statistics)
+        known = surveyed.pop(visit.name, None) or _regathered(run, visit, batches)
+        outputs = _build_block(run, method, visit, dense, batches, chosen, known)
         for batch, hidden in zip(batches, outputs, strict=True):
             assert batch.shifted is not None
             batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
             batch.hidden = hidden
+
+
+def _regathered(run: Run, visit: Visit, batches: list[BlockBatch]) -> dict[str, Statistics]:
+    """The statistics of the survey once more, where they were not kept."""
+    inputs = [batch.hidden for batch in batches]
+    statistics = run.gather(visit, batches)
+    for batch, hidden in zip(batches, inputs, strict=True):
+        batch.hidden = hidden
+    return statistics
 
 
 def _choices(run: Run, method: ChoosingMethod, statistics: dict[str, Statistics], layer: Layer) -> Record:
@@ -69,21 +83,23 @@ def _build_block(
     batches: list[BlockBatch],
     chosen: dict[str, LayerSpec | None],
     statistics: dict[str, Statistics],
-) -> None:
-    """Make the layers of a block in the order of the data's way; `dense` is a copy of the block as it was."""
+) -> list[Tensor]:
+    """Make the layers of a block in the order of the data's way; its outputs as it was, of which `dense` is a copy."""
     index, block = visit.index, visit.block
     local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
     writers = run.team.told(lambda: _stream_writers(visit, batches[0]))
     order = run.team.told(lambda: stages(block, index, batches[0], {name: block.get_submodule(name) for name in local}))
-    last = [name for names in order for name in names if name in writers][-1:]
+    last = next((name for names in reversed(order) for name in reversed(names) if name in writers), None)
+    passes = DensePasses(dense, index, batches, [names[0] for names in order], whole=last)
     for names in order:
-        writer = None if names[0] not in writers else "output" if names[0] in last else "input"
-        sums = stage_sums(dense, block, index, batches, names, writer, run.team)
+        writer = None if names[0] not in writers else "output" if names[0] == last else "input"
+        sums = stage_sums(passes, block, index, batches, names, writer, run.team)
         layers = [local[name] for name in names]
         left = [layer.name for layer in layers if chosen[layer.name] is None]
         run.reasons |= dict.fromkeys(left, f"{method.name} finds that its bytes are best spent on the dense layer")
         make = partial(_fitted, run, method, sums, chosen, statistics)
         run.build([layer for layer in layers if layer.name not in left], make)
+    return passes.outputs
 
 
 def _fitted(

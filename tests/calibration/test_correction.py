@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_lowrank.architectures import find_blocks, find_layers
-from hf_lowrank.calibration import BlockBatch, TokenBatch, capture, output_grams, stage_sums, stages, stream_writers
+from hf_lowrank.calibration import BlockBatch, DensePasses, TokenBatch, capture, output_grams, stage_sums, stages, stream_writers
 from hf_lowrank.calibration.correction import Sums
 
 from .. import tiny_models
@@ -53,7 +53,7 @@ def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
     }
     order = [{each.rpartition(".")[2] for each in stage} for stage in stages(block, 0, batch, layers)]
     assert order == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    dense = copy.deepcopy(block)
+    dense = DensePasses(copy.deepcopy(block), 0, [batch], ["self_attn.q_proj", "mlp.down_proj"], whole="mlp.down_proj")
     sums = stage_sums(dense, block, 0, [batch], ["self_attn.q_proj"], None)
     assert sums is not None
     x, x_hat = (block.input_layernorm(each).flatten(0, 1).double() for each in (batch.hidden, batch.shifted.hidden))  # type: ignore[operator]

@@ -23,6 +23,9 @@ from .work_folder import Record, WorkFolder
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for another, which may be solving its largest matrix; one that ends is noticed at once."""
+MEETING = timedelta(minutes=5)
+"""How long the processes may take to start."""
+
 SMALL = 2**17
 """Values; tensors of no more are summed together."""
 
@@ -259,9 +262,8 @@ class Processes(Team):
         try:
             yield
         except RuntimeError as error:
-            reason = re.sub(r"^\[\S*\] ", "", str(error)).split(". ")[0].strip()  # without gloo's place in its code, and its advice
             raise CompressionError(
-                f"another of the {self.size} processes ended or cannot be reached ({reason}); it said why if it could; "
+                f"another of the {self.size} processes ended or cannot be reached ({_first_sentence(error)}); it said why if it could; "
                 "the same command goes on from what is finished in its work folder, if it has one"
             ) from error
 
@@ -326,14 +328,20 @@ def launched() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(_backends(), timeout=PATIENCE)
+    try:
+        dist.init_process_group(_backends(), timeout=MEETING)
+    except (RuntimeError, ValueError) as error:
+        raise CompressionError(
+            f"the {os.environ['WORLD_SIZE']} processes that the environment tells of (WORLD_SIZE) did not come together "
+            f"({_first_sentence(error)}); start all of them by torchrun, or unset WORLD_SIZE to work with one"
+        ) from error
     yield
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
 
 
 def launched_rank() -> int | None:
     """This process's number among those that `torchrun` or `accelerate launch` started; None if it was started by itself."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and dist.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR"} <= os.environ.keys() and dist.is_available()
     return int(os.environ["RANK"]) if several else None
 
 
@@ -346,6 +354,11 @@ def _attempt(find: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return find(), None
     except Exception as error:  # whatever it is, the other processes must hear of it
         return None, error
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch.distributed says, without the place in its code and its advice."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).split(". ")[0].strip()
 
 
 def _reason(error: Exception | None) -> str | None:

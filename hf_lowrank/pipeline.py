@@ -67,10 +67,6 @@ def compress(
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)
     team = present_team(model.device)
-    if team.size > 1 and config.refinement_steps:
-        raise CompressionError(
-            "refinement_steps: blocks are refined one step after another, in one process; leave it 0, or start one process"
-        )
     with ExitStack() as stack, torch.no_grad():
         step = stack.enter_context(progress_bar(progress and team.leads))
         work = stack.enter_context(team.work_folder(work_dir)) if work_dir is not None else None

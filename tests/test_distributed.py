@@ -17,7 +17,7 @@ from hf_lowrank.distributed import ALONE, balanced, launched_rank, present_team
 from tests.support.assets import PROJECT
 from tests.support.processes import RECIPES
 
-TOLERANCE = {"soco": 1e-3}
+TOLERANCE = {"soco": 1e-3, "refined": 1e-3}
 """Relative; where it is trained, rounding in float32 grows from step to step; elsewhere sums in float64 differ in their last bits."""
 
 
@@ -42,7 +42,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("model", [*RECIPES, "T5"])
+@pytest.mark.parametrize("model", [*RECIPES, "refined", "T5"])
 def test_two_processes_make_the_layers_of_one(folder: Path, model: str) -> None:
     expected = left_by(folder, "alone")["models"][model]
     first, second = (left_by(folder, f"process-{rank}")["models"][model] for rank in (0, 1))
@@ -65,8 +65,6 @@ def test_processes_that_cannot_go_on_say_why(folder: Path) -> None:
     first, second = (left_by(folder, f"process-{rank}")["refusals"] for rank in (0, 1))
     assert first["calibration"] == second["calibration"]
     assert first["calibration"].startswith("process 1 has another calibration (process 0 has '")
-    assert first["refinement"] == second["refinement"]
-    assert first["refinement"].startswith("refinement_steps: blocks are refined one step after another, in one process")
     assert (first["error"], second["error"]) == ("process 1 fails", "process 1 fails")
 
 

@@ -45,6 +45,7 @@ def recipe(method: str, **changes: Any) -> CompressionConfig:
 def models() -> dict[str, dict[str, Tensor]]:
     """The weights of compressed models; of T5, whose decoder starts anew, with a single batch."""
     found = {method: compress(tiny_models.llama(num_hidden_layers=2), recipe(method), calibration=IDS).state_dict() for method in RECIPES}
+    found["refined"] = compress(tiny_models.llama(num_hidden_layers=2), recipe("slab", refinement_steps=4), calibration=IDS).state_dict()
     family = FAMILIES["T5"]
     found["T5"] = compress(family.make(), recipe("slab", sequence_length=12), calibration=family.batches()).state_dict()
     return found
@@ -66,7 +67,6 @@ def refusals() -> dict[str, str]:
 
     return {
         "calibration": told(seed=int(second)),
-        "refinement": told(refinement_steps=2),
         "error": told(lambda patch: patch.setattr(SLaB, "decompose", fails) if second else None),
     }
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from .architectures import find_blocks
@@ -69,7 +68,7 @@ def compress_checkpoint(
     Raises:
         CompressionError: as `compress`, and if the output folder cannot be written.
     """
-    team = present_team(torch.device(device))
+    team = present_team()
     team.told(lambda: check_free(output, overwrite))
     reason = whole_model_reason(config, skeleton(load_config(source)), device)
     with ExitStack() as stack:

@@ -310,11 +310,15 @@ def balanced(costs: dict[str, float], size: int) -> dict[str, int]:
     return {name: owners[name] for name in costs}
 
 
-def present_team(device: torch.device) -> Team:
-    """The processes of the default process group, if there is one of several; else this process by itself."""
+def present_team(device: torch.device | None = None) -> Team:
+    """The processes of the default process group, if there is one of several; else this process by itself.
+
+    Args:
+        device: where this one's tensors are; the CPU by default.
+    """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return ALONE
-    return Processes(device)
+    return Processes(device or torch.device("cpu"))
 
 
 @contextmanager

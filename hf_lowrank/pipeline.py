@@ -153,7 +153,7 @@ def _tokens(run: Run, tokenizer: Any, calibration: Any) -> list[TokenBatch]:
 
 def check_same_everywhere(run: Run, identity: dict[str, Any]) -> None:
     """Raise CompressionError if the processes of a run were not given the same whole things, naming what differs."""
-    from torch.distributed.tensor import DTensor  # takes a while
+    from torch.distributed.tensor import DTensor  # not in every build of torch
 
     if any(isinstance(parameter, DTensor) for parameter in run.model.parameters()):
         raise CompressionError(f"{type(run.model).__name__}: its weights are sharded over the processes; compress it before it is sharded")

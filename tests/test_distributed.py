@@ -87,7 +87,7 @@ def test_the_other_of_a_killed_process_says_so_in_one_line(folder: Path) -> None
 
 
 def test_one_process_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert present_team(torch.device("cpu")) is ALONE
+    assert present_team() is ALONE
     assert ALONE.leads
     sums = {"gram": torch.ones(2, 2)}
     assert ALONE.summed(sums) is sums

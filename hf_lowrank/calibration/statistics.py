@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import ALONE, Team
+from ..linears import row_chunks
 from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
 
@@ -110,7 +111,8 @@ class _Sums:
         self.total_abs += x.abs().sum(dim=0)
         self.total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            self.gram += x.T @ x
+            for rows in row_chunks(self.gram):
+                self.gram[rows] += x[:, rows].T @ x
 
     def tensors(self) -> dict[str, Tensor]:
         return {"totals": self.totals} if self.gram is None else {"totals": self.totals, "gram": self.gram}

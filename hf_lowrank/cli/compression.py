@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..distributed import launched, launched_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .base import (
@@ -85,11 +86,13 @@ def compress(
         typer.echo(describe(model, config, device))
         return
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
-    compress_checkpoint(
-        model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
-        command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
-    )  # fmt: skip
-    _show_summary(output)
+    with launched():
+        compress_checkpoint(
+            model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
+            command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+        )  # fmt: skip
+    if not launched_rank():
+        _show_summary(output)
 
 
 @app.command()

@@ -115,7 +115,8 @@ def _fitted(
     assert spec is not None
     target = weight if sums is None else sums.target(weight)
     fitted = known if sums is None else sums.statistics(known)
-    return run.compressed_layer(layer, method.build(target, fitted, spec), weight, known)
+    made = run.compressed_layer(layer, method.build(target, fitted, spec))
+    return made, run.layer_report(layer, made, weight, known)
 
 
 def _stream_writers(visit: Visit, batch: BlockBatch) -> list[str]:

@@ -34,4 +34,5 @@ def _compressed(
 ) -> tuple[CompressedLinear, LayerReport]:
     """Decompose a layer; its matrices in float64 are gone when this returns, and so are its statistics."""
     weight, known = run.weight(layer), statistics.pop(layer.name)
-    return run.compressed_layer(layer, run.method.decompose(weight, known, budgets[layer.name]), weight, known)
+    made = run.compressed_layer(layer, run.method.decompose(weight, known, budgets[layer.name]))
+    return made, run.layer_report(layer, made, weight, known)

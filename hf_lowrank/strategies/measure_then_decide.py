@@ -72,7 +72,8 @@ def _truncated(
     layer: Layer,
 ) -> tuple[CompressedLinear, LayerReport]:
     name = layer.name
-    return run.compressed_layer(layer, measurements[name].finish(ranks[name]), run.weight(layer), statistics[name], spectra[name])
+    made = run.compressed_layer(layer, measurements[name].finish(ranks[name]))
+    return made, run.layer_report(layer, made, run.weight(layer), statistics[name], spectra[name])
 
 
 def _spectrum_alone(measurement: Measurement) -> Measurement:

@@ -282,10 +282,8 @@ class Run:
             if self.offloaded is not None:
                 return_memory()
 
-    def compressed_layer(
-        self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
-    ) -> tuple[CompressedLinear, LayerReport]:
-        """The layer that a decomposition stands for, and the report on it.
+    def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
+        """The layer that a decomposition stands for.
 
         Raises:
             NumericalError: if a stored value is not finite.
@@ -294,13 +292,18 @@ class Run:
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
         made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
-        del decomposition  # its matrices are larger than the layer
         for name, parameter in made.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise NumericalError(
                     f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype"
                 )
-        return made, layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum)
+        return made
+
+    def layer_report(
+        self, layer: Layer, made: CompressedLinear, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
+    ) -> LayerReport:
+        """The report on a layer, made apart from the layer so that its decomposition, which is larger, is gone by then."""
+        return layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum)
 
     def report(self) -> Report:
         layers = self.compressed + self.dense

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .architectures import find_blocks
+from .distributed import present_team
 from .forecast import forecast
 from .methods import make_method
 from .methods.soco import SoCo
@@ -67,7 +68,8 @@ def compress_checkpoint(
     Raises:
         CompressionError: as `compress`, and if the output folder cannot be written.
     """
-    check_free(output, overwrite)
+    team = present_team()
+    team.told(lambda: check_free(output, overwrite))
     reason = whole_model_reason(config, skeleton(load_config(source)), device)
     with ExitStack() as stack:
         work = work_dir
@@ -76,22 +78,28 @@ def compress_checkpoint(
             if work is None:
                 output.absolute().parent.mkdir(parents=True, exist_ok=True)
                 work = Path(stack.enter_context(TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.work-")))
-            model = load_model(source, dtype, offload_folder=work / "offloaded")
+            model = load_model(source, dtype, offload_folder=work / f"offloaded-{team.rank}")
         else:
             logger.info("the whole model is in memory: %s", reason)
             model = load_model(source, dtype, device)
         compressed = compress(model, config, tokenizer, work_dir=work)
-        save = CompleteSave.attach(compressed)
-        if command is not None:
-            assert save.report is not None
-            save.report["command"] = command
-        with new_folder(output, overwrite) as folder:
-            shards: dict[str, Any] = {"max_shard_size": SHARD_SIZE} if reason is None else {}
-            save(folder, name=output.absolute().name, **shards)
+        shards = {"max_shard_size": SHARD_SIZE} if reason is None else {}
+        team.told(lambda: _write(compressed, output, overwrite, command, shards))
         if work_dir is not None:
-            shutil.rmtree(work_dir / "offloaded", ignore_errors=True)
-            with WorkFolder(work_dir) as finished:
-                finished.clear()
+            shutil.rmtree(work_dir / f"offloaded-{team.rank}", ignore_errors=True)
+            team.gather(None)  # all have removed theirs
+            if team.leads:
+                with WorkFolder(work_dir) as finished:
+                    finished.clear()
+
+
+def _write(model: PreTrainedModel, output: Path, overwrite: bool, command: str | None, shards: dict[str, Any]) -> None:
+    save = CompleteSave.attach(model)
+    if command is not None:
+        assert save.report is not None
+        save.report["command"] = command
+    with new_folder(output, overwrite) as folder:
+        save(folder, name=output.absolute().name, **shards)
 
 
 def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str:

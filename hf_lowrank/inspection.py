@@ -1,7 +1,6 @@
 """What a compressed checkpoint stores, counted from its files."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from typing import Any
 from .architectures import find_blocks, find_layers
 from .models import compression_of, load_config, skeleton
 from .runtime.errors import CompressionError, one_line
-from .runtime.headers import BITS, read_headers, read_json, weight_files
-from .runtime.saving import REPORT_FILE
+from .runtime.headers import BITS, read_headers, weight_files
+from .runtime.saving import REPORT_FILE, read_current_report
 from .runtime.validation import resolve_layers
 
 
@@ -123,9 +122,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     Raises:
         CompressionError: if the report is damaged.
     """
-    file = folder / REPORT_FILE
-    report = read_json(str(file)) if os.path.lexists(file) else {}
     with damaged_report(folder):
+        report = read_current_report(folder)
         layers = [
             {**layer, "name": str(layer["name"]), "relative_error": _number(layer["relative_error"])} for layer in report.get("layers", [])
         ]

@@ -15,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .calibration.texts import DATASETS
 from .inspection import damaged_report, inspect_checkpoint
 from .methods import method_class, registered_methods
+from .runtime.checksums import weights_checksum
 from .runtime.errors import CheckpointError
-from .runtime.saving import CARD_FILE, REPORT_FILE
+from .runtime.saving import CARD_FILE, MEASURED, read_current_report, write_report
 
 NOT_MEASURED = "Not measured."
 
@@ -83,17 +84,19 @@ def record(folder: Path, **facts: Any) -> None:
 
     Args:
         facts: any of `quality` (list of `Quality`), `speed` (list of `Speed`), `command` (the exact command that made the checkpoint) and
-            `license` (of the base model, as the Hub names it). What is recorded under the same name is replaced.
+            `license` (of the base model, as the Hub names it). What is recorded under the same name is replaced, and what was measured
+            before the weights were changed is left out.
     """
-    report = {**_read_json(folder / REPORT_FILE), **facts}
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if not facts.keys().isdisjoint(MEASURED):
+        facts["measured_on"] = weights_checksum(folder)
+    write_report(folder, {**read_current_report(folder), **facts})
     write_model_card(folder)
 
 
 def record_quality(folder: Path, measured: list[Quality]) -> None:
     """Add measurements to the report and write the card anew; one of the same metric on the same data takes the place of the old."""
     new = {(row["dataset"], row["metric"]) for row in measured}
-    before = _read_json(folder / REPORT_FILE).get("quality", [])
+    before = read_current_report(folder).get("quality", [])
     record(folder, quality=[row for row in before if (row["dataset"], row["metric"]) not in new] + measured)
 
 
@@ -106,9 +109,9 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     Raises:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
-    config, inspection, report = read_config(folder), asdict(inspect_checkpoint(folder)), _read_json(folder / REPORT_FILE)
+    config, inspection = read_config(folder), asdict(inspect_checkpoint(folder))
     with damaged_report(folder):
-        return model_card(config, inspection, report, name or folder.resolve().name)
+        return model_card(config, inspection, read_current_report(folder), name or folder.resolve().name)
 
 
 def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[str, Any], name: str) -> ModelCard:
@@ -201,7 +204,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give the folder that save_pretrained or hf-lowrank compress wrote")
-    config = _read_json(path)
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not config.get("quantization_config", {}).get("layers"):
         raise CheckpointError(f"{path}: no quantization_config.layers, so the model is dense; compress it first (hf-lowrank compress)")
     return config
@@ -215,13 +218,6 @@ def text_name(text: str) -> str:
 def is_hub_id(name: str) -> bool:
     """Whether a base model's name can only be an id on the Hub, not a path on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def _eval_results(measured: list[Quality], pipeline_tag: str | None) -> list[EvalResult]:

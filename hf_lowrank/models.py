@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from .locking import is_held, locked
 from .offloading import close_files, device_map
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
-from .runtime.errors import CompressionError
+from .runtime.errors import CheckpointError, CompressionError
 from .runtime.saving import AUTO_CLASSES
 from .runtime.validation import resolve_experts
 
@@ -77,6 +77,8 @@ def load_tokenizer(source: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise CompressionError(
             f"{source}: has no tokenizer that can be opened ({_first_line(error)}); add tokenizer.json to the folder"

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .calibration import Shelf, TokenBatch, calibration_batches, capture, fingerprint, noting_calls, output_grams, squared_gradients
+from .distributed import present_team
 from .methods import make_method
 from .methods.base import ChoosingMethod
 from .methods.soco import SoCo
@@ -26,7 +27,7 @@ from .runtime.saving import CompleteSave
 from .runtime.validation import is_linear
 from .strategies import Run, choose_then_build, layer_by_layer, measure_then_decide, refine
 from .version import __version__
-from .work_folder import WorkFolder
+from .work_folder import difference
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ def compress(
             Delete it, or use it for another run, once the model is saved.
         progress: whether to show a progress bar on a terminal.
 
+    Where torch.distributed has a process group of several, all of them call this with the same arguments and share the work; every one
+    ends with the whole compressed model.
+
     Returns:
         The same model, of its own class, with compressed layers; its `save_pretrained` writes a complete checkpoint.
 
@@ -63,27 +67,32 @@ def compress(
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)
+    team = present_team(model.device)
     with ExitStack() as stack, torch.no_grad():
-        step = stack.enter_context(progress_bar(progress))
-        work = stack.enter_context(WorkFolder(work_dir)) if work_dir is not None else None
+        step = stack.enter_context(progress_bar(progress and team.leads))
+        work = stack.enter_context(team.work_folder(work_dir)) if work_dir is not None else None
         was_training = model.training
         model.eval()
         try:
-            run = Run(model, config, method, step)
+            run = Run(model, config, method, step, team)
             learns = method.needs_gradients or method.needs_output_gram or isinstance(method, SoCo)
             if learns:
                 check_predicts_next_token(model, method.name)
             check_finite(run)
-            run.tokens = calibration_batches(model, config, tokenizer, calibration)
+            run.tokens = _tokens(run, tokenizer, calibration)
             if learns:
                 check_predicts_next_token(model, method.name, run.tokens)
+            if work is not None or team.size > 1:
+                identity = _identity(run)
+                check_same_everywhere(run, identity)
             if work is not None:
-                work.claim(_identity(run))
+                work.claim(identity)
                 run.work = work
             if run.offloaded is not None:
                 if work is None:
                     raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
-                run.shelf = Shelf(work.path)
+                work.path.mkdir(parents=True, exist_ok=True)  # on this process's machine
+                run.shelf = Shelf(work.path, owner=team.rank)
             _walk(run)
         except BaseException:
             if not any(isinstance(module, CompressedLinear) for module in model.modules()):
@@ -121,15 +130,15 @@ def _walk(run: Run) -> None:
     model, method, tokens = run.model, run.method, run.tokens
     run.step("capturing block inputs", 0, len(run.compressed))
     with noting_calls({layer.name: model.get_submodule(layer.name) for layer in run.compressed}) as called:
-        batches = capture(model, run.blocks, tokens, run.shelf)
-    run.leave_uncalled_dense(called)
+        batches = capture(model, run.blocks, run.team.share(tokens), run.shelf)
+    run.leave_uncalled_dense(set().union(*run.team.gather(called)))
     names = [layer.name for layer in run.compressed]
     if method.needs_gradients:
         run.step("measuring gradients", 0, len(names))
-        run.gradients = squared_gradients(model, names, tokens)
+        run.gradients = squared_gradients(model, names, tokens, run.team)
     if method.needs_output_gram:
         run.step("measuring curvature", 0, len(names))
-        run.output_grams = output_grams(model, names, tokens, run.config.seed)
+        run.output_grams = output_grams(model, names, tokens, run.config.seed, run.team)
     if isinstance(method, ChoosingMethod):
         choose_then_build(run, method, batches)
     elif isinstance(method, SpectralMethod):
@@ -138,6 +147,28 @@ def _walk(run: Run) -> None:
         layer_by_layer(run, batches)
     if run.original is not None:
         refine(run, run.original)
+
+
+def _tokens(run: Run, tokenizer: Any, calibration: Any) -> list[TokenBatch]:
+    """The calibration batches. A text that is named, or sampled from the model, the first process alone turns into tokens."""
+    if isinstance(calibration, str | None):
+        return run.team.told(lambda: calibration_batches(run.model, run.config, tokenizer, calibration))
+    return calibration_batches(run.model, run.config, tokenizer, calibration)
+
+
+def check_same_everywhere(run: Run, identity: dict[str, Any]) -> None:
+    """Raise CompressionError if the processes of a run were not given the same whole things, naming what differs."""
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    if any(isinstance(parameter, DTensor) for parameter in run.model.parameters()):
+        raise CompressionError(f"{type(run.model).__name__}: its weights are sharded over the processes; compress it before it is sharded")
+    found = run.team.gather(identity)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise CompressionError(
+                f"process {rank} has another {difference(found[0], other, words=('process 0 has', f'process {rank}'))}; "
+                "give every process the same model, calibration and recipe"
+            )
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The progress bar of a compression; it names the block and the layer."""
+"""The progress bar of a compression; it names the block and the layer, and estimates how long the pass over the model still takes."""
 
 import sys
 from collections.abc import Iterator
@@ -22,6 +22,13 @@ def progress_bar(shown: bool) -> Iterator[Step]:
         yield lambda what, done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # seconds that the estimate of what remains looks back: a layer may take longer than the 30 of rich
+    with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=float("inf")) as bar:
         task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+        def step(what: str, done: int, total: int) -> None:
+            if done < bar.tasks[0].completed:
+                bar.reset(task)  # another pass over the model, at a pace of its own
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield step

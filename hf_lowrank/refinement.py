@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .calibration import BlockBatch, run_block
 from .calibration.statistics import counted
+from .distributed import ALONE, Team
 from .runtime.errors import NumericalError
 from .runtime.layers import CompressedLinear
 
@@ -17,15 +18,17 @@ LEARNING_RATE = 0.05
 BETAS = (0.9, 0.95)
 
 
-def refine_block(block: nn.Module, index: int, batches: list[BlockBatch], targets: list[Tensor], steps: int) -> tuple[float, float]:
+def refine_block(
+    block: nn.Module, index: int, batches: list[BlockBatch], targets: list[Tensor], steps: int, team: Team = ALONE
+) -> tuple[float, float]:
     """Train the float tensors of a block's compressed layers, in place: min ‖f(ĥ) − f_dense(h)‖² over the calibration tokens.
 
     Training is in float32; the result is rounded once to the block's dtype. A block that does not come nearer stays as it was.
 
     Args:
-        batches: with the inputs ĥ that the block sees in the compressed model.
+        batches: this process's, with the inputs ĥ that the block sees in the compressed model.
         targets: the dense block's outputs f_dense(h), (B, T, d), one per batch.
-        steps: how many; each takes one batch, in turn.
+        steps: how many; each takes one batch of the team's, in turn, and all processes step by its gradients.
 
     Returns:
         The error relative to the targets' own size, before and after.
@@ -34,14 +37,16 @@ def refine_block(block: nn.Module, index: int, batches: list[BlockBatch], target
         NumericalError: if the error is not finite.
     """
     parameters = [p for layer in block.modules() if isinstance(layer, CompressedLinear) for p in layer.parameters() if p.numel()]
-    called = [at for at, batch in enumerate(batches) if batch.calls[index] is not None]
+    shares = team.gather([batch.calls[index] is not None for batch in batches])
+    called = [(at, rank) for at in range(len(shares[0])) for rank, share in enumerate(shares) if at < len(share) and share[at]]
+    own = [at for at, rank in called if rank == team.rank]
     if not parameters or not called or not steps:
         return 0.0, 0.0
     dtypes = [parameter.dtype for parameter in parameters]
     with _in_float32(block, parameters), torch.enable_grad():
-        inputs = [_as_float32(batches[at], index) for at in called]
-        wanted = [_counted_outputs(targets[at], batches[at], index) for at in called]
-        size = sum(float(each.square().sum()) for each in wanted)
+        inputs = {at: _as_float32(batches[at], index) for at in own}
+        wanted = {at: _counted_outputs(targets[at], batches[at], index) for at in own}
+        size = sum(team.gather(sum(float(each.square().sum()) for each in wanted.values())))
 
         def error(at: int) -> Tensor:
             output = run_block(block, index, inputs[at])
@@ -49,7 +54,7 @@ def refine_block(block: nn.Module, index: int, batches: list[BlockBatch], target
 
         def total() -> float:
             with torch.no_grad():
-                return sum(float(error(at)) for at in range(len(inputs)))
+                return sum(team.gather(sum(float(error(at)) for at in own)))
 
         before = total()
         start = [p.detach().clone() for p in parameters]
@@ -58,10 +63,19 @@ def refine_block(block: nn.Module, index: int, batches: list[BlockBatch], target
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         for step in range(steps):
             optimizer.zero_grad()
-            loss = error(step % len(inputs))
-            if not bool(loss.isfinite()):
-                raise NumericalError(f"block {index}: the error of its refinement is {loss.item()} at step {step}; use a wider dtype")
-            loss.backward()
+            at, rank = called[step % len(called)]
+            found = {}
+            if rank == team.rank:
+                loss = error(at)
+                loss.backward()
+                found = {"loss": loss.detach()} | {str(each): p.grad for each, p in enumerate(parameters) if p.grad is not None}
+            found = team.summed(found)
+            if not bool(found["loss"].isfinite()):
+                raise NumericalError(
+                    f"block {index}: the error of its refinement is {found['loss'].item()} at step {step}; use a wider dtype"
+                )
+            for each, parameter in enumerate(parameters):
+                parameter.grad = found.get(str(each))
             optimizer.step()
             schedule.step()
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .budget import ModelBudget
 from .calibration import TokenBatch
+from .distributed import ALONE, Team
 from .methods.soco import Phase, SoCo, effective_score, gate, learned, polarisation, score
 from .methods.spectral import Measurement, prices
 from .runtime.errors import NumericalError
@@ -78,6 +79,7 @@ def learn_spectrum(
     seed: int,
     work: WorkFolder | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    team: Team = ALONE,
 ) -> tuple[dict[str, Measurement], dict[str, int | None], LossCurve]:
     """Learn scores and deviations, cut to the budget, and re-fit what is left.
 
@@ -86,6 +88,7 @@ def learn_spectrum(
         available: bits that these layers may take together.
         work: where to record the state, so that a killed run goes on from it.
         on_step: called with the number of steps done and of all.
+        team: the processes that share every step's rows; what is trained is small, and every one holds all of it.
 
     Returns:
         The measurements with learned spectra, the rank of each layer (None: dense), and the loss curve.
@@ -94,7 +97,7 @@ def learn_spectrum(
         NumericalError: if the loss is not finite, naming the step.
     """
     with _spectral_layers(model, measurements, method.deviation) as layers:
-        run = _Run(model, method, layers, measurements, batches, budget, available, seed)
+        run = _Run(model, method, layers, measurements, batches, budget, available, seed, team)
         first = run.load(work)
         total = method.steps + method.finish_steps
         for step in range(first, total):
@@ -128,7 +131,9 @@ class _Run:
         budget: ModelBudget,
         available: int,
         seed: int,
+        team: Team,
     ) -> None:
+        self.team = team
         self.model, self.method, self.layers, self.measurements = model, method, layers, measurements
         self.budget, self.available, self.seed = budget, available, seed
         self.rows = [(ids, mask) for batch in batches for ids, mask in _rows(batch)]
@@ -150,12 +155,10 @@ class _Run:
         scores = {name: score(layer.a) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             layer.effective = effective_score(scores[name], phase) if self.kept is None else scores[name] * self.kept[name]
-        input_ids, mask = self.minibatch(step)
-        loss = self.increase_loss(input_ids, mask)
+        self.optimizer.zero_grad()
+        loss = self.descend(self.minibatch(step))
         if not bool(loss.isfinite()):
             raise NumericalError(f"soco: the loss is {loss.item()} at step {step}; lower learning_rate, or use a wider dtype")
-        self.optimizer.zero_grad()
-        loss.backward()
         for layer in self.layers.values():
             for parameter in layer.parameters(recurse=False):
                 if parameter.grad is None:  # an expert to which no token of the minibatch comes
@@ -165,6 +168,27 @@ class _Run:
         self.curve.loss.append(loss.item())
         self.curve.ratio.append(removed)
         self.curve.phase.append(phase.number if self.kept is None else 4)
+
+    def descend(self, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """L_inc of a step's rows, of which every process takes some, and its gradients."""
+        total, own = self.counted(rows), self.team.share(rows)
+        found = {}
+        if self.counted(own):
+            loss = self.increase_loss(*self.padded(own)) * (self.counted(own) / total)
+            loss.backward()
+            found["loss"] = loss.detach()
+        trained = {f"{name}.{key}": parameter for name, layer in self.layers.items() for key, parameter in layer.named_parameters()}
+        trained = {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
+        found = self.team.summed(found | {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None})
+        for name in trained.keys() & found.keys():
+            trained[name].grad = found[name]
+        return found["loss"]
+
+    def counted(self, rows: list[tuple[Tensor, Tensor]]) -> int:
+        """The tokens over which L_inc is a mean."""
+        if self.method.loss == "cross_entropy":
+            return sum(int((mask[1:] * mask[:-1]).sum()) for _, mask in rows)
+        return sum(int(mask.sum()) for _, mask in rows)
 
     def increase_loss(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         """L_inc: KL(p_dense ‖ p_compressed), mean over tokens, or the cross-entropy on the text."""
@@ -224,16 +248,19 @@ class _Run:
             kept[order if rank is None else order[:rank]] = True
             self.kept[name] = kept
 
-    def minibatch(self, step: int) -> tuple[Tensor, Tensor | None]:
+    def minibatch(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The rows of one step, drawn without replacement within an epoch; a function of the seed and the step alone."""
         length = max(ids.shape[0] for ids, _ in self.rows)
         count = max(min(self.method.batch_tokens // length, len(self.rows)), 1)
         per_epoch = max(len(self.rows) // count, 1)
         epoch, index = divmod(step, per_epoch)
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-        chosen = [self.rows[int(i)] for i in order[index * count : (index + 1) * count]]
-        input_ids = nn.utils.rnn.pad_sequence([ids for ids, _ in chosen], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([mask for _, mask in chosen], batch_first=True)
+        return [self.rows[int(i)] for i in order[index * count : (index + 1) * count]]
+
+    def padded(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
+        """Rows as a batch on the model's device, with the mask of the tokens that are no padding."""
+        input_ids = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([mask for _, mask in rows], batch_first=True)
         device = self.model.device
         return input_ids.to(device), None if bool(mask.all()) else mask.to(device)
 

@@ -68,7 +68,7 @@ class WorkFolder:
         if known is not None and known != wanted:
             if not (self.path / FINISHED).exists():
                 raise CompressionError(
-                    f"{self.path}: holds an unfinished run with another {_difference(known, wanted)}; "
+                    f"{self.path}: holds an unfinished run with another {difference(known, wanted)}; "
                     "repeat that one, or delete the folder, or name another"
                 )
             self.clear()
@@ -77,11 +77,15 @@ class WorkFolder:
             self._write(IDENTITY, json.dumps(wanted, indent=1).encode())
 
     def read(self, name: str) -> Record | None:
-        """A record; None if it was not finished.
+        """A record, in every process of the run; None if it was not finished.
 
         Raises:
             CompressionError: if it is damaged.
         """
+        return self.read_here(name)
+
+    def read_here(self, name: str) -> Record | None:
+        """A record, in the process that holds the folder."""
         file = self.file(name)
         if not file.exists():
             return None
@@ -171,13 +175,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _difference(known: dict[str, Any], wanted: dict[str, Any], name: str = "") -> str:
-    """The first of two identities' entries that differ: its name and both values."""
+def difference(known: dict[str, Any], wanted: dict[str, Any], name: str = "", words: tuple[str, str] = ("then", "now")) -> str:
+    """The first of two identities' entries that differ: its name and both values, after the two words."""
     for key in [*known, *wanted]:
         was, now = known.get(key), wanted.get(key)
         if was != now:
             path = f"{name}.{key}" if name else key
             if isinstance(was, dict) and isinstance(now, dict):
-                return _difference(was, now, path)
-            return f"{path} (then {was!r}, now {now!r})"
+                return difference(was, now, path, words)
+            return f"{path} ({words[0]} {was!r}, {words[1]} {now!r})"
     return "identity"

@@ -71,15 +71,15 @@ def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest
 def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     most: list[int] = []
-    usual = Run.swap
+    usual = Run.compressed_layer
 
-    def swap(self: Run, *arguments: Any) -> None:
+    def compressed_layer(self: Run, *arguments: Any) -> Any:
         most.append(
             len({name for name in self.blocks for tensor in self.model.get_submodule(name).parameters() if tensor.device.type != "meta"})
         )
-        usual(self, *arguments)
+        return usual(self, *arguments)
 
-    monkeypatch.setattr(Run, "swap", swap)
+    monkeypatch.setattr(Run, "compressed_layer", compressed_layer)
     compress_checkpoint(dense, tmp_path / "model", recipe("slab", words), tiny_models.tokenizer())
     assert set(most) == {1}
 
@@ -88,14 +88,14 @@ def test_replaced_layers_are_gone_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     """Not only when Python next looks for cycles, which may be after the next block."""
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     replaced: list[weakref.ref[torch.nn.Module]] = []
-    usual = Run.swap
+    usual = Run.compressed_layer
 
-    def swap(self: Run, layer: Any, *arguments: Any) -> None:
+    def compressed_layer(self: Run, layer: Any, *arguments: Any) -> Any:
         gc.disable()
         replaced.append(weakref.ref(self.model.get_submodule(layer.name)))
-        usual(self, layer, *arguments)
+        return usual(self, layer, *arguments)
 
-    monkeypatch.setattr(Run, "swap", swap)
+    monkeypatch.setattr(Run, "compressed_layer", compressed_layer)
     try:
         compress_checkpoint(dense, tmp_path / "model", recipe("slab", words), tiny_models.tokenizer())
     finally:

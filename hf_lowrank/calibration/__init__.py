@@ -3,7 +3,7 @@
 from .activations import Shelf
 from .batches import TokenBatch, calibration_batches, fingerprint
 from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_block, shifted_sums, starts_anew
-from .correction import DensePasses, stage_sums, stages, stream_writers
+from .correction import DensePasses, Sums, stage_sums, stages, stream_writers
 from .curvature import output_grams
 from .gradients import squared_gradients
 
@@ -11,6 +11,7 @@ __all__ = [
     "BlockBatch",
     "DensePasses",
     "Shelf",
+    "Sums",
     "TokenBatch",
     "block_statistics",
     "calibration_batches",

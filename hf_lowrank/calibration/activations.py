@@ -16,10 +16,11 @@ class Shelf:
     Args:
         folder: where files go; None keeps everything in memory.
         limit: bytes that may wait in memory; `ACTIVATIONS_IN_MEMORY` by default.
+        owner: the number of the process, of those that share the folder.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
-        self.folder, self.limit = folder, ACTIVATIONS_IN_MEMORY if limit is None else limit
+    def __init__(self, folder: Path | None = None, limit: int | None = None, owner: int = 0) -> None:
+        self.folder, self.limit, self.owner = folder, ACTIVATIONS_IN_MEMORY if limit is None else limit, owner
         self.held = 0
         self._numbers = itertools.count()
 
@@ -29,7 +30,7 @@ class Shelf:
         if self.folder is None or self.held + size <= self.limit:
             self.held += size
             return Waiting(self, size, tensor)
-        file = self.folder / f"activations-{next(self._numbers)}.bin"
+        file = self.folder / f"activations-{self.owner}-{next(self._numbers)}.bin"
         file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return Waiting(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
 

@@ -90,7 +90,7 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
             raise CompressionError(
                 f"{type(model).__name__} reads one text and writes another: it cannot calibrate on itself; give calibration= texts"
             )
-        return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed))
+        return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed).cpu())
     if isinstance(source, str):
         documents = read_documents(source, limit=8 * config.samples)
         return _rows_to_batches(_choose_windows(token_stream(_needed(tokenizer, source), documents), length, config))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..distributed import ALONE, Team
 from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
 from .activations import Shelf, Waiting
@@ -158,9 +159,9 @@ def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
 
 
 def block_statistics(
-    block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], needs_gram: bool, move: bool
+    block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], needs_gram: bool, move: bool, team: Team = ALONE
 ) -> dict[str, Statistics | None]:
-    """The statistics of a block's linear layers over all batches, which move on to the block's outputs if `move`."""
+    """The statistics of a block's linear layers over all batches of the team; ours move on to the block's outputs if `move`."""
     routing = Routing()
     collector = StatisticsCollector(layers, needs_gram, routing)
     with routing.watching(block), collector.collecting():
@@ -171,11 +172,11 @@ def block_statistics(
             output = run_block(block, index, batch)
             if move:
                 batch.hidden = output
-    return collector.statistics()
+    return collector.statistics(team)
 
 
 @torch.no_grad()
-def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module]) -> ShiftedSums:
+def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], team: Team = ALONE) -> ShiftedSums:
     """Sums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
     routing = Routing()
     sums = ShiftedSums(layers, routing)
@@ -189,6 +190,7 @@ def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers
             with sums.inputs() as shifted:
                 run_block(block, index, batch.shifted or batch)
             sums.add(dense, shifted, call.mask, call.context)
+    sums.gather(team)
     return sums
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import ALONE, Team
 from ..methods.base import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
@@ -109,9 +110,9 @@ class DensePasses:
 
 @torch.no_grad()
 def stage_sums(
-    dense: DensePasses, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], writer: str | None
+    dense: DensePasses, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], writer: str | None, team: Team = ALONE
 ) -> Sums | None:
-    """The sums over all batches for layers that share an input; None if no token reached them in both models.
+    """The sums over all batches of the team for layers that share an input; None if no token reached them in both models.
 
     Args:
         dense: the same batches through a copy of the block as it was.
@@ -141,7 +142,10 @@ def stage_sums(
             gram, shift = gram + total.gram, shift + total.shift
             residual = None if residual is None or total.residual is None else residual + total.residual
         total = Sums(gram, shift, residual, len(x) + (total.tokens if total else 0))
-    return total
+    tokens = sum(team.gather(total.tokens if total else 0))
+    parts = {} if total is None else {"gram": total.gram, "shift": total.shift, "residual": total.residual}
+    summed = team.summed({name: tensor for name, tensor in parts.items() if tensor is not None})
+    return Sums(summed["gram"], summed["shift"], summed.get("residual"), tokens) if summed else None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..distributed import ALONE, Team
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 
@@ -14,7 +15,7 @@ ENOUGH_TOKENS = 16384
 """Once so many tokens were seen, the batches that are left add little to the estimate."""
 
 
-def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int) -> dict[str, Tensor]:
+def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int, team: Team = ALONE) -> dict[str, Tensor]:
     """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t; estimated from some.
 
     L is the cross-entropy, summed over tokens, of next tokens drawn from the dense model's own distribution: then the mean of
@@ -47,11 +48,17 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        used: list[TokenBatch] = []
         seen = 0
         for batch in batches:
-            if seen >= ENOUGH_TOKENS:
-                break
-            seen += batch.tokens
+            if seen < ENOUGH_TOKENS:
+                used.append(batch)
+                seen += batch.tokens
+        mine = set(team.share(range(len(used))))
+        for position, batch in enumerate(used):
+            if position not in mine:
+                torch.rand(batch.input_ids.numel(), 1, generator=generator)  # as drawn elsewhere, so that our next batch gets its own
+                continue
             input_ids = batch.input_ids.to(model.device)
             attended = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
             mask = None if attended is None else attended.bool()
@@ -65,6 +72,7 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
             handle.remove()
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
+    grams = team.summed(grams)
     share = seen / sum(batch.tokens for batch in batches)
     for name, gram in grams.items():
         gram /= share

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import ALONE, Team
+from ..linears import row_chunks
 from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
 from ..runtime.experts import Expert
@@ -89,14 +91,29 @@ class StatisticsCollector:
         """
         self._mask, self._context, self._seen = mask, context, []
 
-    def statistics(self) -> dict[str, Statistics | None]:
-        """The statistics by layer; None for a layer that was never called.
+    def statistics(self, team: Team = ALONE) -> dict[str, Statistics | None]:
+        """The statistics by layer, of all the team's tokens; None for a layer that was never called.
 
         Raises:
             NumericalError: if an input was not finite.
         """
-        made = {leader: sums.statistics(leader) for leader, sums in self._sums.items()}
-        return {name: made[self._leader[name]] if name in self._leader else None for name in self.layers}
+        leaders = team.gather(self._leader)
+        tokens = team.gather({leader: sums.tokens for leader, sums in self._sums.items()})
+        inputs = {name: tuple(each.get(name) for each in leaders) for name in self.layers}  # what a layer sees, in every process
+        sums: dict[str, Tensor] = {}
+        for places in dict.fromkeys(inputs.values()):
+            own = places[team.rank]
+            if own is not None:
+                alone = sum(each[team.rank] == own for each in set(inputs.values())) == 1
+                for part, tensor in self._sums[own].tensors().items():
+                    sums[f"{places}.{part}"] = tensor if alone else tensor.clone()
+        sums = team.summed(sums)
+        made: dict[tuple[str | None, ...], Statistics | None] = {}
+        for places in dict.fromkeys(inputs.values()):
+            name = next((each for each in places if each is not None), None)
+            count = sum(each[place] for each, place in zip(tokens, places, strict=True) if place is not None)
+            made[places] = None if name is None else _statistics(name, count, sums[f"{places}.totals"], sums.get(f"{places}.gram"))
+        return {name: made[places] for name, places in inputs.items()}
 
     def _hook(self, name: str) -> Any:
         def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -119,7 +136,8 @@ class _Sums:
     def __init__(self, x: Tensor, needs_gram: bool) -> None:
         n = x.shape[-1]
         self.tokens = 0
-        self.total, self.total_abs, self.total_square = torch.zeros(3, n, dtype=torch.float64, device=x.device)
+        self.totals = torch.zeros(3, n, dtype=torch.float64, device=x.device)
+        self.total, self.total_abs, self.total_square = self.totals
         self.gram = torch.zeros(n, n, dtype=torch.float64, device=x.device) if needs_gram else None
 
     def add(self, x: Tensor) -> None:
@@ -133,22 +151,25 @@ class _Sums:
         self.total_abs += x.abs().sum(dim=0)
         self.total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            self.gram += x.T @ x
+            for rows in row_chunks(self.gram):
+                self.gram[rows] += x[:, rows].T @ x
 
-    def statistics(self, name: str) -> Statistics:
-        if not bool(self.total_square.isfinite().all()):
-            channel = int((~self.total_square.isfinite()).nonzero()[0])
-            raise NumericalError(
-                f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype"
-            )
-        tokens = max(self.tokens, 1)
-        return Statistics(
-            tokens=self.tokens,
-            column_norms=self.total_square.sqrt(),
-            mean=self.total / tokens,
-            mean_abs=self.total_abs / tokens,
-            gram=self.gram,
-        )
+    def tensors(self) -> dict[str, Tensor]:
+        return {"totals": self.totals} if self.gram is None else {"totals": self.totals, "gram": self.gram}
+
+
+def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> Statistics:
+    total, total_abs, total_square = totals
+    if not bool(total_square.isfinite().all()):
+        channel = int((~total_square.isfinite()).nonzero()[0])
+        raise NumericalError(f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype")
+    return Statistics(
+        tokens=tokens,
+        column_norms=total_square.sqrt(),
+        mean=total / max(tokens, 1),
+        mean_abs=total_abs / max(tokens, 1),
+        gram=gram,
+    )
 
 
 class ShiftedSums:
@@ -193,6 +214,12 @@ class ShiftedSums:
             x, y = (counted(each.x, counting, each.tokens).double() for each in (here, there))
             gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
             self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
+
+    def gather(self, team: Team = ALONE) -> None:
+        """Go over to the sums of all the team's tokens."""
+        parts = {f"{name}.{part}": tensor for name, both in self._sums.items() for part, tensor in enumerate(both)}
+        summed = team.summed(parts)
+        self._sums = {name: (summed[f"{name}.0"], summed[f"{name}.1"]) for name in self.layers if f"{name}.0" in summed}
 
     def extend(self, name: str, statistics: Statistics) -> Statistics:
         """The statistics of a layer with its two matrices; as if nothing had shifted if no token came to it in both models."""

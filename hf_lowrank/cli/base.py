@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from ..distributed import HeardError, launched_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 
@@ -43,6 +44,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except HeardError:
+            raise typer.Exit(1) from None
         except CompressionError as error:
             _fail(str(error))
         except MemoryError:
@@ -57,7 +60,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and the free space")
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
-            typer.echo(f"{'terminated' if terminated else 'interrupted'}; nothing was left behind", err=True)
+            what = "terminated" if terminated else "interrupted"
+            if terminated and launched_rank() is not None:
+                what = f"{_process()}terminated, as all are when one of them ends; the same command goes on from the work folder, if any"
+            typer.echo(f"{what}; nothing was left behind", err=True)
             raise typer.Exit(143 if terminated else 130) from None
 
     return run
@@ -97,7 +103,7 @@ def main() -> None:
 
     if threading.current_thread() is threading.main_thread():  # the only one in which Python allows it
         signal.signal(signal.SIGTERM, _terminate)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR if launched_rank() else logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -145,5 +151,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"{_process()}error: {message}", err=True)
     raise typer.Exit(1)
+
+
+def _process() -> str:
+    rank = launched_rank()
+    return "" if rank is None else f"process {rank}: "

@@ -1,4 +1,4 @@
-"""Verbs that make models: methods, compress, dense, demo."""
+"""Verbs that make models: methods, compress, recompress, dense, demo."""
 
 import dataclasses
 import shlex
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..distributed import launched, launched_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .base import (
@@ -85,10 +86,43 @@ def compress(
         typer.echo(describe(model, config, device))
         return
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
-    compress_checkpoint(
-        model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
-        command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
-    )  # fmt: skip
+    with launched():
+        compress_checkpoint(
+            model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
+            command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+        )  # fmt: skip
+    if not launched_rank():
+        _show_summary(output)
+
+
+@app.command()
+@one_line_errors
+def recompress(
+    folder: Annotated[str, typer.Argument(help="compressed checkpoint that adapters were merged into")],
+    output: Output,
+    rank: Annotated[int | None, typer.Option(help="what no layer may exceed; by default each layer's own when it was compressed")] = None,
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Truncate layers whose rank has grown by merged adapters to the rank of the compression, and say what that loses."""
+    from ..models import check_free, compression_of, load_config, load_model, new_folder
+    from ..peft import recompress as truncate
+
+    check_free(output, overwrite)
+    if compression_of(load_config(folder)) is None:
+        raise CompressionError(f"{folder}: is not compressed by hf_lowrank; name a compressed checkpoint")
+    model = load_model(folder, dtype)
+    found = truncate(model, rank)
+    if not found:
+        raise CompressionError(f"{folder}: no layer has a larger rank than asked for; there is nothing to recompress")
+    with new_folder(output, overwrite) as target:
+        model.save_pretrained(target)
+    if as_json:
+        print_json([dataclasses.asdict(layer) for layer in found])
+        return
+    rows = [[layer.name, str(layer.rank_before), str(layer.rank), f"{layer.relative_error:.3g}"] for layer in found]
+    print_table("truncated layers, error of the whole matrix in the Frobenius norm", ["layer", "rank", "now", "relative error"], rows)
     _show_summary(output)
 
 

@@ -20,7 +20,7 @@ def machine() -> dict[str, str]:
     found |= {name: _version(name) for name in PACKAGES}
     found["processor"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch's"
     found["CPU kernels"] = native.instruction_set_in_use() if native.library_path() is not None else "not built"
-    found["kernels switch"] = os.environ.get(kernels.ENVIRONMENT_VARIABLE, "on (default)")
+    found["kernels switch"] = os.environ.get(kernels.ENVIRONMENT_VARIABLE, "not set")
     found["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return found
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from ..runtime.packing import pack_bits
 L = TypeVar("L", bound=nn.Linear)
 
 Call = Callable[[Tensor], Tensor | None]
+Watch = Callable[[Sequence[Call], Tensor], Callable[[], float]]
+"""Makes of the copies of a product and their input what measures the seconds of one product, each time it is called."""
 DENSE, GEMV = "torch's dense product", "the package's dense product"
 WORKING_SET_BYTES = 256 << 20
 """Copies of a layer take turns until they fill this much, so that weights come from memory and not from a cache, as in a model."""
@@ -125,6 +128,7 @@ def benchmark_layers(
     device: str = "cpu",
     repeats: int = 30,
     clock: Callable[[], float] = time.perf_counter,
+    watch: Watch | None = None,
 ) -> list[LayerSpeed]:
     """Time compressed layers of random content beside `nn.Linear`.
 
@@ -134,7 +138,9 @@ def benchmark_layers(
         tokens: rows of the input.
         threads: numbers of torch's threads to measure with; those in use when empty.
         clock: seconds; `time.thread_time`, for one thread, does not count what other processes take of a shared machine.
+        watch: how a product is measured; by `clock`, one copy after the other, when None.
     """
+    watch = partial(_by_clock, clock) if watch is None else watch
     results = []
     for rows, columns in shapes:
         dense = _copies(nn.Linear(columns, rows, bias=False, device=device, dtype=dtype))
@@ -148,7 +154,7 @@ def benchmark_layers(
                     yardstick = _yardsticks(dense, x)
                     if yardstick:
                         calls[GEMV] = yardstick
-                    timings = _in_turn(calls, x, repeats, clock)
+                    timings = _in_turn({name: watch(copies, x) for name, copies in calls.items()}, repeats)
                 results += [
                     LayerSpeed(
                         name,
@@ -287,14 +293,19 @@ def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _in_turn(calls: Mapping[str, Sequence[Call]], x: Tensor, repeats: int, clock: Callable[[], float]) -> dict[str, Timing]:
-    """Every variant once per repeat, each time with its next copy; the first round, which warms up, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, copies in calls.items():
-            call = copies[repeat % len(copies)]
-            seconds[name].append(_seconds(partial(call, x), x.device, clock))
+def _in_turn(watches: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
+    """Every variant once per repeat; the first round, which warms up, is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in watches}
+    for _ in range(repeats + 1):
+        for name, measure in watches.items():
+            seconds[name].append(measure())
     return {name: Timing.of(times[1:]) for name, times in seconds.items()}
+
+
+def _by_clock(clock: Callable[[], float], calls: Sequence[Call], x: Tensor) -> Callable[[], float]:
+    """A watch: each time the next copy is called."""
+    turn = itertools.cycle(calls)
+    return lambda: _seconds(partial(next(turn), x), x.device, clock)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:

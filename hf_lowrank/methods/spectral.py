@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..budget import ModelBudget
+from ..linears import row_chunks
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from .base import Budget, Decomposition, Layer, Method, Statistics, too_small
@@ -67,7 +68,9 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, T
         return factorize(weight).truncate(rank)
     if weight.shape[0] <= weight.shape[1]:
         jitter = RELATIVE_JITTERS[0] * gram.diagonal().mean()  # where no token is, W itself decides
-        energy = (weight @ gram @ weight.T).addmm_(weight, weight.T, alpha=float(jitter))
+        energy = weight @ weight.T * jitter
+        for rows in row_chunks(weight):
+            energy[rows] += weight[rows] @ gram @ weight.T
         b = torch.linalg.eigh(energy).eigenvectors[:, -rank:].flip(1)
         a = b.T @ weight
     else:

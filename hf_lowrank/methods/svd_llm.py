@@ -29,7 +29,7 @@ class SVDLLM(Method):
 
     def working_memory(self, layer: Layer) -> int:
         m, n = layer.out_features, layer.in_features
-        return 8 * max(3 * m * n, m * n + 5 * min(m, n) ** 2)
+        return 8 * (m * n + max(m * n, 5 * min(m, n) ** 2))
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ B A, minimising ‖(W − B A) X‖_F; with `update`, A stays and B minimises ‖W X − B A X̂‖_F (papers §4).

@@ -13,6 +13,9 @@ from typing import Any
 from torch import nn
 
 from ..runtime.layers import CompressedLinear
+from .recompression import Truncation, recompress
+
+__all__ = ["Truncation", "extend_peft", "recompress"]
 
 EXTENDED = "peft.tuners.tuners_utils"
 """The module of PEFT that `extend_peft` needs."""

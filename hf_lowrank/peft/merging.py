@@ -64,9 +64,9 @@ def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | No
     addition = Addition(names, rank, None if own_bias or bias is None else layer.bias.detach(), own_bias)
     for key, dimension in zip(names, (0, 1), strict=True):
         before: Tensor | None = getattr(layer, key)
-        _set(layer, key, rounded[key] if before is None else torch.cat([before.detach(), rounded[key]], dim=dimension))
+        store(layer, key, rounded[key] if before is None else torch.cat([before.detach(), rounded[key]], dim=dimension))
     if bias is not None:
-        _set(layer, "bias", rounded["bias"])
+        store(layer, "bias", rounded["bias"])
     layer.spec = spec
     return addition
 
@@ -76,10 +76,10 @@ def remove_lowrank(layer: CompressedLinear, addition: Addition) -> None:
     spec, rank = layer.spec, addition.rank
     a, b = (getattr(layer, key).detach() for key in addition.names)
     kept = a.shape[0] - rank
-    _set(layer, addition.names[0], a[:kept].clone() if kept else None)
-    _set(layer, addition.names[1], b[:, :kept].clone(memory_format=torch.contiguous_format) if kept else None)
+    store(layer, addition.names[0], a[:kept].clone() if kept else None)
+    store(layer, addition.names[1], b[:, :kept].clone(memory_format=torch.contiguous_format) if kept else None)
     if addition.own_bias or addition.bias is not None:
-        _set(layer, "bias", addition.bias)
+        store(layer, "bias", addition.bias)
     beside = rank if addition.names[0] == "adapter_a" else 0
     layer.spec = replace(spec, rank=spec.rank - rank, adapter_rank=spec.adapter_rank - beside, bias=spec.bias and not addition.own_bias)
 
@@ -100,6 +100,7 @@ def _has_room(layer: CompressedLinear, rank: int) -> bool:
     return spec.lowrank_shape(*shape) == shape and not spec.pivoted and not spec.lowrank_bits and spec.factor_rank + rank <= min(shape)
 
 
-def _set(layer: CompressedLinear, name: str, value: Tensor | None) -> None:
+def store(layer: CompressedLinear, name: str, value: Tensor | None) -> None:
+    """Put a value in the place of one of the layer's parameters; None takes it out. It trains if the layer does."""
     trains = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
     setattr(layer, name, None if value is None else nn.Parameter(value, requires_grad=trains))

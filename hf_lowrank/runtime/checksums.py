@@ -1,16 +1,17 @@
 """sha256 of the files of a checkpoint, recorded in its config when it is saved, so that a change can be found later.
 
 The sums are in `quantization_config.checksums`, by file name: of the weights, their index, the runtime's files, and of config.json
-itself, which counts without its own sums and whatever its formatting.
+itself, which counts without its own sums and whatever its formatting. `weights_checksum` is of the tensors, whatever the files.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from .headers import read_json
+from .headers import BITS, read_header, read_json, weight_files
 
 CONFIG = "config.json"
 CHUNK = 1 << 20
@@ -23,6 +24,26 @@ def file_checksum(file: str | os.PathLike[str]) -> str:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def weights_checksum(folder: str | os.PathLike[str]) -> str:
+    """sha256 of every stored tensor with its name, dtype and shape; the same however they are spread over shards.
+
+    Raises:
+        CheckpointError: if a weight file is missing or damaged.
+    """
+    sums = []
+    for file in weight_files(os.fspath(folder)):
+        tensors = read_header(file)
+        sizes = [math.prod(shape) * BITS[dtype] // 8 for dtype, shape in tensors.values()]
+        with open(file, "rb") as stream:
+            stream.seek(-sum(sizes), os.SEEK_END)
+            for (name, (dtype, shape)), size in zip(tensors.items(), sizes, strict=True):
+                digest = hashlib.sha256()
+                for start in range(0, size, CHUNK):
+                    digest.update(stream.read(min(CHUNK, size - start)))
+                sums.append(f"{name} {dtype} {list(shape)} {digest.hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()
 
 
 def config_checksum(values: Mapping[str, Any]) -> str:

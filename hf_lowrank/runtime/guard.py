@@ -2,6 +2,7 @@
 
 All ways of opening a model, by class, by Auto class, by pipeline, read the config first and by one public function,
 `PreTrainedConfig.get_config_dict`, which this wraps. What is no compressed checkpoint goes through untouched.
+`PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: of transformers' own, none names the file that is missing.
 """
 
 import os
@@ -56,3 +57,31 @@ def guard_configs() -> None:
 
     setattr(get_config_dict, MARK, True)
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
+
+
+def guard_tokenizers() -> None:
+    """Say of a compressed checkpoint that it holds no tokenizer, if that is why none can be opened; a second call does nothing."""
+    from transformers import PreTrainedTokenizerBase
+
+    original: Callable[..., Any] = PreTrainedTokenizerBase.from_pretrained.__func__  # type: ignore[attr-defined]
+    if getattr(original, MARK, False):
+        return
+
+    @wraps(original)
+    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        from .validation import holds_checkpoint
+
+        try:
+            return original(cls, source, *args, **kwargs)
+        except Exception as error:
+            folder = os.path.join(str(source), str(kwargs.get("subfolder") or ""))
+            missing = os.path.join(folder, "tokenizer_config.json")
+            if not holds_checkpoint(folder) or os.path.exists(missing):
+                raise
+            raise CheckpointError(
+                f"{missing}: missing, the checkpoint has no tokenizer; save that of the model it was compressed from: "
+                f"AutoTokenizer.from_pretrained(BASE).save_pretrained({folder!r})"
+            ) from error
+
+    setattr(from_pretrained, MARK, True)
+    PreTrainedTokenizerBase.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]

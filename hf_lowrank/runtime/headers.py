@@ -45,7 +45,7 @@ def read_json(file: str) -> Any:
 
 
 def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor of a safetensors file, by name, without reading any of them.
+    """dtype and shape of every tensor of a safetensors file, by name and in the order of their bytes, without reading any of them.
 
     Raises:
         CheckpointError: if the file is truncated, or its header cannot be read, or the tensors do not fill it exactly, one after the other.
@@ -71,13 +71,14 @@ def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error}); download it again") from error
     end = 0
-    for name, (_, _, first, last) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+    ordered = sorted(tensors.items(), key=lambda item: item[1][2:])
+    for name, (_, _, first, last) in ordered:
         if first != end:
             raise CheckpointError(f"{file}: {name} starts at byte {first}, expected {end}, where the one before it ends; download it again")
         end = last
     if size != 8 + length + end:
         raise CheckpointError(f"{file}: {size} bytes, expected {8 + length + end}; the file is truncated or damaged, download it again")
-    return {name: (dtype, shape) for name, (dtype, shape, _, _) in tensors.items()}
+    return {name: (dtype, shape) for name, (dtype, shape, _, _) in ordered}
 
 
 def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:

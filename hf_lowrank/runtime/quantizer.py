@@ -15,7 +15,7 @@ from .configuration import QUANT_METHOD, CompressionConfig
 from .contents import validate_contents
 from .errors import CompressionError
 from .experts import ExpertBank
-from .guard import guard_configs
+from .guard import guard_configs, guard_tokenizers
 from .headers import read_headers
 from .layers import CompressedLinear, build_layer
 from .saving import CompleteSave
@@ -94,6 +94,8 @@ class CompressionQuantizer(HfQuantizer):
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
+        if not model.__dict__.get("_weight_conversions"):  # our files needed none; unset, the dense model is saved as its family is
+            model.__dict__.pop("_weight_conversions", None)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -129,6 +131,7 @@ def register(override: bool = False) -> None:
         if not override:
             register_module_module_registration_hook(_watch_adapters)
     guard_configs()
+    guard_tokenizers()
 
 
 def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
-from .checksums import file_checksum, record_checksums
-from .errors import CompressionError
+from .checksums import file_checksum, record_checksums, weights_checksum
+from .errors import CheckpointError, CompressionError
 from .experts import ExpertBank
+from .headers import read_json
 from .layers import CompressedLinear
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ RUNTIME_FILES = (
 )
 REPORT_FILE = "compression_report.json"
 CARD_FILE = "README.md"
+MEASURED = ("quality", "speed")
+"""Entries of the report that were measured on the stored weights; `measured_on` beside them is the checksum of those."""
+OTHER_WEIGHTS = "figures of quality and speed that were measured on other weights (before training, a merge or a cast) are left out"
 ENTRY_MODULE = "modeling_hf_lowrank"
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves; its own constant lies in a module that imports PEFT."""
@@ -85,6 +89,7 @@ class CompleteSave:
         publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came from, and
             leaves pushing to transformers.
         state_dict: what the caller of a save brings along, who may hold the model in shards; the quantizer asks for it.
+        saved: while transformers pushes, the folder to push; its push would save the model once more, to a folder of its own.
     """
 
     publisher: ClassVar[Publisher | None] = None
@@ -94,6 +99,7 @@ class CompleteSave:
         self.tokenizer: Any = None
         self.report: dict[str, Any] | None = None
         self.state_dict: dict[str, Any] | None = None
+        self.saved: Path | None = None
 
     def __call__(
         self,
@@ -106,6 +112,10 @@ class CompleteSave:
         **kwargs: Any,
     ) -> None:
         model, folder = self.model, Path(save_directory)
+        if self.saved is not None:
+            for file in filter(Path.is_file, self.saved.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+            return
         if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
             self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
@@ -123,17 +133,30 @@ class CompleteSave:
             self.write_companions(folder)
         # tensors keep the names of their modules, as in `quantization_config.layers`: older formats of some families rename or split layers
         kwargs["save_original_format"] = False
-        publisher = CompleteSave.publisher
-        hub = {} if publisher is None else {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        push = push_to_hub and publisher is None
-        self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push, **kwargs)
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        self.native_save(save_directory, state_dict, is_main_process=is_main_process, **kwargs)
         if not is_main_process or not folder.is_dir():
             return
         record_checksums(folder, RUNTIME_FILES)
+        changed = drop_figures_of_other_weights(folder)
+        publisher, repo_id = CompleteSave.publisher, hub.pop("repo_id", folder.name)
         if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
-                publisher.upload(folder, hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+                publisher.upload(folder, repo_id, token=kwargs.get("token"), **hub)
+            return
+        if changed:
+            disown_figures(folder)
+        if push_to_hub:
+            self.native_push(folder, repo_id, token=kwargs.get("token"), **hub)
+
+    def native_push(self, folder: Path, repo_id: str, **options: Any) -> None:
+        """Transformers' own push, of a folder that is complete."""
+        self.saved = folder
+        try:
+            type(self.model).push_to_hub(self.model, repo_id, **options)
+        finally:
+            self.saved = None
 
     def native_save(self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any) -> None:
         """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""
@@ -153,7 +176,7 @@ class CompleteSave:
         if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
             write_runtime(folder.parent)
         if self.report is not None:
-            (folder / REPORT_FILE).write_text(json.dumps(self.report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_report(folder, self.report)
         else:
             self.carry_over(REPORT_FILE, folder)
         if CompleteSave.publisher is None:
@@ -215,6 +238,48 @@ class CompletePush:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, max_shard_size=max_shard_size, name=repo_id)
             return self.publisher.upload(Path(folder), repo_id, **options)
+
+
+def read_current_report(folder: Path) -> dict[str, Any]:
+    """The report of a checkpoint, {} if it has none; without figures that were measured on other weights than are in the folder now.
+
+    Raises:
+        CheckpointError: if the report is not a dictionary in JSON, or has figures and the weights cannot be read.
+    """
+    file = folder / REPORT_FILE
+    report = read_json(str(file)) if os.path.lexists(file) else {}
+    if not isinstance(report, dict):
+        raise CheckpointError(f"{file}: is damaged (found {type(report).__name__}); delete it to go on without measurements")
+    if not any(report.get(name) for name in MEASURED) or report.get("measured_on") == weights_checksum(folder):
+        return report
+    current = {name: value for name, value in report.items() if name not in (*MEASURED, "measured_on")}
+    return {**current, "warnings": [*current.get("warnings", []), OTHER_WEIGHTS]}
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the report of a checkpoint; the same report gives the same bytes."""
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def drop_figures_of_other_weights(folder: Path) -> bool:
+    """Bring the report of a checkpoint that was just saved up to date; whether figures had to go."""
+    report, file = read_current_report(folder), folder / REPORT_FILE
+    changed = file.is_file() and read_json(str(file)) != report
+    if changed:
+        write_report(folder, report)
+    return changed
+
+
+def disown_figures(folder: Path) -> None:
+    """Say in a card that was written for other weights that its figures are of those, and take them out of its metadata."""
+    card = folder / CARD_FILE
+    if card.is_file():
+        content = card.read_text(encoding="utf-8")
+        metadata = re.match(r"---\n.*?\n---\n", content, re.DOTALL)
+        end = metadata.end() if metadata else 0
+        kept = re.sub(r"^model-index:\n(?:[ -].*\n)*?(?=\w|---\n)", "", content[:end], flags=re.MULTILINE)
+        note = "> Written before the weights were changed (training, a merge or a cast): figures of quality and speed are of those before."
+        card.write_text(f"{kept}\n{note}\n\n{content[end:].lstrip()}", encoding="utf-8")
 
 
 def write_runtime(folder: Path) -> None:

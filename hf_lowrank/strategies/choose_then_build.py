@@ -1,15 +1,19 @@
 """What each layer could become, measured in the dense model; one budget for all; then stage by stage, each on corrected targets."""
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..allocation import cheapest_choices
-from ..calibration import BlockBatch, DensePasses, run_block, stage_sums, stages, stream_writers
+from ..budget import Layer
+from ..calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums, stages, stream_writers
 from ..methods import Statistics
 from ..methods.base import Choice, ChoosingMethod
+from ..report import LayerReport
 from ..runtime.configuration import LayerSpec
+from ..runtime.layers import CompressedLinear
 from ..work_folder import Record
 from .run import Run, Visit
 
@@ -25,12 +29,7 @@ def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch
     for visit in run.walk("choices", batches, surveys=True):
         if visit.found is None:
             statistics = run.gather(visit, batches)
-            found = {
-                layer.name: method.choices(layer, run.weight(layer), statistics[layer.name], run.budget.value_bits[layer.name])
-                for layer in visit.layers
-            }
-            facts = {name: [[choice.spec.to_dict(), choice.loss] for choice in each] for name, each in found.items()}
-            visit.found = Record({}, facts)
+            visit.found = run.survey(visit.layers, partial(_choices, run, method, statistics))
             room -= sum(layer.in_features**2 * torch.float64.itemsize for layer in visit.layers)
             if room >= 0:
                 surveyed[visit.name] = statistics
@@ -59,6 +58,11 @@ def _regathered(run: Run, visit: Visit, batches: list[BlockBatch]) -> dict[str, 
     return statistics
 
 
+def _choices(run: Run, method: ChoosingMethod, statistics: dict[str, Statistics], layer: Layer) -> Record:
+    found = method.choices(layer, run.weight(layer), statistics[layer.name], run.budget.value_bits[layer.name])
+    return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in found]})
+
+
 def _choose(run: Run, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
     """One choice per layer within the budget; None for a layer that stays dense."""
     layers = {layer.name: layer for layer in run.compressed}
@@ -83,23 +87,36 @@ def _build_block(
     """Make the layers of a block in the order of the data's way; its outputs as it was, of which `dense` is a copy."""
     index, block = visit.index, visit.block
     local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
-    writers = _stream_writers(visit, batches[0])
-    order = stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
+    writers = run.team.told(lambda: _stream_writers(visit, batches[0]))
+    order = run.team.told(lambda: stages(block, index, batches[0], {name: block.get_submodule(name) for name in local}))
     last = next((name for names in reversed(order) for name in reversed(names) if name in writers), None)
     passes = DensePasses(dense, index, batches, [names[0] for names in order], whole=last)
     for names in order:
         writer = None if names[0] not in writers else "output" if names[0] == last else "input"
-        sums = stage_sums(passes, block, index, batches, names, writer)
-        for name in names:
-            layer = local[name]
-            spec, weight, known = chosen[layer.name], run.weight(layer), statistics[layer.name]
-            if spec is None:
-                run.reasons[layer.name] = f"{method.name} finds that its bytes are best spent on the dense layer"
-                continue
-            target = weight if sums is None else sums.target(weight)
-            fitted = known if sums is None else sums.statistics(known)
-            run.swap(layer, method.build(target, fitted, spec), weight, known)
+        sums = stage_sums(passes, block, index, batches, names, writer, run.team)
+        layers = [local[name] for name in names]
+        left = [layer.name for layer in layers if chosen[layer.name] is None]
+        run.reasons |= dict.fromkeys(left, f"{method.name} finds that its bytes are best spent on the dense layer")
+        make = partial(_fitted, run, method, sums, chosen, statistics)
+        run.build([layer for layer in layers if layer.name not in left], make)
     return passes.outputs
+
+
+def _fitted(
+    run: Run,
+    method: ChoosingMethod,
+    sums: Sums | None,
+    chosen: dict[str, LayerSpec | None],
+    statistics: dict[str, Statistics],
+    layer: Layer,
+) -> tuple[CompressedLinear, LayerReport]:
+    """A layer fitted to the inputs that the layers before it give; to those of the dense model if no token reaches it."""
+    spec, weight, known = chosen[layer.name], run.weight(layer), statistics[layer.name]
+    assert spec is not None
+    target = weight if sums is None else sums.target(weight)
+    fitted = known if sums is None else sums.statistics(known)
+    made = run.compressed_layer(layer, method.build(target, fitted, spec))
+    return made, run.layer_report(layer, made, weight, known)
 
 
 def _stream_writers(visit: Visit, batch: BlockBatch) -> list[str]:

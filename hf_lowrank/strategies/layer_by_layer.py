@@ -1,9 +1,13 @@
 """Budgets first, then block by block: every layer is decomposed as soon as its statistics are known."""
 
+from functools import partial
+
 from ..allocation import uniform_budgets
 from ..budget import Budget, Layer
 from ..calibration import BlockBatch, run_block
 from ..methods import Statistics
+from ..report import LayerReport
+from ..runtime.layers import CompressedLinear
 from .run import Run
 
 
@@ -16,8 +20,8 @@ def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
             batch.shift()
     for visit in run.walk("built", batches):
         statistics = run.gather(visit, batches)
-        for layer in visit.layers:
-            _compress_layer(run, layer, statistics.pop(layer.name), budgets[layer.name])
+        run.build(visit.layers, partial(_compressed, run, statistics, budgets))
+        del statistics  # of layers that other processes made
         for batch in batches:
             if method.sequential:
                 batch.hidden = run_block(visit.block, visit.index, batch)
@@ -25,7 +29,10 @@ def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
                 batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
 
 
-def _compress_layer(run: Run, layer: Layer, statistics: Statistics, budget: Budget) -> None:
-    """Decompose a layer; its matrices in float64 are gone when this returns."""
-    weight = run.weight(layer)
-    run.swap(layer, run.method.decompose(weight, statistics, budget), weight, statistics)
+def _compressed(
+    run: Run, statistics: dict[str, Statistics], budgets: dict[str, Budget], layer: Layer
+) -> tuple[CompressedLinear, LayerReport]:
+    """Decompose a layer; its matrices in float64 are gone when this returns, and so are its statistics."""
+    weight, known = run.weight(layer), statistics.pop(layer.name)
+    made = run.compressed_layer(layer, run.method.decompose(weight, known, budgets[layer.name]))
+    return made, run.layer_report(layer, made, weight, known)

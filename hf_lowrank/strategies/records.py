@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import BlockBatch
+from ..calibration import BlockBatch, Shelf
+from ..distributed import Team
 from ..linears import dense_weight
 from ..report import LayerReport
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.quantizer import swap_module
-from ..work_folder import Record
+from ..work_folder import Record, WorkFolder
 
 if TYPE_CHECKING:
     from .run import Run
@@ -72,19 +73,56 @@ def replace_layer(model: nn.Module, name: str, made: CompressedLinear) -> None:
     swap_module(model, name, made.train(dense.training))
 
 
-def inputs_record(batches: Iterable[BlockBatch]) -> Record:
-    """The inputs of the next block."""
+def layer_record(built: tuple[CompressedLinear, LayerReport]) -> Record:
+    """A compressed layer and its report."""
+    made, report = built
+    return Record(dict(made.state_dict()), {"spec": made.spec.to_dict(), "report": asdict(report)})
+
+
+def layer_from(record: Record, name: str, dense: nn.Module) -> tuple[CompressedLinear, LayerReport]:
+    """The compressed layer that a record holds, which stands for the dense one, and its report."""
+    weight = dense_weight(dense)
+    made = build_layer(LayerSpec.from_dict(name, record.facts["spec"]), weight.shape[1], weight.shape[0], weight.device, weight.dtype)
+    made.load_state_dict(record.tensors)
+    return made, LayerReport(**record.facts["report"])
+
+
+def merged(records: Iterable[Record]) -> Record:
+    """Records of different things as one."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for record in records:
+        tensors |= record.tensors
+        facts |= record.facts
+    return Record(tensors, facts)
+
+
+def inputs_record(batches: Iterable[BlockBatch], count: int, team: Team, shelf: Shelf) -> Record:
+    """The inputs of the next block, of all the team's `count` batches; at the first process only. Those of others go to the shelf."""
     tensors = {}
-    for position, batch in enumerate(batches):
-        tensors[f"hidden.{position}"] = batch.hidden
-        if batch.shifted is not None:
-            tensors[f"shifted.{position}"] = batch.shifted.hidden
+    for position, part in enumerate(team.collected([_inputs(batch) for batch in batches], count)):
+        for name, tensor in part.tensors.items():
+            tensors[f"{name}.{position}"] = tensor if position % team.size == 0 else shelf.put(tensor).tensor
     return Record(tensors, {})
 
 
-def restore_inputs(batches: Iterable[BlockBatch], record: Record) -> None:
-    """Bring the batches to where they were recorded."""
-    for position, batch in enumerate(batches):
-        batch.hidden = record.tensors[f"hidden.{position}"].to(batch.hidden.device)
+def restore_inputs(batches: Iterable[BlockBatch], count: int, team: Team, work: WorkFolder, name: str) -> None:
+    """Bring the batches to where `inputs_record` gave them to the record of this name."""
+
+    def parts() -> list[Record]:
+        record = work.read_here(name)
+        assert record is not None, "written before the record of the block before"
+        kinds = {key.rpartition(".")[0] for key in record.tensors}
+        return [Record({kind: record.tensors[f"{kind}.{position}"] for kind in kinds}, {}) for position in range(count)]
+
+    for batch, part in zip(batches, team.dealt(parts), strict=True):
+        batch.hidden = part.tensors["hidden"].to(batch.hidden.device)
         if batch.shifted is not None:
-            batch.shifted.hidden = record.tensors[f"shifted.{position}"].to(batch.hidden.device)
+            batch.shifted.hidden = part.tensors["shifted"].to(batch.hidden.device)
+
+
+def _inputs(batch: BlockBatch) -> Record:
+    tensors = {"hidden": batch.hidden}
+    if batch.shifted is not None:
+        tensors["shifted"] = batch.shifted.hidden
+    return Record(tensors, {})

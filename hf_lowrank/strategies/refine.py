@@ -21,7 +21,7 @@ def refine(run: Run, dense: PreTrainedModel) -> None:
         dense: the model as it was, its neurons in the order in which the method put them.
     """
     blocks = {name: dense.get_submodule(name) for name in run.blocks}
-    batches = capture(dense, blocks, run.tokens)
+    batches = capture(dense, blocks, run.team.share(run.tokens))
     for batch in batches:
         batch.shift()
     reported = {report.name: at for at, report in enumerate(run.reports)}
@@ -39,15 +39,17 @@ def _refine_block(run: Run, visit: Visit, dense: PreTrainedModel, batches: list[
     """Refine one block, and move the batches on; what became of it, with its losses before and after."""
     spectra = {report.name: report.spectrum for report in run.reports}
     originals = {layer.name: dense.get_submodule(layer.name) for layer in layers}
-    statistics = block_statistics(dense.get_submodule(visit.name), visit.index, batches, originals, run.method.needs_gram, move=True)
+    statistics = block_statistics(dense.get_submodule(visit.name), visit.index, batches, originals, run.method.needs_gram, True, run.team)
     shifted = [batch.shifted for batch in batches if batch.shifted is not None]
-    losses = refine_block(visit.block, visit.index, shifted, [batch.hidden for batch in batches], run.config.refinement_steps)
-    reports = []
-    for layer in layers:
+    losses = refine_block(visit.block, visit.index, shifted, [batch.hidden for batch in batches], run.config.refinement_steps, run.team)
+
+    def report(layer: Layer) -> Record:
         made, known = run.model.get_submodule(layer.name), statistics[layer.name] or no_data(layer, originals[layer.name])
         assert isinstance(made, CompressedLinear)
         weight, bits = dense_weight(originals[layer.name]).detach().double(), run.budget.dense_bits(layer)
-        reports.append(asdict(layer_report(layer.name, made, weight, known, bits, spectra[layer.name])))
+        return Record({}, {layer.name: asdict(layer_report(layer.name, made, weight, known, bits, spectra[layer.name]))})
+
+    reports = [*run.survey(layers, report).facts.values()]
     for each in shifted:
         each.hidden = run_block(visit.block, visit.index, each)
-    return Record(dict(visit.block.state_dict()), {"losses": list(losses), "reports": reports})
+    return Record(dict(visit.block.state_dict()), {"losses": [*losses], "reports": reports})

@@ -1,7 +1,7 @@
 """One run of `compress`: the model, the budget and the report, and what every strategy does with a block."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ..allocation import check_reachable
 from ..architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, separate_experts
 from ..budget import Layer, ModelBudget
 from ..calibration import BlockBatch, Shelf, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
+from ..distributed import ALONE, Team
 from ..linears import dense_weight, permute_inputs, permute_outputs
 from ..methods import Decomposition, Method, Statistics
 from ..offloading import OffloadedBlocks, is_offloaded, return_memory
@@ -23,7 +24,18 @@ from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
 from ..selection import TIED, left_out, select_layers, uncalled_layers
 from ..work_folder import Record, WorkFolder
-from .records import Mark, block_record, inputs_record, replace_layer, restore_block, restore_inputs, take_notes
+from .records import (
+    Mark,
+    block_record,
+    inputs_record,
+    layer_from,
+    layer_record,
+    merged,
+    replace_layer,
+    restore_block,
+    restore_inputs,
+    take_notes,
+)
 
 
 @dataclass
@@ -49,6 +61,7 @@ class Run:
     Args:
         model: the dense model, which is compressed in place.
         step: told what is being done.
+        team: the processes that work on it.
 
     Attributes:
         tokens: the calibration batches.
@@ -65,8 +78,8 @@ class Run:
         gradients, output_grams: of the layers by name, for methods that need them.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressionConfig, method: Method, step: Step) -> None:
-        self.model, self.config, self.method, self.step = model, config, method, step
+    def __init__(self, model: PreTrainedModel, config: CompressionConfig, method: Method, step: Step, team: Team = ALONE) -> None:
+        self.model, self.config, self.method, self.step, self.team = model, config, method, step, team
         self.tokens: list[TokenBatch] = []
         self.blocks = find_blocks(model)
         self.offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
@@ -118,9 +131,7 @@ class Run:
             done += len(visit.layers)
             record = self.work.read(self.record_name(stage, index)) if self.work else None
             if self.work is not None and known and record is None:
-                inputs = self.work.read(f"{stage}-inputs-{index:05}")
-                assert inputs is not None, "written before the record of the block before"
-                restore_inputs(batches, inputs)
+                restore_inputs(batches, len(self.tokens), self.team, self.work, f"{stage}-inputs-{index:05}")
             known = record is not None
             if starts_anew(batches, index):
                 if self.offloaded is not None:
@@ -180,7 +191,7 @@ class Run:
         else:
             orders = {name: self.orders[name].tolist() for name in self.orders if name.startswith(f"{visit.name}.")}
             record = Record(visit.found.tensors, {"found": visit.found.facts, "notes": notes, "orders": orders})
-        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches))
+        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches, len(self.tokens), self.team, self.shelf))
         work.write(self.record_name(stage, visit.index), record)
         work.discard(f"{stage}-inputs-{visit.index:05}")
 
@@ -188,8 +199,8 @@ class Run:
         """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
         index, block, method = visit.index, visit.block, self.method
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in visit.layers}
-        shifted = shifted_sums(block, index, batches, modules) if method.needs_shifted else None
-        found = block_statistics(block, index, batches, modules, method.needs_gram, move=not method.sequential)
+        shifted = shifted_sums(block, index, batches, modules, self.team) if method.needs_shifted else None
+        found = block_statistics(block, index, batches, modules, method.needs_gram, not method.sequential, self.team)
         statistics = {}
         for layer in visit.layers:
             known = found[layer.name]
@@ -209,7 +220,7 @@ class Run:
         A decoder also reads the encoder's states: those of the compressed encoder, if the method is sequential.
         """
         follows = self.method.sequential or any(batch.shifted is not None for batch in batches)
-        now = capture(self.model, self.blocks, self.tokens, self.shelf) if follows else batches
+        now = capture(self.model, self.blocks, self.team.share(self.tokens), self.shelf) if follows else batches
         for position, batch in enumerate(batches):
             if self.method.sequential:
                 batches[position] = now[position]
@@ -245,29 +256,51 @@ class Run:
         """The dense weight, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
-    def swap(
-        self, layer: Layer, decomposition: Decomposition, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
-    ) -> None:
-        """Put the compressed layer in place and report on it.
+    def survey(self, layers: list[Layer], find: Callable[[Layer], Record]) -> Record:
+        """What there is to know about the layers of a block; each is looked at by one of the processes."""
+        named = {layer.name: layer for layer in layers}
+        found = self.team.solved(_costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record)
+        return merged(record for _, record in found)
+
+    def build(self, layers: list[Layer], make: Callable[[Layer], tuple[CompressedLinear, LayerReport]]) -> None:
+        """Put compressed layers in the place of dense ones, with their reports; each is made by one of the processes."""
+        named = {layer.name: layer for layer in layers}
+
+        def solve(name: str) -> tuple[CompressedLinear, LayerReport]:
+            self.step(name, len(self.reports), len(self.compressed))
+            return make(named[name])
+
+        def unpack(name: str, record: Record) -> tuple[CompressedLinear, LayerReport]:
+            return layer_from(record, name, self.model.get_submodule(name))
+
+        for name, (made, report) in self.team.solved(_costs(layers), solve, layer_record, unpack):
+            replace_layer(self.model, name, made)
+            self.reports.append(report)
+            if self.offloaded is not None:
+                return_memory()
+
+    def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
+        """The layer that a decomposition stands for.
 
         Raises:
             NumericalError: if a stored value is not finite.
         """
-        self.step(layer.name, len(self.reports), len(self.compressed))
         dense = self.model.get_submodule(layer.name)
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
         made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
-        del decomposition  # its matrices are larger than the layer
         for name, parameter in made.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise NumericalError(
                     f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype"
                 )
-        replace_layer(self.model, layer.name, made)
-        self.reports.append(layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum))
-        if self.offloaded is not None:
-            return_memory()
+        return made
+
+    def layer_report(
+        self, layer: Layer, made: CompressedLinear, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
+    ) -> LayerReport:
+        """The report on a layer, made apart from the layer so that its decomposition, which is larger, is gone by then."""
+        return layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum)
 
     def report(self) -> Report:
         layers = self.compressed + self.dense
@@ -318,6 +351,11 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
         value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
         bias_bits[layer.name] = module.bias.numel() * module.bias.itemsize * 8 if isinstance(module.bias, Tensor) else 0
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
+
+
+def _costs(layers: list[Layer]) -> dict[str, float]:
+    """How much work the layers are, one against the other: that of a decomposition, m n min(m, n)."""
+    return {layer.name: layer.out_features * layer.in_features * min(layer.out_features, layer.in_features) for layer in layers}
 
 
 def no_data(layer: Layer, module: nn.Module) -> Statistics:

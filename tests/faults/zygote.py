@@ -18,7 +18,7 @@ STAGES = {
     "loading": ("hf_lowrank.models", "load_config"),
     "inspecting": ("hf_lowrank.inspection", "load_config"),
     "calibration": ("hf_lowrank.pipeline", "capture"),
-    "decomposition": ("hf_lowrank.strategies.run", "Run.swap"),
+    "decomposition": ("hf_lowrank.strategies.run", "Run.compressed_layer"),
     "training": ("hf_lowrank.spectrum_training", "_Run.save"),
     "saving": ("hf_lowrank.runtime.saving", "CompleteSave.write_companions"),
     "saved": ("hf_lowrank.runtime.saving", "record_checksums"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
 from hf_lowrank import CheckpointError, CompressionConfig, cli, compress
@@ -89,13 +89,23 @@ def test_a_missing_runtime_file_is_not_pushed_and_comes_back_with_a_save(whole: 
 
 
 def test_a_missing_tokenizer(whole: Path, tmp_path: Path) -> None:
+    """Of a compressed checkpoint; of other folders transformers' own errors come through."""
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     for file in folder.glob("tokenizer*"):
         file.unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: missing, .* save that of the model it was compressed from"):
+        AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: missing"):
+        pipeline("text-generation", str(folder))
     result = CliRunner().invoke(cli.app, ["evaluate", str(folder), "--tasks", "items.jsonl"])
     (line,) = result.stderr.splitlines()
-    assert str(folder) in line and "add tokenizer.json to the folder" in line
+    assert str(folder / "tokenizer_config.json") in line and "save_pretrained" in line
+    (folder / "modeling_hf_lowrank.py").unlink()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="tokenizer") as error:
+        AutoTokenizer.from_pretrained(folder)
+    assert not isinstance(error.value, CheckpointError)
 
 
 def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_a_pushed_model_opens_on_both_routes(hub, folder, saved, tmp_path):
 
 
 PUSH_MODEL = """
-import sys
+import sys, tempfile
 if sys.argv[1] == "remote code":
     sys.modules["hf_lowrank"] = None
 else:
@@ -119,12 +119,13 @@ else:
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=sys.argv[1] == "remote code")
 model.push_to_hub(sys.argv[3], tags=["mine"], max_shard_size="40KB")
-model.push_to_hub(sys.argv[3])
+with tempfile.TemporaryDirectory() as local:
+    model.save_pretrained(local, push_to_hub=True, repo_id=sys.argv[3])
 """
 
 
 def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
-    """`model.push_to_hub`, by plugin and then by remote code from that repo.
+    """`model.push_to_hub` and a save that pushes, by plugin and then by remote code from that repo.
 
     All files arrive; by plugin the card too, and no old shard is left: that much of a push needs the package.
     """
@@ -134,6 +135,9 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
     first, second = (Repository(hub.root / name).read_commit("main") for name in ("tester/first", "tester/second"))
     assert first is not None and set(first.files) == expected
     assert second is not None and set(second.files) >= expected
+    for name, commit in (("tester/first", first), ("tester/second", second)):  # what is pushed is what was finished on disk
+        config = json.loads(Repository(hub.root / name).content_path(commit.files["config.json"]).read_text())
+        assert "model.safetensors" in config["quantization_config"]["checksums"]
     card = ModelCard.load(Repository(hub.root / "tester/first").content_path(first.files["README.md"]))
     assert {"hf_lowrank", "slab"} <= set(card.data.tags)
     assert "removed, reached" in card.text

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank import CheckpointError, CompressedLinear, CompressionConfig, CompressionError, LayerSpec
+from hf_lowrank import CheckpointError, CompressedLinear, CompressionConfig, CompressionError, LayerSpec, compress
 from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.quantizer import CompressionQuantizer, attach, swap_module
 from hf_lowrank.runtime.saving import RUNTIME_FILES
+from tests import tiny_models
 from tests.support.fresh_process import open_elsewhere
 
 from .conftest import Checkpoint, answer, calibration, tiny_llama
@@ -127,6 +128,17 @@ def test_dequantize_gives_an_ordinary_dense_model(checkpoint: Checkpoint, tmp_pa
     assert "auto_map" not in saved
     assert {file.name for file in tmp_path.iterdir()}.isdisjoint(RUNTIME_FILES)
     assert torch.equal(answer(type(dense).from_pretrained(tmp_path)), answer(dense))
+
+
+def test_dense_experts_are_saved_under_the_names_of_their_family(tmp_path: Path) -> None:
+    """Other engines know no others; ours are those of the modules, in which transformers fuses experts."""
+    dense = tiny_models.mixtral()
+    dense.save_pretrained(tmp_path / "dense")
+    config = CompressionConfig(method="svd", ratio=0.3, samples=2, sequence_length=16)
+    compress(dense, config, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False).save_pretrained(tmp_path / "compressed")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "compressed").dequantize().save_pretrained(tmp_path / "again")
+    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("dense", "compressed", "again")]
+    assert names[0] == names[2] != names[1]
 
 
 def test_a_dense_model_is_compressed_on_load(tmp_path: Path) -> None:

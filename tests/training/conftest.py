@@ -1,5 +1,6 @@
 """Compressed checkpoints of every layout, small enough to be trained in a second, and the text to train them on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_lowrank import CompressionConfig, compress
 from tests import tiny_models
+from tests.support.prepared import Prepared
 
 LAYOUTS = {
     "bitmask and signs": ("slab", 0.4),
@@ -36,8 +38,8 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def settings(folder: Path, **changes: Any) -> TrainingArguments:
-    """Six steps of four windows, saved after the third and the last."""
-    fields: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_steps": 3, "logging_steps": 1}
+    """Two steps of four windows, saved after each."""
+    fields: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_steps": 1, "logging_steps": 1}
     fields |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "seed": 1}
     return TrainingArguments(str(folder), **fields | changes)
 
@@ -81,3 +83,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(tiny_models.text(64)) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """Where programs run that need processes of their own."""
+    with Prepared(tmp_path_factory.mktemp("prepared")) as process:
+        yield process

@@ -1,11 +1,8 @@
 """docs/training.md, executed: its scripts under the names that it gives them, its commands as they stand, the rest as one program."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_lowrank.hub import check_complete
 from tests.support.assets import PROJECT
+from tests.support.prepared import Prepared
 
 from .conftest import dense, pattern, same
+
+pytestmark = pytest.mark.xdist_group("prepared")  # one process serves them all
 
 GUIDE = PROJECT / "docs" / "training.md"
 LAYOUT = "bitmask and signs"
@@ -24,13 +24,6 @@ LAYOUT = "bitmask and signs"
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-def run(command: list[str], folder: Path) -> None:
-    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": binaries, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stderr[-5000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +40,17 @@ def folder(checkpoints: dict[str, Path], text_file: Path, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="module")
-def followed(folder: Path) -> Path:
-    """The same folder after everything was run, what needs one process in one process."""
-    program = ["import runpy, sys"]
-    commands = [command.split() for block in blocks("bash") for command in block.splitlines()]
-    for name, *arguments in (command[1:] for command in commands if command[0] == "python"):
-        program.append(f"sys.argv = {[name, *arguments]!r}\nrunpy.run_path({name!r}, run_name='__main__')")
-    program += [block for block in blocks("python") if not re.match(r"# \w+\.py\n", block)]
-    run([sys.executable, "-c", "\n".join(program)], folder)
-    for command in commands:
-        if command[0] != "python":
-            run(command, folder)
+def followed(folder: Path, prepared: Prepared) -> Path:
+    """The same folder after everything was run; `torchrun` by as many processes as it would start."""
+    for command in (line.split() for block in blocks("bash") for line in block.splitlines()):
+        if command[:2] == ["torchrun", "--nproc-per-node"]:
+            prepared.run(command[3:], folder, processes=int(command[2]))
+        else:
+            assert command[0] == "python"
+            prepared.run(command[1:], folder)
+    program = "\n".join(block for block in blocks("python") if not re.match(r"# \w+\.py\n", block))
+    (folder / "program.py").write_text(program, encoding="utf-8")
+    prepared.run(["program.py"], folder)
     return folder
 
 

@@ -1,23 +1,27 @@
 """Checkpoint, kill, resume: bit for bit the weights of a run that nobody disturbed."""
 
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
-from tests.support.assets import PROJECT
+from tests.support.prepared import Prepared
 
 from .conftest import same
 
+pytestmark = pytest.mark.xdist_group("prepared")  # one process serves them all
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.training.killed", str(tmp_path), *map(str, checkpoints.values())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    for folder in checkpoints.values():
-        whole, killed = (tmp_path / run / folder.name / "checkpoint-6" / "model.safetensors" for run in ("whole", "killed"))
-        assert same(load_file(whole), load_file(killed)), folder.name
-        assert not same(load_file(whole), load_file(folder / "model.safetensors")), folder.name
+
+@pytest.mark.parametrize("layout", ["bitmask and signs", "quantised", "Conv1D"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    layout: str, checkpoints: dict[str, Path], prepared: Prepared, tmp_path: Path
+) -> None:
+    train = ["-m", "tests.training.killed", checkpoints[layout]]
+    prepared.run([*train, tmp_path / "whole"], tmp_path)
+    assert prepared.codes([*train, tmp_path / "killed", "kill"], tmp_path) == [-signal.SIGKILL]
+    assert not (tmp_path / "killed" / "checkpoint-4").exists()
+    prepared.run([*train, tmp_path / "killed", "resume"], tmp_path)
+    whole, killed = (load_file(tmp_path / run / "checkpoint-4" / "model.safetensors") for run in ("whole", "killed"))
+    assert same(whole, killed)
+    assert not same(whole, load_file(checkpoints[layout] / "model.safetensors"))

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 from hf_lowrank.hub import check_complete
-from hf_lowrank.runtime.saving import RUNTIME_FILES
+from hf_lowrank.inspection import read_report
+from hf_lowrank.model_card import make_card, record
+from hf_lowrank.runtime.saving import OTHER_WEIGHTS, RUNTIME_FILES, CompleteSave
 from tests import tiny_models
 
 from .conftest import LAYOUTS, Windows, pattern, same, settings, weights
@@ -37,14 +41,14 @@ def trained(folder: Path, output: Path, **changes: Any) -> tuple[PreTrainedModel
 def test_every_float_moves_and_the_pattern_stays(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """With what users switch on at once: gradient checkpointing, accumulation, evaluation, the best checkpoint, weight decay."""
     before = opened(checkpoints[layout])
-    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     model, _ = trained(
         checkpoints[layout], tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2, weight_decay=0.1, **evaluation
     )
     assert same(pattern(model), pattern(before))
     start = weights(before)
     assert [name for name, tensor in weights(model).items() if torch.equal(tensor, start[name])] == []
-    for checkpoint in ("checkpoint-3", "checkpoint-6"):
+    for checkpoint in ("checkpoint-1", "checkpoint-2"):
         check_complete(tmp_path / checkpoint)
         again = opened(tmp_path / checkpoint)
         assert same(pattern(again), pattern(before))
@@ -67,7 +71,7 @@ def test_the_ways_to_save_memory_change_nothing(checkpoints: dict[str, Path], tm
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_autocast_follows_float32(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    common = {"learning_rate": 1e-4, "max_steps": 3, "save_strategy": "no"}
+    common = {"learning_rate": 1e-4, "save_strategy": "no"}
     _, losses = trained(checkpoints[layout], tmp_path, **common)
     model, found = trained(checkpoints[layout], tmp_path, bf16=True, **common)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=0.02)
@@ -79,8 +83,8 @@ def test_compiled_training_is_training(tmp_path: Path) -> None:
     config = CompressionConfig(method="slab", ratio=0.4, samples=4, sequence_length=32)
     model = compress(tiny_models.llama(num_hidden_layers=1), config, calibration=tiny_models.token_ids(4, 32).tolist(), progress=False)
     model.save_pretrained(tmp_path / "compressed")
-    _, losses = trained(tmp_path / "compressed", tmp_path, max_steps=2, save_strategy="no")
-    model, found = trained(tmp_path / "compressed", tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
+    _, losses = trained(tmp_path / "compressed", tmp_path, save_strategy="no")
+    model, found = trained(tmp_path / "compressed", tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
     assert same(weights(opened(tmp_path / "checkpoint-2")), weights(model))
 
@@ -89,10 +93,10 @@ def test_a_loss_of_the_users_own(checkpoints: dict[str, Path], tmp_path: Path) -
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    arguments = settings(tmp_path, save_strategy="no", max_steps=3)
+    arguments = settings(tmp_path, save_strategy="no")
     trainer = Trainer(opened(checkpoints[SLAB]), arguments, train_dataset=Windows(), compute_loss_func=loss)
     trainer.train()
-    plain, _ = trained(checkpoints[SLAB], tmp_path, save_strategy="no", max_steps=3)
+    plain, _ = trained(checkpoints[SLAB], tmp_path, save_strategy="no")
     for key, tensor in weights(trainer.model).items():
         torch.testing.assert_close(tensor, weights(plain)[key], rtol=0, atol=1e-4)
 
@@ -101,6 +105,33 @@ def test_a_trainer_leaves_the_runtime_in_its_own_folder(checkpoints: dict[str, P
     """From there it is pushed while the training goes on, with config and weights that it copies there itself."""
     trained(checkpoints[SLAB], tmp_path, max_steps=1, save_only_model=True, save_total_limit=1)
     assert set(RUNTIME_FILES) <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("package", [True, False], ids=["package", "runtime alone"])
+def test_figures_of_other_weights_are_not_kept(
+    package: bool, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save of the same weights keeps what was measured on them, in however many shards; one after training says that it does not."""
+    folder = shutil.copytree(checkpoints[SLAB], tmp_path / "measured")
+    figure = {"metric": "perplexity", "dataset": "text", "compressed": 61.53}
+    record(folder, quality=[figure], license="mit")
+    if not package:
+        monkeypatch.setattr(CompleteSave, "publisher", None)
+    opened(folder).save_pretrained(tmp_path / "again", max_shard_size="40KB")
+    model, _ = trained(folder, tmp_path / "run", max_steps=1)
+    model.save_pretrained(tmp_path / "trained")
+    again, *changed = (ModelCard.load(tmp_path / name / "README.md") for name in ("again", "run/checkpoint-1", "trained"))
+    assert again.data.eval_results is not None and "61.53" in again.text
+    for card in changed:
+        assert card.data.eval_results is None and card.data.license == "mit"
+        assert "61.53" not in card.text if package else "Written before the weights were changed" in card.text
+    reports = [read_report(tmp_path / name) for name in ("measured", "again", "trained")]
+    assert [report.get("quality") for report in reports] == [[figure], [figure], None]
+    assert [OTHER_WEIGHTS in report["warnings"] for report in reports] == [False, False, True]
+    record(tmp_path / "trained", quality=[{**figure, "compressed": 50.25}])
+    assert "50.25" in ModelCard.load(tmp_path / "trained" / "README.md").text
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "trained" / "model.safetensors")
+    assert "50.25" not in make_card(tmp_path / "trained").text
 
 
 def test_a_save_writes_the_state_dict_that_it_is_given(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from ...runtime.ops import register_kernel
 from . import native, products
 
 NAME = "cpp"
+ON_BY_DEFAULT = True
 
 
 def register() -> None:

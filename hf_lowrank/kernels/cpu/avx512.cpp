@@ -1,7 +1,6 @@
 // AVX-512 (VBMI2 and BF16) loops.
 //
-// Kept values: a mask word spreads the next values of the row over 32 columns (vpexpandw, register form), which are then
-// multiplied as in a dense product. Signs: see binary_rows. Where everything is bfloat16, both in one pass: avx512_bfloat16.cpp.
+// Kept values, and signs where everything is bfloat16: avx512_packed.cpp. Here dense matrices, and signs as lookups in tables.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -10,8 +9,8 @@
 
 namespace hf_lowrank {
 
-// avx512_bfloat16.cpp
-void avx512_bfloat16_rows(const Product& product, const Prepared& x, const Rows& rows);
+// avx512_packed.cpp
+void avx512_kept(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_codes.cpp
 void avx512_dequantize(const Product& product, int64_t row, float* out);
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows);
@@ -20,121 +19,9 @@ void avx512_unpack(const Product& product, const float* scale_in, int64_t padded
 
 namespace {
 
-// --- sums of several rows and tokens ---------------------------------------------------------------------------------------
-
-// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's latency.
 constexpr int64_t kGroupRows = 4;
-
-template <int T, int R, class Values>
-struct Sums {
-    __m512 of[R][T];
-
-    AVX512_INLINE void clear(Sums& sums) {
-#pragma GCC unroll 4
-        for (auto& row : sums.of)
-#pragma GCC unroll 4
-            for (auto& sum : row) sum = _mm512_setzero_ps();
-    }
-
-    AVX512_INLINE void add(Sums& sums, int row, const typename Values::Unit& unit, const typename Values::Inputs& x, int64_t column) {
-#pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) Values::multiply_add(sums.of[row][t], unit, x, t, column);
-    }
-
-    // To rows `first`, `first` + `step`, ... of the block.
-    AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first, int64_t step) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r * step] += _mm512_reduce_add_ps(sums.of[r][t]);
-    }
-};
-
-// --- sparse ----------------------------------------------------------------------------------------------------------------
-
-template <class Values>
-struct SparseFor {
-    using Element = typename Values::Element;
-
-    // Rows [first, first + R) of the block.
-    template <int T, int R>
-    AVX512_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first) {
-        const auto x = Values::inputs(prepared, rows);
-        const int64_t columns = prepared.columns, width = (columns + 7) / 8;
-        const Element* end = static_cast<const Element*>(product.values) + product.rows * product.kept;
-        const Element* values[R];
-        const uint8_t* masks[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            values[r] = static_cast<const Element*>(product.values) + (rows.first + first + r) * product.kept;
-            masks[r] = product.mask + (rows.first + first + r) * width;
-        }
-        NextValues next = NextValues::of(values[0] + R * product.kept, R * product.kept * int64_t(sizeof(Element)), columns);
-        Sums<T, R, Values> sums;
-        Sums<T, R, Values>::clear(sums);
-        int64_t column = 0;
-        for (;;) {
-            // Steps of 64 columns; as many as cannot read past the end of the tensor, whatever the mask says.
-            int64_t steps = (columns - column) / 64;
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
-            if (steps <= 0) break;
-            if (steps > 8) steps = 8;
-            NextValues::fetch(next);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + column / 8), _MM_HINT_T0);
-#pragma GCC unroll 1
-            for (int64_t stop = column + 64 * steps; column < stop; column += 64) {
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    const uint8_t* mask = masks[r] + column / 8;
-                    uint64_t bits;
-                    __builtin_memcpy(&bits, mask, 8);
-                    if (!next.lines) _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * product.kept), _MM_HINT_T0);
-                    auto left = Values::expand(Values::load(values[r]), load_mask(mask));
-                    auto right = Values::expand(Values::load(values[r] + _mm_popcnt_u32(static_cast<uint32_t>(bits))), load_mask(mask + 4));
-                    values[r] += _mm_popcnt_u64(bits);
-                    Sums<T, R, Values>::add(sums, r, left, x, column);
-                    Sums<T, R, Values>::add(sums, r, right, x, column + kUnit);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            for (int64_t at = column; at < columns; at += kUnit) {
-                uint32_t bits = load_bits(masks[r], width, at >> 3);
-                int64_t present = end - values[r] < kUnit ? end - values[r] : kUnit, used = _mm_popcnt_u32(bits);
-                Sums<T, R, Values>::add(sums, r, Values::expand(Values::load_first(values[r], present), bits), x, at);
-                values[r] += used < present ? used : present;
-            }
-        }
-        Sums<T, R, Values>::store(sums, rows, first, 1);
-    }
-
-    template <int T>
-    struct Loop {
-        AVX512 static void run(const Product& product, const Prepared& x, int64_t first, const Rows& rows) {
-            if (first + kGroupRows <= rows.count) multiply<T, kGroupRows>(product, x, rows, first);
-            else
-                for (; first < rows.count; ++first) multiply<T, 1>(product, x, rows, first);
-        }
-    };
-
-    static void run(const Product& product, const Prepared& x, const Rows& rows) {
-        for (int64_t first = 0; first < rows.count; first += kGroupRows) for_token_groups<Loop>(rows, product, x, first);
-    }
-};
-
-void sparse_rows(const Product& product, const Prepared& x, const Rows& rows) {
-    switch (product.values_dtype) {
-        case kFloat32: SparseFor<Float32>::run(product, x, rows); break;
-        case kFloat16: SparseFor<Float16>::run(product, x, rows); break;
-        default:
-            if (x.piece_count == 1) SparseFor<BFloat16<1>>::run(product, x, rows);
-            else if (x.piece_count == 2) SparseFor<BFloat16<2>>::run(product, x, rows);
-            else SparseFor<BFloat16<3>>::run(product, x, rows);
-    }
-}
+// Bytes. From rows of kLongRow on, the processor's own prefetchers do better; in shorter ones, kBytesAhead is fetched by the loop.
+constexpr int64_t kLongRow = 8192, kBytesAhead = 2048;
 
 // --- dense -----------------------------------------------------------------------------------------------------------------
 
@@ -142,18 +29,23 @@ template <class Values>
 struct DenseFor {
     using Element = typename Values::Element;
 
-    // R rows of the block, `step` apart: each is one of R long streams of memory.
-    template <int T, int R>
+    // R rows of the block, `step` apart: each is one of R long streams of memory. `fetch`: what comes next in each is fetched meanwhile.
+    template <int T, int R, bool fetch>
     AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
         const int64_t columns = prepared.columns, stride = step * columns;
         const Element* values = static_cast<const Element*>(matrix) + (rows.first + first) * columns;
+        // After the end of each stream comes that of the next block.
+        const int64_t next = first + 1 < step ? kBytesAhead : (kBlockRows - step + 1) * columns * int64_t(sizeof(Element));
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
         int64_t column = 0;
         for (; column + kUnit <= columns; column += kUnit)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
+            for (int r = 0; r < R; ++r) {
+                if (fetch) prefetch(values + r * stride + column, next);
+                Sums<T, R, Values>::add(sums, r, Values::load(values + r * stride + column), x, column);
+            }
         if (column < columns)
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
@@ -164,8 +56,9 @@ struct DenseFor {
     template <int T>
     struct Loop {
         AVX512 static void run(const void* matrix, const Prepared& x, int64_t step, int64_t first, const Rows& rows) {
-            if (first < step) multiply<T, kGroupRows>(matrix, x, rows, first, step);
-            else multiply<T, 1>(matrix, x, rows, first, 1);
+            if (first >= step) multiply<T, 1, false>(matrix, x, rows, first, 1);
+            else if (x.columns * int64_t(sizeof(Element)) < kLongRow) multiply<T, kGroupRows, true>(matrix, x, rows, first, step);
+            else multiply<T, kGroupRows, false>(matrix, x, rows, first, step);
         }
     };
 
@@ -283,9 +176,8 @@ struct BinaryLoop {
 };
 
 void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
-    if (x.multiplies_signs) return avx512_bfloat16_rows(product, x, rows);
-    if (product.signs) for_token_groups<BinaryLoop>(rows, product, x);
-    if (product.values) sparse_rows(product, x, rows);
+    if (product.signs && !x.multiplies_signs) for_token_groups<BinaryLoop>(rows, product, x);
+    if (product.values) avx512_kept(product, x, rows);
 }
 
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {

@@ -14,25 +14,6 @@ namespace {
 AVX512_INLINE __mmask64 first_of_64(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1ull; }
 AVX512_INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1u; }
 
-// --- memory that will be read soon ---------------------------------------------------------------------------------------------
-
-// While a group of rows is multiplied the kept values of the next one, which lie right behind, are fetched: they are read at
-// irregular distances, which the processor's own prefetchers do not follow. Where they are many, some at every step; where they are
-// few, all that fall on 512 columns together, so that no line is asked for twice.
-struct NextValues {
-    const char* at;
-    int64_t lines;  // per 512 columns; 0: at every step
-
-    AVX512_INLINE NextValues of(const void* start, int64_t bytes, int64_t columns) {
-        int64_t lines = (bytes * 512 / columns + 63) / 64;
-        return {static_cast<const char*>(start), lines <= 12 ? lines : 0};
-    }
-    // At the first of 512 columns.
-    AVX512_INLINE void fetch(NextValues& next) {
-        for (const char* stop = next.at + 64 * next.lines; next.at < stop; next.at += 64) _mm_prefetch(next.at, _MM_HINT_T0);
-    }
-};
-
 // --- 32 values of a row and their product with 32 columns of x ---------------------------------------------------------------
 
 // Keeps a value in a register: expand instructions with a memory operand take a micro-operation per element on AMD.
@@ -45,11 +26,29 @@ AVX512_INLINE __m512i expand_words(__m512i values, __mmask32 mask) {
     return out;
 }
 
-// Four bytes of a bitmap straight into a mask register: by way of a general register they would take the port that expands.
-AVX512_INLINE __mmask32 load_mask(const uint8_t* bits) {
-    __mmask32 mask;
-    __asm__("kmovd %1, %0" : "=Yk"(mask) : "m"(*reinterpret_cast<const uint8_t(*)[4]>(bits)));
+// Eight bytes of a bitmap in a mask register, straight from memory: by way of a general register they would take the port that expands.
+AVX512_INLINE __mmask64 load_mask(const uint8_t* bits) {
+    __mmask64 mask;
+    __asm__("kmovq %1, %0" : "=Yk"(mask) : "m"(*reinterpret_cast<const uint8_t(*)[8]>(bits)));
     return mask;
+}
+
+// How many of the first 32 and of all 64 bits are set; read once, as the loops wait for loads more than for anything else.
+struct BitCounts {
+    int64_t first_half, all;
+};
+AVX512_INLINE BitCounts count_bits(const uint8_t* bits) {
+    BitCounts counts;
+    __asm__("movq %2, %1\n\tpopcntl %k1, %k0\n\tpopcntq %1, %1"
+            : "=r"(counts.first_half), "=r"(counts.all)
+            : "m"(*reinterpret_cast<const uint8_t(*)[8]>(bits)));
+    return counts;
+}
+
+AVX512_INLINE int64_t count_bits_64(const uint8_t* bits) {
+    int64_t count;
+    __asm__("popcntq %1, %0" : "=r"(count) : "m"(*reinterpret_cast<const uint8_t(*)[8]>(bits)));
+    return count;
 }
 
 struct Bits16 {
@@ -60,6 +59,14 @@ struct Bits16 {
         return _mm512_maskz_loadu_epi16(first_of_32(count), values);
     }
     AVX512_INLINE Unit expand(Unit values, uint32_t mask) { return expand_words(values, mask); }
+    // The next values of a row under 64 columns. The upper mask is shifted down, which takes no port of the expansion.
+    AVX512_INLINE void expand_64(const Element*& values, const uint8_t* mask, Unit& low, Unit& high) {
+        const __mmask64 bits = load_mask(mask);
+        const BitCounts counts = count_bits(mask);
+        low = expand_words(load(values), static_cast<__mmask32>(bits));
+        high = expand_words(load(values + counts.first_half), static_cast<__mmask32>(_kshiftri_mask64(bits, 32)));
+        values += counts.all;
+    }
 };
 
 // bfloat16, multiplied by each of the pieces whose sum is x.
@@ -131,10 +138,77 @@ struct Float32 : FloatInputs {
         IN_REGISTER(values.low);
         return {_mm512_maskz_expand_ps(mask & 0xffff, values.low), _mm512_maskz_expand_ps(mask >> 16, rest)};
     }
+    AVX512_INLINE void expand_64(const Element*& values, const uint8_t* mask, Unit& low, Unit& high) {
+        const BitCounts counts = count_bits(mask);
+        low = expand(load(values), load_bits(mask, 8, 0));
+        high = expand(load(values + counts.first_half), load_bits(mask, 8, 4));
+        values += counts.all;
+    }
     AVX512_INLINE void multiply_add(__m512& sum, const Unit& unit, const Inputs& x, int64_t token, int64_t column) {
         const float* at = x.at + token * x.token_stride + column;
         sum = _mm512_fmadd_ps(unit.low, _mm512_loadu_ps(at), sum);
         sum = _mm512_fmadd_ps(unit.high, _mm512_loadu_ps(at + 16), sum);
+    }
+};
+
+// --- signs -----------------------------------------------------------------------------------------------------------------------
+
+// For word j of 32: the bits of an eight-byte word that end with bit j (low) or 32 + j (high), in the word's upper byte.
+struct SignPositions {
+    alignas(64) uint8_t low[64], high[64];
+    constexpr SignPositions() : low(), high() {
+        for (int word = 0; word < 32; ++word) {
+            low[2 * word + 1] = static_cast<uint8_t>((word + 57) % 64);
+            high[2 * word + 1] = static_cast<uint8_t>((word + 25) % 64);
+        }
+    }
+};
+constexpr SignPositions kSignPositions;
+
+// ± scale: negative where the bit is clear.
+AVX512_INLINE __m512i with_signs(__m512i bits, __m512i positions, __m512i scale) {
+    __m512i moved = _mm512_multishift_epi64_epi8(positions, bits);
+    return _mm512_ternarylogic_epi32(moved, scale, _mm512_set1_epi32(static_cast<int>(0x80008000u)), 0xc6);  // scale ^ (~moved & 0x8000)
+}
+
+AVX512_INLINE __m512i broadcast_8_bytes(const uint8_t* bytes) {
+    long long word;
+    __builtin_memcpy(&word, bytes, 8);
+    return _mm512_set1_epi64(word);
+}
+
+// --- memory that will be read soon -----------------------------------------------------------------------------------------------
+
+// In assembly, so that the sum of both takes no register.
+AVX512_INLINE void prefetch(const void* from, int64_t bytes_ahead) {
+    __asm__ volatile("prefetcht0 (%0,%1)" : : "r"(from), "r"(bytes_ahead));
+}
+
+// --- sums of several rows and tokens ---------------------------------------------------------------------------------------------
+
+// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's latency.
+template <int T, int R, class Values>
+struct Sums {
+    __m512 of[R][T];
+
+    AVX512_INLINE void clear(Sums& sums) {
+#pragma GCC unroll 4
+        for (auto& row : sums.of)
+#pragma GCC unroll 4
+            for (auto& sum : row) sum = _mm512_setzero_ps();
+    }
+
+    AVX512_INLINE void add(Sums& sums, int row, const typename Values::Unit& unit, const typename Values::Inputs& x, int64_t column) {
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) Values::multiply_add(sums.of[row][t], unit, x, t, column);
+    }
+
+    // To rows `first`, `first` + `step`, ... of the block.
+    AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first, int64_t step) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r * step] += _mm512_reduce_add_ps(sums.of[r][t]);
     }
 };
 

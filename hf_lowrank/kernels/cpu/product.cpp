@@ -77,9 +77,8 @@ struct Forms {
 
     void add_signs(const Product& product, const Kernels& kernels) {
         multiplies_signs = kernels.multiplies_bfloat16 && product.x_dtype == kBFloat16 && product.scale_dtype == kBFloat16 &&
-                           (!product.values || product.values_dtype == kBFloat16) && product.binary_rank == 1;
-        if (multiplies_signs) pieces = 1;
-        else terms = product.binary_rank;
+                           product.values && product.values_dtype == kBFloat16 && product.binary_rank == 1;
+        if (!multiplies_signs) terms = product.binary_rank;
     }
 
     bool makes_floats(DType dtype) const { return floats || terms || dtype != kBFloat16; }

@@ -63,7 +63,7 @@ struct Prepared {
     uint16_t* pieces;  // (piece_count, tokens, padded) bfloat16 whose sum is x: one where x is bfloat16, up to three otherwise
     int piece_count;
     uint16_t* scale_in;     // (padded,) bfloat16, where multiplies_signs
-    bool multiplies_signs;  // ± scale_in is multiplied with x, instead of looking up `tables`
+    bool multiplies_signs;  // ± scale_in is multiplied with the piece of x, instead of looking up `tables`
 };
 
 struct Rows {

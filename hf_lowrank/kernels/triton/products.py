@@ -1,0 +1,229 @@
+"""The operations of `runtime.ops` by Triton: each takes the operation's arguments and answers None where it does not apply."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...runtime.ops import as_matrix, row_tiles
+from . import factors, packed
+from .tuning import TunedKernel
+
+FEW_TOKENS = 16
+"""Up to this many tokens a matrix is multiplied from its packed form; more are multiplied by its rows in full, some at a time."""
+VECTOR_TOKENS = 4
+"""Up to this many tokens a product is summed entry by entry; more go to the tensor cores, 16 at a time."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _configurations(*sizes: tuple[int, int, int], second: str) -> list[triton.Config]:
+    """From rows and columns (or bytes) of a tile, and warps.
+
+    For vectors a warp spans 256 columns, 16 bytes to a lane, so that the entries and x lie alike and nothing moves between threads.
+    """
+    return [triton.Config({"BLOCK_ROWS": rows, second: width}, num_warps=warps) for rows, width, warps in sizes]
+
+
+_FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
+_VECTOR_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (2, 64, 2), (4, 128, 4), (2, 128, 4))
+_multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="BLOCK_BYTES"), (*_FORM, "TOKENS"))
+_TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
+_multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
+_UNPACK_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (4, 128, 4))
+_unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM[1:])  # alike for all rows
+_FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4), (2, 1024, 4))
+_FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
+_multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a matrix is the sum of; see `kernels.triton.packed`."""
+
+    values: Tensor | None = None
+    code_scale: Tensor | None = None
+    mask: Tensor | None = None
+    signs: Tensor | None = None
+    scale_in: Tensor | None = None
+    scale_out: Tensor | None = None
+    bits: int = 0
+    group: int = 1
+
+    @property
+    def packed(self) -> Tensor:
+        """One of those with a row of their own for each row of the matrix."""
+        rows = self.values if self.signs is None else self.signs
+        assert rows is not None
+        return rows
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        names = ("values", "code_scale", "mask", "signs", "scale_in", "scale_out")
+        return {name: getattr(self, name) for name in names}
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that all kernels of packed matrices share."""
+        return {
+            **self.tensors(),
+            "stride": 0 if self.values is None else self.values.shape[1],
+            "groups": 0 if self.code_scale is None else self.code_scale.shape[1],
+            "HAS_VALUES": self.values is not None,
+            "HAS_MASK": self.mask is not None,
+            "BITS": self.bits,
+            "GROUP": self.group,
+            "BINARY_RANK": 0 if self.scale_in is None else self.scale_in.shape[0],
+        }
+
+
+def bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor | None:
+    return _linear(x, Parts(weight, mask=weight_mask))
+
+
+def binary_linear(x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor | None:
+    return _linear(x, Parts(signs=sign_bits, scale_in=scale_in, scale_out=scale_out))
+
+
+def bitmask_binary_linear(
+    x: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+) -> Tensor | None:
+    return _linear(x, Parts(weight, None, weight_mask, sign_bits, scale_in, scale_out))
+
+
+def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor | None:
+    return _linear(x, Parts(codes, scale, mask, bits=bits, group=group))
+
+
+def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | None:
+    """B (A x), A x kept in float32; None for more than `VECTOR_TOKENS`, whose two products are torch's own."""
+    return _lowrank(x, lowrank_a, lowrank_b, None, lowrank_b.shape[0])
+
+
+def pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor | None:
+    """P [I; B'] (A' x); None for more than `VECTOR_TOKENS`."""
+    return _lowrank(x, lowrank_a, lowrank_b, lowrank_pivots, rows)
+
+
+def bitmask_input_grad(grad: Tensor, weight: Tensor, weight_mask: Tensor, columns: int) -> Tensor | None:
+    return _input_grad(grad, columns, Parts(weight, mask=weight_mask))
+
+
+def binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor | None:
+    return _input_grad(grad, scale_in.shape[1], Parts(signs=sign_bits, scale_in=scale_in, scale_out=scale_out))
+
+
+def bitmask_binary_input_grad(
+    grad: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+) -> Tensor | None:
+    return _input_grad(grad, scale_in.shape[1], Parts(weight, None, weight_mask, sign_bits, scale_in, scale_out))
+
+
+def quantized_input_grad(
+    grad: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int, columns: int
+) -> Tensor | None:
+    return _input_grad(grad, columns, Parts(codes, scale, mask, bits=bits, group=group))
+
+
+_OPERATIONS: tuple[Callable[..., Tensor | None], ...] = (
+    bitmask_linear,
+    binary_linear,
+    bitmask_binary_linear,
+    quantized_linear,
+    lowrank_linear,
+    pivoted_linear,
+    bitmask_input_grad,
+    binary_input_grad,
+    bitmask_binary_input_grad,
+    quantized_input_grad,
+)
+KERNELS = {kernel.__name__: kernel for kernel in _OPERATIONS}
+"""The kernel of each operation that this back end offers."""
+
+
+def _linear(x: Tensor, parts: Parts) -> Tensor | None:
+    rows = parts.packed.shape[0]
+    if not rows or not _readable(x, *parts.tensors().values()):
+        return None
+    inputs = as_matrix(x).contiguous()
+    y = x.new_empty(inputs.shape[0], rows)
+    if inputs.shape[0] <= FEW_TOKENS:
+        _multiply(inputs, y, parts)
+    else:
+        for covered, tile in _tiles(inputs, x.shape[-1], parts):
+            torch.mm(inputs, tile.T, out=y[:, covered])
+    return y.view(*x.shape[:-1], rows)
+
+
+def _multiply(x: Tensor, y: Tensor, parts: Parts) -> None:
+    """y (tokens, rows) of x (tokens, columns), for few tokens."""
+    tokens, rows = y.shape
+    vectors = tokens <= VECTOR_TOKENS
+    kernel = _multiply_vectors if vectors else _multiply_matrices
+    size = {"tokens": tokens, "rows": rows, "columns": x.shape[1]}
+    padded = {"TOKENS": triton.next_power_of_2(tokens) if vectors else FEW_TOKENS, "TENSOR_CORES": not vectors}
+    kernel.launch(x.device, _programs(rows), x=x, y=y, **size, **padded, **parts.arguments())
+
+
+def _input_grad(grad: Tensor, columns: int, parts: Parts) -> Tensor | None:
+    """Mᵀ g for the matrix M (m, n) of the parts and g (..., m), tile by tile; the tiles' products are added in float32."""
+    if not columns or not _readable(grad, *parts.tensors().values()):
+        return None
+    gradients = as_matrix(grad)
+    total = torch.zeros(gradients.shape[0], columns, dtype=torch.float32, device=grad.device)
+    for covered, tile in _tiles(gradients, columns, parts):
+        total += gradients[:, covered] @ tile
+    return total.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+def _tiles(x: Tensor, columns: int, parts: Parts) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the matrix in full, in the dtype of x, one tile after the other in the same memory, and which rows they are."""
+    tiles = list(row_tiles(parts.packed, x.new_empty(0, columns)))
+    memory = x.new_empty(tiles[0].stop, columns)
+    for rows in tiles:
+        count = rows.stop - rows.start
+        size = {"first_row": rows.start, "rows": rows.stop, "columns": columns}
+        _unpack.launch(x.device, _programs(count), dense=memory, **size, **parts.arguments())
+        yield rows, memory[:count]
+
+
+def _lowrank(x: Tensor, a: Tensor, b: Tensor, pivots: Tensor | None, rows: int) -> Tensor | None:
+    inputs, rank = as_matrix(x).contiguous(), a.shape[0]
+    tokens = inputs.shape[0]
+    if tokens > VECTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
+        return None
+    z = inputs.new_empty(tokens, rank, dtype=torch.float32)
+    y = inputs.new_empty(tokens, rows)
+    _multiply_by_factor(inputs, z, a, None)
+    _multiply_by_factor(z, y, b, pivots)
+    return y.view(*x.shape[:-1], rows)
+
+
+def _multiply_by_factor(x: Tensor, y: Tensor, weight: Tensor, pivots: Tensor | None) -> None:
+    tokens, rows = y.shape
+    _multiply_factor.launch(
+        x.device,
+        _programs(rows),
+        x=x,
+        y=y,
+        weight=weight,
+        pivots=pivots,
+        tokens=tokens,
+        rows=rows,
+        columns=x.shape[1],
+        PIVOTED=pivots is not None,
+        BITMAP_BYTES=0 if pivots is None else triton.next_power_of_2(pivots.shape[0]),
+        TOKENS=triton.next_power_of_2(tokens),
+    )
+
+
+def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:
+    return lambda configuration: (triton.cdiv(rows, configuration["BLOCK_ROWS"]),)
+
+
+def _readable(x: Tensor, *parts: Tensor | None) -> bool:
+    """Whether all are of a dtype and a layout in memory that the kernels read, and x is not empty."""
+    stored = [part for part in parts if part is not None]
+    readable = all(part.is_contiguous() and part.device == x.device and part.dtype in (*DTYPES, torch.uint8) for part in stored)
+    return readable and x.dtype in DTYPES and x.numel() > 0

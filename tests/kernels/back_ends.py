@@ -1,0 +1,115 @@
+"""The back ends under test, each registered as a whole: the C++ library once per instruction set, Triton on a GPU or in its interpreter."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lowrank import kernels
+from hf_lowrank.kernels.cpu import native
+from hf_lowrank.runtime import ops, quantized_ops
+
+from .layers import FACTORED, PackedLayer, operation_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """A back end in use.
+
+    Attributes:
+        kernels: by operation.
+        exact_tokens: up to how many tokens the entries of the matrix are not rounded.
+        largest: rows, columns and tokens to draw at random; the interpreter takes its time.
+        factor_tokens: up to how many tokens low-rank products are its own.
+    """
+
+    kernels: dict[str, Callable[..., Tensor | None]]
+    exact_tokens: int
+    device: str = "cpu"
+    largest: tuple[int, int, int] = (150, 300, 40)
+    factor_tokens: int = 16
+
+    def kernel(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor | None:
+        """What the kernel itself answers."""
+        y = self.kernels[operation_of(form)](*self.placed(x, *layer.arguments(form)))
+        return None if y is None else y.cpu()
+
+    def declared(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor:
+        """The same by the declared operation."""
+        module = quantized_ops if form.startswith("quantized") else ops
+        y: Tensor = getattr(module, operation_of(form))(*self.placed(x, *layer.arguments(form)))
+        return y.cpu()
+
+    def gradient(self, operation: str, grad: Tensor, *arguments: Any) -> Tensor:
+        result = self.kernels[operation](*self.placed(grad, *arguments))
+        assert result is not None
+        return result.cpu()
+
+    def placed(self, *arguments: Any) -> list[Any]:
+        return [argument.to(self.device) if isinstance(argument, Tensor) else argument for argument in arguments]
+
+    def takes(self, form: str, tokens: int) -> bool:
+        return form not in FACTORED or tokens <= self.factor_tokens
+
+
+def instruction_sets() -> tuple[str, ...]:
+    if native.library_path() is None:
+        return ()
+    return native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(native.best_instruction_set()) + 1]
+
+
+NAMES = [
+    *(pytest.param(name) for name in instruction_sets()),
+    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")),
+]
+
+
+@contextmanager
+def in_use(name: str) -> Iterator[BackEnd]:
+    """Have one back end compute what it takes."""
+    if name != "triton":
+        from hf_lowrank.kernels.cpu import products as cpp
+
+        with native.forced_instruction_set(name):
+            yield BackEnd(cpp.KERNELS, cpp.FEW_TOKENS)
+        return
+    from hf_lowrank.kernels.triton import products
+
+    device = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+    for operation, kernel in products.KERNELS.items():
+        ops.register_kernel(operation, device, "triton", kernel)
+    try:
+        with nullcontext() if device == "cuda" else multiplying_bfloat16():
+            yield BackEnd(products.KERNELS, products.VECTOR_TOKENS, device, (20, 400, 20), products.VECTOR_TOKENS)
+    finally:
+        ops.unregister_kernels()
+        kernels.load()
+
+
+@contextmanager
+def multiplying_bfloat16() -> Iterator[None]:
+    """Have `tl.dot` multiply bfloat16 in Triton's interpreter, which otherwise multiplies the bits as if they were integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def of_numbers(self: Any, a: Any, b: Any, *further: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *further)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", of_numbers)
+        yield

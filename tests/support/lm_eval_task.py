@@ -1,0 +1,44 @@
+"""A small task for lm-eval, and what it finds when it runs in this process."""
+
+import json
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from tests import tiny_models
+
+TASK = """
+task: continuations
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {items}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{ctx}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def write_task(folder: Path) -> Path:
+    """Ten items of two choices, for the tokenizer of `tiny_models`."""
+    words = tiny_models.text(30)
+    items = [
+        {"ctx": words[i][:20].strip(), "choices": [words[i + 1][:9].strip(), words[i + 2][:14].strip()], "label": i % 2} for i in range(10)
+    ]
+    (folder / "items.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    (folder / "task.yaml").write_text(TASK.format(items=folder / "items.jsonl"))
+    return folder / "task.yaml"
+
+
+def accuracy(model_args: str, task: Path) -> float:
+    """By lm-eval's own class for transformers' models; listing the tasks that it brings takes seconds, so it does not know them."""
+    tasks = TaskManager(include_defaults=False)
+    found = simple_evaluate("hf", model_args, tasks=[str(task)], device="cpu", batch_size=4, task_manager=tasks, log_samples=False)
+    return float(found["results"]["continuations"]["acc,none"])

@@ -1,0 +1,133 @@
+"""A process that has imported transformers' and TRL's trainers once, and runs Python programs in forks of itself.
+
+Importing them takes longer than the programs that the tests run. As a script it is that process: it reads jobs as JSON from standard input,
+one per line, and answers each with its exit codes.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .assets import PROJECT
+
+
+class Prepared:
+    """The process, seen from a test; a context that ends it."""
+
+    def __init__(self, home: Path) -> None:
+        self.errors = home / "errors"
+        environment = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, "-m", __name__], cwd=PROJECT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+
+    def __enter__(self) -> "Prepared":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def codes(self, program: list[Any], folder: Path, processes: int = 1) -> list[int]:
+        """Exit codes of a program, that of a signal negative.
+
+        Args:
+            program: what stands behind `python`: a file or `-m` and a module, and its arguments.
+            folder: the working directory.
+            processes: how many run it together, with the variables that torchrun sets.
+        """
+        job = {"program": [str(part) for part in program], "folder": str(folder), "processes": processes, "errors": str(self.errors)}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"{program}: the process that was to run it has ended"
+        codes: list[int] = json.loads(answer)
+        return codes
+
+    def run(self, program: list[Any], folder: Path, processes: int = 1) -> None:
+        """Run a program that must succeed."""
+        assert self.codes(program, folder, processes) == [0] * processes, f"{program}\n{self.errors.read_text()[-5000:]}"
+
+
+def _run(program: list[str], folder: str) -> None:
+    os.chdir(folder)
+    module = program[0] == "-m"
+    sys.argv = program[1:] if module else program
+    sys.path[0] = folder
+    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+
+
+def _forked(job: dict[str, Any], variables: dict[str, str]) -> int:
+    """Process id of a fork that runs the program."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ |= variables
+        for descriptor, name in ((1, os.devnull), (2, job["errors"])):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+        _run(job["program"], job["folder"])
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _ended(children: list[int]) -> list[int]:
+    """Their exit codes; when one fails, the others, which would wait for it, are killed."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in set(children) - codes.keys() if codes[child] else ():
+            os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
+def _main() -> None:
+    import torch
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever programs print is no answer
+    torch.set_num_threads(1)
+    import datasets
+    import transformers
+    import trl
+
+    import hf_lowrank  # noqa: F401
+
+    for lazy, names in (
+        (transformers, ("LlamaForCausalLM", "AutoTokenizer", "Trainer")),
+        (trl, ("SFTTrainer",)),
+        (datasets, ("load_dataset",)),
+    ):
+        for name in names:
+            getattr(lazy, name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        Path(job["errors"]).write_text("")
+        together: list[dict[str, str]] = [{}]
+        if job["processes"] > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(job["processes"])}
+            world["LOCAL_WORLD_SIZE"] = world["WORLD_SIZE"]
+            together = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(job["processes"])]
+        print(json.dumps(_ended([_forked(job, variables) for variables in together])), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _main()

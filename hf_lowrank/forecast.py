@@ -77,12 +77,17 @@ def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
 
 
 def _working(method: Method, layers: list[Layer]) -> int:
-    """Of one block: for each layer in its turn what it needs itself, and the Gram matrices of those that are not done yet."""
-    most = 0
+    """Of one block: all its Gram matrices once they are summed; then for each layer in its turn what it needs itself, its Gram matrix,
+    and those of layers that are not done yet, of which large ones wait in files.
+    """
+    grams = {_input(layer): FLOAT64 * layer.in_features**2 for layer in layers} if method.needs_gram else {}
+    shifted = 2 * sum(grams.values()) if method.needs_shifted else 0
+    most = sum(grams.values()) + shifted
     for position, layer in enumerate(layers):
-        waiting = {_input(each): each.in_features for each in layers[position:]} if method.needs_gram else {}
-        grams = sum(FLOAT64 * features**2 for features in waiting.values()) * (3 if method.needs_shifted else 1)
-        most = max(most, grams + method.working_memory(layer))
+        own = grams.get(_input(layer), 0)
+        others = {_input(each) for each in layers[position:]} - {_input(layer)}
+        waiting = sum(grams[each] for each in others if each in grams and grams[each] <= ACTIVATIONS_IN_MEMORY)
+        most = max(most, own + waiting + shifted + method.working_memory(layer))
     return most + CHUNKS * FLOAT64 * CHUNK
 
 

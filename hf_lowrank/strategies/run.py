@@ -212,7 +212,13 @@ class Run:
             if layer.name in self.output_grams:
                 statistics[layer.name] = replace(statistics[layer.name], output_gram=self.output_grams[layer.name])
         self.order_neurons(visit, statistics)
-        return statistics
+        return statistics if self.offloaded is None else self._shelved(statistics)
+
+    def _shelved(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
+        """The same with large Gram matrices in files, which are in memory only while they are used."""
+        grams = {id(each.gram): each.gram for each in statistics.values() if each.gram is not None}
+        waiting = {key: self.shelf.put(gram).tensor for key, gram in grams.items()}
+        return {name: replace(each, gram=waiting.get(id(each.gram))) for name, each in statistics.items()}
 
     def start_list(self, index: int, batches: list[BlockBatch]) -> None:
         """Take up the inputs of a block that does not go on from the one before it, from the model as it is by now where that is asked for.

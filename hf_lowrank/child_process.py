@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .runtime.errors import CompressionError
 
@@ -43,16 +42,18 @@ def run(arguments: list[str]) -> tuple[str, float, int | None]:
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as output,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-        exit_on_sigterm(),
+        noted_signals() as noted,
     ):
         process = subprocess.Popen([sys.executable, "-m", "hf_lowrank", *arguments], stdout=output, stderr=errors)
         try:
-            while process.poll() is None:
+            while process.poll() is None and not noted:
                 peak = _peak_memory(process.pid) or peak
                 time.sleep(POLL_SECONDS)
         finally:
             process.kill()
             process.wait()
+        if noted:
+            raise KeyboardInterrupt if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
         seconds = time.monotonic() - started
         output.seek(0)
         errors.seek(0)
@@ -65,20 +66,18 @@ def run(arguments: list[str]) -> tuple[str, float, int | None]:
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """While active, SIGTERM raises SystemExit, so that clean-up runs and no child outlives this process."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
+def noted_signals() -> Iterator[list[int]]:
+    """While active, SIGINT and SIGTERM are only noted: one that comes while a child is started would leave it behind."""
+    noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield
+        yield noted
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _peak_memory(process: int) -> int | None:

@@ -17,6 +17,8 @@ from hf_lowrank.distributed import ALONE, balanced, launched_rank, present_team
 from tests.support.assets import PROJECT
 from tests.support.processes import RECIPES
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one process makes what all its tests look at
+
 TOLERANCE = {"soco": 1e-3, "refined": 1e-3}
 """Relative; where it is trained, rounding in float32 grows from step to step; elsewhere sums in float64 differ in their last bits."""
 

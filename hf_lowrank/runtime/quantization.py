@@ -91,14 +91,18 @@ def group_scales(values: Tensor, bits: int, importance: Tensor | None = None) ->
 
 def nearest_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The codes, uint8, of the levels nearest to `values`; `scale` has a shape that broadcasts. Any code where the scale is zero."""
-    steps = values / torch.where(scale == 0, 1.0, scale)
-    return (steps.floor() + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+    return _cells(values, scale, bits).add_(2 ** (bits - 1)).to(torch.uint8)
 
 
 def nearest_levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     """What `nearest_codes` stand for at their scale, in a new tensor."""
+    return _cells(values, scale, bits).add_(0.5).mul_(scale)
+
+
+def _cells(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """⌊values / scale⌋ within the 2ᵇ cells, the lowest of which is −2ᵇ⁻¹, in a new tensor."""
     steps = values / torch.where(scale == 0, 1.0, scale)
-    return steps.floor_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(0.5).mul_(scale)
+    return steps.floor_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

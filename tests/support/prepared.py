@@ -53,8 +53,18 @@ class Prepared:
         return codes
 
     def run(self, program: list[Any], folder: Path, processes: int = 1) -> None:
-        """Run a program that must succeed."""
-        assert self.codes(program, folder, processes) == [0] * processes, f"{program}\n{self.errors.read_text()[-5000:]}"
+        """Run a program that must succeed.
+
+        Several processes get three attempts when gloo aborts one of them. About once in 200,000 calls of
+        `torch.distributed._functional_collectives.all_gather_tensor`, gloo (torch 2.13) frees a buffer twice; two processes that do
+        nothing but call it in a loop show that. Nothing else that ends a process is forgiven.
+        """
+        codes: list[int] = []
+        for _ in range(3 if processes > 1 else 1):
+            codes, errors = self.codes(program, folder, processes), self.errors.read_text()
+            if -signal.SIGABRT not in codes or "double free or corruption" not in errors:
+                break
+        assert codes == [0] * processes, f"{program}\n{errors[-5000:]}"
 
 
 def _run(program: list[str], folder: str) -> None:

@@ -36,13 +36,21 @@ def check_reachable(method: "Method", compressed: list[Layer], dense: list[Layer
     return available
 
 
-def uniform_budgets(method: "Method", compressed: list[Layer], dense: list[Layer], budget: ModelBudget) -> dict[str, Budget]:
+def uniform_budgets(
+    method: "Method", compressed: list[Layer], dense: list[Layer], budget: ModelBudget, available: int | None = None
+) -> dict[str, Budget]:
     """The same share of its dense bits for every layer; what the coarse steps of small layers leave over is spread.
 
+    Args:
+        available: bits that the compressed layers may take together; by default what the ratio leaves them.
+
     Raises:
-        CompressionError: if the method cannot reach the ratio.
+        CompressionError: if the method cannot reach the ratio, or make anything of so few bits.
     """
-    available = check_reachable(method, compressed, dense, budget)
+    if available is None:
+        available = check_reachable(method, compressed, dense, budget)
+    elif available < (lowest := sum(_fixed(method, layer, budget) for layer in compressed)):
+        raise CompressionError(f"{method.name} needs at least {lowest} bits for {len(compressed)} layers, of which {available} are left")
     fixed = {layer.name: _fixed(method, layer, budget) for layer in compressed}
     step = {layer.name: _step(method, layer, budget) for layer in compressed}
     limit = {layer.name: method.growth_limit(layer) for layer in compressed}

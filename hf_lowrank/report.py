@@ -1,5 +1,6 @@
 """What was stored, what it cost, what it lost."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,6 +66,8 @@ class Report:
         ratio_asked, ratio_stored: fractions of the dense bits of all block linears that were to be, and are, removed.
         ratio_paper: the same with mask bits left out, as papers count.
         layers: one entry per compressed layer. dense: reason of each layer left dense, by name.
+        retried: by name, what was wrong with a layer at first, and how it was made again.
+        bad: by name, what is wrong with a layer that was no better then, and that the others could not pay for leaving dense.
         warnings: what the user must know.
         curve: SoCo's loss, ratio and phase per step.
         refinement: one entry per block, if blocks were refined; the errors of the layers are then those after it.
@@ -77,12 +80,31 @@ class Report:
     accounting: str
     layers: list[LayerReport]
     dense: dict[str, str]
+    retried: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, list[float]] | None = None
     refinement: list[BlockRefinement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def scarce_tokens(reports: list[LayerReport], banks: Collection[str]) -> list[str]:
+    """What the user must know about layers without calibration tokens, and about experts with fewer of them than inputs."""
+    warnings = []
+    unseen = [report.name for report in reports if not report.tokens]
+    if unseen:
+        warnings.append(f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data")
+    experts = [report for report in reports if report.name.rsplit(".", 2)[0] in banks]
+    few = [report for report in experts if 0 < report.tokens < report.in_features]
+    if few:
+        worst = min(few, key=lambda report: report.tokens / report.in_features)
+        warnings.append(
+            f"{len(few)} of {len(experts)} expert layers saw fewer calibration tokens than they have inputs, {worst.name} the fewest "
+            f"({worst.tokens} for {worst.in_features}); more samples tell more about them"
+        )
+    return warnings
 
 
 def layer_report(

@@ -44,7 +44,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("model", [*RECIPES, "refined", "T5"])
+@pytest.mark.parametrize("model", [*RECIPES, "refined", "broken", "T5"])
 def test_two_processes_make_the_layers_of_one(folder: Path, model: str) -> None:
     expected = left_by(folder, "alone")["models"][model]
     first, second = (left_by(folder, f"process-{rank}")["models"][model] for rank in (0, 1))

@@ -55,6 +55,34 @@ class Statistics:
         found: Tensor = value
         return found
 
+    def damped(self, share: float) -> "Statistics":
+        """As if noise had come to every input, and to every output's gradient, that has `share` of their mean energy.
+
+        Small shares leave weak directions no longer free to be anything; with large ones all inputs count nearly alike.
+        """
+
+        def raised(gram: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+            if gram is None:
+                return None
+            noisy = gram.clone()
+            noisy.diagonal().add_(share * (gram if like is None else like).diagonal().mean())
+            return noisy
+
+        def raised_scale(scale: Tensor) -> Tensor:
+            return (scale.square() + share * scale.square().mean()).sqrt()
+
+        gradients = self.squared_gradients
+        return replace(
+            self,
+            column_norms=raised_scale(self.column_norms),
+            mean_abs=raised_scale(self.mean_abs),
+            gram=raised(self.gram),
+            squared_gradients=None if gradients is None else gradients + share * gradients.mean(),
+            shifted_gram=raised(self.shifted_gram, self.gram),
+            cross_gram=raised(self.cross_gram, self.gram),  # the same noise in both models
+            output_gram=raised(self.output_gram),
+        )
+
     def select(self, order: Tensor) -> "Statistics":
         """The statistics of the inputs `order`, (k,) indices: a permutation or a part."""
         return replace(

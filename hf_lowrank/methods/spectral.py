@@ -12,7 +12,7 @@ from torch import Tensor
 from ..budget import ModelBudget
 from ..linears import row_chunks
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, NumericalError
 from .base import Budget, Decomposition, Layer, Method, Statistics, too_small
 
 RELATIVE_JITTERS = tuple(10.0**exponent for exponent in range(-10, -5))
@@ -115,7 +115,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     """Upper triangular U with (C + λ I)⁻¹ = Uᵀ U, λ = `damping` · mean C_jj; dead channels get the mean of the living ones.
 
     Raises:
-        CompressionError: if C + λ I is singular in float64.
+        NumericalError: if C + λ I is singular in float64.
     """
     diagonal = gram.diagonal()
     alive = diagonal > 0
@@ -124,7 +124,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     root, singular = torch.linalg.cholesky_ex(hessian)
     U, inverse_singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
     if int(singular) or int(inverse_singular):
-        raise CompressionError(f"X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens")
+        raise NumericalError(f"X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens")
     upper: Tensor = U / mean**0.5
     return upper
 

@@ -11,10 +11,10 @@ from ..budget import Layer
 from ..calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums, stages, stream_writers
 from ..methods import Statistics
 from ..methods.base import Choice, ChoosingMethod
-from ..report import LayerReport
+from ..report import relative_error
 from ..runtime.configuration import LayerSpec
-from ..runtime.layers import CompressedLinear
 from ..work_folder import Record
+from .care import Built, Shares, carefully
 from .run import Run, Visit
 
 STATISTICS_IN_MEMORY = 2**28
@@ -35,14 +35,21 @@ def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch
                 surveyed[visit.name] = statistics
         for name, each in visit.found.facts.items():
             choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in each]
-    chosen = _choose(run, choices)
+
+    def bits(layer: Layer, spec: LayerSpec | None) -> int:
+        return run.dense_bits(layer) if spec is None else run.budget.stored_bits(layer, spec)
+
+    def spread(layers: list[Layer], available: int) -> dict[str, LayerSpec | None]:
+        return _choose(run, {layer.name: choices[layer.name] for layer in layers}, available)
+
+    shares = run.shares(_choose(run, choices, run.available), bits, spread)
     for batch in batches:
         batch.start()
         batch.shift()
     for visit in run.walk("built", batches):
         dense = copy.deepcopy(visit.block)
         known = surveyed.pop(visit.name, None) or _regathered(run, visit, batches)
-        outputs = _build_block(run, method, visit, dense, batches, chosen, known)
+        outputs = _build_block(run, method, visit, dense, batches, shares, known)
         for batch, hidden in zip(batches, outputs, strict=True):
             assert batch.shifted is not None
             batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
@@ -63,15 +70,14 @@ def _choices(run: Run, method: ChoosingMethod, statistics: dict[str, Statistics]
     return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in found]})
 
 
-def _choose(run: Run, choices: dict[str, list[Choice]]) -> dict[str, LayerSpec | None]:
+def _choose(run: Run, choices: dict[str, list[Choice]], available: int) -> dict[str, LayerSpec | None]:
     """One choice per layer within the budget; None for a layer that stays dense."""
     layers = {layer.name: layer for layer in run.compressed}
     options = {
-        name: [(run.budget.stored_bits(layers[name], choice.spec), choice.loss) for choice in each]
-        + [(run.budget.dense_bits(layers[name]) - run.budget.bias_bits[name], 0.0)]
+        name: [(run.budget.stored_bits(layers[name], choice.spec), choice.loss) for choice in each] + [(run.dense_bits(layers[name]), 0.0)]
         for name, each in choices.items()
     }
-    taken = cheapest_choices(options, run.available)
+    taken = cheapest_choices(options, available)
     return {name: each[taken[name]].spec if taken[name] < len(each) else None for name, each in choices.items()}
 
 
@@ -81,7 +87,7 @@ def _build_block(
     visit: Visit,
     dense: nn.Module,
     batches: list[BlockBatch],
-    chosen: dict[str, LayerSpec | None],
+    shares: Shares[LayerSpec | None],
     statistics: dict[str, Statistics],
 ) -> list[Tensor]:
     """Make the layers of a block in the order of the data's way; its outputs as it was, of which `dense` is a copy."""
@@ -95,10 +101,10 @@ def _build_block(
         writer = None if names[0] not in writers else "output" if names[0] == last else "input"
         sums = stage_sums(passes, block, index, batches, names, writer, run.team)
         layers = [local[name] for name in names]
-        left = [layer.name for layer in layers if chosen[layer.name] is None]
+        left = [layer.name for layer in layers if shares[layer.name] is None]
         run.reasons |= dict.fromkeys(left, f"{method.name} finds that its bytes are best spent on the dense layer")
-        make = partial(_fitted, run, method, sums, chosen, statistics)
-        run.build([layer for layer in layers if layer.name not in left], make)
+        make = partial(_fitted, run, method, sums, shares, statistics)
+        run.build([layer for layer in layers if layer.name not in left], make, shares)
     return passes.outputs
 
 
@@ -106,17 +112,21 @@ def _fitted(
     run: Run,
     method: ChoosingMethod,
     sums: Sums | None,
-    chosen: dict[str, LayerSpec | None],
+    shares: Shares[LayerSpec | None],
     statistics: dict[str, Statistics],
     layer: Layer,
-) -> tuple[CompressedLinear, LayerReport]:
+) -> Built:
     """A layer fitted to the inputs that the layers before it give; to those of the dense model if no token reaches it."""
-    spec, weight, known = chosen[layer.name], run.weight(layer), statistics[layer.name]
+    spec, weight, known = shares[layer.name], run.weight(layer), statistics[layer.name]
     assert spec is not None
     target = weight if sums is None else sums.target(weight)
     fitted = known if sums is None else sums.statistics(known)
-    made = run.compressed_layer(layer, method.build(target, fitted, spec))
-    return made, run.layer_report(layer, made, weight, known)
+    return carefully(
+        fitted,
+        lambda each: run.compressed_layer(layer, method.build(target, each, spec)),
+        lambda made: run.layer_report(layer, made, weight, known),
+        lambda made: relative_error(target, made.to_dense(target.dtype), fitted),
+    )
 
 
 def _stream_writers(visit: Visit, batch: BlockBatch) -> list[str]:

@@ -6,21 +6,24 @@ from ..allocation import uniform_budgets
 from ..budget import Budget, Layer
 from ..calibration import BlockBatch, run_block
 from ..methods import Statistics
-from ..report import LayerReport
-from ..runtime.layers import CompressedLinear
+from .care import Built, Shares, carefully
 from .run import Run
 
 
 def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
     """Compress every layer within its own share of the budget."""
     method = run.method
-    budgets = uniform_budgets(method, run.compressed, run.dense, run.budget)
+
+    def spread(layers: list[Layer], available: int) -> dict[str, Budget]:
+        return uniform_budgets(method, layers, [], run.budget, available)
+
+    shares = run.shares(spread(run.compressed, run.available), lambda layer, budget: budget.bits, spread)
     if method.needs_shifted:
         for batch in batches:
             batch.shift()
     for visit in run.walk("built", batches):
         statistics = run.gather(visit, batches)
-        run.build(visit.layers, partial(_compressed, run, statistics, budgets))
+        run.build(visit.layers, partial(_compressed, run, statistics, shares), shares)
         del statistics  # of layers that other processes made
         for batch in batches:
             if method.sequential:
@@ -29,10 +32,11 @@ def layer_by_layer(run: Run, batches: list[BlockBatch]) -> None:
                 batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
 
 
-def _compressed(
-    run: Run, statistics: dict[str, Statistics], budgets: dict[str, Budget], layer: Layer
-) -> tuple[CompressedLinear, LayerReport]:
+def _compressed(run: Run, statistics: dict[str, Statistics], shares: Shares[Budget], layer: Layer) -> Built:
     """Decompose a layer; its matrices in float64 are gone when this returns, and so are its statistics."""
-    weight, known = run.weight(layer), statistics.pop(layer.name)
-    made = run.compressed_layer(layer, run.method.decompose(weight, known, budgets[layer.name]))
-    return made, run.layer_report(layer, made, weight, known)
+    weight, known, budget = run.weight(layer), statistics.pop(layer.name), shares[layer.name]
+    return carefully(
+        known,
+        lambda each: run.compressed_layer(layer, run.method.decompose(weight, each, budget)),
+        lambda made: run.layer_report(layer, made, weight, known),
+    )

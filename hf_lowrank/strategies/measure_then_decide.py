@@ -3,15 +3,17 @@
 from dataclasses import replace
 from functools import partial
 
+from ..allocation import fitted_ranks
 from ..budget import Layer
 from ..calibration import BlockBatch
 from ..methods import Statistics
 from ..methods.soco import SoCo
-from ..methods.spectral import Factorization, Measurement, SpectralMethod
-from ..report import LayerReport, sampled_spectrum
+from ..methods.spectral import Factorization, Measurement, SpectralMethod, prices
+from ..report import sampled_spectrum
 from ..runtime.layers import CompressedLinear
 from ..spectrum_training import learn_spectrum
 from ..work_folder import Record
+from .care import Built, carefully
 from .run import Run
 
 STAGE = "measured"
@@ -35,6 +37,17 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
         run.curve = curve.__dict__
     else:
         ranks = method.allocate(measurements, run.budget, run.available)
+    price, dense_price, fixed = prices(measurements, run.budget)
+    limit = {name: rank or 0 for name, rank in ranks.items()}
+
+    def bits(layer: Layer, rank: int | None) -> int:
+        return dense_price[layer.name] if rank is None else fixed[layer.name] + rank * price[layer.name]
+
+    def spread(layers: list[Layer], available: int) -> dict[str, int | None]:
+        wanted: dict[str, float | None] = {layer.name: ranks[layer.name] for layer in layers}
+        return fitted_ranks(wanted, price, dense_price, fixed, limit, available)
+
+    shares = run.shares(ranks, bits, spread)
     for batch in batches:
         batch.start()
     for visit in run.walk("built", batches):
@@ -43,11 +56,11 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
             record = run.work.read(run.record_name(STAGE, visit.index)) if run.work else None
             assert record is not None, "written by the survey"
             measurements |= _unpacked(Record(record.tensors, record.facts["found"]), visit.layers)
-        full = [layer for layer in visit.layers if ranks[layer.name] is None]
+        full = [layer for layer in visit.layers if shares[layer.name] is None]
         run.reasons |= {layer.name: f"{method.name} gives it a rank that would cost as much as the dense layer" for layer in full}
-        cut = {layer.name: rank for layer in visit.layers if (rank := ranks[layer.name]) is not None}
-        make = partial(_truncated, run, measurements, statistics, cut, spectra)
-        run.build([layer for layer in visit.layers if layer.name in cut], make)
+        cut = {layer.name: rank for layer in visit.layers if (rank := shares[layer.name]) is not None}
+        make = partial(_truncated, run, method, measurements, statistics, cut, spectra)
+        run.build([layer for layer in visit.layers if layer.name in cut], make, shares)
         if run.offloaded is not None:
             for layer in visit.layers:
                 del measurements[layer.name]
@@ -65,15 +78,24 @@ def _measured(run: Run, method: SpectralMethod, statistics: dict[str, Statistics
 
 def _truncated(
     run: Run,
+    method: SpectralMethod,
     measurements: dict[str, Measurement],
     statistics: dict[str, Statistics],
     ranks: dict[str, int],
     spectra: dict[str, list[float]],
     layer: Layer,
-) -> tuple[CompressedLinear, LayerReport]:
-    name = layer.name
-    made = run.compressed_layer(layer, measurements[name].finish(ranks[name]))
-    return made, run.layer_report(layer, made, run.weight(layer), statistics[name], spectra[name])
+) -> Built:
+    """A layer at its rank. A spectrum that was learned is fitted to the model's outputs, not the layer's, so its error is no fault."""
+    name, weight, known = layer.name, run.weight(layer), statistics[layer.name]
+
+    def make(each: Statistics) -> CompressedLinear:
+        measurement = measurements[name] if each is known else method.measure(layer, weight, each)
+        return run.compressed_layer(layer, measurement.finish(ranks[name]))
+
+    learned = measurements[name].scores is not None
+    return carefully(
+        known, make, lambda made: run.layer_report(layer, made, weight, known, spectra[name]), (lambda made: 0.0) if learned else None
+    )
 
 
 def _spectrum_alone(measurement: Measurement) -> Measurement:

@@ -15,6 +15,7 @@ from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.quantizer import swap_module
 from ..work_folder import Record, WorkFolder
+from .care import Built
 
 if TYPE_CHECKING:
     from .run import Run
@@ -26,18 +27,26 @@ class Mark:
 
     reports: int
     warnings: int
-    reasons: frozenset[str]
+    given_up: int
+    noted: frozenset[str]
 
     @staticmethod
     def of(run: "Run") -> "Mark":
-        return Mark(len(run.reports), len(run.warnings), frozenset(run.reasons))
+        return Mark(len(run.reports), len(run.warnings), len(run.given_up), frozenset(run.reasons | run.retried | run.bad))
 
     def notes_since(self, run: "Run") -> dict[str, Any]:
         """What the run noted about the block, as plain JSON values."""
+
+        def new(notes: dict[str, str]) -> dict[str, str]:
+            return {name: note for name, note in notes.items() if name not in self.noted}
+
         return {
             "reports": [asdict(report) for report in run.reports[self.reports :]],
             "warnings": run.warnings[self.warnings :],
-            "reasons": {name: reason for name, reason in run.reasons.items() if name not in self.reasons},
+            "given_up": run.given_up[self.given_up :],
+            "reasons": new(run.reasons),
+            "retried": new(run.retried),
+            "bad": new(run.bad),
         }
 
 
@@ -45,7 +54,10 @@ def take_notes(run: "Run", notes: dict[str, Any]) -> None:
     """Note again what `Mark.notes_since` gave."""
     run.reports += [LayerReport(**report) for report in notes["reports"]]
     run.warnings += notes["warnings"]
+    run.given_up += notes["given_up"]
     run.reasons |= notes["reasons"]
+    run.retried |= notes["retried"]
+    run.bad |= notes["bad"]
 
 
 def block_record(block: nn.Module, notes: dict[str, Any]) -> Record:
@@ -73,18 +85,24 @@ def replace_layer(model: nn.Module, name: str, made: CompressedLinear) -> None:
     swap_module(model, name, made.train(dense.training))
 
 
-def layer_record(built: tuple[CompressedLinear, LayerReport]) -> Record:
-    """A compressed layer and its report."""
-    made, report = built
-    return Record(dict(made.state_dict()), {"spec": made.spec.to_dict(), "report": asdict(report)})
+def layer_record(built: Built) -> Record:
+    """What became of a layer."""
+    facts: dict[str, Any] = {"fault": built.fault, "remedy": built.remedy}
+    if built.layer is None or built.report is None:
+        return Record({}, facts)
+    return Record(dict(built.layer.state_dict()), {**facts, "spec": built.layer.spec.to_dict(), "report": asdict(built.report)})
 
 
-def layer_from(record: Record, name: str, dense: nn.Module) -> tuple[CompressedLinear, LayerReport]:
-    """The compressed layer that a record holds, which stands for the dense one, and its report."""
-    weight = dense_weight(dense)
-    made = build_layer(LayerSpec.from_dict(name, record.facts["spec"]), weight.shape[1], weight.shape[0], weight.device, weight.dtype)
+def layer_from(record: Record, dense: nn.Module) -> Built:
+    """What became of a layer, as its record holds it; its compressed layer stands for the dense one."""
+    facts = record.facts
+    if "report" not in facts:
+        return Built(None, None, facts["fault"])
+    report, weight = LayerReport(**facts["report"]), dense_weight(dense)
+    spec = LayerSpec.from_dict(report.name, facts["spec"])
+    made = build_layer(spec, weight.shape[1], weight.shape[0], weight.device, weight.dtype)
     made.load_state_dict(record.tensors)
-    return made, LayerReport(**record.facts["report"])
+    return Built(made, report, facts["fault"], facts["remedy"])
 
 
 def merged(records: Iterable[Record]) -> Record:

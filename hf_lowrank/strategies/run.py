@@ -1,9 +1,10 @@
 """One run of `compress`: the model, the budget and the report, and what every strategy does with a block."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from ..linears import dense_weight, permute_inputs, permute_outputs
 from ..methods import Decomposition, Method, Statistics
 from ..offloading import OffloadedBlocks, is_offloaded, return_memory
 from ..progress import Step
-from ..report import BlockRefinement, LayerReport, Report, layer_report
+from ..report import BlockRefinement, LayerReport, Report, layer_report, scarce_tokens
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
 from ..selection import TIED, left_out, select_layers, uncalled_layers
 from ..work_folder import Record, WorkFolder
+from .care import Built, Shares, troubles
 from .records import (
     Mark,
     block_record,
@@ -36,6 +38,8 @@ from .records import (
     restore_inputs,
     take_notes,
 )
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Run:
         compressed, dense: the layers to compress, and the others; `reasons` has why, by name.
         available: bits that the compressed layers may take together.
         reports: one entry per layer compressed so far.
+        retried, bad: layers that came out bad, as in `Report`; `given_up` has the names of those that stay dense instead, in order.
         curve: SoCo's losses.
         orders: how the neurons of feed-forward networks were permuted, by the name of the layer that reads them.
         work: where finished blocks are recorded; None if nowhere.
@@ -93,6 +98,9 @@ class Run:
         self.available = check_reachable(method, self.compressed, self.dense, self.budget)
         self.warnings = left_out(model, self.blocks)
         self.reports: list[LayerReport] = []
+        self.retried: dict[str, str] = {}
+        self.bad: dict[str, str] = {}
+        self.given_up: list[str] = []
         self.curve: dict[str, list[float]] | None = None
         self.orders: dict[str, Tensor] = {}
         self.work: WorkFolder | None = None
@@ -268,22 +276,43 @@ class Run:
         found = self.team.solved(_costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record)
         return merged(record for _, record in found)
 
-    def build(self, layers: list[Layer], make: Callable[[Layer], tuple[CompressedLinear, LayerReport]]) -> None:
-        """Put compressed layers in the place of dense ones, with their reports; each is made by one of the processes."""
+    def build(self, layers: list[Layer], make: Callable[[Layer], Built], shares: Shares[Any]) -> None:
+        """Put compressed layers in the place of dense ones, with their reports; each is made by one of the processes.
+
+        Raises:
+            NumericalError: if a layer can neither be made nor stay dense.
+        """
         named = {layer.name: layer for layer in layers}
 
-        def solve(name: str) -> tuple[CompressedLinear, LayerReport]:
+        def solve(name: str) -> Built:
             self.step(name, len(self.reports), len(self.compressed))
             return make(named[name])
 
-        def unpack(name: str, record: Record) -> tuple[CompressedLinear, LayerReport]:
-            return layer_from(record, name, self.model.get_submodule(name))
+        def unpack(name: str, record: Record) -> Built:
+            return layer_from(record, self.model.get_submodule(name))
 
-        for name, (made, report) in self.team.solved(_costs(layers), solve, layer_record, unpack):
-            replace_layer(self.model, name, made)
-            self.reports.append(report)
+        for name, built in self.team.solved(_costs(layers), solve, layer_record, unpack):
+            if built.fault is not None and built.remedy is None and shares.give_up(named[name], at_any_price=built.layer is None):
+                self.reasons[name] = f"{self.method.name} fails on it ({built.fault}); layers after it pay for leaving it dense"
+                continue
+            if built.layer is None or built.report is None:
+                raise NumericalError(f"{name}: {self.method.name} fails ({built.fault}); leave the layer dense (modules_to_not_convert)")
+            if built.remedy is not None:
+                self.retried[name] = f"{built.fault}; now {built.report.relative_error:.3g}, on {built.remedy}"
+            elif built.fault is not None:
+                self.bad[name] = f"{built.fault}, and no better when made again"
+            replace_layer(self.model, name, built.layer)
+            self.reports.append(built.report)
             if self.offloaded is not None:
                 return_memory()
+
+    def shares(self, now: dict[str, T], bits: Callable[[Layer, T], int], spread: Callable[[list[Layer], int], dict[str, T]]) -> Shares[T]:
+        """What each layer may become; see `Shares`."""
+        return Shares(self.compressed, now, bits, self.dense_bits, spread, self.given_up)
+
+    def dense_bits(self, layer: Layer) -> int:
+        """Bits of a layer that stays dense, of those that the compressed layers have together: without its bias."""
+        return self.budget.dense_bits(layer) - self.budget.bias_bits[layer.name]
 
     def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
         """The layer that a decomposition stands for.
@@ -297,9 +326,7 @@ class Run:
         made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
         for name, parameter in made.named_parameters():
             if not bool(parameter.isfinite().all()):
-                raise NumericalError(
-                    f"{layer.name}: {self.method.name} gave a {name} that is not finite in {parameter.dtype}; use a wider dtype"
-                )
+                raise NumericalError(f"a {name} that is not finite in {parameter.dtype}; a wider dtype may hold it")
         return made
 
     def layer_report(
@@ -326,27 +353,12 @@ class Run:
             accounting=self.config.accounting,
             layers=self.reports,
             dense=self.reasons,
-            warnings=self.warnings + scarce_tokens(self.reports, self.banks),
+            retried=self.retried,
+            bad=self.bad,
+            warnings=self.warnings + scarce_tokens(self.reports, self.banks) + troubles(self.retried, self.bad, self.given_up),
             curve=self.curve,
             refinement=self.refinement,
         )
-
-
-def scarce_tokens(reports: list[LayerReport], banks: Collection[str]) -> list[str]:
-    """What the user must know about layers without calibration tokens, and about experts with fewer of them than inputs."""
-    warnings = []
-    unseen = [report.name for report in reports if not report.tokens]
-    if unseen:
-        warnings.append(f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data")
-    experts = [report for report in reports if report.name.rsplit(".", 2)[0] in banks]
-    few = [report for report in experts if 0 < report.tokens < report.in_features]
-    if few:
-        worst = min(few, key=lambda report: report.tokens / report.in_features)
-        warnings.append(
-            f"{len(few)} of {len(experts)} expert layers saw fewer calibration tokens than they have inputs, {worst.name} the fewest "
-            f"({worst.tokens} for {worst.in_features}); more samples tell more about them"
-        )
-    return warnings
 
 
 def model_budget(model: PreTrainedModel, layers: list[Layer], config: CompressionConfig) -> ModelBudget:

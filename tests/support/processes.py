@@ -18,9 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
+from hf_lowrank.budget import Layer
 from hf_lowrank.calibration import batches
 from hf_lowrank.cli import app
+from hf_lowrank.methods import Decomposition
 from hf_lowrank.methods.slab import SLaB
+from hf_lowrank.runtime.errors import NumericalError
+from hf_lowrank.runtime.layers import CompressedLinear
 from hf_lowrank.strategies import Run
 from tests import tiny_models
 from tests.model_families import FAMILIES
@@ -47,8 +51,25 @@ def models() -> dict[str, dict[str, Tensor]]:
     found = {method: compress(tiny_models.llama(num_hidden_layers=2), recipe(method), calibration=IDS).state_dict() for method in RECIPES}
     found["refined"] = compress(tiny_models.llama(num_hidden_layers=2), recipe("slab", refinement_steps=4), calibration=IDS).state_dict()
     family = FAMILIES["T5"]
+    with pytest.MonkeyPatch.context() as patch:  # a layer that never comes out, one that does the second time
+        breaking(patch, 100, "model.layers.0.self_attn.q_proj")
+        breaking(patch, 1, "model.layers.1.self_attn.q_proj")
+        found["broken"] = compress(tiny_models.llama(num_hidden_layers=2), recipe("svd-llm"), calibration=IDS).state_dict()
     found["T5"] = compress(family.make(), recipe("slab", sequence_length=12), calibration=family.batches()).state_dict()
     return found
+
+
+def breaking(patch: pytest.MonkeyPatch, attempts: int, name: str) -> None:
+    """Let so many attempts at a layer fail as those do whose factors overflow."""
+    usual, failed = Run.compressed_layer, []
+
+    def compressed_layer(self: Run, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
+        if layer.name == name and len(failed) < attempts:
+            failed.append(layer.name)
+            raise NumericalError("a lowrank_a that is not finite in torch.float16")
+        return usual(self, layer, decomposition)
+
+    patch.setattr(Run, "compressed_layer", compressed_layer)
 
 
 def refusals() -> dict[str, str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .architectures import find_blocks
 from .distributed import present_team
+from .duration import duration
 from .forecast import forecast
 from .methods import make_method
 from .methods.soco import SoCo
@@ -108,7 +109,8 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str
     reason = whole_model_reason(config, dense, device)
     if reason is not None:
         size = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())
-        return f"the whole model must be in memory, {_gigabytes(size)}, and statistics and working space beside it: {reason}"
+        memory = f"the whole model must be in memory, {_gigabytes(size)}, and statistics and working space beside it: {reason}"
+        return f"{memory}\n{_time(dense, config, device)}"
     found = forecast(dense, config)
     parts = {"embeddings, norms and libraries": found.resident, "the largest block": found.block, "activations": found.activations,
              "statistics and working space": found.working}  # fmt: skip
@@ -117,8 +119,30 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str
             f"memory above torch's own, at most: {_gigabytes(found.peak)}",
             *(f"  {what}: {_gigabytes(size)}" for what, size in parts.items()),
             f"disk: {_gigabytes(found.output)} for the result, and until it is done {_gigabytes(found.work_folder)} in the work folder",
+            _time(dense, config, device),
         ]
     )
+
+
+def _time(dense: PreTrainedModel, config: CompressionConfig, device: str) -> str:
+    """What can be said of the time; training is not among what is."""
+    if device != "cpu":
+        return f"time: not known for {device}"
+    if config.method == SoCo.name or config.refinement_steps:
+        return "time: not known for what trains"
+    found = duration(dense, config)
+    parts = {"start": found.start, "calibration": found.calibration, "solving": found.solving, "checksums": found.files}
+    spans = ", ".join(f"{what} {_span(seconds)}" for what, seconds in parts.items())
+    sampling = "; the sampling of the calibration text comes on top" if config.calibration == "self" else ""
+    return f"time if this machine has nothing else to do, within a factor of two or so: {_span(found.total)} ({spans}){sampling}"
+
+
+def _span(seconds: float) -> str:
+    """Whole seconds, or two digits of a larger unit."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _gigabytes(size: int) -> str:

@@ -80,18 +80,18 @@ def _working(method: Method, layers: list[Layer]) -> int:
     """Of one block: all its Gram matrices once they are summed; then for each layer in its turn what it needs itself, its Gram matrix,
     and those of layers that are not done yet, of which large ones wait in files.
     """
-    grams = {_input(layer): FLOAT64 * layer.in_features**2 for layer in layers} if method.needs_gram else {}
+    grams = {statistics_input(layer): FLOAT64 * layer.in_features**2 for layer in layers} if method.needs_gram else {}
     shifted = 2 * sum(grams.values()) if method.needs_shifted else 0
     most = sum(grams.values()) + shifted
     for position, layer in enumerate(layers):
-        own = grams.get(_input(layer), 0)
-        others = {_input(each) for each in layers[position:]} - {_input(layer)}
+        own = grams.get(statistics_input(layer), 0)
+        others = {statistics_input(each) for each in layers[position:]} - {statistics_input(layer)}
         waiting = sum(grams[each] for each in others if each in grams and grams[each] <= ACTIVATIONS_IN_MEMORY)
         most = max(most, own + waiting + shifted + method.working_memory(layer))
     return most + CHUNKS * FLOAT64 * CHUNK
 
 
-def _input(layer: Layer) -> str:
+def statistics_input(layer: Layer) -> str:
     """The same for layers that see the same input."""
     shared = {"query": "attention", "key": "attention", "value": "attention", "ffn_in": "ffn_in"}
     return shared.get(layer.role, layer.name)

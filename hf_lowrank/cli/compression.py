@@ -68,7 +68,7 @@ def compress(
     device: Device = "cpu",
     work_dir: Annotated[Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")] = None,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory and disk it takes")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory, disk and time it takes")] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
     from ..disk_to_disk import compress_checkpoint, describe

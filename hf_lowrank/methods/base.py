@@ -141,6 +141,7 @@ class Method:
         needs_gradients: whether `Statistics.squared_gradients` is needed.
         needs_output_gram: whether `Statistics.output_gram` is needed.
         sequential: whether a block sees the compressed blocks before it (else the dense ones).
+        factorizes: whether its work grows with the third power of a layer's side, or, entry by entry, with the second.
         source: where it was published.
     """
 
@@ -150,6 +151,7 @@ class Method:
     needs_gradients: ClassVar[bool] = False
     needs_output_gram: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    factorizes: ClassVar[bool] = True
 
     @property
     def needs_shifted(self) -> bool:

@@ -28,6 +28,7 @@ class GPTQ(RTN):
     source: ClassVar[str] = "GPTQ, arXiv 2210.17323"
     needs_gram: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
+    factorizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

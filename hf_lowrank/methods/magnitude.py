@@ -18,6 +18,7 @@ class Magnitude(SparseMethod):
     """Keeps the largest |W_ij|, blind to the activations."""
 
     source: ClassVar[str] = "Han et al., arXiv 1506.02626"
+    factorizes: ClassVar[bool] = False
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W_S = W on the largest entries of every row.

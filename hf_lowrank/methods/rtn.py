@@ -21,6 +21,7 @@ class RTN(Method):
     group_size: int = field(default=32, metadata={"help": "weights of a row that share a scale"})
 
     source: ClassVar[str] = "round to nearest; grouped as in GPTQ, arXiv 2210.17323"
+    factorizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS:

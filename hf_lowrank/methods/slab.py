@@ -28,6 +28,7 @@ class SLaB(Method):
 
     source: ClassVar[str] = "SLaB, arXiv 2604.04493"
     sequential: ClassVar[bool] = True
+    factorizes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.binary_rank < 1:

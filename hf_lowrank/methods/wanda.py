@@ -19,6 +19,7 @@ class Wanda(SparseMethod):
 
     source: ClassVar[str] = "Wanda, arXiv 2306.11695"
     sequential: ClassVar[bool] = True
+    factorizes: ClassVar[bool] = False
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W_S = W on the best entries of every row: the exact minimum of ‖(W − W_S) diag(‖X_j‖₂)‖_F without a pattern."""

@@ -9,42 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .architectures import find_blocks
 from .distributed import present_team
 from .duration import duration
-from .forecast import forecast
-from .methods import make_method
+from .forecast import curvature, forecast
 from .methods.soco import SoCo
 from .models import check_free, load_config, load_model, new_folder, skeleton
 from .offloading import SHARD_SIZE
-from .pipeline import compress
+from .pipeline import compress, whole_model_reason
 from .runtime.configuration import CompressionConfig
 from .runtime.saving import CompleteSave
 from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
-
-
-def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, device: str) -> str | None:
-    """Why the whole model must be in memory; None if one block at a time is enough.
-
-    Args:
-        dense: the model's skeleton.
-    """
-    method = make_method(config.method, config.options)
-    if isinstance(method, SoCo):
-        return "soco trains through the whole model"
-    if method.needs_gradients or method.needs_output_gram:
-        return f"{method.name} needs gradients through the whole model"
-    if config.refinement_steps:
-        return "refining compares the blocks with those of the dense model"
-    if config.calibration == "self":
-        return "the calibration text is sampled from the model; name a text or a dataset to go block by block"
-    if len({name.rpartition(".")[0] for name in find_blocks(dense)}) > 1:
-        return f"{type(dense).__name__} has more than one list of blocks"
-    if device != "cpu":
-        return f"the device is {device}"
-    return None
 
 
 def compress_checkpoint(
@@ -109,7 +85,8 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str
     reason = whole_model_reason(config, dense, device)
     if reason is not None:
         size = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())
-        memory = f"the whole model must be in memory, {_gigabytes(size)}, and statistics and working space beside it: {reason}"
+        more = f", {_gigabytes(bent)} for the curvature of all outputs" if (bent := curvature(dense, config)) else ""
+        memory = f"the whole model must be in memory, {_gigabytes(size)}{more}, and statistics and working space beside it: {reason}"
         return f"{memory}\n{_time(dense, config, device)}"
     found = forecast(dense, config)
     parts = {"embeddings, norms and libraries": found.resident, "the largest block": found.block, "activations": found.activations,

@@ -76,6 +76,14 @@ def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
     )
 
 
+def curvature(dense: PreTrainedModel, config: CompressionConfig) -> int:
+    """Bytes of the Gram matrices of output gradients, which are of all layers at once; 0 for methods that need none."""
+    blocks = find_blocks(dense)
+    separate_experts(blocks)
+    needed = make_method(config.method, config.options).needs_output_gram
+    return sum(FLOAT64 * layer.out_features**2 for layer in find_layers(blocks)) if needed else 0
+
+
 def _working(method: Method, layers: list[Layer]) -> int:
     """Of one block: all its Gram matrices once they are summed; then for each layer in its turn what it needs itself, its Gram matrix,
     and those of layers that are not done yet, of which large ones wait in files.

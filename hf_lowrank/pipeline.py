@@ -11,13 +11,14 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
+from .architectures import find_blocks
 from .calibration import Shelf, TokenBatch, calibration_batches, capture, fingerprint, noting_calls, output_grams, squared_gradients
 from .distributed import present_team
 from .methods import make_method
 from .methods.base import ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import SpectralMethod
-from .offloading import OffloadedBlocks, OffloadedQuantizer, every_weight
+from .offloading import OffloadedBlocks, OffloadedQuantizer, every_weight, is_offloaded
 from .progress import progress_bar
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
@@ -67,6 +68,8 @@ def compress(
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)
+    if is_offloaded(model):
+        check_block_by_block(model, config, calibration, work_dir)
     team = present_team(model.device)
     with ExitStack() as stack, torch.no_grad():
         step = stack.enter_context(progress_bar(progress and team.leads))
@@ -89,8 +92,7 @@ def compress(
                 work.claim(identity)
                 run.work = work
             if run.offloaded is not None:
-                if work is None:
-                    raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
+                assert work is not None, "checked"
                 work.path.mkdir(parents=True, exist_ok=True)  # on this process's machine
                 run.shelf = Shelf(work.path, owner=team.rank)
             _walk(run)
@@ -106,6 +108,30 @@ def compress(
             run.offloaded.release()
     _finish(run, _described(config.calibration if calibration is None else calibration), tokenizer)
     return model
+
+
+def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None) -> str | None:
+    """Why the whole model must be in memory; None if one block at a time is enough.
+
+    Args:
+        dense: the model, or its skeleton.
+        calibration: what to calibrate on instead of `config.calibration`.
+    """
+    method = make_method(config.method, config.options)
+    source = config.calibration if calibration is None else calibration
+    if isinstance(method, SoCo):
+        return "soco trains through the whole model"
+    if method.needs_gradients or method.needs_output_gram:
+        return f"{method.name} needs gradients through the whole model"
+    if config.refinement_steps:
+        return "refining compares the blocks with those of the dense model"
+    if isinstance(source, str) and source == "self":
+        return "the calibration text is sampled from the model; name a text or a dataset to go block by block"
+    if len({name.rpartition(".")[0] for name in find_blocks(dense)}) > 1:
+        return f"{type(dense).__name__} has more than one list of blocks"
+    if device != "cpu":
+        return f"the device is {device}"
+    return None
 
 
 def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
@@ -242,6 +268,14 @@ def check_predicts_next_token(model: PreTrainedModel, method: str, batches: Sequ
             f"{method} learns from the loss of the next token of a text, which is not what {type(model).__name__} is given; "
             "use a method without training, such as slab or sola"
         )
+
+
+def check_block_by_block(model: PreTrainedModel, config: CompressionConfig, calibration: Any, work_dir: str | Path | None) -> None:
+    """Raise CompressionError if a model whose blocks are on disk cannot be compressed so."""
+    if work_dir is None:
+        raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
+    if (reason := whole_model_reason(config, model, "cpu", calibration)) is not None:
+        raise CompressionError(f"{type(model).__name__} has its blocks on disk and must be in memory as a whole: {reason}")
 
 
 def check_finite(run: Run) -> None:

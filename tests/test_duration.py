@@ -1,5 +1,7 @@
 """The time that a compression will take: counted, and extrapolated from small pieces."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,10 +57,14 @@ def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch)
     assert seen[0]["model.layers.0.self_attn.q_proj"] == 1.0
 
 
-def test_a_dry_run_tells_the_time_or_why_not() -> None:
+def test_a_dry_run_tells_the_time_or_why_not(tmp_path: Path) -> None:
     dense = str(tiny_models.BUNDLED)
     told = describe(dense, CompressionConfig(method="wanda", calibration="c4"))
     assert "time if this machine has nothing else to do, within a factor of two or so: " in told
+    mixture = str(tiny_models.saved(tiny_models.mixtral(), tmp_path / "mixture"))
+    told = describe(mixture, CompressionConfig(method="auto", ratio=0.7, calibration="c4", sequence_length=24))
+    assert "GB for the curvature of all outputs, and" in told
+    assert "calibration" in told
     assert "time: not known for what trains" in describe(dense, CompressionConfig(method="soco", calibration="c4"))
     assert "time: not known for cuda" in describe(dense, CompressionConfig(method="wanda", calibration="c4"), "cuda")
     assert "sampling of the calibration text comes on top" in describe(dense, CompressionConfig(method="wanda"))

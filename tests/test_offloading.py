@@ -140,6 +140,11 @@ def test_what_needs_the_whole_model_says_so_and_gets_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, words: str, model: PreTrainedModel, method: str, calibration: str, reason: str
 ) -> None:
     assert reason in (whole_model_reason(recipe(method, calibration), model, "cpu") or "")
+    offloaded = load_model(str(tiny_models.saved(model, tmp_path / "opened")), offload_folder=tmp_path / "offloaded")
+    ids = None if calibration == "self" else tiny_models.token_ids(2, 24).tolist()
+    with pytest.raises(CompressionError, match=f"has its blocks on disk and must be in memory as a whole: .*{reason}"):
+        compress(offloaded, recipe(method, calibration), calibration=ids, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
     if calibration == "self":
         caplog.set_level(logging.INFO)
         dense = str(tiny_models.saved(model, tmp_path / "dense"))

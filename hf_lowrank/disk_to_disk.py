@@ -111,7 +111,7 @@ def _time(dense: PreTrainedModel, config: CompressionConfig, device: str) -> str
     parts = {"start": found.start, "calibration": found.calibration, "solving": found.solving, "checksums": found.files}
     spans = ", ".join(f"{what} {_span(seconds)}" for what, seconds in parts.items())
     sampling = "; the sampling of the calibration text comes on top" if config.calibration == "self" else ""
-    return f"time if this machine has nothing else to do, within a factor of two or so: {_span(found.total)} ({spans}){sampling}"
+    return f"time if this machine has nothing else to do: {_span(found.total)} ({spans}); runs took 0.7 to 2.2 times that{sampling}"
 
 
 def _span(seconds: float) -> str:

@@ -221,7 +221,8 @@ def _timed(task: Callable[[], object]) -> float:
     """Seconds, the least of some tries, as the first ones find caches cold; of one thread, without what other programs took of them."""
     taken: list[float] = []
     while len(taken) < 2 or sum(taken) < WARM:
-        wall, processor = time.perf_counter(), time.process_time()
+        before = time.perf_counter(), time.process_time()
         task()
-        taken.append(min(time.perf_counter() - wall, time.process_time() - processor))
+        wall, processor = time.perf_counter() - before[0], time.process_time() - before[1]
+        taken.append(min(wall, processor or wall))  # some clocks are too coarse for small tasks
     return min(taken)

@@ -153,6 +153,15 @@ def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics
     return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
 
 
+def shifted_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
+    """‖W X − Ŵ X̂‖ / ‖W X‖, X̂ the inputs in the compressed model; 0 if W X is zero."""
+    C, M, shifted = statistics.gram, statistics.cross_gram, statistics.shifted_gram
+    assert C is not None and M is not None and shifted is not None, "methods that need shifted statistics have them"
+    whole = ((weight @ C) * weight).sum()
+    lost = whole - 2 * ((weight @ M) * approximation).sum() + ((approximation @ shifted) * approximation).sum()
+    return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
+
+
 def _energy(matrix: Tensor, statistics: Statistics) -> Tensor:
     if statistics.gram is None:
         return (matrix * statistics.column_norms).square().sum()

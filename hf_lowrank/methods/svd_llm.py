@@ -12,6 +12,9 @@ from .registry import register_method
 from .spectral import whitened_factors
 from .svd import affordable_rank
 
+SMALLEST_RESPONSE = 1e-6
+"""‖A_i X̂‖ of a component that counts, relative to ‖A_i‖ ‖X̂‖."""
+
 
 @register_method("svd-llm")
 @dataclass
@@ -54,7 +57,9 @@ def refit_left(weight: Tensor, right: Tensor, shifted_gram: Tensor, cross_gram: 
     """
     normal = right @ shifted_gram @ right.T
     target = weight @ cross_gram @ right.T
-    scale = normal.diagonal().clamp(min=torch.finfo(normal.dtype).tiny).sqrt()  # the rows of A differ in size by orders of magnitude
+    # the rows of A differ in size by orders of magnitude; one that the inputs do not reach but for rounding must not count as the others
+    rounding = SMALLEST_RESPONSE * right.norm(dim=1) * shifted_gram.diagonal().sum().sqrt()
+    scale = torch.maximum(normal.diagonal().clamp(min=0).sqrt(), rounding).clamp(min=torch.finfo(normal.dtype).tiny)
     inverse = torch.linalg.pinv(normal / torch.outer(scale, scale), hermitian=True)
     left: Tensor = target / scale @ inverse / scale
     return left

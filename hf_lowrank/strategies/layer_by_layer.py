@@ -6,6 +6,7 @@ from ..allocation import uniform_budgets
 from ..budget import Budget, Layer
 from ..calibration import BlockBatch, run_block
 from ..methods import Statistics
+from ..report import shifted_error
 from .care import Built, Shares, carefully
 from .run import Run
 
@@ -39,4 +40,5 @@ def _compressed(run: Run, statistics: dict[str, Statistics], shares: Shares[Budg
         known,
         lambda each: run.compressed_layer(layer, run.method.decompose(weight, each, budget)),
         lambda made: run.layer_report(layer, made, weight, known),
+        (lambda made: shifted_error(weight, made.to_dense(weight.dtype), known)) if run.method.needs_shifted else None,
     )

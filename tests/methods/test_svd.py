@@ -133,3 +133,11 @@ def test_leading_components_converge_to_the_best_approximation(rank: int) -> Non
     if rank == 1:
         assert bool((left >= 0).all())
         assert bool((right >= 0).all())
+
+
+def test_an_update_on_fewer_tokens_than_ranks_survives_rounding() -> None:
+    """Components that no token reaches respond by rounding alone; weights that make up for that are noise once they are stored."""
+    weight, x = gaussian(40, 48, seed=4), correlated_tokens(2, 48)
+    made = make_method("svd-llm", {"update": True}).decompose(weight, statistics_of(x, x), budget_of(40, 48, 0.5))
+    stored = made.to_layer(40, 48, dtype=torch.float32).to_dense(torch.float64)
+    assert relative_error(stored, weight, x.T @ x) < 1e-3

@@ -22,7 +22,6 @@ from .quantized_ops import quantized_linear
 VALUES = ("weight", "lowrank_a", "lowrank_b")
 """What may be quantised: then a buffer of packed codes, beside the parameter `<name>_scale`."""
 FLOATS = ("adapter_a", "adapter_b", "scale_in", "scale_out", "bias")
-BINARY = ("sign_bits", "scale_in", "scale_out")
 BITMAPS = ("weight_mask", "lowrank_pivots", "sign_bits")
 EXTRA_FIELDS = ("rank", "pivoted", "binary_rank", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank")
 
@@ -208,7 +207,7 @@ class SparseLowRankLinear(CompressedLinear):
 
     def _lowrank(self, x: Tensor) -> Tensor:
         spec = self.spec
-        if spec.factor_rank and not spec.lowrank_bits and not spec.pivoted:
+        if spec.rank > spec.adapter_rank and not spec.lowrank_bits and not spec.pivoted:
             return lowrank_linear(x, *self._stored("lowrank_a", "lowrank_b"))
         rows, _ = spec.lowrank_shape(self.out_features, self.in_features)
         if not spec.factor_rank:
@@ -332,12 +331,26 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         spec = LayerSpec(kind="sparse_lowrank_binary", sparse=sparse, kept=kept, rank=rank, binary_rank=binary_rank, bias=bias, **form)
         CompressedLinear.__init__(self, in_features, out_features, spec, device, dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., n); the result is (..., m)."""
+        held = vars(self)
+        spec = held["spec"]
+        if spec.sparse != "bitmask" or spec.rank or spec.bias or spec.weight_bits:
+            return super().forward(x)
+        # SLaB's own layer is one operation, and is left to it in as few steps as can be (see `ops.operation`).
+        floats, bitmaps = held["_parameters"], held["_buffers"]
+        try:
+            parts = floats["weight"], bitmaps["weight_mask"], bitmaps["sign_bits"], floats["scale_in"], floats["scale_out"]
+        except KeyError:  # a parametrization or FSDP holds them elsewhere
+            return super().forward(x)
+        return bitmask_binary_linear(x, *parts)
+
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
         spec = self.spec
         if spec.sparse == "bitmask" and not spec.weight_bits:
-            y = bitmask_binary_linear(x, *self._stored("weight", "weight_mask", *BINARY))
+            y = bitmask_binary_linear(x, *self._stored("weight", "weight_mask", "sign_bits", "scale_in", "scale_out"))
             return y + self._lowrank(x) if spec.factor_rank else y
-        y = binary_linear(x, *self._stored(*BINARY))
+        y = binary_linear(x, *self._stored("sign_bits", "scale_in", "scale_out"))
         return y if spec.sparse == "none" and not spec.factor_rank else y + super()._sparse_lowrank(x)
 
 

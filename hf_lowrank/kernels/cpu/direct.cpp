@@ -6,8 +6,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <new>
 
 #include "dlpack.h"
 #include "product.h"
@@ -69,6 +70,30 @@ bool read(PyObject* object, dlpack::Tensor& out) {
     out.data = static_cast<char*>(out.data) + out.byte_offset;
     return out.data || !elements(out);
 }
+
+// A new tensor's memory, of which torch becomes the owner: a third of the time that torch takes to make one.
+struct alignas(64) Output {
+    dlpack::ManagedTensor managed;
+    int64_t shape[kMostDimensions], strides[kMostDimensions];
+
+    // As x, but for the last dimension; null if there is no memory.
+    static Output* of(const dlpack::Tensor& x, int64_t columns) {
+        const int64_t bytes = elements(x) / x.shape[x.dimensions - 1] * columns * x.dtype.bits / 8;
+        void* memory = std::aligned_alloc(64, sizeof(Output) + (bytes + 63) / 64 * 64);
+        if (!memory) return nullptr;
+        Output* out = new (memory) Output;
+        int64_t stride = 1;
+        for (int i = x.dimensions - 1; i >= 0; --i) {
+            out->shape[i] = i == x.dimensions - 1 ? columns : x.shape[i];
+            out->strides[i] = stride;
+            stride *= out->shape[i];
+        }
+        out->managed = {{dlpack::kMajorVersion, 0}, memory, [](dlpack::ManagedTensor* self) { std::free(self->context); }, 0, x};
+        out->managed.tensor.data = out + 1;
+        out->managed.tensor.shape = out->shape, out->managed.tensor.strides = out->strides, out->managed.tensor.byte_offset = 0;
+        return out;
+    }
+};
 
 // --- one product -----------------------------------------------------------------------------------------------------------------
 
@@ -134,13 +159,9 @@ class Call {
     PyObject* result() {
         if (!product_.rows || autocasts()) return none();
         if (!product_.outputs) product_.outputs = product_.rows;
-        int64_t shape[kMostDimensions];
-        std::copy_n(x_.shape, x_.dimensions, shape);
-        shape[x_.dimensions - 1] = product_.outputs;
-        dlpack::Tensor prototype = {nullptr, x_.device, x_.dimensions, x_.dtype, shape, nullptr, 0};
-        dlpack::ManagedTensor* y;
-        if (api->allocate(&prototype, &y, nullptr, [](void*, const char*, const char*) {})) return none();
-        product_.y = static_cast<char*>(y->tensor.data) + y->tensor.byte_offset;
+        Output* y = Output::of(x_, product_.outputs);
+        if (!y) return PyErr_NoMemory();
+        product_.y = y->managed.tensor.data;
         product_.threads = stored_ < kSerialBytes ? 1 : threads();
         product_.instruction_set = instruction_set;
         int32_t left_to_caller;
@@ -148,11 +169,11 @@ class Call {
         left_to_caller = hf_lowrank_multiply(&product_);
         Py_END_ALLOW_THREADS;
         if (left_to_caller) {
-            y->deleter(y);
+            y->managed.deleter(&y->managed);
             return none();
         }
         void* object;
-        return api->object_from_managed(y, &object) ? nullptr : static_cast<PyObject*>(object);
+        return api->object_from_managed(&y->managed, &object) ? nullptr : static_cast<PyObject*>(object);
     }
 
    private:

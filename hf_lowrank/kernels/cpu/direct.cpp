@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 
 #include "dlpack.h"
@@ -35,19 +36,19 @@ PyObject* none() {
 
 // --- tensors ---------------------------------------------------------------------------------------------------------------------
 
-bool is_contiguous(const dlpack::Tensor& tensor) {
-    int64_t expected = 1;
-    for (int i = tensor.dimensions - 1; i >= 0; --i) {
-        if (tensor.shape[i] != 1 && tensor.strides[i] != expected) return false;
-        expected *= tensor.shape[i];
-    }
-    return true;
-}
-
 int64_t elements(const dlpack::Tensor& tensor) {
     int64_t count = 1;
     for (int i = 0; i < tensor.dimensions; ++i) count *= tensor.shape[i];
     return count;
+}
+
+bool is_contiguous(const dlpack::Tensor& tensor) {
+    int64_t expected = 1;
+    for (int i = tensor.dimensions - 1; i >= 0; --i) {
+        if (tensor.shape[i] != 1 && tensor.strides[i] != expected) return elements(tensor) == 0;
+        expected *= tensor.shape[i];
+    }
+    return true;
 }
 
 bool is_bytes(const dlpack::Tensor& tensor) { return tensor.dtype.code == dlpack::kUInt && tensor.dtype.bits == 8; }
@@ -97,9 +98,9 @@ struct alignas(64) Output {
 
 // --- one product -----------------------------------------------------------------------------------------------------------------
 
-// The size of a tensor, which the first tensor that has it decides, and with which the others must agree.
+// A size of the product, −1 until a tensor has it; the others must agree.
 bool agree(int64_t& size, int64_t found) {
-    if (!size) size = found;
+    if (size < 0) size = found;
     return size == found;
 }
 
@@ -107,6 +108,7 @@ bool agree(int64_t& size, int64_t found) {
 class Call {
    public:
     Call() {
+        product_.rows = product_.kept = product_.binary_rank = product_.rank = -1;
         product_.values_dtype = product_.scale_dtype = product_.lowrank_dtype = product_.code_scale_dtype = kNone;
     }
 
@@ -146,6 +148,7 @@ class Call {
         product_.code_bits = static_cast<int32_t>(PyLong_AsLong(bits));
         product_.group = PyLong_AsLongLong(group), product_.kept = PyLong_AsLongLong(kept);
         if (!read(codes, tensor) || !is_bytes(tensor) || tensor.dimensions < 2 || product_.group < 1) return false;
+        if (product_.code_bits < 2 || product_.code_bits > 8 || product_.kept < 0) return false;
         product_.codes = static_cast<const uint8_t*>(tensor.data);
         product_.rows = tensor.shape[0];
         stored_ += elements(tensor);
@@ -157,7 +160,8 @@ class Call {
 
     // The product as a new tensor, or None where it is left to the caller; null with an error set.
     PyObject* result() {
-        if (!product_.rows || autocasts()) return none();
+        if (product_.rows < 1 || autocasts()) return none();
+        for (int64_t* size : {&product_.kept, &product_.binary_rank, &product_.rank}) *size = *size < 0 ? 0 : *size;
         if (!product_.outputs) product_.outputs = product_.rows;
         Output* y = Output::of(x_, product_.outputs);
         if (!y) return PyErr_NoMemory();

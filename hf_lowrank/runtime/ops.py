@@ -89,18 +89,19 @@ def autocast(x: Tensor) -> Tensor:
 def operation(name: str) -> Callable[..., Tensor]:
     """The declared operation; where nothing is recorded, neither a graph nor gradients, a kernel is called without its ceremony.
 
-    The direct kernel comes first of all: between two layers a model reads more than the caches hold, so that every line of Python and
-    every attribute on the way costs microseconds, of a product's few hundred.
+    The direct kernel comes first of all, autocast after it: a product takes a few hundred microseconds and reads more than the caches hold,
+    so that a check, an attribute or a frame of Python that was needed for the last one costs one to ten of them to be read again.
     """
     declared = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def compute(x: Tensor, *arguments: Any) -> Tensor:
-        if not is_dynamo_compiling() and not is_grad_enabled() and name in _direct:
+        recorded = is_dynamo_compiling() or is_grad_enabled()
+        if not recorded and name in _direct:
             result = _direct[name](x, *arguments)
             if result is not None:
                 return result
         x = autocast(x)
-        if not is_compiling() and not is_grad_enabled() and type(x) is Tensor:
+        if not recorded and not is_compiling() and type(x) is Tensor:
             result = _by_kernel(name, x, *arguments)
             if result is not None:
                 return result

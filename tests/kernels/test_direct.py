@@ -119,9 +119,7 @@ def test_nothing_is_remembered_of_a_layer(answered: list[bool]) -> None:
             change(layer)
             x = x.to(layer.weight.dtype)
             after = layer(x)
-            expected = products.bitmask_binary_linear(
-                x, layer.weight, layer.weight_mask, layer.sign_bits, layer.scale_in, layer.scale_out
-            )
+            expected = products.bitmask_binary_linear(x, layer.weight, layer.weight_mask, layer.sign_bits, layer.scale_in, layer.scale_out)
         assert expected is not None and torch.equal(after, expected) and not torch.equal(after, before.to(after.dtype))
         x = x.bfloat16()
     assert all(answered) and len(answered) == 2 * len(changes)

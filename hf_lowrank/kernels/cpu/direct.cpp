@@ -72,7 +72,7 @@ bool read(PyObject* object, dlpack::Tensor& out) {
     return out.data || !elements(out);
 }
 
-// A new tensor's memory, of which torch becomes the owner: a third of the time that torch takes to make one.
+// A new tensor's memory, of which torch becomes the owner: a third of the time that torch takes to make one. Its storage cannot grow.
 struct alignas(64) Output {
     dlpack::ManagedTensor managed;
     int64_t shape[kMostDimensions], strides[kMostDimensions];
@@ -301,9 +301,15 @@ bool find_torch() {
 
 // ImportError where torch offers no tables of DLPack functions: the kernels in products.py compute there.
 PyMODINIT_FUNC PyInit__native() {
-    if (hf_lowrank::find_torch()) return PyModule_Create(&hf_lowrank::module);
-    PyErr_SetString(PyExc_ImportError, "this torch has no __dlpack_c_exchange_api__ of DLPack 1");
-    return nullptr;
+    if (!hf_lowrank::find_torch()) {
+        PyErr_SetString(PyExc_ImportError, "this torch has no __dlpack_c_exchange_api__ of DLPack 1");
+        return nullptr;
+    }
+    PyObject* module = PyModule_Create(&hf_lowrank::module);
+#ifdef Py_GIL_DISABLED
+    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+    return module;
 }
 
 #endif

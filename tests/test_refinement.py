@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.architectures import find_blocks
-from hf_lowrank.calibration import BlockBatch, capture
-from hf_lowrank.calibration.batches import TokenBatch
+from hf_lowrank.calibration import BlockBatch, TokenBatch, capture, with_unigram_sequences
+from hf_lowrank.methods import make_method
 from hf_lowrank.refinement import refine_block
 from hf_lowrank.runtime.layers import CompressedLinear
 from tests import tiny_models
@@ -32,7 +32,8 @@ def test_every_block_comes_nearer_to_the_dense_one(name: str, method: str) -> No
     report = model.save_pretrained.report  # type: ignore[attr-defined]
     blocks = find_blocks(dense)
     assert [each["name"] for each in report["refinement"]] == list(blocks)
-    batch = capture(dense, blocks, [TokenBatch(IDS, None)])[0]
+    share = getattr(make_method(method), "unigram_share", 0.0)
+    batch = capture(dense, blocks, with_unigram_sequences([TokenBatch(IDS)], share, seed=0))[0]
     batch.shifted = BlockBatch(batch.hidden, batch.calls)
     for index, each in enumerate(report["refinement"]):
         assert each["after"] < each["before"] or each["before"] < 1e-4

@@ -59,7 +59,7 @@ def test_the_files_are_those_of_the_model_in_memory(
 def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     config = recipe("slab", words)
-    monkeypatch.setattr(disk_to_disk, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(disk_to_disk, "shard_size", lambda dense: "40KB")
     compress_checkpoint(dense, tmp_path / "a" / "model", config, tiny_models.tokenizer())
     made = compress(load_model(dense), config, tiny_models.tokenizer())
     made.save_pretrained(tmp_path / "b" / "model", max_shard_size="40KB")

@@ -45,13 +45,15 @@ class BlockBatch:
         hidden: input of the next block, (B, T, d).
         calls: for each block how the model called it; None if it did not (a vision tower, in a batch of text alone).
         shelf: where the hidden states wait.
+        source: what the model was given.
 
     Attributes:
         shifted: the same batch in the compressed model, for methods that compare the two.
     """
 
-    def __init__(self, hidden: Tensor, calls: list[Call | None], shelf: Shelf | None = None) -> None:
+    def __init__(self, hidden: Tensor, calls: list[Call | None], shelf: Shelf | None = None, source: TokenBatch | None = None) -> None:
         self.shelf = shelf or Shelf()
+        self.source = source
         self.calls = calls
         self.shifted: BlockBatch | None = None
         self._hidden = self.shelf.put(hidden)
@@ -215,7 +217,7 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
         )
     ordered = [calls.get(name) for name in blocks]
     first = next(call.start for call in ordered if call is not None and call.start is not None)
-    return BlockBatch(first.tensor, ordered, shelf)
+    return BlockBatch(first.tensor, ordered, shelf, batch)
 
 
 @contextmanager

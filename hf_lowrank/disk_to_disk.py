@@ -14,7 +14,7 @@ from .duration import duration
 from .forecast import curvature, forecast
 from .methods.soco import SoCo
 from .models import check_free, load_config, load_model, new_folder, skeleton
-from .offloading import SHARD_SIZE
+from .offloading import return_memory, shard_size
 from .pipeline import compress, whole_model_reason
 from .runtime.configuration import CompressionConfig
 from .runtime.saving import CompleteSave
@@ -47,7 +47,8 @@ def compress_checkpoint(
     """
     team = present_team()
     team.told(lambda: check_free(output, overwrite))
-    reason = whole_model_reason(config, skeleton(load_config(source)), device)
+    dense = skeleton(load_config(source))
+    reason = whole_model_reason(config, dense, device)
     with ExitStack() as stack:
         work = work_dir
         if reason is None:
@@ -60,7 +61,9 @@ def compress_checkpoint(
             logger.info("the whole model is in memory: %s", reason)
             model = load_model(source, dtype, device)
         compressed = compress(model, config, tokenizer, work_dir=work)
-        shards = {"max_shard_size": SHARD_SIZE} if reason is None else {}
+        shards = {"max_shard_size": shard_size(dense)} if reason is None else {}
+        if reason is None:
+            return_memory()
         team.told(lambda: _write(compressed, output, overwrite, command, shards))
         if work_dir is not None:
             shutil.rmtree(work_dir / f"offloaded-{team.rank}", ignore_errors=True)

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 from .architectures import find_blocks, find_layers, separate_experts
 from .budget import Layer
 from .calibration.activations import ACTIVATIONS_IN_MEMORY
-from .calibration.batches import TOKENS_PER_BATCH, sequence_length
+from .calibration.batches import TOKENS_PER_PASS, sequence_length
 from .calibration.statistics import TOKENS_AT_ONCE
 from .linears import CHUNK
 from .methods import Method, make_method
 from .methods.spectral import SpectralMethod
-from .offloading import device_map
+from .offloading import device_map, shard_size
 from .runtime.configuration import CompressionConfig
 
 FLOAT64 = 8
@@ -31,6 +31,7 @@ class Forecast:
         block: the weights of the largest block.
         activations: hidden states that wait in memory, and those of the batch that is in the block.
         working: the statistics of a block, and what the method needs for the layer that needs most.
+        shard: of the output, while it is written.
         work_folder, output: on disk.
     """
 
@@ -38,13 +39,14 @@ class Forecast:
     block: int
     activations: int
     working: int
+    shard: int
     work_folder: int
     output: int
 
     @property
     def peak(self) -> int:
         """Memory above that of torch itself."""
-        return self.resident + self.block + self.activations + self.working
+        return self.resident + max(self.block + self.activations + self.working, self.shard)
 
 
 def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
@@ -62,17 +64,19 @@ def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
     length = sequence_length(dense, config)
     width = dense.config.get_text_config().hidden_size * dense.dtype.itemsize
     hidden = config.samples * length * width
-    batch = min(max(TOKENS_PER_BATCH // length, 1), config.samples) * length
+    batch = min(max(TOKENS_PER_PASS // length, 1), config.samples) * length
     widest = max(max(layer.in_features, layer.out_features) for layer in layers)
     streams = 2 if method.needs_shifted else 1
     waiting = min((streams + 1) * hidden, ACTIVATIONS_IN_MEMORY)
+    output = sum(sizes.values()) - round(config.ratio * linears)
     return Forecast(
         resident=kept + LIBRARIES,
         block=block,
         activations=waiting + 3 * batch * widest * dense.dtype.itemsize + 2 * min(batch, TOKENS_AT_ONCE) * widest * FLOAT64,
         working=max(_working(method, [layer for layer in layers if layer.block == index]) for index in range(len(blocks))),
+        shard=min(shard_size(dense), output),
         work_folder=converted + round((1 - config.ratio) * linears) + 2 * streams * hidden + _measured(method, layers),
-        output=sum(sizes.values()) - round(config.ratio * linears),
+        output=output,
     )
 
 

@@ -22,6 +22,11 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value of a float tensor is finite, without a tensor of answers."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())  # NaN is propagated
+
+
 def permute_outputs(module: nn.Module, order: Tensor) -> None:
     """Reorder the output features of a linear layer, in place."""
     dense_weight(module).copy_(dense_weight(module)[order].clone())

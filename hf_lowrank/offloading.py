@@ -19,8 +19,8 @@ from .runtime.errors import CompressionError
 from .runtime.experts import ExpertBank
 from .runtime.quantizer import CompressionQuantizer
 
-SHARD_SIZE = "1GB"
-"""Of the output: no more of it is in memory at a time."""
+SMALLEST_SHARD, LARGEST_SHARD = 250_000_000, 1_000_000_000
+"""Bytes of a file of the output: no more of it is in memory at a time."""
 
 
 def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
@@ -33,6 +33,13 @@ def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
             own = output is not None and skeleton.get_submodule(module) is output and output.weight is not _input_weight(skeleton)
             places[module if module and not any(place.startswith(f"{module}.") for place in places) else name] = "disk" if own else "cpu"
     return places
+
+
+def shard_size(skeleton: PreTrainedModel) -> int:
+    """Bytes of a file of the output: about what a block takes while it is compressed, within limits."""
+    blocks = find_blocks(skeleton).values()
+    block = max(sum(tensor.numel() * tensor.itemsize for tensor in each.parameters()) for each in blocks)
+    return min(max(2 * block, SMALLEST_SHARD), LARGEST_SHARD)
 
 
 def _input_weight(model: PreTrainedModel) -> Tensor | None:

@@ -20,15 +20,17 @@ from .calibration import (
     fingerprint,
     noting_calls,
     output_grams,
+    passes,
     squared_gradients,
     with_unigram_sequences,
 )
 from .distributed import present_team
+from .linears import is_finite
 from .methods import make_method
 from .methods.base import ChoosingMethod
 from .methods.soco import SoCo
 from .methods.spectral import SpectralMethod
-from .offloading import OffloadedBlocks, OffloadedQuantizer, every_weight, is_offloaded
+from .offloading import OffloadedBlocks, OffloadedQuantizer, every_weight, is_offloaded, return_memory
 from .progress import progress_bar
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CompressionError, NumericalError
@@ -107,6 +109,7 @@ def compress(
                 assert work is not None, "checked"
                 work.path.mkdir(parents=True, exist_ok=True)  # on this process's machine
                 run.shelf = Shelf(work.path, owner=team.rank)
+                return_memory()  # tokenizing a text takes some hundred bytes a token
             _walk(run)
         except BaseException:
             if not any(isinstance(module, CompressedLinear) for module in model.modules()):
@@ -168,7 +171,7 @@ def _walk(run: Run) -> None:
     model, method, tokens = run.model, run.method, run.tokens
     run.step("capturing block inputs", 0, len(run.compressed))
     with noting_calls({layer.name: model.get_submodule(layer.name) for layer in run.compressed}) as called:
-        batches = capture(model, run.blocks, run.team.share(tokens), run.shelf)
+        batches = capture(model, run.blocks, run.team.share(passes(tokens, model.device)), run.shelf)
     run.leave_uncalled_dense(set().union(*run.team.gather(called)))
     names = [layer.name for layer in run.compressed]
     if method.needs_gradients:
@@ -294,7 +297,7 @@ def check_finite(run: Run) -> None:
     """Raise NumericalError if a weight is not finite, naming it: what it makes of the calibration would blame other layers."""
     buffers = {name for name, _ in run.model.named_buffers()}
     for name, tensor in every_weight(run.model, run.offloaded):
-        if name not in buffers and not bool(tensor.isfinite().all()):
+        if name not in buffers and not is_finite(tensor):
             raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress, disk_to_disk
 from hf_lowrank.calibration.activations import Shelf
 from hf_lowrank.disk_to_disk import compress_checkpoint, whole_model_reason
 from hf_lowrank.forecast import forecast
 from hf_lowrank.models import files_size, load_config, load_model, skeleton
+from hf_lowrank.offloading import LARGEST_SHARD, SMALLEST_SHARD, shard_size
 from hf_lowrank.strategies import Run
 from hf_lowrank.work_folder import Record, WorkFolder
 
@@ -59,7 +60,7 @@ def test_the_files_are_those_of_the_model_in_memory(
 def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     config = recipe("slab", words)
-    monkeypatch.setattr(disk_to_disk, "SHARD_SIZE", "40KB")
+    monkeypatch.setattr(disk_to_disk, "shard_size", lambda dense: "40KB")
     compress_checkpoint(dense, tmp_path / "a" / "model", config, tiny_models.tokenizer())
     made = compress(load_model(dense), config, tiny_models.tokenizer())
     made.save_pretrained(tmp_path / "b" / "model", max_shard_size="40KB")
@@ -172,6 +173,16 @@ def test_what_waits_in_files_comes_back_bit_for_bit_and_leaves_nothing(tmp_path:
     waiting.clear()
     assert shelf.held == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_the_output_are_as_large_as_what_a_block_takes_within_limits() -> None:
+    def size(width: int, inner: int) -> int:
+        config = LlamaConfig(num_hidden_layers=1, vocab_size=64, dtype="bfloat16", hidden_size=width, intermediate_size=inner)
+        return shard_size(skeleton(config))
+
+    assert size(64, 128) == SMALLEST_SHARD
+    assert size(4096, 11008) == 4 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert size(8192, 28672) == LARGEST_SHARD
 
 
 def test_what_the_forecast_says_of_the_disk_is_what_the_files_take(tmp_path: Path, words: str) -> None:

@@ -1,7 +1,7 @@
 """Texts → token batches; block inputs; statistics."""
 
 from .activations import Shelf
-from .batches import TokenBatch, calibration_batches, fingerprint
+from .batches import TokenBatch, calibration_batches, fingerprint, passes
 from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_block, shifted_sums, starts_anew
 from .correction import DensePasses, Sums, stage_sums, stages, stream_writers
 from .curvature import output_grams
@@ -20,6 +20,7 @@ __all__ = [
     "fingerprint",
     "noting_calls",
     "output_grams",
+    "passes",
     "run_block",
     "shifted_sums",
     "squared_gradients",

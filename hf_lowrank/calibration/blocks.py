@@ -1,8 +1,9 @@
 """The inputs of a model's blocks: captured once, then carried from block to block by replaying each block's own arguments."""
 
+import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from ..runtime.errors import CompressionError
 from .activations import Shelf, Waiting
 from .batches import TokenBatch
 from .statistics import Routing, ShiftedSums, StatisticsCollector
+
+PROBE_TOKENS = 8
+"""Tokens that show what the arguments of a block depend on."""
 
 
 class Call(NamedTuple):
@@ -41,13 +45,15 @@ class BlockBatch:
         hidden: input of the next block, (B, T, d).
         calls: for each block how the model called it; None if it did not (a vision tower, in a batch of text alone).
         shelf: where the hidden states wait.
+        source: what the model was given.
 
     Attributes:
         shifted: the same batch in the compressed model, for methods that compare the two.
     """
 
-    def __init__(self, hidden: Tensor, calls: list[Call | None], shelf: Shelf | None = None) -> None:
+    def __init__(self, hidden: Tensor, calls: list[Call | None], shelf: Shelf | None = None, source: TokenBatch | None = None) -> None:
         self.shelf = shelf or Shelf()
+        self.source = source
         self.calls = calls
         self.shifted: BlockBatch | None = None
         self._hidden = self.shelf.put(hidden)
@@ -81,10 +87,84 @@ def capture(
 ) -> list[BlockBatch]:
     """Run the model once per batch and keep the input of the first block, on the shelf, and the arguments of every block.
 
+    The blocks themselves are run only for a few tokens, where that shows that no block's arguments depend on what others compute.
+
     Raises:
         CompressionError: if a block was called more than once, or not with a tensor of hidden states first.
     """
-    return [_capture_batch(model, blocks, batch, shelf or Shelf()) for batch in batches]
+    with ExitStack() as stack:
+        if (rest := _rest_of_outputs(model, blocks, batches)) is not None:
+            stack.enter_context(_passed_over(blocks, rest))
+        return [_capture_batch(model, blocks, batch, shelf or Shelf()) for batch in batches]
+
+
+def _rest_of_outputs(
+    model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch]
+) -> dict[str, tuple[Any, ...] | None] | None:
+    """What each block that is called gives beside its hidden states, None if it gives them alone; None if blocks cannot be passed over."""
+    if not batches or any(batch.others or not batch.input_ids.numel() for batch in batches):
+        return None
+    ids, mask = batches[0].input_ids[:1, :PROBE_TOKENS], batches[0].attention_mask
+    few = TokenBatch(ids, None if mask is None else mask[:1, :PROBE_TOKENS])
+    rest: dict[str, tuple[Any, ...] | None] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            rest[name] = output[1:] if isinstance(output, tuple) else None
+
+        return hook
+
+    handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
+    try:
+        computed = _capture_batch(model, blocks, few, Shelf())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if any(isinstance(value, Tensor) for values in rest.values() for value in values or ()):
+        return None
+    with _passed_over(blocks, rest):
+        passed = _capture_batch(model, blocks, few, Shelf())
+    return rest if _same(computed.calls, passed.calls) else None
+
+
+@contextmanager
+def _passed_over(blocks: dict[str, nn.Module], rest: dict[str, tuple[Any, ...] | None]) -> Iterator[None]:
+    """While active, blocks give back the hidden states that they are called with, and beside them what they gave before."""
+
+    def passing(name: str, forward: Any) -> Any:
+        @functools.wraps(forward)
+        def give_back(*args: Any, **kwargs: Any) -> Any:
+            hidden, beside = _split(name, args, kwargs)[0], rest.get(name)
+            return hidden if beside is None else (hidden, *beside)
+
+        return give_back
+
+    own = {name: block.__dict__.get("forward") for name, block in blocks.items()}  # that of accelerate's hooks
+    for name, block in blocks.items():
+        block.__dict__["forward"] = passing(name, block.forward)
+    try:
+        yield
+    finally:
+        for name, block in blocks.items():
+            if own[name] is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = own[name]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same in every value."""
+    if isinstance(one, Waiting) and isinstance(other, Waiting):
+        return _same(one.tensor, other.tensor)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or bool(one == other)
 
 
 def starts_anew(batches: list[BlockBatch], index: int) -> bool:
@@ -137,7 +217,7 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
         )
     ordered = [calls.get(name) for name in blocks]
     first = next(call.start for call in ordered if call is not None and call.start is not None)
-    return BlockBatch(first.tensor, ordered, shelf)
+    return BlockBatch(first.tensor, ordered, shelf, batch)
 
 
 @contextmanager

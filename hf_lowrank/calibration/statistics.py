@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import ALONE, Team
-from ..linears import row_chunks
+from ..linears import CHUNK
 from ..methods.base import Statistics
 from ..runtime.errors import NumericalError
 from ..runtime.experts import Expert
 
 TOKENS_AT_ONCE = 1024
 """Tokens that are summed at a time: in float64, or in float32 if the inputs have 16 bits, whose products it holds exactly."""
+
+TRIANGLE_STEPS, SMALLEST_STEP = 16, 128
+"""Into how many parts the rows of a Gram matrix are divided while it is summed, and of how many rows they are at least."""
 
 
 class Routing:
@@ -151,11 +154,21 @@ class _Sums:
         self.total_abs += x.abs().sum(dim=0)
         self.total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            for rows in row_chunks(self.gram):
-                self.gram[rows] += x[:, rows].T @ x
+            for rows in _row_blocks(self.gram):
+                self.gram[rows, : rows.stop] += x[:, rows].T @ x[:, : rows.stop]  # the lower triangle; `tensors` has the other, too
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"totals": self.totals} if self.gram is None else {"totals": self.totals, "gram": self.gram}
+        if self.gram is None:
+            return {"totals": self.totals}
+        for rows in _row_blocks(self.gram):
+            self.gram[rows, rows.stop :] = self.gram[rows.stop :, rows].T
+        return {"totals": self.totals, "gram": self.gram}
+
+
+def _row_blocks(gram: Tensor) -> Iterator[slice]:
+    """The rows of a Gram matrix (n, n), some at a time: few enough that little is computed above the diagonal."""
+    step = max(min(CHUNK // len(gram), len(gram) // TRIANGLE_STEPS), SMALLEST_STEP)
+    return (slice(first, min(first + step, len(gram))) for first in range(0, len(gram), step))
 
 
 def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> Statistics:

@@ -68,9 +68,10 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, T
         return factorize(weight).truncate(rank)
     if weight.shape[0] <= weight.shape[1]:
         jitter = RELATIVE_JITTERS[0] * gram.diagonal().mean()  # where no token is, W itself decides
-        energy = weight @ weight.T * jitter
+        energy = weight.new_zeros(weight.shape[0], weight.shape[0])
         for rows in row_chunks(weight):
-            energy[rows] += weight[rows] @ gram @ weight.T
+            part = (weight[rows] @ gram).add_(weight[rows], alpha=float(jitter))
+            energy[rows, : rows.stop] = part @ weight[: rows.stop].T  # the lower triangle, which is all that eigh reads
         b = torch.linalg.eigh(energy).eigenvectors[:, -rank:].flip(1)
         a = b.T @ weight
     else:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..budget import Budget
@@ -23,5 +22,5 @@ class Wanda(SparseMethod):
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W_S = W on the best entries of every row: the exact minimum of ‖(W − W_S) diag(‖X_j‖₂)‖_F without a pattern."""
-        mask = largest_per_row(weight.abs() * statistics.column_norms, self.kept_per_row(budget), self.pattern)
-        return Decomposition(sparse="bitmask", weight=torch.where(mask, weight, 0.0), mask=mask)
+        mask = largest_per_row(weight.abs().mul_(statistics.column_norms), self.kept_per_row(budget), self.pattern)
+        return Decomposition(sparse="bitmask", weight=weight, mask=mask)

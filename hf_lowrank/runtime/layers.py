@@ -270,10 +270,12 @@ class SparseLowRankLinear(CompressedLinear):
         values = weight
         if sparse == "bitmask":
             assert weight is not None and mask is not None, "a bitmask needs `weight` and `mask`"
-            values = weight if isinstance(weight, Quantized) else pack_values(weight, mask)
-            expected = pack_values(mask, mask).shape
-            if values.shape != expected:
-                raise CompressionError(f"{tuple(values.shape)} quantised values for a mask that keeps {tuple(expected)}")
+            if isinstance(weight, Quantized):
+                expected = pack_values(mask, mask).shape
+                if weight.shape != expected:
+                    raise CompressionError(f"{tuple(weight.shape)} quantised values for a mask that keeps {tuple(expected)}")
+            else:
+                values = pack_values(weight, mask)
         parts = {"weight": values, "lowrank_a": lowrank_a, "lowrank_b": lowrank_b}
         parts |= {"scale_in": scale_in, "scale_out": scale_out, "bias": bias}
         kept = 0 if values is None or sparse == "full" else values.shape[0 if sparse == "rows" else 1]

@@ -15,7 +15,7 @@ from ..architectures import FeedForward, find_blocks, find_feed_forwards, find_l
 from ..budget import Layer, ModelBudget
 from ..calibration import BlockBatch, Shelf, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
 from ..distributed import ALONE, Team
-from ..linears import dense_weight, permute_inputs, permute_outputs
+from ..linears import dense_weight, is_finite, permute_inputs, permute_outputs
 from ..methods import Decomposition, Method, Statistics
 from ..offloading import OffloadedBlocks, is_offloaded, return_memory
 from ..progress import Step
@@ -133,13 +133,14 @@ class Run:
         """
         known = False
         done = 0
+        count = sum(self.team.gather(len(batches)))
         for index, (name, block) in enumerate(self.blocks.items()):
             visit = Visit(index, name, block, [layer for layer in self.compressed if layer.block == index])
             self.step(name, done, len(self.compressed))
             done += len(visit.layers)
             record = self.work.read(self.record_name(stage, index)) if self.work else None
             if self.work is not None and known and record is None:
-                restore_inputs(batches, len(self.tokens), self.team, self.work, f"{stage}-inputs-{index:05}")
+                restore_inputs(batches, count, self.team, self.work, f"{stage}-inputs-{index:05}")
             known = record is not None
             if starts_anew(batches, index):
                 if self.offloaded is not None:
@@ -156,7 +157,7 @@ class Run:
             self._fill(visit)
             yield visit
             if self.work is not None:
-                self._record(self.work, stage, visit, mark, batches)
+                self._record(self.work, stage, visit, mark, batches, count)
             if self.offloaded is not None:
                 self.offloaded.empty(name)
 
@@ -192,14 +193,14 @@ class Run:
                     self.apply_order(visit, networks[name], self.orders[name])
         visit.found = Record(record.tensors, record.facts["found"])
 
-    def _record(self, work: WorkFolder, stage: str, visit: Visit, mark: Mark, batches: list[BlockBatch]) -> None:
+    def _record(self, work: WorkFolder, stage: str, visit: Visit, mark: Mark, batches: list[BlockBatch], count: int) -> None:
         notes = mark.notes_since(self)
         if visit.found is None:
             record = block_record(visit.block, notes)
         else:
             orders = {name: self.orders[name].tolist() for name in self.orders if name.startswith(f"{visit.name}.")}
             record = Record(visit.found.tensors, {"found": visit.found.facts, "notes": notes, "orders": orders})
-        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches, len(self.tokens), self.team, self.shelf))
+        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches, count, self.team, self.shelf))
         work.write(self.record_name(stage, visit.index), record)
         work.discard(f"{stage}-inputs-{visit.index:05}")
 
@@ -220,7 +221,11 @@ class Run:
             if layer.name in self.output_grams:
                 statistics[layer.name] = replace(statistics[layer.name], output_gram=self.output_grams[layer.name])
         self.order_neurons(visit, statistics)
-        return statistics if self.offloaded is None else self._shelved(statistics)
+        if self.offloaded is None:
+            return statistics
+        statistics = self._shelved(statistics)
+        return_memory()
+        return statistics
 
     def _shelved(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """The same with large Gram matrices in files, which are in memory only while they are used."""
@@ -234,7 +239,9 @@ class Run:
         A decoder also reads the encoder's states: those of the compressed encoder, if the method is sequential.
         """
         follows = self.method.sequential or any(batch.shifted is not None for batch in batches)
-        now = capture(self.model, self.blocks, self.team.share(self.tokens), self.shelf) if follows else batches
+        now = batches
+        if follows:
+            now = capture(self.model, self.blocks, [batch.source for batch in batches if batch.source is not None], self.shelf)
         for position, batch in enumerate(batches):
             if self.method.sequential:
                 batches[position] = now[position]
@@ -303,8 +310,8 @@ class Run:
                 self.bad[name] = f"{built.fault}, and no better when made again"
             replace_layer(self.model, name, built.layer)
             self.reports.append(built.report)
-            if self.offloaded is not None:
-                return_memory()
+        if self.offloaded is not None:
+            return_memory()
 
     def shares(self, now: dict[str, T], bits: Callable[[Layer, T], int], spread: Callable[[list[Layer], int], dict[str, T]]) -> Shares[T]:
         """What each layer may become; see `Shares`."""
@@ -325,7 +332,7 @@ class Run:
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
         made = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
         for name, parameter in made.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            if not is_finite(parameter):
                 raise NumericalError(f"a {name} that is not finite in {parameter.dtype}; a wider dtype may hold it")
         return made
 

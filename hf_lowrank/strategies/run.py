@@ -23,6 +23,7 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
 from ..selection import TIED, left_out, select_layers, uncalled_layers
+from ..threads import at_once
 from ..work_folder import Record, WorkFolder
 from .records import (
     Mark,
@@ -265,7 +266,9 @@ class Run:
     def survey(self, layers: list[Layer], find: Callable[[Layer], Record]) -> Record:
         """What there is to know about the layers of a block; each is looked at by one of the processes."""
         named = {layer.name: layer for layer in layers}
-        found = self.team.solved(_costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record)
+        found = self.team.solved(
+            _costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record, self._threads(layers)
+        )
         return merged(record for _, record in found)
 
     def build(self, layers: list[Layer], make: Callable[[Layer], tuple[CompressedLinear, LayerReport]]) -> None:
@@ -279,11 +282,16 @@ class Run:
         def unpack(name: str, record: Record) -> tuple[CompressedLinear, LayerReport]:
             return layer_from(record, name, self.model.get_submodule(name))
 
-        for name, (made, report) in self.team.solved(_costs(layers), solve, layer_record, unpack):
+        for name, (made, report) in self.team.solved(_costs(layers), solve, layer_record, unpack, self._threads(layers)):
             replace_layer(self.model, name, made)
             self.reports.append(report)
             if self.offloaded is not None:
                 return_memory()
+
+    def _threads(self, layers: list[Layer]) -> int:
+        """How many of the layers are solved at a time."""
+        largest = max((self.method.working_memory(layer) for layer in layers), default=0)
+        return at_once(largest) if self.model.device.type == "cpu" else 1
 
     def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
         """The layer that a decomposition stands for.

@@ -16,7 +16,11 @@ setup(
             # No -march: each file names the instruction sets of its own functions, and the best is chosen at run time.
             extra_compile_args=[
                 "-O3",
+                # Where the loops begin decides 2 to 5 % of their time.
+                "-falign-functions=64",
+                "-falign-loops=64",
                 "-g0",
+                "-fno-wrapv",
                 "-std=c++17",
                 "-fvisibility=hidden",
                 "-Wno-psabi",

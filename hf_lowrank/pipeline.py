@@ -11,7 +11,17 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .calibration import Shelf, TokenBatch, calibration_batches, capture, fingerprint, noting_calls, output_grams, squared_gradients
+from .calibration import (
+    Shelf,
+    TokenBatch,
+    calibration_batches,
+    capture,
+    fingerprint,
+    noting_calls,
+    output_grams,
+    squared_gradients,
+    with_unigram_sequences,
+)
 from .distributed import present_team
 from .methods import make_method
 from .methods.base import ChoosingMethod
@@ -82,6 +92,8 @@ def compress(
             run.tokens = _tokens(run, tokenizer, calibration)
             if learns:
                 check_predicts_next_token(model, method.name, run.tokens)
+            if isinstance(method, ChoosingMethod):
+                run.tokens = with_unigram_sequences(run.tokens, method.unigram_share, config.seed)
             if work is not None or team.size > 1:
                 identity = _identity(run)
                 check_same_everywhere(run, identity)

@@ -6,6 +6,7 @@ from .blocks import BlockBatch, block_statistics, capture, noting_calls, run_blo
 from .correction import DensePasses, Sums, stage_sums, stages, stream_writers
 from .curvature import output_grams
 from .gradients import squared_gradients
+from .unigrams import with_unigram_sequences
 
 __all__ = [
     "BlockBatch",
@@ -26,4 +27,5 @@ __all__ = [
     "stages",
     "starts_anew",
     "stream_writers",
+    "with_unigram_sequences",
 ]

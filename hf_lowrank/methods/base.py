@@ -1,7 +1,7 @@
 """What every method shares: the statistics it gets, the budget it must keep, the decomposition it returns."""
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -181,12 +181,25 @@ class Choice:
     loss: float
 
 
+@dataclass
 class ChoosingMethod(Method):
     """A method that looks at every layer of the dense model, chooses what each becomes from one budget, and then makes them in turn.
 
     Layers are made in the order of the data's way, each fitted to the dense outputs on the inputs that the compressed layers before
     it give (`calibration/correction.py`).
+
+    Raises:
+        CompressionError: if the share of drawn sequences is not one.
     """
+
+    unigram_share: float = field(
+        default=0.25,
+        metadata={"help": "share of the calibration sequences whose tokens are drawn at random from all of them, for text unlike it"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.unigram_share <= 1:
+            raise CompressionError(f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1")
 
     needs_gram: ClassVar[bool] = True
     needs_output_gram: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .configuration import LayerSpec
 from .errors import CompressionError
-from .ops import binary_linear, bitmask_binary_linear, bitmask_linear, lowrank_linear, pivoted_linear
+from .ops import autocast, binary_linear, bitmask_binary_linear, bitmask_linear, lowrank_linear, pivoted_linear
 from .packing import pack_bits, pack_values, signs_to_values, unpack_bits, unpack_values
 from .pivoting import row_sources, unpivot
 from .quantization import Quantized, pack_codes, unpack_codes
@@ -133,6 +133,12 @@ class CompressedLinear(nn.Linear):
         spec = self.spec
         return (spec.weight_bits, spec.weight_group) if name == "weight" else (spec.lowrank_bits, spec.lowrank_group)
 
+    def _stored(self, *names: str) -> list[Tensor]:
+        """The tensors of these names without the search of `nn.Module`, which takes 4 µs a name where the caches have forgotten it."""
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        return [parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name) for name in names]
+
     def stored_bits(self, accounting: str = "bits") -> int:
         """Bits that the layer takes in a checkpoint of its dtype."""
         return self.spec.stored_bits(self.out_features, self.in_features, self.dtype.itemsize * 8, accounting)
@@ -175,11 +181,11 @@ class SparseLowRankLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., n); the result is (..., m)."""
-        x = _autocast(x)
+        spec = self.spec
         y = self._sparse_lowrank(x)
-        if self.spec.adapter_rank:
-            y = y + lowrank_linear(x, self.adapter_a, self.adapter_b)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if spec.adapter_rank:
+            y = y + lowrank_linear(x, *self._stored("adapter_a", "adapter_b"))
+        return y + self.bias.to(y.dtype) if spec.bias else y
 
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
         spec = self.spec
@@ -197,23 +203,23 @@ class SparseLowRankLinear(CompressedLinear):
         if self.spec.weight_bits:
             return self._quantized("weight", x, self.weight_mask)
         if self.spec.sparse == "bitmask":
-            return bitmask_linear(x, self.weight, self.weight_mask)
+            return bitmask_linear(x, *self._stored("weight", "weight_mask"))
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
     def _lowrank(self, x: Tensor) -> Tensor:
         spec = self.spec
+        if spec.rank > spec.adapter_rank and not spec.lowrank_bits and not spec.pivoted:
+            return lowrank_linear(x, *self._stored("lowrank_a", "lowrank_b"))
         rows, _ = spec.lowrank_shape(self.out_features, self.in_features)
         if not spec.factor_rank:
-            return x.new_zeros(*x.shape[:-1], rows)
+            return autocast(x).new_zeros(*x.shape[:-1], rows)
         if spec.lowrank_bits:
             z = self._quantized("lowrank_a", x)
             y = self._quantized("lowrank_b", z)
             if not spec.pivoted:
                 return y
             return torch.cat([z, y], dim=-1).index_select(-1, row_sources(self.lowrank_pivots, rows, spec.factor_rank))
-        if spec.pivoted:
-            return pivoted_linear(x, self.lowrank_a, self.lowrank_b, self.lowrank_pivots, rows)
-        return lowrank_linear(x, self.lowrank_a, self.lowrank_b)
+        return pivoted_linear(x, *self._stored("lowrank_a", "lowrank_b", "lowrank_pivots"), rows)
 
     def _quantized(self, name: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
         kept = x.shape[-1] if mask is None else self.spec.kept
@@ -326,13 +332,27 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         spec = LayerSpec(kind="sparse_lowrank_binary", sparse=sparse, kept=kept, rank=rank, binary_rank=binary_rank, bias=bias, **form)
         CompressedLinear.__init__(self, in_features, out_features, spec, device, dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x (..., n); the result is (..., m)."""
+        held = vars(self)
+        spec = held["spec"]
+        if spec.sparse != "bitmask" or spec.rank or spec.bias or spec.weight_bits:
+            return super().forward(x)
+        # SLaB's own layer is one operation, and is left to it in as few steps as can be (see `ops.operation`).
+        floats, bitmaps = held["_parameters"], held["_buffers"]
+        try:
+            parts = floats["weight"], bitmaps["weight_mask"], bitmaps["sign_bits"], floats["scale_in"], floats["scale_out"]
+        except KeyError:  # a parametrization or FSDP holds them elsewhere
+            return super().forward(x)
+        return bitmask_binary_linear(x, *parts)
+
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
-        binary = (self.sign_bits, self.scale_in, self.scale_out)
-        if self.spec.sparse == "bitmask" and not self.spec.weight_bits:
-            y = bitmask_binary_linear(x, self.weight, self.weight_mask, *binary)
-            return y + self._lowrank(x) if self.spec.factor_rank else y
-        y = binary_linear(x, *binary)
-        return y if self.spec.sparse == "none" and not self.spec.factor_rank else y + super()._sparse_lowrank(x)
+        spec = self.spec
+        if spec.sparse == "bitmask" and not spec.weight_bits:
+            y = bitmask_binary_linear(x, *self._stored("weight", "weight_mask", "sign_bits", "scale_in", "scale_out"))
+            return y + self._lowrank(x) if spec.factor_rank else y
+        y = binary_linear(x, *self._stored("sign_bits", "scale_in", "scale_out"))
+        return y if spec.sparse == "none" and not spec.factor_rank else y + super()._sparse_lowrank(x)
 
 
 def build_layer(
@@ -347,10 +367,3 @@ def build_layer(
 
 def _form_of(part: Tensor | Quantized | None) -> tuple[int, int]:
     return (part.bits, part.group) if isinstance(part, Quantized) else (0, 0)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """What autocast does to the input of `nn.Linear` (float64 excepted), which it cannot do for operations it does not know."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x

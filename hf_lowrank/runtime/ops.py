@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
 from .packing import signs_to_values, unpack_bits, unpack_values
@@ -22,6 +23,7 @@ TILE_ELEMENTS = 1 << 24
 
 Kernel = Callable[..., Tensor | None]
 _kernels: dict[tuple[str, str], list[tuple[str, Kernel]]] = {}
+_direct: dict[str, Kernel] = {}
 _first_use: list[Callable[[], None]] = []
 
 
@@ -35,10 +37,19 @@ def register_kernel(operation: str, device_type: str, name: str, kernel: Kernel)
     offered[:] = [entry for entry in offered if entry[0] != name] + [(name, kernel)]
 
 
+def register_direct(operation: str, kernel: Kernel) -> None:
+    """Have `kernel` asked before all others where neither gradients nor a graph are recorded.
+
+    It takes any arguments of the operation and looks itself at their devices, layouts in memory, and autocast.
+    """
+    _direct[operation] = kernel
+
+
 def unregister_kernels() -> None:
     """Withdraw every kernel: plain torch computes from here on."""
     _first_use.clear()
     _kernels.clear()
+    _direct.clear()
 
 
 def on_first_use(load: Callable[[], None]) -> None:
@@ -68,12 +79,29 @@ def _by_kernel(operation: str, x: Tensor, *arguments: Any) -> Tensor | None:
     return None
 
 
+def autocast(x: Tensor) -> Tensor:
+    """What autocast does to the input of `nn.Linear` (float64 excepted), which it cannot do for operations it does not know."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def operation(name: str) -> Callable[..., Tensor]:
-    """The declared operation; where nothing is recorded, neither a graph nor gradients, a kernel is called without its ceremony."""
+    """The declared operation; where nothing is recorded, neither a graph nor gradients, a kernel is called without its ceremony.
+
+    The direct kernel comes first of all, autocast after it: a product takes a few hundred microseconds and reads more than the caches hold,
+    so that a check, an attribute or a frame of Python that was needed for the last one costs one to ten of them to be read again.
+    """
     declared = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def compute(x: Tensor, *arguments: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(x) is Tensor:
+        recorded = is_dynamo_compiling() or is_grad_enabled()
+        if not recorded and name in _direct:
+            result = _direct[name](x, *arguments)
+            if result is not None:
+                return result
+        x = autocast(x)
+        if not recorded and not is_compiling() and type(x) is Tensor:
             result = _by_kernel(name, x, *arguments)
             if result is not None:
                 return result

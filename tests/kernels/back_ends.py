@@ -1,4 +1,5 @@
-"""The back ends under test, each registered as a whole: the C++ library once per instruction set, Triton on a GPU or in its interpreter."""
+"""The back ends under test, each registered as a whole: the C++ library once per instruction set and once as a module that takes tensors
+itself, Triton on a GPU or in its interpreter."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hf_lowrank.runtime import ops, quantized_ops
 
 from .layers import FACTORED, PackedLayer, operation_of
 
+DIRECT = tuple(operation for operation in kernels.OPERATIONS if not operation.endswith("_grad"))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -68,6 +70,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 NAMES = [
     *(pytest.param(name) for name in instruction_sets()),
+    *(["direct"] if native.module() else []),
     pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")),
 ]
 
@@ -75,11 +78,16 @@ NAMES = [
 @contextmanager
 def in_use(name: str) -> Iterator[BackEnd]:
     """Have one back end compute what it takes."""
-    if name != "triton":
-        from hf_lowrank.kernels.cpu import products as cpp
+    from hf_lowrank.kernels.cpu import products as cpp
 
+    if name in native.INSTRUCTION_SETS:
         with native.forced_instruction_set(name):
             yield BackEnd(cpp.KERNELS, cpp.FEW_TOKENS)
+        return
+    if name == "direct":
+        direct = {operation: getattr(native.module(), operation) for operation in DIRECT}
+        with torch.no_grad():
+            yield BackEnd(cpp.KERNELS | direct, cpp.FEW_TOKENS, largest=(150, 300, cpp.FEW_TOKENS))
         return
     from hf_lowrank.kernels.triton import products
 

@@ -1,6 +1,6 @@
 """CPU back end in C++: fused products for a few tokens, unpacked tiles for many."""
 
-from ...runtime.ops import register_kernel
+from ...runtime.ops import register_direct, register_kernel
 from . import native, products
 
 NAME = "cpp"
@@ -11,8 +11,11 @@ def register() -> None:
     """Offer the kernels for the "cpu" device, if the library was built."""
     if native.library() is None:
         return
+    functions = native.module()
     for operation, kernel in products.KERNELS.items():
         register_kernel(operation, "cpu", NAME, kernel)
+        if hasattr(functions, operation):
+            register_direct(operation, getattr(functions, operation))
 
 
 def describe(operation: str) -> tuple[str, str]:

@@ -91,6 +91,8 @@ struct Packed {
         const Element* values[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) values[r] = static_cast<const Element*>(product.values) + (row + r * step) * product.kept;
+        constexpr int64_t ahead = Values::kColumnsAhead;
+        const int64_t values_ahead = ahead * row_bytes / columns;  // a division, and so not in the loop
         const bool near_end = end - values[R - 1] < columns;
         const __m512i low_positions = _mm512_load_si512(kSignPositions.low), high_positions = _mm512_load_si512(kSignPositions.high);
         Sums<T, R, Values> kept_sums, sign_sums;
@@ -107,10 +109,8 @@ struct Packed {
             if (steps <= 0) break;
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
             // After the end of each stream comes that of the next block.
-            constexpr int64_t ahead = Values::kColumnsAhead;
             const int64_t jump = column + ahead < (step - first) * columns ? 0 : kBlockRows - step;
-            const int64_t next_bits = ahead * width / columns + jump * width;
-            const int64_t next_values = ahead * row_bytes / columns + jump * row_bytes;
+            const int64_t next_bits = ahead / 8 + jump * width, next_values = values_ahead + jump * row_bytes;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 prefetch(masks + r * stride, next_bits);

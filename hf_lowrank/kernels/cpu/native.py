@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -68,6 +70,18 @@ def loaded() -> ctypes.CDLL:
 
 
 @cache
+def module() -> ModuleType | None:
+    """The library as a module of functions that take tensors; None where it was built without Python's headers or torch is too old."""
+    try:
+        functions = import_module(f"{__package__}._native") if library() else None
+    except ImportError:
+        return None
+    if functions is not None:
+        functions.use_instruction_set(instruction_set())
+    return functions
+
+
+@cache
 def best_instruction_set() -> str:
     """The fastest instruction set that both the library and this processor have."""
     native = library()
@@ -101,10 +115,15 @@ def forced_instruction_set(name: str) -> Iterator[None]:
         ValueError: if it is unknown or this processor lacks it.
     """
     _forced.append(_number(name))
+    functions = module()
     try:
+        if functions is not None:
+            functions.use_instruction_set(instruction_set())
         yield
     finally:
         _forced.pop()
+        if functions is not None:
+            functions.use_instruction_set(instruction_set())
 
 
 def _number(name: str) -> int:

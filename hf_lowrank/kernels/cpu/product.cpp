@@ -179,8 +179,7 @@ void for_each_block(const Product& product, int64_t row_count, const Step& step,
             Rows rows = {index * kBlockRows, std::min(kBlockRows, row_count - index * kBlockRows), first, last - first, sums};
             std::fill_n(sums, rows.token_count * kBlockRows, 0.0f);
             step(rows);
-            for (int64_t t = 0; t < rows.token_count; ++t)
-                for (int64_t i = 0; i < rows.count; ++i) store(first + t, rows.first + i, sums[t * kBlockRows + i]);
+            for (int64_t t = 0; t < rows.token_count; ++t) store(first + t, rows.first, rows.count, sums + t * kBlockRows);
         }
     };
     parallel_for(product.threads, (row_count + kBlockRows - 1) / kBlockRows, block);
@@ -251,8 +250,12 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
     if (!prepare(product.x, dtype, product, kernels, forms, x)) return 1;
     std::vector<int64_t> order = output_order(product);
     if (product.pivots && order.empty()) return 1;
-    auto store = [&](int64_t token, int64_t row, float sum) {
-        store_from_float(product.y, token * product.outputs + (product.pivots ? order[row] : row), dtype, sum);
+    auto store = [&](int64_t token, int64_t first, int64_t count, const float* sums) {
+        const int64_t start = token * product.outputs;
+        if (product.pivots)
+            for (int64_t i = 0; i < count; ++i) store_from_float(product.y, start + order[first + i], dtype, sums[i]);
+        else
+            for (int64_t i = 0; i < count; ++i) store_from_float(product.y, start + first + i, dtype, sums[i]);
     };
 
     Prepared inner = chained ? inner_forms.in(memory + forms.bytes()) : x;
@@ -260,9 +263,9 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
         float* ax = reinterpret_cast<float*>(memory + forms.bytes() + inner_forms.bytes());
         for_each_block(
             product, product.rank, [&](const Rows& rows) { kernels.dense(product.lowrank_a, lowrank_dtype, x, rows); },
-            [&](int64_t token, int64_t row, float sum) {
-                ax[token * product.rank + row] = sum;
-                if (product.pivots) store(token, row, sum);
+            [&](int64_t token, int64_t first, int64_t count, const float* sums) {
+                std::copy_n(sums, count, ax + token * product.rank + first);
+                if (product.pivots) store(token, first, count, sums);
             });
         if (!prepare(ax, kFloat32, product, kernels, inner_forms, inner)) return 1;
     }
@@ -274,7 +277,9 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
             else if (product.codes) multiply_codes(product, kernels, x, rows);
             if (product.lowrank_b) kernels.dense(product.lowrank_b, lowrank_dtype, inner, rows);
         },
-        [&](int64_t token, int64_t row, float sum) { store(token, product.pivots ? product.rank + row : row, sum); });
+        [&](int64_t token, int64_t first, int64_t count, const float* sums) {
+            store(token, product.pivots ? product.rank + first : first, count, sums);
+        });
     return 0;
 }
 

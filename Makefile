@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint docs digests clean
+.PHONY: demo test lint docs digests audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-lowrank demo
@@ -28,6 +28,13 @@ $(VENV)/.docs: $(VENV)/.installed
 # of the runtime's files, for hf_lowrank/data/releases.json
 digests: $(VENV)/.installed
 	$(BIN)/python -c "import json; from hf_lowrank.verification import released_runtimes as r; print(json.dumps(r(), indent=1, sort_keys=True))"
+
+# what is installed here against PyPI's advisories, by a tool in an environment of its own; fails where something cannot be looked up
+audit: $(VENV)/.installed
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip freeze --exclude-editable | sed -n 's/^\([^ ]*==[^+]*\).*/\1/p' > build/audit/installed.txt
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement build/audit/installed.txt
 
 # torch first and by itself: the constraint picks its build, and nothing that follows replaces it; the kernels are built along
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard hf_lowrank/kernels/cpu/*.cpp hf_lowrank/kernels/cpu/*.h)

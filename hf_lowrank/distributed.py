@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .runtime.errors import CompressionError
+from .threads import solved_apart
 from .work_folder import Record, WorkFolder
 
 PATIENCE = timedelta(hours=2)
@@ -72,14 +73,16 @@ class Team:
         solve: Callable[[str], T],
         pack: Callable[[T], Record],
         unpack: Callable[[str, Record], T],
+        threads: int,
     ) -> Iterator[tuple[str, T]]:
-        """The solution of every task, in order, each found by one process and given to all; what it raises, all raise.
+        """The solution of every task, in order, each found by one thread of one process and given to all; what it raises, all raise.
 
         Args:
             costs: by the name of the task, in any unit.
             pack, unpack: a solution as a record, in which it travels, and the solution that a task's record holds.
+            threads: how many tasks a process may work on at a time.
         """
-        return ((name, solve(name)) for name in costs)
+        return solved_apart(costs, solve, threads)
 
     def collected(self, records: Sequence[Record], count: int) -> Iterator[Record]:
         """The records that belong to the items of `share`, for all `count` items in order; at the first process only."""
@@ -147,9 +150,11 @@ class Processes(Team):
         solve: Callable[[str], T],
         pack: Callable[[T], Record],
         unpack: Callable[[str, Record], T],
+        threads: int,
     ) -> Iterator[tuple[str, T]]:
         owners = balanced(costs, self.size)
-        own = {name: _attempt(partial(solve, name)) for name in costs if owners[name] == self.rank}
+        mine = {name: cost for name, cost in costs.items() if owners[name] == self.rank}
+        own = dict(solved_apart(mine, lambda name: _attempt(partial(solve, name)), threads))
         for name, owner in owners.items():
             if owner != self.rank:
                 yield name, unpack(name, self._passed(None, owner))

@@ -14,6 +14,7 @@ from .methods import Method, make_method
 from .methods.spectral import SpectralMethod
 from .offloading import device_map, shard_size
 from .runtime.configuration import CompressionConfig
+from .threads import at_once
 
 FLOAT64 = 8
 CHUNKS = 8
@@ -90,7 +91,7 @@ def curvature(dense: PreTrainedModel, config: CompressionConfig) -> int:
 
 def _working(method: Method, layers: list[Layer]) -> int:
     """Of one block: all its Gram matrices once they are summed; then for each layer in its turn what it needs itself, its Gram matrix,
-    and those of layers that are not done yet, of which large ones wait in files.
+    and those of layers that are not done yet, of which large ones wait in files. Small layers are solved several at a time.
     """
     grams = {statistics_input(layer): FLOAT64 * layer.in_features**2 for layer in layers} if method.needs_gram else {}
     shifted = 2 * sum(grams.values()) if method.needs_shifted else 0
@@ -100,7 +101,8 @@ def _working(method: Method, layers: list[Layer]) -> int:
         others = {statistics_input(each) for each in layers[position:]} - {statistics_input(layer)}
         waiting = sum(grams[each] for each in others if each in grams and grams[each] <= ACTIVATIONS_IN_MEMORY)
         most = max(most, own + waiting + shifted + method.working_memory(layer))
-    return most + CHUNKS * FLOAT64 * CHUNK
+    largest = max((method.working_memory(layer) for layer in layers), default=0)
+    return most + (at_once(largest) - 1) * largest + CHUNKS * FLOAT64 * CHUNK
 
 
 def statistics_input(layer: Layer) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from .architectures import find_blocks, find_layers
 from .models import compression_of, load_config, skeleton
 from .runtime.errors import CompressionError, one_line
-from .runtime.headers import BITS, read_headers, weight_files
-from .runtime.saving import REPORT_FILE, read_current_report
+from .runtime.headers import BITS, REPORT_FILE, read_headers, weight_files
+from .runtime.saving import read_current_report
 from .runtime.validation import resolve_layers
 
 

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,15 @@ class OffloadedQuantizer(CompressionQuantizer):
         self.blocks, self.files = blocks, files
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[StoredWeights, dict[str, str]]:
+        vars(model)["get_parameter"] = partial(_parameter_or_buffer, model)  # older transformers take all on meta for parameters
         return StoredWeights(model, self.blocks, self.files), {}
+
+
+def _parameter_or_buffer(model: PreTrainedModel, name: str) -> Tensor:
+    try:
+        return type(model).get_parameter(model, name)
+    except AttributeError:
+        return model.get_buffer(name)
 
 
 def _without_hooks(module: nn.Module) -> None:

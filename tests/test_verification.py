@@ -171,6 +171,10 @@ def test_swapped_shards(copy_of: Callable[[str], Path]) -> None:
         {"dtype": "float64"},
         {"dtype": "bfloat16"},
         {"model_type": "no-such-model"},
+        {"model_type": "dinov2"},
+        {"model_type": "vision-encoder-decoder"},
+        {"transformers_weights": "other.safetensors"},
+        {"transformers_weights": 5},
         {"architectures": ["pipeline"]},
         {"architectures": None},
         {"hidden_act": "no-such-function"},
@@ -197,6 +201,16 @@ def test_a_config_that_cannot_be_read(copy_of: Callable[[str], Path]) -> None:
     for content in (b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b'{"a": ' + b"9" * 5000 + b"}"):
         (folder / "config.json").write_bytes(content)
         assert_refused_everywhere(folder, "config.json")
+
+
+def test_a_config_alone_that_cannot_be_read(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("slab")
+    for file in [*folder.glob("*.py"), folder / "compression_report.json"]:
+        file.unlink()
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace(",", "", 1))
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_the_checkpoints_code_never_runs_where_the_package_is(

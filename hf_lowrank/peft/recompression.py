@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import CompressionError, NumericalError
-from ..runtime.headers import read_json
+from ..runtime.headers import REPORT_FILE, read_json
 from ..runtime.layers import CompressedLinear
 from ..runtime.packing import pack_bits, unpack_bits
 from ..runtime.pivoting import pivot, unpivot
-from ..runtime.saving import REPORT_FILE, CompleteSave, record_layers
+from ..runtime.saving import CompleteSave, record_layers
 from .merging import store
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ def guard_configs() -> None:
     @wraps(original)
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         from .headers import INDEX, WEIGHTS, read_json
-        from .validation import holds_checkpoint, is_compressed, validate_checkpoint
+        from .validation import holds_checkpoint, is_compressed, mentions_checkpoint, validate_checkpoint
 
         folder = os.path.join(str(source), str(kwargs.get("subfolder") or ""))
         saved_here = holds_checkpoint(folder)
@@ -38,7 +38,7 @@ def guard_configs() -> None:
                 read_json(os.path.join(folder, "config.json"))  # a key that occurs twice is seen here only
             values, unused = original(cls, source, **kwargs)
         except Exception as error:
-            if saved_here and not isinstance(error, CheckpointError):
+            if not isinstance(error, CheckpointError) and (saved_here or mentions_checkpoint(folder)):
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
         plain = isinstance(values, dict) and "model_type" in values and "auto_map" not in values  # a dense model may have taken the folder

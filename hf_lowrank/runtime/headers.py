@@ -18,6 +18,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_SIDES = 16
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REPORT_FILE = "compression_report.json"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from .checksums import file_checksum, record_checksums, weights_checksum
 from .errors import CheckpointError, CompressionError
 from .experts import ExpertBank
-from .headers import read_json
+from .headers import REPORT_FILE, read_json
 from .layers import CompressedLinear
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ RUNTIME_FILES = (
     "saving.py",
     "validation.py",
 )
-REPORT_FILE = "compression_report.json"
 CARD_FILE = "README.md"
 MEASURED = ("quality", "speed")
 """Entries of the report that were measured on the stored weights; `measured_on` beside them is the checksum of those."""

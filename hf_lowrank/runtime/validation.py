@@ -17,12 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from .configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from .errors import CheckpointError
 from .experts import ExpertBank, is_fused_experts
-from .headers import BITS, FLOAT_TYPES, StoredTensor, read_headers, read_json, weight_files
+from .headers import BITS, FLOAT_TYPES, REPORT_FILE, WEIGHTS, StoredTensor, read_headers, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ENTRY_FILE = "modeling_hf_lowrank.py"
+OTHER_WEIGHTS = "transformers_weights"
+"""Names a file that transformers would open in the place of those that are checked here."""
 SUBCLASSES_OF_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` that compute just what it does; others may not, and are no linear layers here."""
 COUNTED = ("layer", "block", "stage", "depth", "expert", "head", "label")
@@ -193,6 +195,8 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
             "quantization_config.layers: empty in a checkpoint that says it is compressed; "
             "delete quantization_config from config.json if the weights are dense, else download the checkpoint again"
         )
+    if (other := values.get(OTHER_WEIGHTS)) is not None:
+        raise CheckpointError(f"config.json: {OTHER_WEIGHTS} is {other!r}, expected none: the weights are in {WEIGHTS} or its shards")
     check_counts(values)
     stored: dict[str, StoredTensor] | None = None
     if folder is not None:
@@ -227,6 +231,11 @@ def make_skeleton(values: Mapping[str, Any], most_modules: int = MOST_MODULES) -
     model_class = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise CheckpointError(f"config.json: architectures is {names!r}, expected the name of a model class of transformers")
+    expected = model_class.config_class
+    if expected is not None and not issubclass(transformers.CONFIG_MAPPING[model_type], expected):
+        raise CheckpointError(
+            f"config.json: model_type is {model_type!r}, expected {expected.model_type!r}, that of {name}; the config is damaged"
+        )
     try:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
         with torch.device("meta"), at_most(most_modules):
@@ -310,7 +319,16 @@ def is_compressed(values: Any) -> bool:
 
 def holds_checkpoint(folder: str) -> bool:
     """Whether a compressed model was saved in a folder, whatever has become of its config."""
-    return os.path.isfile(os.path.join(folder, ENTRY_FILE))
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (ENTRY_FILE, REPORT_FILE))
+
+
+def mentions_checkpoint(folder: str) -> bool:
+    """Whether a config that cannot be read is likely to be that of a compressed model: a folder may have lost all its other files."""
+    config = os.path.join(folder, "config.json")
+    if not os.path.isfile(config):
+        return False
+    with open(config, "rb") as stream:
+        return QUANT_METHOD.encode() in stream.read()
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:

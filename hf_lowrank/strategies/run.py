@@ -24,6 +24,7 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
 from ..selection import TIED, left_out, select_layers, uncalled_layers
+from ..threads import at_once
 from ..work_folder import Record, WorkFolder
 from .care import Built, Shares, troubles
 from .records import (
@@ -280,7 +281,9 @@ class Run:
     def survey(self, layers: list[Layer], find: Callable[[Layer], Record]) -> Record:
         """What there is to know about the layers of a block; each is looked at by one of the processes."""
         named = {layer.name: layer for layer in layers}
-        found = self.team.solved(_costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record)
+        found = self.team.solved(
+            _costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record, self._threads(layers)
+        )
         return merged(record for _, record in found)
 
     def build(self, layers: list[Layer], make: Callable[[Layer], Built], shares: Shares[Any]) -> None:
@@ -298,7 +301,7 @@ class Run:
         def unpack(name: str, record: Record) -> Built:
             return layer_from(record, self.model.get_submodule(name))
 
-        for name, built in self.team.solved(_costs(layers), solve, layer_record, unpack):
+        for name, built in self.team.solved(_costs(layers), solve, layer_record, unpack, self._threads(layers)):
             if built.fault is not None and built.remedy is None and shares.give_up(named[name], at_any_price=built.layer is None):
                 self.reasons[name] = f"{self.method.name} fails on it ({built.fault}); layers after it pay for leaving it dense"
                 continue
@@ -320,6 +323,11 @@ class Run:
     def dense_bits(self, layer: Layer) -> int:
         """Bits of a layer that stays dense, of those that the compressed layers have together: without its bias."""
         return self.budget.dense_bits(layer) - self.budget.bias_bits[layer.name]
+
+    def _threads(self, layers: list[Layer]) -> int:
+        """How many of the layers are solved at a time."""
+        largest = max((self.method.working_memory(layer) for layer in layers), default=0)
+        return at_once(largest) if self.model.device.type == "cpu" else 1
 
     def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
         """The layer that a decomposition stands for.

@@ -29,6 +29,8 @@ FOUND = {
     1017: "a report whose errors are words",
     1019: "a report that is a list",
     1907: "shards without their index",
+    701242: "config.json cut short, and its entry file removed",
+    701396: "config.json that is no JSON, and a folder in the place of its entry file",
 }
 """Seeds that once ended otherwise, and what they change."""
 

@@ -4,11 +4,14 @@
 //   g++ -std=c++17 -O1 -g -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -Ihf_lowrank/kernels/cpu
 //       hf_lowrank/kernels/cpu/*.cpp tests/kernels/sanitized_products.cpp -pthread -ldl -o sanitized_products && ./sanitized_products
 //
+// A number after it is another seed.
+//
 // Every tensor has its exact size on the heap, so that a read or write past an end is found; masks may keep more or fewer values
 // than are stored, as in a damaged file.
 #include "product.h"
 
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -18,8 +21,8 @@ extern "C" int32_t hf_lowrank_instruction_set();
 extern "C" int32_t hf_lowrank_multiply(const Product*);
 extern "C" void hf_lowrank_unpack(const Product*, int64_t first_row, int64_t row_count);
 
-int main() {
-    std::mt19937 random(0);
+int main(int count, char** arguments) {
+    std::mt19937 random(count > 1 ? std::atoi(arguments[1]) : 0);
     auto between = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random); };
     auto tensor = [&](int64_t elements, DType dtype) {
         std::vector<char> data(static_cast<size_t>(elements * element_size(dtype)));

@@ -102,7 +102,7 @@ def _working(method: Method, layers: list[Layer]) -> int:
         waiting = sum(grams[each] for each in others if each in grams and grams[each] <= ACTIVATIONS_IN_MEMORY)
         most = max(most, own + waiting + shifted + method.working_memory(layer))
     largest = max((method.working_memory(layer) for layer in layers), default=0)
-    return most + (at_once(largest) - 1) * largest + CHUNKS * FLOAT64 * CHUNK
+    return most + max(at_once(largest) - 1, 0) * largest + CHUNKS * FLOAT64 * CHUNK
 
 
 def statistics_input(layer: Layer) -> str:

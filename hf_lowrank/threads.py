@@ -1,34 +1,37 @@
 """Matrices solved one thread each, several at a time: what is solved does not depend on how many threads there are.
 
+Not so the largest, of which few would fit in memory at a time: they take all threads, one after the other.
+
 LAPACK's factorizations and sums over many values differ in their last bits with the number of threads that share one; products do not.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 
 TOGETHER = 2**29
-"""Bytes that matrices which are solved at the same time may take; one that takes more is solved alone."""
+"""Bytes that matrices which are solved at the same time may take; one that takes more gets all threads for itself."""
 
 T = TypeVar("T")
 
 
 def at_once(working_memory: int) -> int:
-    """How many matrices that take so many bytes each are solved at the same time."""
-    return max(min(torch.get_num_threads(), TOGETHER // max(working_memory, 1)), 1)
+    """How many matrices that take so many bytes each are solved at the same time; 0 if each takes too many to be left to one thread."""
+    return min(torch.get_num_threads(), TOGETHER // max(working_memory, 1))
 
 
 def solved_apart(costs: dict[str, float], solve: Callable[[str], T], count: int) -> Iterator[tuple[str, T]]:
     """The solution of every task, in order, each found by one thread; `count` of them at a time, the costliest first.
 
-    Of several errors the first in order is raised, when the tasks that had begun are over.
+    With a count of 0, one after the other, each by all threads. Of several errors the first in order is raised, when the tasks that had
+    begun are over.
     """
-    if min(count, len(costs)) == 1:
+    if min(count, len(costs)) <= 1:
         for name in costs:
-            with one_thread():
+            with one_thread() if count else nullcontext():
                 solution = solve(name)
             yield name, solution
         return

@@ -50,7 +50,7 @@ def test_same_bytes_whatever_the_number_of_threads(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["wanda", "svd-llm", "lowrank"])
 def test_every_strategy_solves_with_one_thread(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a matrix takes so much memory that it is solved alone."""
+    """Also where a matrix takes so much memory that it is solved alone; if it takes more, it gets all threads."""
     cls: Any = method_class(name)
     steps = ["measure"] if issubclass(cls, SpectralMethod) else ["choices", "build"] if issubclass(cls, ChoosingMethod) else ["decompose"]
     seen = set()
@@ -66,12 +66,13 @@ def test_every_strategy_solves_with_one_thread(name: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(cls, step, noted(getattr(cls, step)))
     torch.set_num_threads(2)
     recipe = CompressionConfig(method=name, ratio=0.4, samples=2, sequence_length=16)
-    for working_memory, alone in ((0, False), (TOGETHER, True)):
+    for working_memory, count, alone in ((0, 1, False), (TOGETHER, 1, True), (TOGETHER + 1, 2, True)):
+        seen.clear()
         monkeypatch.setattr(cls, "working_memory", lambda self, layer, value=working_memory: value)
         compress(tiny_models.llama(), recipe, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False)
-        assert (1, False, alone) in seen
-    assert {(count, gradients) for count, gradients, _ in seen} == {(1, False)}
-    assert torch.get_num_threads() == 2
+        assert (count, False, alone) in seen
+        assert {(threads, gradients) for threads, gradients, _ in seen} == {(count, False)}
+        assert torch.get_num_threads() == 2
 
 
 def test_the_first_error_in_order_is_raised() -> None:

@@ -40,7 +40,8 @@ def solved_apart(costs: dict[str, float], solve: Callable[[str], T], count: int)
     def alone(name: str) -> T:
         return solve(name)
 
-    with one_thread(), ThreadPoolExecutor(count) as pool:
+    # The number of threads is each thread's own where LAPACK reads it; a new one begins with that of the environment.
+    with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             pending = {name: pool.submit(alone, name) for name in sorted(costs, key=lambda each: -costs[each])}
             found = {name: pending[name].result() for name in costs}
@@ -52,7 +53,7 @@ def solved_apart(costs: dict[str, float], solve: Callable[[str], T], count: int)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While active, torch and the libraries under it compute with one thread, and so do threads that are started meanwhile."""
+    """While active, what torch and the libraries under it compute in this thread they compute in it alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

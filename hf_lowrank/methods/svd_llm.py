@@ -60,6 +60,6 @@ def refit_left(weight: Tensor, right: Tensor, shifted_gram: Tensor, cross_gram: 
     # the rows of A differ in size by orders of magnitude; one that the inputs do not reach but for rounding must not count as the others
     rounding = SMALLEST_RESPONSE * right.norm(dim=1) * shifted_gram.diagonal().sum().sqrt()
     scale = torch.maximum(normal.diagonal().clamp(min=0).sqrt(), rounding).clamp(min=torch.finfo(normal.dtype).tiny)
-    inverse = torch.linalg.pinv(normal / torch.outer(scale, scale), hermitian=True)
+    inverse = torch.linalg.pinv(normal / scale[:, None] / scale, hermitian=True)
     left: Tensor = target / scale @ inverse / scale
     return left

@@ -197,7 +197,7 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
         )
     if (other := values.get(OTHER_WEIGHTS)) is not None:
         raise CheckpointError(f"config.json: {OTHER_WEIGHTS} is {other!r}, expected none: the weights are in {WEIGHTS} or its shards")
-    check_counts(values)
+    check_values(values)
     stored: dict[str, StoredTensor] | None = None
     if folder is not None:
         stored = read_headers(weight_files(folder))
@@ -267,14 +267,18 @@ def at_most(modules: int) -> Iterator[None]:
         hook.remove()
 
 
-def check_counts(values: Any, key: str = "") -> None:
-    """Raise CheckpointError for a number of layers, heads, experts or labels that no model has: some configs make lists as long."""
+def check_values(values: Any, key: str = "") -> None:
+    """Raise CheckpointError for a number of layers, heads, experts or labels that no model has, as some configs make lists as long,
+    and for what no dtype is called, wherever it stands, as transformers looks for a name in it.
+    """
+    if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):  # an integer: a token of that name in a vocabulary
+        raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
     if isinstance(values, Mapping):
         for name, value in values.items():
-            check_counts(value, str(name))
+            check_values(value, str(name))
     elif isinstance(values, list):
         for value in values:
-            check_counts(value, key)
+            check_values(value, key)
     elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
         raise CheckpointError(f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged")
 

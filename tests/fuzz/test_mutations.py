@@ -31,6 +31,7 @@ FOUND = {
     1907: "shards without their index",
     701242: "config.json cut short, and its entry file removed",
     701396: "config.json that is no JSON, and a folder in the place of its entry file",
+    900175: "a number in the place of a dtype's name",
 }
 """Seeds that once ended otherwise, and what they change."""
 

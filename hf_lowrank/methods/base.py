@@ -227,12 +227,12 @@ class ChoosingMethod(Method):
         metadata={"help": "share of the calibration sequences whose tokens are drawn at random from all of them, for text unlike it"},
     )
 
+    needs_gram: ClassVar[bool] = True
+    needs_output_gram: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0 <= self.unigram_share <= 1:
             raise CompressionError(f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1")
-
-    needs_gram: ClassVar[bool] = True
-    needs_output_gram: ClassVar[bool] = True
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """What the layer could become, in any order; the dense layer is always possible and not listed."""

@@ -184,7 +184,7 @@ def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
     digest = hashlib.sha256(f"{name} {facts}".encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,11 +1,7 @@
 """Ordinary and hostile calls of the kernels that take tensors themselves: `python -m tests.kernels.fuzz_direct --seconds 600`.
 
 An ordinary call gives the bits of the general kernel. Whatever else is passed, an answer is a tensor or None: no crash, no exception,
-no reference lost. Under the sanitizers (a copy of the tree, as the library is built in place):
-
-    CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" python setup.py build_ext --inplace
-    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \\
-        python -m tests.kernels.fuzz_direct --seconds 600
+no reference lost. For a run under sanitizers see `docs/trust.md`.
 """
 
 import argparse

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kLine = 64;                // bytes of a cache line
 constexpr int64_t kStep = 64;                // columns per step: eight bytes of a bitmap
 constexpr int64_t kLineColumns = kLine * 8;  // columns per cache line of a bitmap
-// Bytes of rows that are multiplied together while as many more are fetched: both and x fit into the first cache.
-constexpr int64_t kGroupBytes = 20 << 10;
 
 // Few values: their columns among 64 are listed, and x is taken from there, instead of the values being spread.
 struct ColumnList {
@@ -78,15 +76,18 @@ struct Listed : BFloat16<1> {
 };
 
 // `signs`: those of x.multiplies_signs too, where Values are bfloat16 and x is one piece.
+//
+// What is read soon is fetched meanwhile, for kept values are read at irregular distances, which the processor's own prefetchers do not
+// follow, and rows of bitmaps are shorter than a page. With signs, neighbouring rows are multiplied together, and the next ones are fetched
+// in the order of memory, from the first byte to the last. Without, rows far apart are, each of which is one long stream of memory, and
+// what comes further on in each is fetched; there the other order gains nothing.
 template <class Values, bool signs>
 struct Packed {
     using Element = typename Values::Element;
+    static constexpr bool in_order = signs;
 
-    // R rows of the block, `step` apart, and T tokens. What is read soon is fetched meanwhile, for kept values are read at irregular
-    // distances, which the processor's own prefetchers do not follow, and rows of bitmaps are shorter than a page. In order: neighbouring
-    // rows, during which the next ones are fetched from the first byte to the last. Apart: each row is one of R long streams of memory, and
-    // what comes further on in each is fetched.
-    template <int T, int R, bool in_order>
+    // R rows of the block, `step` apart, and T tokens.
+    template <int T, int R>
     AVX512_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
         const uint16_t* scale = prepared.scale_in;
@@ -183,13 +184,10 @@ struct Packed {
         static constexpr int kRows = signs && T > 1 ? 2 : 4;
 
         AVX512 static void run(const Product& product, const Prepared& x, const Rows& rows) {
-            const int64_t groups = rows.count / kRows, value_bytes = kRows * product.kept * int64_t(sizeof(Element));
-            // Without signs it gains nothing.
-            const bool in_order = signs && value_bytes + kRows * x.columns / 4 <= kGroupBytes && value_bytes <= Values::lines(kRows) * x.columns;
+            const int64_t groups = rows.count / kRows;
             for (int64_t group = 0; group < groups; ++group)
-                if (in_order) multiply<T, kRows, signs>(product, x, rows, group * kRows, 1);
-                else multiply<T, kRows, false>(product, x, rows, group, groups);
-            for (int64_t row = groups * kRows; row < rows.count; ++row) multiply<T, 1, false>(product, x, rows, row, 1);
+                multiply<T, kRows>(product, x, rows, in_order ? group * kRows : group, in_order ? 1 : groups);
+            for (int64_t row = groups * kRows; row < rows.count; ++row) multiply<T, 1>(product, x, rows, row, 1);
         }
     };
 };

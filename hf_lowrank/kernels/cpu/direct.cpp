@@ -19,8 +19,8 @@ extern "C" int32_t hf_lowrank_multiply(const hf_lowrank::Product*);
 namespace hf_lowrank {
 namespace {
 
-// Below this many bytes waking other threads costs more than it saves.
-constexpr int64_t kSerialBytes = 1 << 17;
+// As SERIAL_BYTES and FEW_TOKENS of products.py, where more tokens are multiplied.
+constexpr int64_t kSerialBytes = 1 << 17, kFewTokens = 16;
 constexpr int kMostDimensions = 8;
 constexpr int64_t kLargestGroup = INT32_MAX;  // so that no sum of sizes overflows
 
@@ -119,7 +119,7 @@ class Call {
         product_.x = x_.data, product_.x_dtype = float_type(x_);
         product_.columns = x_.shape[x_.dimensions - 1];
         product_.tokens = product_.columns ? elements(x_) / product_.columns : 0;
-        return product_.tokens >= 1 && product_.tokens <= kBlockTokens;
+        return product_.tokens >= 1 && product_.tokens <= kFewTokens;
     }
 
     bool bitmask(PyObject* values, PyObject* mask) {

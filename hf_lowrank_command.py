@@ -8,15 +8,12 @@ WHAT = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def main() -> None:
-    """Import the command line and run it."""
-    before = {number: signal.getsignal(number) for number in WHAT}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
+    """Import the command line and run it; its verbs handle signals themselves."""
+    for number in WHAT:
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
     from hf_lowrank.cli import app
 
-    for number, handler in before.items():
-        signal.signal(number, handler)
     app()
 
 

@@ -102,7 +102,9 @@ def main() -> None:
     import transformers
 
     if threading.current_thread() is threading.main_thread():  # the only one in which Python allows it
-        signal.signal(signal.SIGTERM, _terminate)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
     logging.basicConfig(level=logging.ERROR if launched_rank() else logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -180,7 +180,7 @@ def test_a_damaged_state_is_one_line(run: Run, dense: Path, tmp_path: Path) -> N
     (work / "soco_state.safetensors").write_bytes(b"\x10")
     ending = run("compress", dense, *SOCO, *QUICK, "--work-dir", work, "-o", tmp_path / "output")
     assert ending["code"] == 1
-    assert "soco_state.safetensors: is damaged; delete it" in ending["stderr"].splitlines()[-1]
+    assert "soco_state.safetensors: is damaged (" in ending["stderr"].splitlines()[-1]
 
 
 def test_a_kill_between_the_renames_loses_nothing(run: Run, dense: Path, tmp_path: Path) -> None:

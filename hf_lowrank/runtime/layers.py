@@ -336,7 +336,7 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., n); the result is (..., m)."""
-        held = vars(self)
+        held = self.__dict__
         spec = held["spec"]
         if spec.sparse != "bitmask" or spec.rank or spec.bias or spec.weight_bits:
             return super().forward(x)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CACHE_LINE = 64
 """Bytes; torch's own allocations start at multiples of it."""
+NOT_SPLIT = "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
 CASTS = ("float", "half")
 """Methods that transformers refuses on every quantized model; the float tensors of these can be cast like those of a dense one."""
 
@@ -59,9 +60,7 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         if getattr(getattr(model.config, "distributed_config", None), "tp_plan", None) is not None:
-            raise CompressionError(
-                "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
-            )
+            raise CompressionError(NOT_SPLIT)
         config = self.quantization_config
         if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
             saved = saved_skeleton(model)
@@ -76,6 +75,8 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             assert self.compress_on_load is not None
             self.compress_on_load(model, self.quantization_config)
+        elif model.tp_size is not None:  # the oldest transformers tells no sooner
+            raise CompressionError(NOT_SPLIT)
         else:
             for name, module in model.named_modules():
                 if isinstance(module, CompressedLinear):

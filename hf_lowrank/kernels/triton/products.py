@@ -23,18 +23,18 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def _configurations(*sizes: tuple[int, int, int], second: str) -> list[triton.Config]:
     """From rows and columns (or bytes) of a tile, and warps.
 
-    For vectors a warp spans 256 columns, 16 bytes to a lane, so that the entries and x lie alike and nothing moves between threads.
     """
     return [triton.Config({"BLOCK_ROWS": rows, second: width}, num_warps=warps) for rows, width, warps in sizes]
 
 
+_COMPILED = isinstance(packed.multiply, triton.JITFunction)
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
-_VECTOR_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (2, 64, 2), (4, 128, 4), (2, 128, 4))
-_multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="BLOCK_BYTES"), (*_FORM, "TOKENS"))
-_TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
-_multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
-_UNPACK_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (4, 128, 4))
-_unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM[1:])  # alike for all rows
+_VECTOR_SIZES = ((4, 4, 4), (2, 4, 4), (4, 1, 1), (2, 1, 1), (4, 2, 2), (8, 2, 2))  # a warp for each span
+_multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="SPANS"), (*_FORM, "TOKENS"))
+_TENSOR_CORE_SIZES = ((16, 1, 4), (16, 1, 8), (32, 1, 8))
+_multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="SPANS"), _FORM)
+_UNPACK_SIZES = ((4, 4, 4), (2, 4, 4), (4, 1, 1), (2, 1, 1))
+_unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="SPANS"), _FORM[1:])  # alike for all rows
 _FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4), (2, 1024, 4))
 _FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
 _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)
@@ -61,13 +61,19 @@ class Parts:
         return rows
 
     def tensors(self) -> dict[str, Tensor | None]:
+        """By the names of the kernels' arguments."""
         names = ("values", "code_scale", "mask", "signs", "scale_in", "scale_out")
         return {name: getattr(self, name) for name in names}
 
     def arguments(self) -> dict[str, Any]:
         """Those that all kernels of packed matrices share."""
+        words_of_codes = self.mask is None and self.bits % 4 == 0
         return {
             **self.tensors(),
+            "values": _as_words(self.values) if words_of_codes else self.values,
+            "mask": _as_words(self.mask),
+            "signs": _as_words(self.signs),
+            "COMPILED": _COMPILED,
             "stride": 0 if self.values is None else self.values.shape[1],
             "groups": 0 if self.code_scale is None else self.code_scale.shape[1],
             "HAS_VALUES": self.values is not None,
@@ -216,6 +222,13 @@ def _multiply_by_factor(x: Tensor, y: Tensor, weight: Tensor, pivots: Tensor | N
         BITMAP_BYTES=0 if pivots is None else triton.next_power_of_2(pivots.shape[0]),
         TOKENS=triton.next_power_of_2(tokens),
     )
+
+
+def _as_words(packed: Tensor | None) -> Tensor | None:
+    """Rows of bytes as rows of int32 where they can be read so."""
+    if packed is None or packed.dtype != torch.uint8 or packed.shape[1] % 4 or packed.data_ptr() % 4:
+        return packed
+    return packed.view(packed.shape[0], -1).view(torch.int32)
 
 
 def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:

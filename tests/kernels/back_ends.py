@@ -96,7 +96,7 @@ def in_use(name: str) -> Iterator[BackEnd]:
         ops.register_kernel(operation, device, "triton", kernel)
     try:
         with nullcontext() if device == "cuda" else multiplying_bfloat16():
-            yield BackEnd(products.KERNELS, products.VECTOR_TOKENS, device, (20, 400, 20), products.VECTOR_TOKENS)
+            yield BackEnd(products.KERNELS, products.VECTOR_TOKENS, device, (20, 400, 20), products.FACTOR_TOKENS)
     finally:
         ops.unregister_kernels()
         kernels.load()

@@ -36,7 +36,7 @@ def describe(operation: str) -> tuple[str, str]:
     if operation.endswith("_grad"):
         does = "rows unpacked in full, some at a time, and multiplied by torch"
     elif operation in ("lowrank_linear", "pivoted_linear"):
-        does = f"up to {products.VECTOR_TOKENS} tokens by factor, more: two products of torch"
+        does = f"up to {products.FACTOR_TOKENS} tokens by factor, more: two products of torch"
     else:
         does = f"up to {products.FEW_TOKENS} tokens from the packed form, more: rows unpacked, some at a time, and multiplied by torch"
     return NAME, f"{does}; bfloat16, float16, float32; never run on a GPU before"

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LANES: tl.constexpr = tl.constexpr(32)
+SIGN: tl.constexpr = tl.constexpr(-(2**31))
 
 
 def _ptx_of_kept_values() -> str:
@@ -52,8 +53,8 @@ def ones(word, COMPILED: tl.constexpr):
     else:
         pairs = word - ((word >> 1) & 0x55555555)
         nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-        bytes_ = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
-        count = ((bytes_ + (bytes_ >> 8) + (bytes_ >> 16) + (bytes_ >> 24))) & 0x3F
+        of_bytes = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+        count = (of_bytes + (of_bytes >> 8) + (of_bytes >> 16) + (of_bytes >> 24)) & 0x3F
     return count
 
 
@@ -66,25 +67,27 @@ def bytes_of(word, quarter, BLOCK_ROWS: tl.constexpr, SPANS: tl.constexpr):
 
 
 @triton.jit
-def side_by_side(c0, c1, c2, c3, c4, c5, c6, c7, BLOCK_ROWS: tl.constexpr, SPANS: tl.constexpr):
-    """Eight columns of each lane as a tile (BLOCK_ROWS, SPANS, 256); nothing moves between lanes."""
+def side_by_side(columns, BLOCK_ROWS: tl.constexpr, SPANS: tl.constexpr):
+    """The eight columns of each lane as a tile (BLOCK_ROWS, SPANS, 256); nothing moves between lanes."""
+    c0, c1, c2, c3, c4, c5, c6, c7 = columns
     even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
     odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
     return tl.reshape(tl.join(even, odd), (BLOCK_ROWS, SPANS, LANES * 8))
 
 
 @triton.jit
-def where_set(byte, BLOCK_ROWS: tl.constexpr, SPANS: tl.constexpr):
-    """Whether each of the eight lowest bits is set, a tile of booleans."""
-    low = (byte & 1, byte & 2, byte & 4, byte & 8)
-    high = (byte & 16, byte & 32, byte & 64, byte & 128)
-    return side_by_side(low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3], BLOCK_ROWS, SPANS) != 0
+def sign_bits(byte, BLOCK_ROWS: tl.constexpr, SPANS: tl.constexpr):
+    """Each of the eight lowest bits in the place of a float32's sign, a tile of int32."""
+    bits = ()
+    for bit in tl.static_range(8):
+        bits += ((byte << (31 - bit)) & SIGN,)
+    return side_by_side(bits, BLOCK_ROWS, SPANS)
 
 
 @triton.jit
 def kept_of_bytes(values, place, byte, dtype: tl.constexpr, BLOCK_ROWS: tl.constexpr, SPANS: tl.constexpr):
     """The values of 16 bits of the set bits of each byte, the first of which is at `place`, and zeros; a tile of float32."""
-    c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+    columns = tl.inline_asm_elementwise(
         PTX_OF_KEPT_VALUES,
         EIGHT_RESULTS,
         [byte, values + place],
@@ -92,9 +95,19 @@ def kept_of_bytes(values, place, byte, dtype: tl.constexpr, BLOCK_ROWS: tl.const
         is_pure=True,
         pack=1,
     )
-    upper = side_by_side(c0, c1, c2, c3, c4, c5, c6, c7, BLOCK_ROWS, SPANS)
+    upper = side_by_side(columns, BLOCK_ROWS, SPANS)
     if dtype == tl.bfloat16:
         tile = upper.to(tl.float32, bitcast=True)
     else:
         tile = (upper >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     return tile
+
+
+@triton.jit
+def fetch_rows(packed, row_bytes, first_row, count, LINES: tl.constexpr):
+    """Have `count` rows of a packed matrix brought into the second cache, 128 bytes at a time; not for the interpreter."""
+    start = packed.to(tl.pointer_type(tl.uint8), bitcast=True) + first_row.to(tl.int64) * row_bytes
+    size = count * row_bytes
+    for first in range(0, size, LINES * 128):
+        line = start + tl.minimum(first + tl.arange(0, LINES) * 128, size - 1)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)

@@ -15,15 +15,14 @@ int32 where rows are made of whole words, else as bytes. `COMPILED` is False in 
 import triton
 import triton.language as tl
 
-from .bits import LANES, bytes_of, kept_of_bytes, ones, side_by_side, where_set, words
+from .bits import LANES, bytes_of, fetch_rows, kept_of_bytes, ones, side_by_side, sign_bits, words
 
 SPAN: tl.constexpr = tl.constexpr(1024)
 TILE: tl.constexpr = tl.constexpr(256)
-SIGN: tl.constexpr = tl.constexpr(-(2**31))
 
 
 @triton.jit
-def _kept_code(values, code_scale, place, wanted, row, stride, groups, BITS: tl.constexpr, GROUP: tl.constexpr):
+def _kept_values(values, code_scale, place, wanted, row, stride, groups, BITS: tl.constexpr, GROUP: tl.constexpr):
     """The stored values, float32, at a `place` in their rows; zeros where none is wanted."""
     if BITS == 0:
         kept = tl.load(values + row * stride + place, mask=wanted, other=0.0).to(tl.float32)
@@ -60,10 +59,9 @@ def _kept_tile(
         columns = ()
         for bit in tl.static_range(8):
             wanted = (byte & (1 << bit)) != 0
-            columns = columns + (_kept_code(values, code_scale, place, wanted, row, stride, groups, BITS, GROUP),)
+            columns += (_kept_values(values, code_scale, place, wanted, row, stride, groups, BITS, GROUP),)
             place += (byte >> bit) & 1
-        c0, c1, c2, c3, c4, c5, c6, c7 = columns
-        tile = side_by_side(c0, c1, c2, c3, c4, c5, c6, c7, BLOCK_ROWS, SPANS)
+        tile = side_by_side(columns, BLOCK_ROWS, SPANS)
     return tile
 
 
@@ -102,28 +100,18 @@ def _coded_tile(
             group = (eighth * 8 + column) // GROUP
             scale = tl.load(code_scale + row * groups + group, mask=inside & (group < groups), other=0.0).to(tl.float32)
         code = ((codes >> (column * BITS)) & (2**BITS - 1)).to(tl.int32)
-        entries = entries + ((code.to(tl.float32) - (2**BITS - 1) / 2) * scale,)
-    c0, c1, c2, c3, c4, c5, c6, c7 = entries
-    return side_by_side(c0, c1, c2, c3, c4, c5, c6, c7, BLOCK_ROWS, SPANS)
+        entries += ((code.to(tl.float32) - (2**BITS - 1) / 2) * scale,)
+    return side_by_side(entries, BLOCK_ROWS, SPANS)
 
 
 @triton.jit
-def _add_binary_tile(
-    tile,
-    positive,
-    scale_in,
-    scale_out,
-    row,
-    column,
-    rows,
-    columns,
-    BINARY_RANK: tl.constexpr,
-):
-    """`tile` plus the entries of the binary part, whose signs are `positive` or not."""
+def _add_binary_tile(tile, positive, scale_in, scale_out, row, column, rows, columns, BINARY_RANK: tl.constexpr):
+    """`tile` plus the entries of the binary part; the sign bits of `positive` are set where an entry is positive."""
     for b in tl.static_range(BINARY_RANK):
         of_columns = tl.load(scale_in + b * columns + column, mask=column < columns, other=0.0).to(tl.float32)
         of_rows = tl.load(scale_out + row * BINARY_RANK + b, mask=row < rows, other=0.0).to(tl.float32)
-        tile = tl.fma(tl.where(positive, of_rows, -of_rows), tl.broadcast_to(of_columns[None, :, :], tile.shape), tile)
+        signed = (positive ^ (-of_rows).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        tile = tl.fma(signed, tl.broadcast_to(of_columns[None, :, :], tile.shape), tile)
     return tile
 
 
@@ -175,15 +163,13 @@ def _sum(
                 bits, shift = bytes_of(kept, quarter, BLOCK_ROWS, SPANS)
                 earlier, shift = bytes_of(before, quarter, BLOCK_ROWS, SPANS)
                 place = earlier + ones(bits & ((1 << shift) - 1), COMPILED)
-                tile = _kept_tile(
-                    values, code_scale, place, bits >> shift, row, stride, groups, COMPILED, BITS, GROUP, BLOCK_ROWS, SPANS
-                )
+                tile = _kept_tile(values, code_scale, place, bits >> shift, row, stride, groups, COMPILED, BITS, GROUP, BLOCK_ROWS, SPANS)
             elif HAS_VALUES:
                 eighth = (first_word * 4 + span * (SPAN // 8) + quarter * LANES)[None, :, None] + tl.arange(0, LANES)[None, None, :]
                 tile = _coded_tile(values, code_scale, eighth, row, rows, columns, stride, groups, BITS, GROUP, BLOCK_ROWS, SPANS)
             if BINARY_RANK > 0:
                 bits, shift = bytes_of(signs_of_words, quarter, BLOCK_ROWS, SPANS)
-                positive = where_set(bits >> shift, BLOCK_ROWS, SPANS)
+                positive = sign_bits(bits >> shift, BLOCK_ROWS, SPANS)
                 tile = _add_binary_tile(tile, positive, scale_in, scale_out, row, column, rows, columns, BINARY_RANK)
             if x is None:
                 inside = (row < rows) & (column < columns)[None, :, :]
@@ -236,12 +222,24 @@ def multiply(
     TENSOR_CORES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SPANS: tl.constexpr,
+    FETCHED: tl.constexpr,
 ):
     """y (tokens, rows) of x (tokens, columns), summed in float32; a program has `BLOCK_ROWS` rows and `TOKENS` ≥ tokens.
 
-    With `TENSOR_CORES` the entries are rounded to the dtype of x, otherwise they stay in float32.
+    With `TENSOR_CORES` the entries are rounded to the dtype of x, otherwise they stay in float32. With `FETCHED`, all that the program
+    reads is asked for at once, before bits say where the values of a lane begin.
     """
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = tl.program_id(0) * BLOCK_ROWS
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    if FETCHED and COMPILED:
+        count = tl.minimum(rows - first_row, BLOCK_ROWS)
+        if HAS_MASK:
+            fetch_rows(mask, (columns + 7) // 8, first_row, count, SPANS * LANES)
+        if HAS_VALUES:
+            row_bytes = stride if BITS > 0 else stride * (values.dtype.element_ty.primitive_bitwidth // 8)
+            fetch_rows(values, row_bytes, first_row, count, SPANS * LANES)
+        if BINARY_RANK > 0:
+            fetch_rows(signs, (columns + 7) // 8, first_row, count, SPANS * LANES)
     token = tl.arange(0, TOKENS)
     layer = (values, code_scale, mask, signs, scale_in, scale_out, rows, columns, stride, groups)
     products = _sum(

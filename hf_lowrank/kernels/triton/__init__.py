@@ -1,6 +1,7 @@
 """GPU back end in Triton: fused products for a few tokens, unpacked tiles and the matrix library's products for many.
 
-It was verified in Triton's interpreter, and compiled for compute capability 9.0; no GPU has run it yet. So it is off unless asked for.
+It was verified in Triton's interpreter, and compiled for compute capabilities 8.0 and 9.0; no GPU has run it yet. So it is off unless
+asked for.
 """
 
 import warnings

@@ -1,7 +1,7 @@
 """Bits of packed matrices, by the lane: words of 32 columns, bytes of eight, and the kept values of a byte.
 
 A lane of a warp holds one word of a bitmap, or one byte of a word that it shares with three others. Where Triton's language has no
-instruction for it, or its compiler needs twice as many, this is PTX; the interpreter, which cannot run that, takes the plain form.
+instruction for it, or its compiler needs a third more, this is PTX; the interpreter, which cannot run that, takes the plain form.
 """
 
 import triton

@@ -233,7 +233,7 @@ def _as_words(packed: Tensor | None) -> Tensor | None:
     """Rows of bytes as rows of int32 where they can be read so."""
     if packed is None or packed.dtype != torch.uint8 or packed.shape[1] % 4 or packed.data_ptr() % 4:
         return packed
-    return packed.view(packed.shape[0], -1).view(torch.int32)
+    return packed.flatten(1).view(torch.int32)
 
 
 def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:

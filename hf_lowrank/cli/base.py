@@ -106,6 +106,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR if launched_rank() else logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def show_totals(found: Any) -> None:

@@ -36,7 +36,7 @@ def read_documents(source: str, split: str = "train", limit: int | None = None) 
         return _dataset_documents(source, split, limit)
     path = Path(source)
     if not path.is_file():
-        raise CompressionError(f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; give a path or 'self'")
+        raise CompressionError(f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path")
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
@@ -89,6 +89,4 @@ def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
         return [row["text"] for row, _ in zip(rows, range(limit or 10_000), strict=False)]
     except Exception as error:  # datasets raises many kinds when offline; all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CompressionError(
-            f"dataset {name!r} cannot be loaded ({reason}); without network use a text file or calibration='self'"
-        ) from error
+        raise CompressionError(f"dataset {name!r} cannot be loaded ({reason}); without network use a text file") from error

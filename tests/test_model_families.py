@@ -338,7 +338,7 @@ def refusals() -> Iterator[tuple[str, str, Any, str, str]]:
     yield "Whisper", "slab", "self", "cannot calibrate on itself", "give calibration="
     yield "ViT", "slab", text(2).tolist(), "reads pixel_values", "found input_ids"
     yield "Whisper", "slab", [{"input_features": sounds_and_texts()[0]["input_features"]}], "decoder_input_ids or labels", "Whisper"
-    yield "Llama", "slab", pictures(), "reads input_ids", "found nothing"
+    yield "Llama", "slab", pictures(), "reads, such as input_ids", "fields pixel_values"
     yield "T5", "soco", pairs_of_texts(), "loss of the next token", "T5ForConditionalGeneration"
     yield "BERT", "fwsvd", text(2).tolist(), "loss of the next token", "BertForMaskedLM"
 

@@ -161,7 +161,7 @@ inline uint32_t load_bits(const uint8_t* row, int64_t width, int64_t offset) {
 
 // Calls Loop<tokens>::run(arguments..., rows) for groups of 1..kGroupTokens of the tokens of `rows`.
 template <template <int> class Loop, typename... Arguments>
-inline void for_token_groups(const Rows& rows, const Arguments&... arguments) {
+inline void for_token_groups(const Rows& rows, Arguments&&... arguments) {
     for (int64_t t = 0; t < rows.token_count; t += kGroupTokens) {
         int64_t count = rows.token_count - t < kGroupTokens ? rows.token_count - t : kGroupTokens;
         Rows group = {rows.first, rows.count, rows.first_token + t, count, rows.sums + t * kBlockRows};

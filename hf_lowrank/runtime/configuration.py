@@ -17,6 +17,8 @@ FORMAT_VERSION = 1
 
 SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask", "full")
 KINDS = ("sparse_lowrank", "sparse_lowrank_binary")
+LARGEST_GROUP = 2**31 - 1
+"""Of values that share a scale, in rows that may be shorter; kernels count in 64 bits."""
 OPTIONAL_FIELDS = frozenset({"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank"})
 
 
@@ -135,8 +137,8 @@ class LayerSpec:
         if type(bits) is not int or bits not in allowed:
             expected = f"one of {', '.join(map(str, allowed))}" if stored else "0 without that part"
             raise _bad_field(layer, f"{part}_bits", bits, expected)
-        if type(group) is not int or (group < 1 if bits else group != 0):
-            raise _bad_field(layer, f"{part}_group", group, "at least 1" if bits else f"0 without {part}_bits")
+        if type(group) is not int or not (1 <= group <= LARGEST_GROUP if bits else group == 0):
+            raise _bad_field(layer, f"{part}_group", group, f"1 to {LARGEST_GROUP}" if bits else f"0 without {part}_bits")
 
     @classmethod
     def from_dict(cls, layer: str, values: Any) -> "LayerSpec":
@@ -177,7 +179,8 @@ class CompressionConfig(QuantizationConfigMixin):
     ratio: float = field(default=0.5, metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method, by name; defaults are the paper's"})
     calibration: str = field(
-        default="self", metadata={"help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a text file"}
+        default="self",
+        metadata={"help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts"},
     )
     samples: int = field(default=128, metadata={"help": "number of calibration sequences"})
     sequence_length: int | None = field(
@@ -240,7 +243,7 @@ class CompressionConfig(QuantizationConfigMixin):
             CheckpointError: for an unknown field, a newer format, or a layer that cannot be.
         """
         values = copy.deepcopy(config_dict)
-        version = values.get("format_version")
+        version = values.get("format_version", None if values.get("layers") else FORMAT_VERSION)  # a recipe that a user wrote has none
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json: quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "

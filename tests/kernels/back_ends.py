@@ -104,8 +104,8 @@ def in_use(name: str) -> Iterator[BackEnd]:
         ops.register_kernel(operation, device, "triton", kernel)
     try:
         with nullcontext() if device == "cuda" else multiplying_bfloat16():
-            exact, factored = products.VECTOR_TOKENS, products.FACTOR_TOKENS
-            yield BackEnd(products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=factored)
+            exact = products.VECTOR_TOKENS
+            yield BackEnd(products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=products.FACTOR_TOKENS)
     finally:
         ops.unregister_kernels()
         kernels.load()

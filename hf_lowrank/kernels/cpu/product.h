@@ -12,7 +12,7 @@ enum DType : int32_t { kNone = -1, kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Rows and tokens that one call of a loop takes at most; its sums are float[kBlockTokens][kBlockRows].
-constexpr int64_t kBlockRows = 64, kBlockTokens = 16;
+constexpr int64_t kBlockRows = 64, kBlockTokens = 32;
 // Tokens multiplied in one pass over a few rows; more tokens take several passes while the rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
 // Codes are dequantised in steps of this many.

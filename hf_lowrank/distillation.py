@@ -44,6 +44,13 @@ class DistillationTrainer(Trainer):
             raise CompressionError(f"lm_weight: found {lm_weight!r}, expected a number from 0 (the teacher alone) to 1 (the labels alone)")
         super().__init__(*args, **kwargs)
         self.teacher_model = teacher_model.eval().requires_grad_(False).to(self.args.device)
+        student: Any = self.model
+        own, other = (getattr(each.config.get_text_config(), "vocab_size", None) for each in (student, teacher_model))
+        if own != other:
+            raise CompressionError(
+                f"teacher_model: its vocabulary has {other} tokens, the student's {own}; expected the dense model that the student was "
+                "compressed from"
+            )
         self.temperature, self.lm_weight = temperature, lm_weight
         self.predicts_next_token = teacher_model.can_generate() and not teacher_model.config.is_encoder_decoder
 

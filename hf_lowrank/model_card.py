@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .calibration.texts import DATASETS
@@ -17,21 +18,25 @@ from .inspection import damaged_report, inspect_checkpoint
 from .methods import method_class, registered_methods
 from .runtime.checksums import weights_checksum
 from .runtime.errors import CheckpointError
-from .runtime.saving import CARD_FILE, MEASURED, read_current_report, write_report
+from .runtime.saving import AUTO_CLASSES, CARD_FILE, MEASURED, read_current_report, write_report
 
 NOT_MEASURED = "Not measured."
 
 TASKS = {
-    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
-    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
-    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
-    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
-    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
-    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
-    "Model": ("AutoModel", "feature-extraction"),
+    "AutoModelForCausalLM": ("text-generation", "AutoTokenizer"),
+    "AutoModelForSeq2SeqLM": (None, "AutoTokenizer"),
+    "AutoModelForSpeechSeq2Seq": ("automatic-speech-recognition", "AutoProcessor"),
+    "AutoModelForImageTextToText": ("image-text-to-text", "AutoProcessor"),
+    "AutoModelForMaskedLM": ("fill-mask", "AutoTokenizer"),
+    "AutoModelForSequenceClassification": ("text-classification", "AutoTokenizer"),
+    "AutoModelForTokenClassification": ("token-classification", "AutoTokenizer"),
+    "AutoModelForQuestionAnswering": ("question-answering", "AutoTokenizer"),
+    "AutoModelForImageClassification": ("image-classification", "AutoProcessor"),
+    "AutoModelForAudioClassification": ("audio-classification", "AutoProcessor"),
+    "AutoModelForCTC": ("automatic-speech-recognition", "AutoProcessor"),
+    "AutoModel": ("feature-extraction", "AutoTokenizer"),
 }
-"""Auto class and pipeline tag of the Hub, by the end of the architecture's name."""
+"""Pipeline tag of the Hub, and what makes the inputs, by Auto class; where several open a model, the first is shown."""
 
 TAGS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "sparse": lambda layer: layer["sparse"] not in ("none", "full"),
@@ -126,7 +131,8 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
     recipe = config["quantization_config"]
     layers, provenance = recipe["layers"], recipe.get("provenance", {})
     architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
-    auto_class, pipeline_tag = next((task for end, task in TASKS.items() if architecture.endswith(end)), ("AutoModel", None))
+    auto_class = _auto_class(config["model_type"], architecture)
+    pipeline_tag, processor = TASKS.get(auto_class, (None, "AutoProcessor"))
     base = provenance.get("base_model", "")
     on_hub = is_hub_id(base)
     base_text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "the dense model"
@@ -149,6 +155,7 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
         name=name,
         architecture=architecture,
         auto_class=auto_class,
+        processor=processor,
         base=base_text,
         summary=_summary(inspection, base_text),
         recipe=_recipe(recipe, inspection),
@@ -218,6 +225,15 @@ def text_name(text: str) -> str:
 def is_hub_id(name: str) -> bool:
     """Whether a base model's name can only be an id on the Hub, not a path on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _auto_class(model_type: str, architecture: str) -> str:
+    """The Auto class that opens a checkpoint as the class that it was saved from; that class itself if there is none."""
+    for name in dict.fromkeys((*TASKS, *AUTO_CLASSES)):
+        known = getattr(transformers, name)._model_mapping.get(transformers.CONFIG_MAPPING[model_type], ())
+        if architecture in {each.__name__ for each in (known if isinstance(known, tuple) else (known,))}:
+            return name
+    return architecture
 
 
 def _eval_results(measured: list[Quality], pipeline_tag: str | None) -> list[EvalResult]:

@@ -17,7 +17,6 @@ from .locking import is_held, locked
 from .offloading import close_files, device_map
 from .runtime.configuration import QUANT_METHOD, CompressionConfig
 from .runtime.errors import CheckpointError, CompressionError
-from .runtime.saving import AUTO_CLASSES
 from .runtime.validation import resolve_experts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -53,16 +52,16 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu", offload_fo
     if dtype not in DTYPES:
         raise CompressionError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
     config = load_config(source)
-    auto_class = _auto_class(config)
+    model_class = _model_class(config)
     try:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if offload_folder is not None:
             places = device_map(skeleton(config))
-            model = auto_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
+            model = model_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
             if any(offload_folder.iterdir()):
                 close_files(model)
             return model
-        return auto_class.from_pretrained(source, dtype=wanted).to(device).eval()
+        return model_class.from_pretrained(source, dtype=wanted).to(device).eval()
     except CompressionError:
         raise
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
@@ -79,7 +78,7 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a TypeError: a file that it needs is not there
         raise CompressionError(
             f"{source}: has no tokenizer that can be opened ({_first_line(error)}); add tokenizer.json to the folder"
         ) from error
@@ -88,7 +87,7 @@ def load_tokenizer(source: str) -> Any:
 def skeleton(config: Any) -> PreTrainedModel:
     """The dense model of a config on the meta device: shapes without memory; its experts one by one where a checkpoint stores them so."""
     with torch.device("meta"):
-        model: PreTrainedModel = _auto_class(config).from_config(config)
+        model: PreTrainedModel = _model_class(config)._from_config(config)
     compression = compression_of(config)
     resolve_experts(model, compression.experts if compression else [])
     return model
@@ -167,15 +166,18 @@ def files_size(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _auto_class(config: Any) -> Any:
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    for name in AUTO_CLASSES:
-        auto_class = getattr(transformers, name)
-        if type(config) in auto_class._model_mapping:
-            known = auto_class._model_mapping[type(config)]
-            if architecture in {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))}:
-                return auto_class
-    return transformers.AutoModelForCausalLM if type(config) in transformers.AutoModelForCausalLM._model_mapping else transformers.AutoModel
+def _model_class(config: Any) -> Any:
+    """The class that a config names; where it names none of transformers', a language model of its type, or the model without a head."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return named
+    causal, bare = transformers.AutoModelForCausalLM._model_mapping, transformers.AutoModel._model_mapping
+    known = causal.get(type(config), None) or bare.get(type(config), None)
+    if known is None:
+        raise CompressionError(
+            f"config.json: architectures names no model class of transformers, and {config.model_type!r} has none by itself"
+        )
+    return known[0] if isinstance(known, tuple) else known
 
 
 def _first_line(error: BaseException) -> str:

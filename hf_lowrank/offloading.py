@@ -28,11 +28,12 @@ def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
     """Where `from_pretrained` puts what: the blocks and an output matrix of its own stay on disk, all else is in memory."""
     places = dict.fromkeys(find_blocks(skeleton), "disk")
     output = skeleton.get_output_embeddings()
+    if output is not None and output.weight is not _input_weight(skeleton):
+        places |= {name: "disk" for name, module in skeleton.named_modules() if module is output}
+    on_disk = tuple(places)
     for name, _ in itertools.chain(skeleton.named_parameters(remove_duplicate=False), skeleton.named_buffers()):
-        module = name.rpartition(".")[0]
-        if not any(name.startswith(f"{place}.") for place in places):
-            own = output is not None and skeleton.get_submodule(module) is output and output.weight is not _input_weight(skeleton)
-            places[module if module and not any(place.startswith(f"{module}.") for place in places) else name] = "disk" if own else "cpu"
+        around = itertools.accumulate(name.split("."), "{}.{}".format)
+        places.setdefault(next(each for each in around if not any(place.startswith(f"{each}.") for place in on_disk)), "cpu")
     return places
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,8 +61,8 @@ def compress(
         model: any dense transformers model with a list of blocks of `nn.Linear` or `Conv1D` layers.
         config: the recipe; by default SLaB at half of the stored bits.
         tokenizer: needed to calibrate on text; saved with the compressed model.
-        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a text file, or an
-            iterable of texts, token ids, chats or batches.
+        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a file of texts (plain, or
+            `.jsonl` or `.parquet` with a column `text`), or an iterable of texts, token ids, chats, rows of a dataset, or batches.
         work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to the same bytes.
             Delete it, or use it for another run, once the model is saved.
         progress: whether to show a progress bar on a terminal.
@@ -77,6 +78,17 @@ def compress(
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()
+    if not isinstance(config, CompressionConfig):
+        raise CompressionError(
+            f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
+        )
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise CompressionError(
+            f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
+            "and take off what torch or accelerate have wrapped around it"
+        )
+    if isinstance(calibration, os.PathLike):
+        calibration = os.fspath(calibration)
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)

@@ -14,7 +14,7 @@ from .runtime.contents import validate_contents, validate_finite
 from .runtime.errors import CheckpointError, CompressionError, one_line
 from .runtime.headers import read_headers, read_json, weight_files
 from .runtime.saving import RUNTIME_FILES
-from .runtime.validation import dense_shape, validate_checkpoint
+from .runtime.validation import dense_shape, holds_checkpoint, mentions_checkpoint, validate_checkpoint
 from .version import __version__
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -47,11 +47,13 @@ def verify_checkpoint(folder: str | Path) -> Verification:
     """Check a compressed checkpoint against its config, its model and its checksums, reading every byte and running none.
 
     Raises:
-        CompressionError: if the folder is not there; whatever is wrong within it is in the result.
+        CompressionError: if the folder is not there, or holds a model that is not compressed; whatever is wrong within it is in the result.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CompressionError(f"{folder}: no such folder; verify reads a checkpoint on this machine")
+    if (folder / CONFIG).is_file() and not holds_checkpoint(str(folder)) and not mentions_checkpoint(str(folder)):
+        raise CompressionError(f"{folder}: is not compressed by hf_lowrank; verify reads compressed checkpoints")
     result = Verification(str(folder))
 
     def attempt(check: Callable[[], None]) -> bool:

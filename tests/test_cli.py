@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
 import hf_lowrank.demo
@@ -154,7 +154,7 @@ MISTAKES = {
     "negative ratio": ("ratio: found -0.5", ["--ratio", "-0.5"]),
     "ratio out of reach": ("ratio 0.99 is out of reach of svd", ["--method", "svd", "--ratio", "0.99"]),
     "unknown option": ("slab has no option 'iteration'; did you mean 'iterations'?", ["--set", "iteration=3"]),
-    "value of another type": ("option iterations is 'many', expected a int", ["--set", "iterations=many"]),
+    "value of another type": ("option iterations is 'many', expected a value of type int", ["--set", "iterations=many"]),
     "no value": ("--set: found 'iterations', expected key=value", ["--set", "iterations"]),
     "unknown dtype": ("dtype: found 'int8', expected one of auto, float32, bfloat16, float16", ["--dtype", "int8"]),
     "unknown device": ("cannot be loaded", ["--device", "abacus"]),
@@ -187,7 +187,7 @@ def test_a_source_that_is_no_model_is_one_line(dense: Path, compressed: Path, te
     missing = tmp_path / "missing"
     sources = {missing: "no such folder", broken: "not a model: it has no config.json", text: "not a model"}
     for source, message in sources.items():
-        fails(message, "compress", source, "-o", tmp_path / "output")
+        fails(message, "compress", source, "-o", tmp_path / "output", "--calibration", text)
         fails(message, "evaluate", source, "--text", text)
         fails(message, "dense", source, "-o", tmp_path / "output")
     (broken / "config.json").write_text("{}")
@@ -202,8 +202,18 @@ def test_a_source_that_is_no_model_is_one_line(dense: Path, compressed: Path, te
     fails("compressed already", "compress", compressed, "-o", tmp_path / "output", *QUICK)
     fails("is not compressed by hf_lowrank", "dense", dense, "-o", tmp_path / "output")
     fails("is not compressed by hf_lowrank", "inspect", dense)
+    fails("is not compressed by hf_lowrank", "verify", dense)
     fails("no such folder", "inspect", missing)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_what_cannot_be_measured_is_one_line(compressed: Path, text: Path, tmp_path: Path) -> None:
+    fails("--repeats: found 0, expected at least 1", "benchmark", compressed, "--repeats", 0)
+    fails("a context of 64 tokens", "benchmark", compressed, "--prompt", 60, "--new", 5)
+    fails("rank: found -1, expected at least 1", "recompress", compressed, "--rank", -1, "-o", tmp_path / "output")
+    config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    encoder = tiny_models.saved(BertForMaskedLM(config), tmp_path / "encoder")
+    fails("BertForMaskedLM does not predict; use a causal model", "evaluate", encoder, "--text", text)
 
 
 def test_an_output_that_is_not_empty_stays_unless_overwritten(dense: Path, compressed: Path, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Laws that hold for every family of models: nothing about them is known but their structure."""
 
 import copy
+import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedModel
+from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForTextEncoding, PreTrainedModel, T5Config, T5EncoderModel
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 from hf_lowrank.architectures import find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
@@ -65,7 +68,9 @@ def test_it_is_compressed_saved_opened_and_runs(name: str, tmp_path: Path) -> No
     report = model.save_pretrained.report
     assert 0.5 <= report["ratio_stored"] <= 0.505
     model.save_pretrained(tmp_path)
-    for loaded in (type(model).from_pretrained(tmp_path), load_model(str(tmp_path))):
+    by_card = re.search(r"^model = (\w+)\.from_pretrained", (tmp_path / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert by_card is not None
+    for loaded in (getattr(transformers, by_card[1]).from_pretrained(tmp_path), load_model(str(tmp_path))):
         opened = in_fresh_memory(loaded)
         assert type(opened) is type(model)
         assert sum(isinstance(module, CompressedLinear) for module in opened.modules()) == len(report["layers"])
@@ -333,7 +338,7 @@ def refusals() -> Iterator[tuple[str, str, Any, str, str]]:
     yield "Whisper", "slab", "self", "cannot calibrate on itself", "give calibration="
     yield "ViT", "slab", text(2).tolist(), "reads pixel_values", "found input_ids"
     yield "Whisper", "slab", [{"input_features": sounds_and_texts()[0]["input_features"]}], "decoder_input_ids or labels", "Whisper"
-    yield "Llama", "slab", pictures(), "reads input_ids", "found nothing"
+    yield "Llama", "slab", pictures(), "reads, such as input_ids", "fields pixel_values"
     yield "T5", "soco", pairs_of_texts(), "loss of the next token", "T5ForConditionalGeneration"
     yield "BERT", "fwsvd", text(2).tolist(), "loss of the next token", "BertForMaskedLM"
 
@@ -352,6 +357,18 @@ def test_a_block_that_runs_more_than_once_is_refused_by_name() -> None:
     model = AlbertForMaskedLM(AlbertConfig(vocab_size=64, embedding_size=16, **SIZES))
     with pytest.raises(CompressionError, match=r"AlbertForMaskedLM: .*albert_layer_groups\.0 twice"):
         compress(model, recipe(), calibration=text(2).tolist(), progress=False)
+
+
+def test_a_model_of_no_common_task_keeps_its_class(tmp_path: Path) -> None:
+    """Not `AutoModel`'s, whose decoder would be filled with random weights; the names of its layers would be others, too."""
+    config = T5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=1, num_heads=4)
+    compress(T5EncoderModel(config), recipe("magnitude"), calibration=text(2).tolist(), progress=False).save_pretrained(tmp_path)
+    assert type(load_model(str(tmp_path))) is T5EncoderModel
+    assert 0.5 <= inspect_checkpoint(tmp_path).ratio_stored <= 0.505
+    opened = AutoModelForTextEncoding.from_pretrained(tmp_path)
+    assert type(opened) is T5EncoderModel
+    assert "AutoModelForTextEncoding.from_pretrained" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForTextEncoding" in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
 
 
 def test_checkpoints_open_without_the_package(tmp_path: Path) -> None:

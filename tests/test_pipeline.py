@@ -215,6 +215,14 @@ def test_a_compressed_model_is_not_compressed_again() -> None:
         compress(model, config("svd"), calibration=IDS)
 
 
+def test_what_is_no_model_or_no_recipe_is_refused() -> None:
+    model = tiny_models.llama()
+    with pytest.raises(CompressionError, match="config: found dict, expected a CompressionConfig"):
+        compress(model, {"method": "svd"}, calibration=IDS)  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match="model: found Sequential, expected a plain model of transformers"):
+        compress(torch.nn.Sequential(model), config("svd"), calibration=IDS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", RECIPES)
 def test_a_ratio_out_of_reach_is_an_error_that_leaves_the_model_as_it_was(method: str) -> None:
     model = tiny_models.llama()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -66,9 +67,10 @@ def calibration_batches(
     """Make calibration batches from `calibration`, or from `config.calibration` if it is None.
 
     Args:
-        calibration: "self", a dataset name, a text file, or an iterable of texts, token ids, chat conversations (lists of
-            messages), or batches of the model's inputs (a DataLoader). An encoder-decoder model without `decoder_input_ids` gets
-            the batch's `labels`, or else the text itself, one token late, as in its training.
+        calibration: "self", a dataset name, a file of texts, or an iterable of texts, token ids, chat conversations (lists of
+            messages), rows with one of them as `text` or `messages`, or batches of the model's inputs (a DataLoader). An
+            encoder-decoder model without `decoder_input_ids` gets the batch's `labels`, or else the text itself, one token late, as
+            in its training.
 
     Raises:
         CompressionError: if there is nothing to calibrate on, or too little for one sequence.
@@ -77,12 +79,26 @@ def calibration_batches(
     if model.config.is_encoder_decoder:
         batches = [_with_decoder_inputs(model, batch) for batch in batches]
     for batch in batches:
-        if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
-            raise CompressionError(
-                f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
-                f"(found {', '.join(batch.inputs) or 'nothing'})"
-            )
+        _check_inputs(model, batch)
     return batches
+
+
+def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
+    """Raise CompressionError if a batch is not what the model can read."""
+    if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
+        raise CompressionError(
+            f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+            f"(found {', '.join(batch.inputs) or 'nothing'})"
+        )
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if vocabulary is None or not batch.input_ids.numel():
+        return
+    least, most = (int(bound) for bound in batch.input_ids.aminmax())
+    if least < 0 or most >= vocabulary:
+        raise CompressionError(
+            f"calibration: found token id {least if least < 0 else most}, expected 0 to {vocabulary - 1}, the vocabulary of "
+            f"{type(model).__name__}; use the model's own tokenizer"
+        )
 
 
 def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, source: Any) -> list[TokenBatch]:
@@ -100,9 +116,13 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
     if not items:
         raise CompressionError("calibration: found an empty iterable, expected texts, token ids, chats or batches")
     if isinstance(items[0], str):
+        for item in items:
+            if not isinstance(item, str):
+                raise _no_sample(item)
         return _rows_to_batches(_choose_windows(token_stream(_needed(tokenizer, "texts"), items), length, config))
-    if isinstance(items[0], Mapping) and "input_ids" not in items[0] and "text" in items[0]:
-        return _batches(model, config, tokenizer, [item["text"] for item in items])
+    if isinstance(items[0], Mapping) and "input_ids" not in items[0]:
+        if (column := next((name for name in ("text", "messages") if name in items[0]), None)) is not None:
+            return _batches(model, config, tokenizer, [item[column] for item in items])
     if isinstance(items[0], Mapping):
         return [_batch_from_mapping(item, model) for item in items]
     rows = [_token_ids(item, tokenizer)[:length] for item in items[: config.samples]]
@@ -186,6 +206,11 @@ def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
     else:
         read.discard("labels")
     others = {name: torch.as_tensor(item[name]) for name in sorted(read & {*item}) if item[name] is not None}
+    if not others and item.get("input_ids") is None:
+        raise CompressionError(
+            f"calibration: found samples with the fields {', '.join(map(str, item))}; expected text or messages, or what "
+            f"{type(model).__name__} reads, such as {model.main_input_name}"
+        )
     mask = None if item.get("attention_mask") is None else torch.as_tensor(item["attention_mask"])
     if item.get("input_ids") is None:
         return TokenBatch(torch.empty(0, 0, dtype=torch.long), mask, others)
@@ -221,11 +246,18 @@ def _token_ids(item: Any, tokenizer: Any) -> Tensor:
     if isinstance(item, Tensor):
         return item.flatten().long()
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], dict):
-        encoded = _needed(tokenizer, "chats").apply_chat_template(list(item), tokenize=True, return_dict=True)
+        try:
+            encoded = _needed(tokenizer, "chats").apply_chat_template(list(item), tokenize=True, return_dict=True)
+        except (ValueError, TemplateError) as error:
+            raise CompressionError(f"calibration: the tokenizer makes no tokens of a chat ({error})") from error
         return torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
     if isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item):
         return torch.tensor(item, dtype=torch.long)
-    raise CompressionError(f"calibration: found a sample of type {type(item).__name__}, expected a text, token ids, a chat or a batch")
+    raise _no_sample(item)
+
+
+def _no_sample(item: Any) -> CompressionError:
+    return CompressionError(f"calibration: found a sample of type {type(item).__name__}, expected a text, token ids, a chat or a batch")
 
 
 def _needed(tokenizer: Any, what: str) -> Any:

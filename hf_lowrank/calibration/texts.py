@@ -23,11 +23,14 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 """Datasets by the names that papers use, as `datasets.load_dataset` takes them."""
 
+ROWS = {".jsonl": "json", ".parquet": "parquet"}
+"""Files of rows with a column `text`, by suffix, and what `datasets` calls their kind."""
+
 
 def read_documents(source: str, split: str = "train", limit: int | None = None) -> list[str]:
-    """The documents of a text file (plain, .gz or .xz) or of a dataset named in `DATASETS`.
+    """The documents of a text file (plain, .gz or .xz), of a file of rows (`ROWS`), or of a dataset named in `DATASETS`.
 
-    A file is cut at lines that hold only the document separator. `limit` bounds the number of documents of a dataset.
+    A text file is cut at lines that hold only the document separator. `limit` bounds the number of documents of a dataset.
 
     Raises:
         CompressionError: if there is no such file or dataset, it cannot be read, or it holds no text.
@@ -36,18 +39,35 @@ def read_documents(source: str, split: str = "train", limit: int | None = None) 
         return _dataset_documents(source, split, limit)
     path = Path(source)
     if not path.is_file():
-        raise CompressionError(f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; give a path or 'self'")
+        raise CompressionError(f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path")
+    kind = next((kind for suffix, kind in ROWS.items() if suffix in path.suffixes), None)
+    documents = _file_documents(path) if kind is None else _row_documents(source, kind)
+    if not documents:
+        raise CompressionError(f"{source}: holds no text")
+    return documents
+
+
+def _file_documents(path: Path) -> list[str]:
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
             text = stream.read()
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
-        raise CompressionError(f"{source}: cannot be read as UTF-8 text ({error})") from error
+        raise CompressionError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     documents = [part.strip("\n") for part in text.split(DOCUMENT_SEPARATOR)] if DOCUMENT_SEPARATOR in text else [text]
-    documents = [document.strip() if len(documents) > 1 else document for document in documents if document.strip()]
-    if not documents:
-        raise CompressionError(f"{source}: holds no text")
-    return documents
+    return [document.strip() if len(documents) > 1 else document for document in documents if document.strip()]
+
+
+def _row_documents(source: str, kind: str) -> list[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(kind, data_files=source, split="train")
+    except Exception as error:  # datasets raises many kinds; all mean the same here
+        raise CompressionError(f"{source}: cannot be read as rows of {kind} ({error.__cause__ or error})") from error
+    if "text" not in rows.column_names:
+        raise CompressionError(f"{source}: has the columns {', '.join(rows.column_names)}, expected one that is called text")
+    return [text for text in rows["text"] if text and text.strip()]
 
 
 def token_stream(tokenizer: Any, documents: Iterable[str]) -> Tensor:
@@ -89,6 +109,4 @@ def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
         return [row["text"] for row, _ in zip(rows, range(limit or 10_000), strict=False)]
     except Exception as error:  # datasets raises many kinds when offline; all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CompressionError(
-            f"dataset {name!r} cannot be loaded ({reason}); without network use a text file or calibration='self'"
-        ) from error
+        raise CompressionError(f"dataset {name!r} cannot be loaded ({reason}); without network use a text file") from error

@@ -73,7 +73,7 @@ def compress(
     """Compress a model and write a complete checkpoint."""
     from ..disk_to_disk import compress_checkpoint, describe
     from ..methods import make_method
-    from ..models import check_free, load_tokenizer
+    from ..models import check_free, compression_of, load_config, load_tokenizer
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -82,6 +82,10 @@ def compress(
     )  # fmt: skip
     make_method(config.method, config.options)
     check_free(output, overwrite)
+    if compression_of(load_config(model)) is not None:
+        raise CompressionError(
+            f"{model}: is compressed already; compress the dense model it came from, or what `hf-lowrank dense` makes of it"
+        )
     if dry_run:
         typer.echo(describe(model, config, device))
         return

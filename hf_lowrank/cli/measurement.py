@@ -136,7 +136,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")]
             typer.echo(problem)
         typer.echo(f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}")
     if not found.sound:
-        raise CompressionError(f"{folder}: verdict: not sound, {len(found.problems)} problems")
+        raise CompressionError(f"{folder}: verdict: not sound, problems: {len(found.problems)}")
     if not as_json:
         typer.echo(f"{folder}: verdict: sound, as it was saved")
 

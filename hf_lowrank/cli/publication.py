@@ -28,7 +28,8 @@ def push(
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise CompressionError(f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`") from error
     except Exception as error:
-        if not type(error).__module__.startswith("httpx"):  # whichever of its versions huggingface_hub talks by
+        # offline mode, or httpx in whichever of its versions huggingface_hub talks by
+        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("httpx"):
             raise
         raise CompressionError(f"{repo}: the Hub cannot be reached ({error}); push again when there is a connection") from error
     typer.echo(f"pushed {folder} to {commit.repo_url} ({commit.oid[:7]})")

@@ -34,7 +34,7 @@ def benchmark(
     reference: Annotated[str, typer.Option(help="what MODEL is compared with: dense (itself, decompressed) or another model")] = "dense",
     tokens: Annotated[list[int] | None, typer.Option(help="one or more numbers of input rows; default 1 8 512")] = None,
     threads: Annotated[int | None, typer.Option(help="torch's threads; default: as many as it uses by itself")] = None,
-    prompt: Annotated[int, typer.Option(help="tokens of the prompt, end to end")] = 512,
+    prompt: Annotated[int | None, typer.Option(help="tokens of the prompt, end to end; default: 512, or what the context holds")] = None,
     new: Annotated[int, typer.Option(help="tokens generated after the first, end to end")] = 32,
     repeats: Annotated[int, typer.Option(help="times that every variant is measured, in turn")] = 20,
     dtype: Dtype = "auto",
@@ -53,6 +53,10 @@ def benchmark(
     if model is not None and shapes:
         raise CompressionError("benchmark: found a model and --shapes, expected one of the two; run it twice")
     batches = tokens or [1, 8, 512]
+    counts = {"--tokens": min(batches), "--threads": threads, "--prompt": prompt, "--new": new, "--repeats": repeats}
+    for option, value in counts.items():
+        if value is not None and value < 1:
+            raise CompressionError(f"{option}: found {value}, expected at least 1")
     if model is None:
         wanted = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
         layers = speed_report.of_shapes(wanted, batches, threads, repeats, device)
@@ -65,4 +69,4 @@ def benchmark(
         return
     print_table("layers: milliseconds, median (range of the middle half)", *speed_report.layer_table(layers))
     if models:
-        print_table(f"end to end: prompt of {prompt} tokens, {new} more generated", *speed_report.model_table(models))
+        print_table(f"end to end: prompt of {models[0].prompt_tokens} tokens, {new} more generated", *speed_report.model_table(models))

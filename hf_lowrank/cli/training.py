@@ -20,7 +20,7 @@ def distill(
     text: Annotated[str, typer.Option(help="text file, or a dataset (wikitext2, c4), to train on")],
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 200,
     learning_rate: Annotated[float, typer.Option(help="of AdamW; a cosine takes it to zero")] = 1e-3,
-    sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")] = None,
     seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",

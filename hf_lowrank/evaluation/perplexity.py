@@ -63,9 +63,14 @@ def evaluate_text(
         reference: the model to compare with, such as the dense one.
 
     Raises:
-        CompressionError: for a text shorter than a window, or a window longer than the context.
+        CompressionError: for a model of another kind, a text shorter than a window, or a window longer than the context.
         NumericalError: if a logit is not finite; nothing is skipped.
     """
+    for each in (model, reference):
+        if each is not None and (not each.can_generate() or each.config.is_encoder_decoder):
+            raise CompressionError(
+                f"perplexity is that of a text's next token, which {type(each).__name__} does not predict; use a causal model"
+            )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
     window = min(context, LONGEST_WINDOW) if window is None else window
     stride = window if stride is None else stride

@@ -15,6 +15,8 @@ from ..runtime.layers import CompressedLinear
 from .speed import PAPER_LAYOUTS, LayerSpeed, ModelSpeed, Timing, benchmark_layers, benchmark_model
 
 Table = tuple[list[str], list[list[str]]]
+PROMPT = 512
+"""Tokens of the prompt by default."""
 MODEL_REPEATS = 5
 """Times that a prompt is prefilled and continued, at most: these take seconds each."""
 
@@ -42,7 +44,7 @@ def of_model(
     tokens: Sequence[int],
     threads: int | None,
     repeats: int,
-    prompt: int,
+    prompt: int | None,
     new: int,
     dtype: str,
     device: str,
@@ -51,14 +53,19 @@ def of_model(
 
     Args:
         reference: "dense", the model itself decompressed, or another model.
+        prompt: tokens of the prompt; by default `PROMPT`, or what the model's context holds beside the `new` ones.
 
     Raises:
-        CompressionError: if the model has no compressed layer, or cannot be opened.
+        CompressionError: if the model has no compressed layer, cannot be opened, or has too short a context.
     """
     subject = load_model(source, dtype, device)
     kinds = Counter((m.out_features, m.in_features, m.spec) for m in subject.modules() if isinstance(m, CompressedLinear))
     if not kinds:
         raise CompressionError(f"{source}: has no compressed layer; name a compressed checkpoint, and this one as --reference")
+    context = getattr(subject.config.get_text_config(), "max_position_embeddings", None) or PROMPT + new
+    prompt = min(PROMPT, context - new) if prompt is None else prompt
+    if not 1 <= prompt <= context - new:
+        raise CompressionError(f"{source}: has a context of {context} tokens; give a --prompt and a --new that fit")
     model_dtype = subject.dtype
     del subject
     layers = []

@@ -209,8 +209,8 @@ def _metrics(values: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]
 def _check_known(task: str, known: Sequence[str]) -> None:
     if task not in known:
         near = difflib.get_close_matches(task, known, n=1)
-        hint = f"did you mean {near[0]!r}? (" if near else "("
-        raise CompressionError(f"unknown task {task!r}; {hint}`lm_eval ls tasks` lists all; files of items end in .jsonl or .jsonl.gz)")
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise CompressionError(f"unknown task {task!r}{hint} (`lm_eval ls tasks` lists all; files of items end in .jsonl or .jsonl.gz)")
 
 
 def _is_items(source: str) -> bool:

@@ -64,7 +64,7 @@ def _read(method: str, option: str, value: Any, default: Any) -> Any:
         try:
             value = {"true": True, "false": False}[text] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise CompressionError(f"{method}: option {option} is {value!r}, expected a {kind.__name__}") from None
+            raise CompressionError(f"{method}: option {option} is {value!r}, expected a value of type {kind.__name__}") from None
     elif isinstance(value, str) and default is None and value.lower() == "none":
         value = None
     elif isinstance(value, str) and default is None and value.lstrip("-").isdigit():
@@ -72,7 +72,7 @@ def _read(method: str, option: str, value: Any, default: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if default is not None and type(value) is not kind:
-        raise CompressionError(f"{method}: option {option} is {value!r}, expected a {kind.__name__}")
+        raise CompressionError(f"{method}: option {option} is {value!r}, expected a value of type {kind.__name__}")
     return value
 
 

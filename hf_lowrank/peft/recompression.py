@@ -51,9 +51,11 @@ def recompress(model: "PreTrainedModel", rank: int | None = None) -> list[Trunca
         One entry per layer that was changed.
 
     Raises:
-        CompressionError: if a layer cannot be truncated, or would lose its low-rank part altogether, or the model's report does not say its
-            rank; nothing is changed then. NumericalError: if a value is not finite in the dtype of its layer.
+        CompressionError: for a rank below 1; if a layer cannot be truncated, or would lose its low-rank part altogether, or the model's
+            report does not say its rank; nothing is changed then. NumericalError: if a value is not finite in the dtype of its layer.
     """
+    if rank is not None and rank < 1:
+        raise CompressionError(f"rank: found {rank}, expected at least 1")
     record_layers(model)
     names = list(model.config.quantization_config.layers)
     layers = {name: layer for name in names if isinstance(layer := model.get_submodule(name), CompressedLinear)}

@@ -179,7 +179,8 @@ class CompressionConfig(QuantizationConfigMixin):
     ratio: float = field(default=0.5, metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method, by name; defaults are the paper's"})
     calibration: str = field(
-        default="self", metadata={"help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a text file"}
+        default="self",
+        metadata={"help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts"},
     )
     samples: int = field(default=128, metadata={"help": "number of calibration sequences"})
     sequence_length: int | None = field(
@@ -242,7 +243,7 @@ class CompressionConfig(QuantizationConfigMixin):
             CheckpointError: for an unknown field, a newer format, or a layer that cannot be.
         """
         values = copy.deepcopy(config_dict)
-        version = values.get("format_version")
+        version = values.get("format_version", None if values.get("layers") else FORMAT_VERSION)  # a recipe that a user wrote has none
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json: quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "

@@ -85,6 +85,12 @@ class CompressionQuantizer(HfQuantizer):
             attach(model, self)
         return model
 
+    def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """Make all layers dense, in their own dtype if no other is asked for; transformers would take that of the last load or save."""
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):

@@ -49,22 +49,7 @@ TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves; its own constant lies in a module that imports PEFT."""
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
 
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForAudioClassification",
-    "AutoModelForCausalLM",
-    "AutoModelForImageClassification",
-    "AutoModelForImageTextToText",
-    "AutoModelForMaskedLM",
-    "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForPreTraining",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForTokenClassification",
-)
+AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +296,6 @@ def auto_map(model: "PreTrainedModel") -> dict[str, str]:
     """The `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
     entries = {"AutoConfig": f"{ENTRY_MODULE}.CompressedAutoConfig"}
     for name in AUTO_CLASSES:
-        auto_class = getattr(transformers, name, None)
-        if auto_class is not None and type(model.config) in auto_class._model_mapping:
+        if type(model.config) in getattr(transformers, name)._model_mapping:
             entries[name] = f"{ENTRY_MODULE}.Compressed{name}"
     return entries

@@ -82,6 +82,7 @@ def test_chats_go_through_the_chat_template() -> None:
         [{"role": "user", "content": "bye"}],
     ]
     rows = rows_of(calibration_batches(MODEL, config(), TOKENIZER, chats))
+    assert rows == rows_of(calibration_batches(MODEL, config(), TOKENIZER, [{"messages": chat} for chat in chats]))
     assert [TOKENIZER.decode(row).replace("<s>", "") for row in rows] == ["u:hello\na:hi there\n", "u:bye\n"]
 
 
@@ -116,6 +117,9 @@ def test_self_needs_nothing_but_the_model() -> None:
         ([], TOKENIZER, "empty iterable"),
         ([[], []], TOKENIZER, "empty"),
         ([3.5], TOKENIZER, "found a sample of type float"),
+        (["text", None], TOKENIZER, "found a sample of type NoneType"),
+        ([{"content": "text"}], TOKENIZER, "fields content; expected text or messages, or what LlamaForCausalLM reads"),
+        ([[5, 1_000]], None, "token id 1000, expected 0 to"),
         (["too short"], TOKENIZER, "fewer than one window of 32"),
         ("no/such/file.txt", TOKENIZER, "no such text file"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,13 @@ def test_separators_cut_documents_in_every_kind_of_file(tmp_path: Path, suffix: 
     assert read_documents(str(path)) == ["First story.\nIt has two lines.", "Second story.", "Third."]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_rows_of_a_file_are_documents(tmp_path: Path, name: str) -> None:
+    rows = Dataset.from_dict({"id": [1, 2, 3], "text": ["one\ntwo", "", "three"]})
+    rows.to_parquet(tmp_path / name) if name.endswith("parquet") else rows.to_json(tmp_path / name)
+    assert read_documents(str(tmp_path / name)) == ["one\ntwo", "three"]
+
+
 def test_a_file_without_separators_is_one_document_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("  one\n\n two \n", encoding="utf-8")
@@ -41,6 +49,8 @@ def test_a_file_without_separators_is_one_document_unchanged(tmp_path: Path) -> 
         ("plain.gz", b"this is not gzip", "cannot be read"),
         ("plain.xz", b"this is not xz", "cannot be read"),
         ("short.gz", gzip.compress(bytes(range(97, 120)) * 50, mtime=0)[:40], "cannot be read"),
+        ("broken.jsonl", b"no json\n", "cannot be read as rows of json"),
+        ("other.jsonl", b'{"content": "words"}\n', "has the columns content, expected one that is called text"),
         ("damaged.gz", gzip.compress(bytes(range(97, 120)) * 50, mtime=0)[:15] + b"\xff" * 30, "cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",

@@ -105,7 +105,7 @@ def in_use(name: str) -> Iterator[BackEnd]:
     try:
         with nullcontext() if device == "cuda" else multiplying_bfloat16():
             exact = products.VECTOR_TOKENS
-            yield BackEnd(products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=exact)
+            yield BackEnd(products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=products.FACTOR_TOKENS)
     finally:
         ops.unregister_kernels()
         kernels.load()

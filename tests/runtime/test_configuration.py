@@ -95,11 +95,11 @@ def test_another_format_version_is_refused(version: Any) -> None:
     assert_one_line(error, f"format_version: found {version!r}, expected 1 to {FORMAT_VERSION}", "pip install -U")
 
 
-def test_a_missing_format_version_is_refused() -> None:
-    values = CompressionConfig().to_dict()
-    del values["format_version"]
+def test_only_a_recipe_may_leave_the_format_version_out() -> None:
+    assert CompressionConfig.from_dict({"quant_method": "hf_lowrank", "ratio": 0.3}) == CompressionConfig(ratio=0.3)
+    layer = {"kind": "sparse_lowrank", "sparse": "none", "kept": 0, "rank": 2, "binary_rank": 0, "bias": False}
     with pytest.raises(CheckpointError, match="format_version"):
-        CompressionConfig.from_dict(values)
+        CompressionConfig.from_dict({"ratio": 0.3, "layers": {"q_proj": layer}})
 
 
 def test_an_unknown_field_is_refused() -> None:

@@ -130,6 +130,14 @@ def test_dequantize_gives_an_ordinary_dense_model(checkpoint: Checkpoint, tmp_pa
     assert torch.equal(answer(type(dense).from_pretrained(tmp_path)), answer(dense))
 
 
+def test_dequantize_gives_layers_the_dtype_that_they_have_now(slab: Checkpoint, tmp_path: Path) -> None:
+    model = slab.load()
+    model.save_pretrained(tmp_path)  # which leaves the name of a dtype in the model's config
+    model.to(torch.float64).dequantize()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert torch.allclose(answer(model), slab.logits.double(), atol=1e-4)
+
+
 def test_dense_experts_are_saved_under_the_names_of_their_family(tmp_path: Path) -> None:
     """Other engines know no others; ours are those of the modules, in which transformers fuses experts."""
     dense = tiny_models.mixtral()

@@ -121,11 +121,15 @@ struct Packed {
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
             // After the end of each stream comes that of the next block.
             const int64_t jump = column + ahead < (step - first) * columns ? 0 : kBlockRows - step;
-            const int64_t bits_ahead = ahead / 8 + jump * width, bytes_ahead = values_ahead + jump * row_bytes;
+            const int64_t masks_ahead = ahead / 8 + jump * width, bytes_ahead = values_ahead + jump * row_bytes;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                prefetch(in_order ? next_masks + r * kLine : masks + r * stride, in_order ? 0 : bits_ahead);
-                if (signs) prefetch(in_order ? next_bits + r * kLine : bits + r * stride, in_order ? 0 : bits_ahead);
+                if (in_order) {
+                    prefetch(next_masks, r * kLine);
+                    prefetch(next_bits, r * kLine);
+                } else {
+                    prefetch(masks + r * stride, masks_ahead);
+                }
             }
             // More of them than the one line that is fetched at each step.
             if (!in_order && line_values > kLineColumns)

@@ -219,7 +219,7 @@ def check_same_everywhere(run: Run, identity: dict[str, Any]) -> None:
     for rank, other in enumerate(found):
         if other != found[0]:
             raise CompressionError(
-                f"process {rank} has another {difference(found[0], other, words=('process 0 has', f'process {rank}'))}; "
+                f"process {rank} has other {difference(found[0], other, words=('process 0 has', f'process {rank}'))}; "
                 "give every process the same model, calibration and recipe"
             )
 

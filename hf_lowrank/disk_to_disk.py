@@ -17,6 +17,7 @@ from .models import check_free, load_config, load_model, new_folder, skeleton
 from .offloading import return_memory, shard_size
 from .pipeline import compress, whole_model_reason
 from .runtime.configuration import CompressionConfig
+from .runtime.errors import CompressionError
 from .runtime.saving import CompleteSave
 from .work_folder import WorkFolder
 
@@ -53,10 +54,15 @@ def compress_checkpoint(
         work = work_dir
         if reason is None:
             logger.info("one block at a time is in memory")
-            if work is None:
-                output.absolute().parent.mkdir(parents=True, exist_ok=True)
-                work = Path(stack.enter_context(TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.work-")))
-            model = load_model(source, dtype, offload_folder=work / f"offloaded-{team.rank}")
+            try:
+                if work is None:
+                    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+                    work = Path(stack.enter_context(TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.work-")))
+                offloaded = work / f"offloaded-{team.rank}"
+                offloaded.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CompressionError(f"{work or output}: cannot be written ({error.strerror}); name another folder") from error
+            model = load_model(source, dtype, offload_folder=offloaded)
         else:
             logger.info("the whole model is in memory: %s", reason)
             model = load_model(source, dtype, device)

@@ -1,11 +1,13 @@
 """A folder in which a run records what it has finished, so that a run killed at any instant goes on from there."""
 
+import hashlib
 import json
 import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -92,9 +94,13 @@ class WorkFolder:
         try:
             with safe_open(file, "pt") as opened:
                 tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  (no mapping)
-                return Record(tensors, json.loads(opened.metadata()["facts"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CompressionError(f"{file}: is damaged; delete it, and that part is made again ({error})") from error
+                recorded = opened.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise self.damaged(name, str(error)) from error
+        facts = recorded.get("facts", "")
+        if recorded.get("sha256") != _checksum(name, tensors, facts):
+            raise self.damaged(name, "its sha256 is not the recorded one")
+        return Record(tensors, json.loads(facts))
 
     def write(self, name: str, record: Record) -> None:
         """Finish a record.
@@ -109,8 +115,9 @@ class WorkFolder:
             storage = whole.untyped_storage().data_ptr()
             tensors[key] = whole.clone() if storage in seen else whole  # safetensors refuses tensors that share memory
             seen.add(storage)
+        facts = json.dumps(record.facts)
         try:
-            save_file(tensors, partial, metadata={"facts": json.dumps(record.facts)})
+            save_file(tensors, partial, metadata={"facts": facts, "sha256": _checksum(name, tensors, facts)})
             self._settle(partial, self.file(name))
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
@@ -135,13 +142,19 @@ class WorkFolder:
         """Where a record is."""
         return self.path / f"{name}.safetensors"
 
+    def damaged(self, name: str, found: str) -> CompressionError:
+        """What to raise for a record that cannot be used; those of other blocks do not tell what it held."""
+        return CompressionError(f"{self.file(name)}: is damaged ({found}); delete {self.path} and repeat the command, it starts over")
+
     def _read_identity(self) -> dict[str, Any] | None:
         file = self.path / IDENTITY
         if not file.exists():
             return None
         try:
-            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                raise ValueError(f"found {type(known).__name__}, expected a dictionary")
+        except (OSError, ValueError, RecursionError) as error:
             raise CompressionError(f"{file}: cannot be read ({error}); delete the folder or name another") from error
         return known
 
@@ -164,6 +177,15 @@ class WorkFolder:
     def _unwritable(self, error: Exception) -> CompressionError:
         reason = getattr(error, "strerror", None) or error
         return CompressionError(f"{self.path}: cannot be written ({reason}); what is finished stays, repeat the command to go on")
+
+
+def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
+    """sha256 of all that a record of this name holds."""
+    digest = hashlib.sha256(f"{name} {facts}".encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -105,6 +105,17 @@ def test_replaced_layers_are_gone_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert not any(each() for each in replaced)
 
 
+@pytest.mark.parametrize("place", ["output", "work folder"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, words: str, place: str) -> None:
+    dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
+    taken = tmp_path / "taken"
+    taken.touch()
+    output, work = (taken / "model", None) if place == "output" else (tmp_path / "model", taken / "work")
+    with pytest.raises(CompressionError, match=rf"{work or output}: cannot be written"):
+        compress_checkpoint(dense, output, recipe("slab", words), tiny_models.tokenizer(), work_dir=work)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "taken", "words.txt"]
+
+
 def test_a_killed_run_goes_on_from_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     for method in OPTIONS:

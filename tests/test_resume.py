@@ -4,16 +4,18 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress, spectrum_training, work_folder
@@ -188,11 +190,42 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path, monkeypatch
     assert saved(compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work), tmp_path / "resumed") == expected
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+def one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b"damaged"),
+        one_bit,
+        lambda file: shutil.copy(file.with_name("built-00002.safetensors"), file),
+        lambda file: save_file(load_file(file), file, {"facts": "{}"}),
+    ],
+    ids=["no safetensors", "one bit", "that of another block", "other facts"],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    """It cannot be made again: the inputs of its block are gone, once it is finished."""
     compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
-    (tmp_path / "built-00001.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CompressionError, match=r"built-00001\.safetensors: is damaged; delete it"):
+    damage(tmp_path / "built-00001.safetensors")
+    with pytest.raises(CompressionError, match=r"built-00001\.safetensors: is damaged \(.*\); delete .* starts over"):
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
+
+
+def test_a_missing_record_is_named(tmp_path: Path) -> None:
+    compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
+    (tmp_path / "built-00001.safetensors").unlink()
+    with pytest.raises(CompressionError, match=r"built-inputs-00001\.safetensors: is damaged \(missing"):
+        compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "{"])
+def test_a_damaged_identity_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with WorkFolder(tmp_path) as work, pytest.raises(CompressionError, match=r"run\.json: cannot be read .* delete the folder"):
+        work.claim({"weights": "a"})
 
 
 def test_a_killed_command_leaves_no_output_and_goes_on_to_the_same_files(tmp_path: Path) -> None:

@@ -203,6 +203,19 @@ def test_a_config_that_cannot_be_read(copy_of: Callable[[str], Path]) -> None:
         assert_refused_everywhere(folder, "config.json")
 
 
+@pytest.mark.parametrize("levels", [200, 900])
+def test_a_config_that_is_nested_deeper_than_any(copy_of: Callable[[str], Path], levels: int) -> None:
+    """JSON's own limit lies above that of copying."""
+    folder = copy_of("slab")
+    dictionaries: object = 1
+    lists: object = 1
+    for _ in range(levels):
+        dictionaries, lists = {"a": dictionaries}, [lists]
+    for field in ({"deep": dictionaries}, {"dtype": lists}, {"quantization_config": lists}):
+        change_config(folder, **field)
+        assert_refused_everywhere(folder, "config.json")
+
+
 def test_a_config_alone_that_cannot_be_read(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("slab")
     for file in [*folder.glob("*.py"), folder / "compression_report.json"]:

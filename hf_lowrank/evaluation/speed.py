@@ -285,7 +285,9 @@ def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:
     """The package's own dense product of each copy, where this machine has one for x."""
     if x.device.type != "cpu" or native.library() is None or products.dense_linear(x, dense[0].weight) is None:
         return []
-    return [partial(_gemv, layer.weight) for layer in dense]
+    # Not the copy that torch's product has just left in the cache.
+    middle = len(dense) // 2
+    return [partial(_gemv, layer.weight) for layer in (*dense[middle:], *dense[:middle])]
 
 
 def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:

@@ -17,6 +17,8 @@ FORMAT_VERSION = 1
 
 SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask", "full")
 KINDS = ("sparse_lowrank", "sparse_lowrank_binary")
+LARGEST_GROUP = 2**31 - 1
+"""Of values that share a scale, in rows that may be shorter; kernels count in 64 bits."""
 OPTIONAL_FIELDS = frozenset({"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank"})
 
 
@@ -135,8 +137,8 @@ class LayerSpec:
         if type(bits) is not int or bits not in allowed:
             expected = f"one of {', '.join(map(str, allowed))}" if stored else "0 without that part"
             raise _bad_field(layer, f"{part}_bits", bits, expected)
-        if type(group) is not int or (group < 1 if bits else group != 0):
-            raise _bad_field(layer, f"{part}_group", group, "at least 1" if bits else f"0 without {part}_bits")
+        if type(group) is not int or not (1 <= group <= LARGEST_GROUP if bits else group == 0):
+            raise _bad_field(layer, f"{part}_group", group, f"1 to {LARGEST_GROUP}" if bits else f"0 without {part}_bits")
 
     @classmethod
     def from_dict(cls, layer: str, values: Any) -> "LayerSpec":

@@ -30,6 +30,8 @@ SUBCLASSES_OF_LINEAR = ("FalconLinear",)
 COUNTED = ("layer", "block", "stage", "depth", "expert", "head", "label")
 """In the names of numbers of which transformers makes as many objects."""
 MOST_COUNTED = 100_000
+MOST_NESTED = 100
+"""Levels of lists and dictionaries in a config."""
 MOST_MODULES = 200_000
 """In a model whose files are not here yet; else so many for each stored tensor, and a thousand."""
 MODULES_PER_TENSOR = 20
@@ -183,6 +185,7 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
     Raises:
         CheckpointError: for whatever is wrong first.
     """
+    check_values(values)
     recorded = values.get("quantization_config")
     if not isinstance(recorded, dict) or recorded.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -197,7 +200,6 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
         )
     if (other := values.get(OTHER_WEIGHTS)) is not None:
         raise CheckpointError(f"config.json: {OTHER_WEIGHTS} is {other!r}, expected none: the weights are in {WEIGHTS} or its shards")
-    check_values(values)
     stored: dict[str, StoredTensor] | None = None
     if folder is not None:
         stored = read_headers(weight_files(folder))
@@ -267,20 +269,23 @@ def at_most(modules: int) -> Iterator[None]:
         hook.remove()
 
 
-def check_values(values: Any, key: str = "") -> None:
+def check_values(values: Any, key: str = "", depth: int = 0) -> None:
     """Raise CheckpointError for a number of layers, heads, experts or labels that no model has, as some configs make lists as long,
-    and for what no dtype is called, wherever it stands, as transformers looks for a name in it.
+    for what no dtype is called, wherever it stands, as transformers looks for a name in it, and for values nested so deep that to copy
+    them would end in a RecursionError.
     """
-    if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):  # an integer: a token of that name in a vocabulary
-        raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
+    if depth > MOST_NESTED:
+        raise CheckpointError(f"config.json: nested more than {MOST_NESTED} levels deep; it is damaged, download it again")
     if isinstance(values, Mapping):
         for name, value in values.items():
-            check_values(value, str(name))
+            check_values(value, str(name), depth + 1)
     elif isinstance(values, list):
         for value in values:
-            check_values(value, key)
+            check_values(value, key, depth + 1)
     elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
         raise CheckpointError(f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged")
+    if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):  # an integer: a token of that name in a vocabulary
+        raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
 
 
 def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:

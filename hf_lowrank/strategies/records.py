@@ -129,7 +129,8 @@ def restore_inputs(batches: Iterable[BlockBatch], count: int, team: Team, work: 
 
     def parts() -> list[Record]:
         record = work.read_here(name)
-        assert record is not None, "written before the record of the block before"
+        if record is None:
+            raise work.damaged(name, "missing, or the record of the block is")
         kinds = {key.rpartition(".")[0] for key in record.tensors}
         return [Record({kind: record.tensors[f"{kind}.{position}"] for kind in kinds}, {}) for position in range(count)]
 

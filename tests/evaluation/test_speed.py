@@ -98,3 +98,22 @@ def test_linear_layers_are_the_yardstick_of_bytes() -> None:
 def test_a_watch_of_the_callers_measures_every_variant_with_all_its_copies() -> None:
     rows = speed.benchmark_layers([(16, 24)], repeats=3, watch=lambda calls, x: lambda: float(len([call(x) for call in calls])))
     assert {(row.dense.median, row.compressed.median) for row in rows} == {(2.0, 2.0)}
+
+
+def test_the_yardstick_does_not_read_what_torchs_product_has_just_left_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+
+    def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        weights.append(weight.data_ptr())
+        return nn.functional.linear(x, weight)
+
+    def dense_forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        weights.append(layer.weight.data_ptr())
+        return nn.functional.linear(x, layer.weight)
+
+    monkeypatch.setattr(speed.native, "library", object)
+    monkeypatch.setattr(speed.products, "dense_linear", dense_linear)
+    monkeypatch.setattr(nn.Linear, "forward", dense_forward)
+    speed.benchmark_layers([(16, 24)], {}, repeats=3)
+    read = weights[1:]  # the first call finds out whether there is a yardstick here
+    assert all(mine != others for mine, others in zip(read[1::2], read[::2], strict=True)) and len(set(read)) == 2

@@ -193,3 +193,19 @@ def test_a_kill_between_the_renames_loses_nothing(run: Run, dense: Path, tmp_pat
     assert ending["code"] == 1 and "exists and is not empty" in ending["stderr"]
     assert (output / "precious").read_text() == "yes"
     assert not aside.exists()
+
+
+@pytest.mark.parametrize(("fault", "word"), [("SIGINT", "interrupted"), ("SIGTERM", "terminated")])
+def test_a_signal_while_torch_is_being_imported(fault: str, word: str) -> None:
+    interruption = f"""
+import os, signal, sys
+class Interruption:
+    def find_spec(self, name, *arguments):
+        if name == "torch":
+            os.kill(os.getpid(), signal.{fault})
+sys.meta_path.insert(0, Interruption())
+import hf_lowrank_command
+hf_lowrank_command.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", interruption], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (FAULTS[fault][0], f"{word}; nothing was left behind\n")

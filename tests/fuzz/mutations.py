@@ -24,6 +24,8 @@ def mutate(rng: random.Random, folder: Path) -> str:
     """Change a folder in one to three ways and say how."""
     done = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        if any(file.is_symlink() or not (file.is_file() or file.is_dir()) for file in folder.iterdir()):
+            break  # a further change would wait for a pipe, or reach through a link out of the folder
         mutation = rng.choice(MUTATIONS)
         try:
             mutation(rng, folder)

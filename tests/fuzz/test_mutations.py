@@ -1,5 +1,6 @@
 """A checkpoint that was tampered with opens, or raises the one exception type; thousands more by `python -m tests.fuzz.run`."""
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -42,6 +43,20 @@ def test_what_was_found(sources: list[Path], tmp_path: Path, seed: int) -> None:
     for route in ROUTES.values():
         outcome = attempt(route, tmp_path / "mutated")
         assert outcome.allowed, outcome
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_damage_goes_no_further_than_the_folder(sources: list[Path], tmp_path: Path, kind: str) -> None:
+    """After a change that leaves a link or a pipe, the next one would write through it, or wait for good."""
+    folder, outside = Path(shutil.copytree(sources[0], tmp_path / "mutated")), tmp_path / "outside.json"
+    outside.write_text("{}")
+    (folder / "config.json").unlink()
+    if kind == "link":
+        (folder / "config.json").symlink_to(outside)
+    else:
+        os.mkfifo(folder / "config.json")
+    assert all(mutate(random.Random(seed), folder) == "" for seed in range(50))
+    assert outside.read_text() == "{}"
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))

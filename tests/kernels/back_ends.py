@@ -29,14 +29,16 @@ class BackEnd:
     Attributes:
         kernels: by operation.
         exact_tokens: up to how many tokens the entries of the matrix are not rounded.
+        exact_signed_tokens: the same of a matrix with kept values and signs.
         largest: rows, columns and tokens to draw at random; the interpreter takes its time.
         factor_tokens: up to how many tokens low-rank products are its own.
     """
 
     kernels: dict[str, Callable[..., Tensor | None]]
     exact_tokens: int
+    exact_signed_tokens: int
     device: str = "cpu"
-    largest: tuple[int, int, int] = (150, 300, 40)
+    largest: tuple[int, int, int] = (150, 1200, 40)
     factor_tokens: int = 16
 
     def kernel(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor | None:
@@ -57,6 +59,9 @@ class BackEnd:
 
     def placed(self, *arguments: Any) -> list[Any]:
         return [argument.to(self.device) if isinstance(argument, Tensor) else argument for argument in arguments]
+
+    def rounds(self, form: str, tokens: int) -> bool:
+        return tokens > (self.exact_signed_tokens if form == "bitmask_binary_linear" else self.exact_tokens)
 
     def takes(self, form: str, tokens: int) -> bool:
         return form not in FACTORED or tokens <= self.factor_tokens
@@ -80,14 +85,17 @@ def in_use(name: str) -> Iterator[BackEnd]:
     """Have one back end compute what it takes."""
     from hf_lowrank.kernels.cpu import products as cpp
 
+    if name == "direct" or name in native.INSTRUCTION_SETS:
+        avx512 = (native.instruction_set_in_use() if name == "direct" else name) == "avx512"
+        exact = {"exact_tokens": cpp.FEW_TOKENS, "exact_signed_tokens": 8 if avx512 else cpp.FEW_TOKENS}
     if name in native.INSTRUCTION_SETS:
         with native.forced_instruction_set(name):
-            yield BackEnd(cpp.KERNELS, cpp.FEW_TOKENS)
+            yield BackEnd(cpp.KERNELS, **exact)
         return
     if name == "direct":
         direct = {operation: getattr(native.module(), operation) for operation in DIRECT}
         with torch.no_grad():
-            yield BackEnd(cpp.KERNELS | direct, cpp.FEW_TOKENS, largest=(150, 300, cpp.FEW_TOKENS))
+            yield BackEnd(cpp.KERNELS | direct, largest=(150, 1200, cpp.FEW_TOKENS), **exact)
         return
     from hf_lowrank.kernels.triton import products
 
@@ -96,7 +104,8 @@ def in_use(name: str) -> Iterator[BackEnd]:
         ops.register_kernel(operation, device, "triton", kernel)
     try:
         with nullcontext() if device == "cuda" else multiplying_bfloat16():
-            yield BackEnd(products.KERNELS, products.VECTOR_TOKENS, device, (20, 400, 20), products.VECTOR_TOKENS)
+            exact = products.VECTOR_TOKENS
+            yield BackEnd(products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=products.FACTOR_TOKENS)
     finally:
         ops.unregister_kernels()
         kernels.load()

@@ -1,8 +1,9 @@
-"""Compiles Triton's kernels for an H100 where there is no GPU, with the arguments of real layers; run in a process of its own.
+"""Compiles Triton's kernels for an H100 (or the capability named) where there is no GPU; run in a process of its own.
 
 The interpreter takes programs that the compiler refuses, so that both have a say.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -15,20 +16,21 @@ from hf_lowrank.kernels.triton.tuning import TunedKernel
 from tests.kernels.layers import operation_of, random_layer
 
 CASES = (
-    ("bitmask_binary_linear", 1, 4),
-    ("bitmask_binary_linear", 8, 4),
-    ("quantized_linear", 3, 4),
-    ("quantized_linear, bitmask", 20, 5),
-    ("pivoted_linear", 1, 4),
+    ("bitmask_binary_linear", 1, 77, 4, torch.bfloat16),
+    ("bitmask_binary_linear", 8, 96, 4, torch.bfloat16),
+    ("bitmask_linear", 2, 77, 4, torch.float16),
+    ("quantized_linear", 1, 96, 4, torch.bfloat16),
+    ("quantized_linear, bitmask", 20, 77, 5, torch.float32),
+    ("pivoted_linear", 1, 77, 4, torch.bfloat16),
 )
-"""A form, a number of tokens, and the bits of codes."""
+"""A form, a number of tokens, columns (rows of a bitmap are whole words, or not), the bits of codes, and the dtype."""
 
 
 class NoGPU:
     """What the compiler asks of a driver."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", int(sys.argv[1]) if sys.argv[1:] else 90, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -47,9 +49,9 @@ def main() -> None:
     assert isinstance(products.packed.multiply, triton.JITFunction), "TRITON_INTERPRET is set"
     driver.set_active(NoGPU())
     TunedKernel.launch = compile_only  # type: ignore[method-assign]
-    for form, tokens, bits in CASES:
-        layer = random_layer(24, 77, 20, torch.bfloat16, bits=bits)
-        products.KERNELS[operation_of(form)](torch.randn(tokens, 77).bfloat16(), *layer.arguments(form))
+    for form, tokens, columns, bits, dtype in CASES:
+        layer = random_layer(24, columns, 20, dtype, bits=bits)
+        products.KERNELS[operation_of(form)](torch.randn(tokens, columns).to(dtype), *layer.arguments(form))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_every_kernel_agrees_with_the_float64_oracle(
     if y is not None:
         dense, magnitudes = layer.dense(form)
         error = (y.double() - x.double() @ dense.T).abs()
-        assert y.dtype == dtype and bool((error <= tolerance(y, x, magnitudes, tokens > back_end.exact_tokens)).all())
+        assert y.dtype == dtype and bool((error <= tolerance(y, x, magnitudes, back_end.rounds(form, tokens))).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,7 +86,7 @@ def test_gradients_agree_with_the_float64_oracle(name: str, data: st.DataObject,
 @pytest.mark.parametrize(("dtype", "x_dtype"), permutations(DTYPES, 2))
 def test_input_and_weights_may_differ_in_dtype(back_end: BackEnd, form: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     layer = random_layer(9, 77, 30, dtype)
-    x = torch.randn(3, 77, generator=torch.Generator().manual_seed(1)).to(x_dtype)
+    x = torch.randn(2, 77, generator=torch.Generator().manual_seed(1)).to(x_dtype)
     y = back_end.kernel(form, x, layer)
     dense, magnitudes = layer.dense(form)
     assert y is not None and y.dtype == x_dtype

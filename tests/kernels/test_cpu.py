@@ -49,6 +49,18 @@ def test_few_values_side_by_side_and_infinite_neighbours(instruction_set: str, f
     assert not bool(y[:, infinite].isfinite().any())
 
 
+@pytest.mark.parametrize("kept", [150, 480, 900])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 9, 32])
+def test_values_and_signs_of_wide_rows_agree_with_the_oracle(instruction_set: str, tokens: int, kept: int) -> None:
+    """Columns of several tiles and the last ones of none, rows of several blocks; few, half and most of the columns with values."""
+    layer = random_layer(131, 1100, kept, torch.bfloat16)
+    x = torch.randn(tokens, 1100, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y = multiplied("bitmask_binary_linear", x, *layer.arguments("bitmask_binary_linear"))
+    dense, magnitudes = layer.dense("bitmask_binary_linear")
+    # Each entry rounded once, and the result.
+    assert bool(((y.double() - x.double() @ dense.T).abs() <= 2**-8 * (y.double().abs() + x.double().abs() @ magnitudes.T / 2)).all())
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 16])
 def test_the_result_does_not_depend_on_the_number_of_threads(instruction_set: str, tokens: int) -> None:
     layer = random_layer(700, 520, 200, torch.bfloat16)

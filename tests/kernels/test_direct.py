@@ -80,6 +80,38 @@ def test_tensors_that_do_not_fit_are_left_to_torch(form: str) -> None:
     assert kernel(inputs(1)) is None
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_misaligned_memory_is_left_to_torch(form: str) -> None:
+    """Tensors that were mapped from a file may begin anywhere."""
+    operation, x = operation_of(form), inputs(1)
+    arguments = [x, *random_layer(M, N, 20, torch.bfloat16).arguments(form)]
+    for index, part in enumerate(arguments):
+        if isinstance(part, Tensor) and part.itemsize > 1:
+            given = [*arguments[:index], misaligned(part), *arguments[index + 1 :]]
+            assert getattr(native.module(), operation)(*given) is None
+            assert products.KERNELS[operation](*given) is None
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values one byte beside a multiple of their size."""
+    memory = torch.frombuffer(bytearray(tensor.nbytes + 1), dtype=tensor.dtype, offset=1, count=tensor.numel())
+    return memory.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("position", "number"), [(3, 2**32 + 4), (3, 2**70), (3, 4.0), (4, 0), (4, 2**31), (4, 2**63 - 1), (5, -1), (5, 2**61), (5, None)]
+)
+def test_numbers_of_a_quantised_layer_that_do_not_fit(position: int, number: object) -> None:
+    """Bits, group and count are what a caller says; no product of them may overflow to one that fits."""
+    arguments = list(random_layer(M, N, 20, torch.bfloat16, group=2**20).arguments("quantized_linear, bitmask"))
+    kernel = native.module().quantized_linear
+    assert kernel(inputs(1), *arguments) is not None
+    if number == 2**61:
+        arguments[0] = arguments[0][:, :0].contiguous()
+    arguments[position] = number
+    assert kernel(inputs(1), *arguments) is None
+
+
 class Named(Tensor):
     """A tensor with more to it."""
 

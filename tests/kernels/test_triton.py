@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,57 @@ def test_the_compiler_for_gpus_takes_every_kernel(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} == {"multiply", "unpack"}
+
+
+def kept_by_ptx(byte: int, memory: list[int]) -> list[int]:
+    """The eight results of `PTX_OF_KEPT_VALUES` for a byte, `memory` holding the values from the address on."""
+    from hf_lowrank.kernels.triton.bits import PTX_OF_KEPT_VALUES
+
+    registers: dict[str, int] = {"$8": byte, "$9": 1 << 40}
+    act: dict[str, Callable[..., int]] = {
+        "and.b32": lambda a, b: a & b,
+        "setp.ne.u32": lambda a, b: int(a != b),
+        "mov.b32": int,
+        "mov.b64": int,
+        "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF,
+        "shr.u32": lambda a, b: a >> b,
+        "cvt.u64.u32": int,
+        "add.u64": lambda a, b: a + b,
+        "ld.global.u16": lambda address: memory[(address - (1 << 40)) // 2],
+    }
+    for statement in PTX_OF_KEPT_VALUES.value.strip("{}").split(";"):
+        predicate, name, operands = re.fullmatch(r"\s*(?:@(\w+) )?([\w.:]*) ?(.*)", statement, re.S).groups()  # type: ignore[union-attr]
+        if not name or name == ".reg" or (predicate and not registers[predicate]):
+            continue
+        target, *sources = (operand.strip(" []") for operand in operands.split(","))
+        registers[target] = act[name](*(registers[source] if source in registers else int(source) for source in sources))
+    return [registers[f"${column}"] for column in range(8)]
+
+
+@needs_triton
+def test_the_instructions_in_ptx_spread_the_values_of_a_byte() -> None:
+    values = list(range(1, 9))
+    for byte in range(256):
+        kept = iter(values[: byte.bit_count()])
+        memory = values[: byte.bit_count()]  # what follows is another row's, and is not read
+        assert kept_by_ptx(byte, memory) == [next(kept) << 16 if byte >> column & 1 else 0 for column in range(8)]
+
+
+@needs_triton
+@pytest.mark.parametrize(("spans", "tokens"), [(1, 1), (2, 2), (4, 1), (1, 3)])
+@pytest.mark.parametrize("form", ["bitmask_binary_linear", "quantized_linear", "quantized_linear, bitmask"])
+def test_matrices_of_many_columns_are_summed_by_spans(monkeypatch: pytest.MonkeyPatch, form: str, spans: int, tokens: int) -> None:
+    from hf_lowrank.kernels.triton import products
+
+    fitting = [each for each in products._multiply_vectors.configurations if each.kwargs["SPANS"] == spans]
+    monkeypatch.setattr(products._multiply_vectors, "configurations", fitting)
+    layer = random_layer(3, 4500, 1800, torch.float32)
+    x = torch.randn(tokens, 4500, generator=torch.Generator().manual_seed(1))
+    with in_use("triton") as used:
+        y = used.kernel(form, x, layer)
+    assert y is not None
+    dense, magnitudes = layer.dense(form)
+    assert bool(((y.double() - x.double() @ dense.T).abs() <= x.double().abs() @ magnitudes.T * 2**-20).all())
 
 
 @needs_triton

@@ -169,6 +169,14 @@ def test_every_stored_bit_is_counted(combination):
         assert layer.stored_bits() == sum(tensor.nbytes * 8 for tensor in layer.state_dict().values())
 
 
+@pytest.mark.parametrize("group", [0, -1, 2**31, 2**63 - 1, 2**63, 10**40, 8.0, True, "8"])
+def test_groups_that_no_kernel_counts_with(group):
+    """A group may be longer than a row, but no sum of sizes may overflow."""
+    LayerSpec(sparse="full", weight_bits=4, weight_group=2**31 - 1).validate("layer", 8, 8)
+    with pytest.raises(CheckpointError, match="weight_group is .* expected 1 to 2147483647"):
+        LayerSpec(sparse="full", weight_bits=4, weight_group=group).validate("layer", 8, 8)
+
+
 def test_bits_of_a_whole_matrix():
     spec = LayerSpec(sparse="full", weight_bits=4, weight_group=32)
     assert spec.stored_bits(256, 704, 16) == 256 * 704 * 4 + 256 * 22 * 16

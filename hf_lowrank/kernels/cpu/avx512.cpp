@@ -11,6 +11,8 @@ namespace hf_lowrank {
 
 // avx512_packed.cpp
 void avx512_kept(const Product& product, const Prepared& x, const Rows& rows);
+// avx512_tiles.cpp
+void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_codes.cpp
 void avx512_dequantize(const Product& product, int64_t row, float* out);
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows);
@@ -20,6 +22,8 @@ void avx512_unpack(const Product& product, const float* scale_in, int64_t padded
 namespace {
 
 constexpr int64_t kGroupRows = 4;
+// With more tokens than this it is faster to put the entries of kept values and signs together.
+constexpr int64_t kTileTokens = 8;
 // Bytes. From rows of kLongRow on, the processor's own prefetchers do better; in shorter ones, kBytesAhead is fetched by the loop.
 constexpr int64_t kLongRow = 8192, kBytesAhead = 2048;
 
@@ -176,6 +180,7 @@ struct BinaryLoop {
 };
 
 void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (x.multiplies_signs && rows.token_count > kTileTokens) return avx512_tiles(product, x, rows);
     if (product.signs && !x.multiplies_signs) for_token_groups<BinaryLoop>(rows, product, x);
     if (product.values) avx512_kept(product, x, rows);
 }

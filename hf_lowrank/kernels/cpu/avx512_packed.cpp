@@ -12,8 +12,9 @@
 namespace hf_lowrank {
 namespace {
 
-constexpr int64_t kStep = 64;             // columns per step: eight bytes of a bitmap
-constexpr int64_t kLineColumns = 64 * 8;  // columns per cache line of a bitmap
+constexpr int64_t kLine = 64;                // bytes of a cache line
+constexpr int64_t kStep = 64;                // columns per step: eight bytes of a bitmap
+constexpr int64_t kLineColumns = kLine * 8;  // columns per cache line of a bitmap
 
 // Few values: their columns among 64 are listed, and x is taken from there, instead of the values being spread.
 struct ColumnList {
@@ -32,10 +33,12 @@ AVX512_INLINE __m512i list_columns(__mmask64 mask, __m512i numbers) {
 }
 
 // multiply_64 adds the products of the next values of a row with 64 columns of x to each token's sum. kColumnsAhead: what is fetched
-// meanwhile is that far away, about half a microsecond; together it must leave room for x in the first cache.
+// meanwhile of rows apart is that far away, about half a microsecond; together it must leave room for x in the first cache. lines: those
+// of values that are fetched at a step of some rows in order.
 template <class Values>
 struct Spread : Values {
     static constexpr int64_t kColumnsAhead = 2048;
+    static constexpr int lines(int rows) { return rows; }
 
     template <int T>
     AVX512_INLINE void multiply_64(__m512 (&sums)[T], const typename Values::Element*& values, const uint8_t* mask,
@@ -54,6 +57,7 @@ struct Spread : Values {
 // left, a number that vdpbf16ps takes for zero.
 struct Listed : BFloat16<1> {
     static constexpr int64_t kColumnsAhead = 4096;
+    static constexpr int lines(int rows) { return (rows + 1) / 2; }
 
     template <int T>
     AVX512_INLINE void multiply_64(__m512 (&sums)[T], const uint16_t*& values, const uint8_t* mask, const Inputs& x, int64_t column) {
@@ -72,13 +76,17 @@ struct Listed : BFloat16<1> {
 };
 
 // `signs`: those of x.multiplies_signs too, where Values are bfloat16 and x is one piece.
+//
+// What is read soon is fetched meanwhile, for kept values are read at irregular distances, which the processor's own prefetchers do not
+// follow, and rows of bitmaps are shorter than a page. With signs, neighbouring rows are multiplied together, and the next ones are fetched
+// in the order of memory, from the first byte to the last. Without, rows far apart are, each of which is one long stream of memory, and
+// what comes further on in each is fetched; there the other order gains nothing.
 template <class Values, bool signs>
 struct Packed {
     using Element = typename Values::Element;
+    static constexpr bool in_order = signs;
 
-    // R rows of the block, `step` apart, and T tokens: each of the rows is one of R long streams of memory. What comes further on in each
-    // is fetched meanwhile, for kept values are read at irregular distances, which the processor's own prefetchers do not follow, and rows
-    // of bitmaps are shorter than a page.
+    // R rows of the block, `step` apart, and T tokens.
     template <int T, int R>
     AVX512_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
@@ -94,6 +102,9 @@ struct Packed {
         constexpr int64_t ahead = Values::kColumnsAhead;
         const int64_t values_ahead = ahead * row_bytes / columns;  // a division, and so not in the loop
         const bool near_end = end - values[R - 1] < columns;
+        const uint8_t *next_masks = masks + R * width, *next_bits = signs ? bits + R * width : nullptr;
+        const char* next_values = reinterpret_cast<const char*>(values[0]) + R * row_bytes;
+        const int64_t next_step = R * row_bytes * kStep / columns;
         const __m512i low_positions = _mm512_load_si512(kSignPositions.low), high_positions = _mm512_load_si512(kSignPositions.high);
         Sums<T, R, Values> kept_sums, sign_sums;
         Sums<T, R, Values>::clear(kept_sums);
@@ -110,22 +121,27 @@ struct Packed {
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
             // After the end of each stream comes that of the next block.
             const int64_t jump = column + ahead < (step - first) * columns ? 0 : kBlockRows - step;
-            const int64_t next_bits = ahead / 8 + jump * width, next_values = values_ahead + jump * row_bytes;
+            const int64_t masks_ahead = ahead / 8 + jump * width, bytes_ahead = values_ahead + jump * row_bytes;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                prefetch(masks + r * stride, next_bits);
-                if (signs) prefetch(bits + r * stride, next_bits);
+                if (in_order) {
+                    prefetch(next_masks, r * kLine);
+                    prefetch(next_bits, r * kLine);
+                } else {
+                    prefetch(masks + r * stride, masks_ahead);
+                }
             }
             // More of them than the one line that is fetched at each step.
-            if (line_values > kLineColumns)
-                for (int64_t line = 0; line < line_values; line += 64)
+            if (!in_order && line_values > kLineColumns)
+                for (int64_t line = 0; line < line_values; line += kLine)
 #pragma GCC unroll 4
-                    for (int r = 0; r < R; ++r) prefetch(values[r], next_values + line);
+                    for (int r = 0; r < R; ++r) prefetch(values[r], bytes_ahead + line);
 #pragma GCC unroll 1
             for (int64_t stop = column + steps * kStep; column < stop; column += kStep) {
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    prefetch(values[r], next_values);
+                    if (!in_order) prefetch(values[r], bytes_ahead);
+                    else if (r < Values::lines(R)) prefetch(next_values, r * kLine);
                     Values::multiply_64(kept_sums.of[r], values[r], masks + r * stride, x, column);
                     if constexpr (signs) {
                         const __m512i both = broadcast_8_bytes(bits + r * stride);
@@ -136,7 +152,10 @@ struct Packed {
                 }
                 masks += kStep / 8;
                 bits += signs ? kStep / 8 : 0;
+                next_values += next_step;
             }
+            next_masks += R * kLine;
+            next_bits += signs ? R * kLine : 0;
         }
         for (; column < columns; column += kUnit) {
             const int64_t left = width - column / 8;
@@ -166,12 +185,13 @@ struct Packed {
 
     template <int T>
     struct Loop {
-        static constexpr int kStreams = signs && T > 1 ? 2 : 4;
+        static constexpr int kRows = signs && T > 1 ? 2 : 4;
 
         AVX512 static void run(const Product& product, const Prepared& x, const Rows& rows) {
-            const int64_t step = rows.count / kStreams;
-            for (int64_t first = 0; first < step; ++first) multiply<T, kStreams>(product, x, rows, first, step);
-            for (int64_t first = step * kStreams; first < rows.count; ++first) multiply<T, 1>(product, x, rows, first, 1);
+            const int64_t groups = rows.count / kRows;
+            for (int64_t group = 0; group < groups; ++group)
+                multiply<T, kRows>(product, x, rows, in_order ? group * kRows : group, in_order ? 1 : groups);
+            for (int64_t row = groups * kRows; row < rows.count; ++row) multiply<T, 1>(product, x, rows, row, 1);
         }
     };
 };

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include "avx512_values.h"
+#include "avx512_unpack.h"
 
 namespace hf_lowrank {
 namespace {
@@ -69,9 +69,20 @@ AVX512 void unpack_row(const Product& product, const float* scale_in, int64_t pa
     if (column < product.columns) unpack_unit<Values, false>(product, scale_in, padded, row, column, values, end, out);
 }
 
+constexpr int64_t kRowsAhead = 4;
+
+template <bool signs>
+AVX512 void unpack_bfloat16_row(const Product& product, int64_t row, void* out) {
+    const uint16_t* values = static_cast<const uint16_t*>(product.values) + row * product.kept;
+    unpack_bfloat16<signs, false>(product, row, 0, product.columns, values, kRowsAhead, static_cast<uint16_t*>(out));
+}
+
 }  // namespace
 
 void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out) {
+    const bool bfloat16 = product.values && product.values_dtype == kBFloat16 && product.x_dtype == kBFloat16;
+    if (bfloat16 && !product.signs) return unpack_bfloat16_row<false>(product, row, out);
+    if (bfloat16 && product.binary_rank == 1 && product.scale_dtype == kBFloat16) return unpack_bfloat16_row<true>(product, row, out);
     switch (product.values_dtype) {
         case kFloat32: unpack_row<Float32>(product, scale_in, padded, row, out); break;
         case kFloat16: unpack_row<Float16>(product, scale_in, padded, row, out); break;

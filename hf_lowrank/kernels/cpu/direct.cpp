@@ -19,9 +19,10 @@ extern "C" int32_t hf_lowrank_multiply(const hf_lowrank::Product*);
 namespace hf_lowrank {
 namespace {
 
-// Below this many bytes waking other threads costs more than it saves.
-constexpr int64_t kSerialBytes = 1 << 17;
+// As SERIAL_BYTES and FEW_TOKENS of products.py, where more tokens are multiplied.
+constexpr int64_t kSerialBytes = 1 << 17, kFewTokens = 16;
 constexpr int kMostDimensions = 8;
+constexpr int64_t kLargestGroup = INT32_MAX;  // so that no sum of sizes overflows
 
 // What is asked of torch, looked up once.
 const dlpack::ExchangeApi* api;
@@ -69,7 +70,8 @@ bool read(PyObject* object, dlpack::Tensor& out) {
     }
     if (out.device.type != dlpack::kCpu || !is_contiguous(out)) return false;
     out.data = static_cast<char*>(out.data) + out.byte_offset;
-    return out.data || !elements(out);
+    const bool aligned = (reinterpret_cast<uintptr_t>(out.data) & (out.dtype.bits / 8 - 1)) == 0;  // or mapped from a file, anywhere
+    return (out.data || !elements(out)) && aligned;
 }
 
 // A new tensor's memory, of which torch becomes the owner: a third of the time that torch takes to make one. Its storage cannot grow.
@@ -117,7 +119,7 @@ class Call {
         product_.x = x_.data, product_.x_dtype = float_type(x_);
         product_.columns = x_.shape[x_.dimensions - 1];
         product_.tokens = product_.columns ? elements(x_) / product_.columns : 0;
-        return product_.tokens >= 1 && product_.tokens <= kBlockTokens;
+        return product_.tokens >= 1 && product_.tokens <= kFewTokens;
     }
 
     bool bitmask(PyObject* values, PyObject* mask) {
@@ -145,10 +147,12 @@ class Call {
 
     bool quantized(PyObject* codes, PyObject* scale, PyObject* mask, PyObject* bits, PyObject* group, PyObject* kept) {
         dlpack::Tensor tensor;
-        product_.code_bits = static_cast<int32_t>(PyLong_AsLong(bits));
+        const int64_t code_bits = PyLong_AsLongLong(bits);
         product_.group = PyLong_AsLongLong(group), product_.kept = PyLong_AsLongLong(kept);
-        if (!read(codes, tensor) || !is_bytes(tensor) || tensor.dimensions < 2 || product_.group < 1) return false;
-        if (product_.code_bits < 2 || product_.code_bits > 8 || product_.kept < 0) return false;
+        if (!read(codes, tensor) || !is_bytes(tensor) || tensor.dimensions < 2) return false;
+        if (code_bits < 2 || code_bits > 8 || product_.kept < 0 || product_.kept > product_.columns) return false;
+        if (product_.group < 1 || product_.group > kLargestGroup) return false;
+        product_.code_bits = static_cast<int32_t>(code_bits);
         product_.codes = static_cast<const uint8_t*>(tensor.data);
         product_.rows = tensor.shape[0];
         stored_ += elements(tensor);

@@ -12,7 +12,7 @@ enum DType : int32_t { kNone = -1, kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Rows and tokens that one call of a loop takes at most; its sums are float[kBlockTokens][kBlockRows].
-constexpr int64_t kBlockRows = 64, kBlockTokens = 16;
+constexpr int64_t kBlockRows = 64, kBlockTokens = 32;
 // Tokens multiplied in one pass over a few rows; more tokens take several passes while the rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
 // Codes are dequantised in steps of this many.
@@ -161,7 +161,7 @@ inline uint32_t load_bits(const uint8_t* row, int64_t width, int64_t offset) {
 
 // Calls Loop<tokens>::run(arguments..., rows) for groups of 1..kGroupTokens of the tokens of `rows`.
 template <template <int> class Loop, typename... Arguments>
-inline void for_token_groups(const Rows& rows, const Arguments&... arguments) {
+inline void for_token_groups(const Rows& rows, Arguments&&... arguments) {
     for (int64_t t = 0; t < rows.token_count; t += kGroupTokens) {
         int64_t count = rows.token_count - t < kGroupTokens ? rows.token_count - t : kGroupTokens;
         Rows group = {rows.first, rows.count, rows.first_token + t, count, rows.sums + t * kBlockRows};

@@ -1,6 +1,7 @@
 """GPU back end in Triton: fused products for a few tokens, unpacked tiles and the matrix library's products for many.
 
-It was verified in Triton's interpreter, and compiled for compute capability 9.0; no GPU has run it yet. So it is off unless asked for.
+It was verified in Triton's interpreter, and compiled for compute capabilities 8.0 and 9.0; no GPU has run it yet. So it is off unless
+asked for.
 """
 
 import warnings
@@ -36,7 +37,7 @@ def describe(operation: str) -> tuple[str, str]:
     if operation.endswith("_grad"):
         does = "rows unpacked in full, some at a time, and multiplied by torch"
     elif operation in ("lowrank_linear", "pivoted_linear"):
-        does = f"up to {products.VECTOR_TOKENS} tokens by factor, more: two products of torch"
+        does = f"up to {products.FACTOR_TOKENS} tokens by factor, more: two products of torch"
     else:
         does = f"up to {products.FEW_TOKENS} tokens from the packed form, more: rows unpacked, some at a time, and multiplied by torch"
     return NAME, f"{does}; bfloat16, float16, float32; never run on a GPU before"

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .packed import ones_of_byte
+from .bits import ones
 
 
 @triton.jit(do_not_specialize=["tokens"])  # one program for every number, so that a captured graph meets no new one
@@ -36,7 +36,7 @@ def multiply(
         earlier = tl.load(pivots + byte, mask=byte <= first_row // 8, other=0).to(tl.int32)
         earlier = tl.where(byte < first_row // 8, earlier, earlier & ((1 << (first_row % 8)) - 1))
         is_pivot = (tl.load(pivots + row // 8, mask=inside, other=0).to(tl.int32) >> (row % 8)) & 1
-        pivots_before = tl.sum(ones_of_byte(earlier), axis=0) + tl.cumsum(is_pivot, axis=0) - is_pivot
+        pivots_before = tl.sum(ones(earlier, COMPILED=False), axis=0) + tl.cumsum(is_pivot, axis=0) - is_pivot
         source, wanted = row - pivots_before, inside & (is_pivot == 0)
     total = tl.zeros((TOKENS, BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     of_row = weight + source.to(tl.int64)[None, :, None] * columns

@@ -14,28 +14,33 @@ from .tuning import TunedKernel
 
 FEW_TOKENS = 16
 """Up to this many tokens a matrix is multiplied from its packed form; more are multiplied by its rows in full, some at a time."""
-VECTOR_TOKENS = 4
+VECTOR_TOKENS = 2
 """Up to this many tokens a product is summed entry by entry; more go to the tensor cores, 16 at a time."""
+FACTOR_TOKENS = 4
+"""Up to this many tokens low-rank factors are multiplied one after the other by a kernel; more by torch."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _configurations(*sizes: tuple[int, int, int], second: str) -> list[triton.Config]:
-    """From rows and columns (or bytes) of a tile, and warps.
-
-    For vectors a warp spans 256 columns, 16 bytes to a lane, so that the entries and x lie alike and nothing moves between threads.
-    """
-    return [triton.Config({"BLOCK_ROWS": rows, second: width}, num_warps=warps) for rows, width, warps in sizes]
+def _configurations(*sizes: tuple[int, int, int], second: str, **further: Any) -> list[triton.Config]:
+    """From the rows of a program, its columns or spans, and its warps."""
+    return [triton.Config({"BLOCK_ROWS": rows, second: width, **further}, num_warps=warps) for rows, width, warps in sizes]
 
 
+_COMPILED = isinstance(packed.multiply, triton.JITFunction)
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
-_VECTOR_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (2, 64, 2), (4, 128, 4), (2, 128, 4))
-_multiply_vectors = TunedKernel(packed.multiply, _configurations(*_VECTOR_SIZES, second="BLOCK_BYTES"), (*_FORM, "TOKENS"))
-_TENSOR_CORE_SIZES = ((16, 32, 4), (16, 16, 4), (32, 16, 4), (16, 64, 8), (32, 32, 8))
-_multiply_matrices = TunedKernel(packed.multiply, _configurations(*_TENSOR_CORE_SIZES, second="BLOCK_BYTES"), _FORM)
-_UNPACK_SIZES = ((4, 32, 1), (2, 32, 1), (4, 64, 2), (4, 128, 4))
-_unpack = TunedKernel(packed.unpack, _configurations(*_UNPACK_SIZES, second="BLOCK_BYTES"), _FORM[1:])  # alike for all rows
-_FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4), (2, 1024, 4))
+_VECTOR_SIZES = ((4, 1, 1), (2, 1, 1), (4, 2, 2), (2, 2, 2), (4, 4, 4), (2, 4, 4))  # a warp for each span
+_VECTORS = [
+    *_configurations(*_VECTOR_SIZES, second="SPANS", FETCHED=True),
+    *_configurations((4, 1, 1), (4, 4, 4), second="SPANS", FETCHED=False),
+]
+_multiply_vectors = TunedKernel(packed.multiply, _VECTORS, (*_FORM, "TOKENS"))
+_MATRICES = _configurations((16, 1, 4), (32, 1, 8), second="SPANS", FETCHED=True)
+_multiply_matrices = TunedKernel(packed.multiply, _MATRICES, _FORM)
+_unpack = TunedKernel(
+    packed.unpack, _configurations((4, 1, 1), (2, 1, 1), (4, 2, 2), (4, 4, 4), second="SPANS"), _FORM[1:]
+)  # alike for all rows
+_FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (4, 1024, 4), (2, 1024, 4), (1, 1024, 4), (2, 2048, 8))
 _FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
 _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)
 
@@ -61,13 +66,19 @@ class Parts:
         return rows
 
     def tensors(self) -> dict[str, Tensor | None]:
+        """By the names of the kernels' arguments."""
         names = ("values", "code_scale", "mask", "signs", "scale_in", "scale_out")
         return {name: getattr(self, name) for name in names}
 
     def arguments(self) -> dict[str, Any]:
         """Those that all kernels of packed matrices share."""
+        words_of_codes = self.mask is None and self.bits % 4 == 0
         return {
             **self.tensors(),
+            "values": _as_words(self.values) if words_of_codes else self.values,
+            "mask": _as_words(self.mask),
+            "signs": _as_words(self.signs),
+            "COMPILED": _COMPILED,
             "stride": 0 if self.values is None else self.values.shape[1],
             "groups": 0 if self.code_scale is None else self.code_scale.shape[1],
             "HAS_VALUES": self.values is not None,
@@ -97,12 +108,12 @@ def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | Non
 
 
 def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | None:
-    """B (A x), A x kept in float32; None for more than `VECTOR_TOKENS`, whose two products are torch's own."""
+    """B (A x), A x kept in float32; None for more than `FACTOR_TOKENS`, whose two products are torch's own."""
     return _lowrank(x, lowrank_a, lowrank_b, None, lowrank_b.shape[0])
 
 
 def pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor | None:
-    """P [I; B'] (A' x); None for more than `VECTOR_TOKENS`."""
+    """P [I; B'] (A' x); None for more than `FACTOR_TOKENS`."""
     return _lowrank(x, lowrank_a, lowrank_b, lowrank_pivots, rows)
 
 
@@ -191,7 +202,7 @@ def _tiles(x: Tensor, columns: int, parts: Parts) -> Iterator[tuple[slice, Tenso
 def _lowrank(x: Tensor, a: Tensor, b: Tensor, pivots: Tensor | None, rows: int) -> Tensor | None:
     inputs, rank = as_matrix(x).contiguous(), a.shape[0]
     tokens = inputs.shape[0]
-    if tokens > VECTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
+    if tokens > FACTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
         return None
     z = inputs.new_empty(tokens, rank, dtype=torch.float32)
     y = inputs.new_empty(tokens, rows)
@@ -216,6 +227,13 @@ def _multiply_by_factor(x: Tensor, y: Tensor, weight: Tensor, pivots: Tensor | N
         BITMAP_BYTES=0 if pivots is None else triton.next_power_of_2(pivots.shape[0]),
         TOKENS=triton.next_power_of_2(tokens),
     )
+
+
+def _as_words(packed: Tensor | None) -> Tensor | None:
+    """Rows of bytes as rows of int32 where they can be read so."""
+    if packed is None or packed.dtype != torch.uint8 or packed.shape[1] % 4 or packed.data_ptr() % 4:
+        return packed
+    return packed.flatten(1).view(torch.int32)
 
 
 def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:

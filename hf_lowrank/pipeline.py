@@ -78,19 +78,9 @@ def compress(
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()
-    if not isinstance(config, CompressionConfig):
-        raise CompressionError(
-            f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
-        )
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise CompressionError(
-            f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
-            "and take off what torch or accelerate have wrapped around it"
-        )
+    check_given(model, config)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
-    if any(isinstance(module, CompressedLinear) for module in model.modules()):
-        raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
@@ -135,6 +125,21 @@ def compress(
             run.offloaded.release()
     _finish(run, _described(config.calibration if calibration is None else calibration), tokenizer)
     return model
+
+
+def check_given(model: Any, config: Any) -> None:
+    """Raise CompressionError for what is no recipe, or no plain and dense model of transformers."""
+    if not isinstance(config, CompressionConfig):
+        raise CompressionError(
+            f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
+        )
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise CompressionError(
+            f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
+            "and take off what torch or accelerate have wrapped around it"
+        )
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+        raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
 
 
 def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None) -> str | None:

@@ -78,7 +78,7 @@ def compress(
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()
-    check_given(model, config)
+    check_given(model, config, tokenizer)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     method = make_method(config.method, config.options)
@@ -127,12 +127,14 @@ def compress(
     return model
 
 
-def check_given(model: Any, config: Any) -> None:
-    """Raise CompressionError for what is no recipe, or no plain and dense model of transformers."""
+def check_given(model: Any, config: Any, tokenizer: Any) -> None:
+    """Raise CompressionError for what is no recipe, no tokenizer, or no plain and dense model of transformers."""
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
             f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
         )
+    if tokenizer is not None and not callable(tokenizer):
+        raise CompressionError(f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; texts to calibrate on are calibration=")
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise CompressionError(
             f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
@@ -311,9 +313,11 @@ def check_block_by_block(model: PreTrainedModel, config: CompressionConfig, cali
 
 
 def check_finite(run: Run) -> None:
-    """Raise NumericalError if a weight is not finite, naming it: what it makes of the calibration would blame other layers."""
+    """Raise if a weight is not there (CompressionError) or not finite (NumericalError), naming it: calibration would blame other layers."""
     buffers = {name for name, _ in run.model.named_buffers()}
     for name, tensor in every_weight(run.model, run.offloaded):
+        if tensor.is_meta:
+            raise CompressionError(f"{name}: has no values (it is on the meta device); load the weights first")
         if name not in buffers and not is_finite(tensor):
             raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
 

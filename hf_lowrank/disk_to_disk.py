@@ -88,9 +88,9 @@ def _write(model: PreTrainedModel, output: Path, overwrite: bool, command: str |
         save(folder, name=output.absolute().name, **shards)
 
 
-def describe(source: str, config: CompressionConfig, device: str = "cpu") -> str:
+def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype: str = "auto") -> str:
     """What compressing a checkpoint would take, by formula."""
-    dense = skeleton(load_config(source))
+    dense = skeleton(load_config(source), dtype)
     reason = whole_model_reason(config, dense, device)
     if reason is not None:
         size = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())

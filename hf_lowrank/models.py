@@ -49,12 +49,10 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu", offload_fo
     Raises:
         CompressionError: if it cannot be opened, saying why.
     """
-    if dtype not in DTYPES:
-        raise CompressionError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+    wanted = _torch_dtype(dtype) or "auto"
     config = load_config(source)
     model_class = _model_class(config)
     try:
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         if offload_folder is not None:
             places = device_map(skeleton(config))
             model = model_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
@@ -84,10 +82,14 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The dense model of a config on the meta device: shapes without memory; its experts one by one where a checkpoint stores them so."""
+def skeleton(config: Any, dtype: str = "auto") -> PreTrainedModel:
+    """The dense model of a config on the meta device: shapes without memory; its experts one by one where a checkpoint stores them so.
+
+    Args:
+        dtype: as for `load_model`.
+    """
     with torch.device("meta"):
-        model: PreTrainedModel = _model_class(config)._from_config(config)
+        model: PreTrainedModel = _model_class(config)._from_config(config, dtype=_torch_dtype(dtype) or config.dtype)
     compression = compression_of(config)
     resolve_experts(model, compression.experts if compression else [])
     return model
@@ -178,6 +180,12 @@ def _model_class(config: Any) -> Any:
             f"config.json: architectures names no model class of transformers, and {config.model_type!r} has none by itself"
         )
     return known[0] if isinstance(known, tuple) else known
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    if name not in DTYPES:
+        raise CompressionError(f"dtype: found {name!r}, expected one of {', '.join(DTYPES)}")
+    return None if name == "auto" else getattr(torch, name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,19 +78,9 @@ def compress(
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()
-    if not isinstance(config, CompressionConfig):
-        raise CompressionError(
-            f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
-        )
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise CompressionError(
-            f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
-            "and take off what torch or accelerate have wrapped around it"
-        )
+    check_given(model, config, tokenizer)
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
-    if any(isinstance(module, CompressedLinear) for module in model.modules()):
-        raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
     method = make_method(config.method, config.options)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
@@ -135,6 +125,23 @@ def compress(
             run.offloaded.release()
     _finish(run, _described(config.calibration if calibration is None else calibration), tokenizer)
     return model
+
+
+def check_given(model: Any, config: Any, tokenizer: Any) -> None:
+    """Raise CompressionError for what is no recipe, no tokenizer, or no plain and dense model of transformers."""
+    if not isinstance(config, CompressionConfig):
+        raise CompressionError(
+            f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise CompressionError(f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; texts to calibrate on are calibration=")
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise CompressionError(
+            f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
+            "and take off what torch or accelerate have wrapped around it"
+        )
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+        raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
 
 
 def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None) -> str | None:
@@ -219,7 +226,7 @@ def check_same_everywhere(run: Run, identity: dict[str, Any]) -> None:
     for rank, other in enumerate(found):
         if other != found[0]:
             raise CompressionError(
-                f"process {rank} has another {difference(found[0], other, words=('process 0 has', f'process {rank}'))}; "
+                f"process {rank} has other {difference(found[0], other, words=('process 0 has', f'process {rank}'))}; "
                 "give every process the same model, calibration and recipe"
             )
 
@@ -306,9 +313,11 @@ def check_block_by_block(model: PreTrainedModel, config: CompressionConfig, cali
 
 
 def check_finite(run: Run) -> None:
-    """Raise NumericalError if a weight is not finite, naming it: what it makes of the calibration would blame other layers."""
+    """Raise if a weight is not there (CompressionError) or not finite (NumericalError), naming it: calibration would blame other layers."""
     buffers = {name for name, _ in run.model.named_buffers()}
     for name, tensor in every_weight(run.model, run.offloaded):
+        if tensor.is_meta:
+            raise CompressionError(f"{name}: has no values (it is on the meta device); load the weights first")
         if name not in buffers and not is_finite(tensor):
             raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
 

@@ -63,14 +63,14 @@ class WorkFolder:
             identity: plain JSON values by what they describe: weights, calibration, config, versions.
 
         Raises:
-            CompressionError: if the folder holds an unfinished run of something else, naming what differs.
+            CompressionError: if the folder holds a run of something else that is not finished, naming what differs.
         """
         known = self._read_identity()
         wanted = json.loads(json.dumps(identity))
         if known is not None and known != wanted:
             if not (self.path / FINISHED).exists():
                 raise CompressionError(
-                    f"{self.path}: holds an unfinished run with another {difference(known, wanted)}; "
+                    f"{self.path}: holds a run with other {difference(known, wanted)}; "
                     "repeat that one, or delete the folder, or name another"
                 )
             self.clear()

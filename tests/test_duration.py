@@ -57,6 +57,13 @@ def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch)
     assert seen[0]["model.layers.0.self_attn.q_proj"] == 1.0
 
 
+def test_a_dry_run_counts_the_values_as_they_will_be_stored() -> None:
+    config = CompressionConfig(method="soco", calibration="c4")
+    size = "the whole model must be in memory, {} GB"
+    assert size.format("0.01") in describe(str(tiny_models.BUNDLED), config)
+    assert size.format("0.03") in describe(str(tiny_models.BUNDLED), config, dtype="float32")
+
+
 def test_a_dry_run_tells_the_time_or_why_not(tmp_path: Path) -> None:
     dense = str(tiny_models.BUNDLED)
     told = describe(dense, CompressionConfig(method="wanda", calibration="c4"))

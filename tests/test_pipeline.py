@@ -221,6 +221,10 @@ def test_what_is_no_model_or_no_recipe_is_refused() -> None:
         compress(model, {"method": "svd"}, calibration=IDS)  # type: ignore[arg-type]
     with pytest.raises(CompressionError, match="model: found Sequential, expected a plain model of transformers"):
         compress(torch.nn.Sequential(model), config("svd"), calibration=IDS)  # type: ignore[arg-type]
+    with pytest.raises(CompressionError, match="tokenizer: found list, expected a tokenizer; .* calibration="):
+        compress(model, config("svd"), ["a text"])
+    with pytest.raises(CompressionError, match="has no values"):
+        compress(model.to("meta"), config("svd"), calibration=IDS)
 
 
 @pytest.mark.parametrize("method", RECIPES)

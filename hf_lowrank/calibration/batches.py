@@ -90,6 +90,12 @@ def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
             f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
             f"(found {', '.join(batch.inputs) or 'nothing'})"
         )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and batch.input_ids.shape[1] > context:
+        raise CompressionError(
+            f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a context of {context}; "
+            f"cut it (truncation=True, max_length={context})"
+        )
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if vocabulary is None or not batch.input_ids.numel():
         return

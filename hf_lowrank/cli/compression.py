@@ -87,7 +87,7 @@ def compress(
             f"{model}: is compressed already; compress the dense model it came from, or what `hf-lowrank dense` makes of it"
         )
     if dry_run:
-        typer.echo(describe(model, config, device))
+        typer.echo(describe(model, config, device, dtype))
         return
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
     with launched():

@@ -96,8 +96,6 @@ class CompressionQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
         fuse_experts(model)
-        if not getattr(model, "_weight_conversions", None):  # a compressed checkpoint needs none; a dense save takes those of the family
-            vars(model)["_weight_conversions"] = None
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)

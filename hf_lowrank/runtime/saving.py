@@ -108,6 +108,10 @@ class CompleteSave:
                 f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers cannot open; "
                 "leave it out, and one process writes the whole model"
             )
+        if kwargs.get("variant") is not None:
+            raise CompressionError(
+                f"{folder}: variant={kwargs['variant']!r} gives the weights a name by which nothing opens compressed ones; leave it out"
+            )
         record_layers(model)
         model.config.auto_map = auto_map(model)
         here = Path(__file__).parent

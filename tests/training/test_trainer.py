@@ -147,8 +147,10 @@ def test_a_save_writes_the_state_dict_that_it_is_given(checkpoints: dict[str, Pa
 
 
 def test_a_save_that_cannot_be_opened_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(CompressionError, match="distributed_checkpoint"):
-        opened(checkpoints[SLAB]).save_pretrained(tmp_path, distributed_checkpoint=True)
+    for option in ({"distributed_checkpoint": True}, {"variant": "fp16"}):
+        with pytest.raises(CompressionError, match=next(iter(option))):
+            opened(checkpoints[SLAB]).save_pretrained(tmp_path, **option)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

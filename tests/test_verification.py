@@ -104,9 +104,25 @@ def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
 def test_a_value_that_changed_is_found_by_its_checksum(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("slab")
     change_tensor(folder, f"{Q_PROJ}.weight", lambda weight: weight + 1)
-    AutoModelForCausalLM.from_pretrained(folder)
     (problem,) = verify_checkpoint(folder).problems
     assert problem.startswith("model.safetensors: sha256 is not the recorded")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: sha256 is .* delete its line under checksums in config\.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_weights_changed_on_purpose_open_once_their_checksum_is_deleted(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("slab")
+    change_tensor(folder, f"{Q_PROJ}.weight", lambda weight: weight + 1)
+    values = json.loads((folder / "config.json").read_text())
+    del values["quantization_config"]["checksums"]["model.safetensors"]
+    (folder / "config.json").write_text(json.dumps(values))
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_config_saved_beside_other_weights_does_not_speak_of_the_old_ones(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(copy_of("slab"))
+    model.config.save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text())["quantization_config"].get("checksums")
 
 
 def test_a_config_that_changed_is_found_by_its_checksum(copy_of: Callable[[str], Path]) -> None:
@@ -116,9 +132,9 @@ def test_a_config_that_changed_is_found_by_its_checksum(copy_of: Callable[[str],
 
 
 def test_a_saved_copy_records_its_own_checksums(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = copy_of("slab")
-    change_tensor(folder, f"{Q_PROJ}.weight", lambda weight: weight + 1)
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    model = AutoModelForCausalLM.from_pretrained(copy_of("slab"))
+    torch.nn.init.ones_(model.get_submodule(Q_PROJ).weight)
+    model.save_pretrained(tmp_path / "again")
     assert verify_checkpoint(tmp_path / "again").sound
 
 

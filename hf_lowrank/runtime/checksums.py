@@ -8,9 +8,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .errors import CheckpointError
 from .headers import BITS, read_header, read_json, weight_files
 
 CONFIG = "config.json"
@@ -44,6 +46,23 @@ def weights_checksum(folder: str | os.PathLike[str]) -> str:
                     digest.update(stream.read(min(CHUNK, size - start)))
                 sums.append(f"{name} {dtype} {list(shape)} {digest.hexdigest()}")
     return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()
+
+
+def check_weights(files: Sequence[str], recorded: Mapping[str, str]) -> None:
+    """Compare the weights' files with the sums recorded when they were saved; files without one are not judged.
+
+    Raises:
+        CheckpointError: if a file is not the one that was saved.
+    """
+    judged = [file for file in files if os.path.basename(file) in recorded]
+    with ThreadPoolExecutor() as pool:
+        for file, found in zip(judged, pool.map(file_checksum, judged), strict=True):
+            name = os.path.basename(file)
+            if found != recorded[name]:
+                raise CheckpointError(
+                    f"{name}: sha256 is {found}, expected {recorded[name]} of when it was saved; download it again, "
+                    f"or, if it was you who changed it, delete its line under checksums in {CONFIG}"
+                )
 
 
 def config_checksum(values: Mapping[str, Any]) -> str:

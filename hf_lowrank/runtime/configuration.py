@@ -198,7 +198,8 @@ class CompressionConfig(QuantizationConfigMixin):
         default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
     )
     checksums: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "recorded when saving: sha256 of the checkpoint's files; `hf-lowrank verify` compares them"}
+        default_factory=dict,
+        metadata={"help": "recorded when saving: sha256 of the files, compared by from_pretrained (weights) and `hf-lowrank verify`"},
     )
     experts: list[str] = field(
         default_factory=list, metadata={"help": "recorded by compress(): modules of fused experts that are stored expert by expert"}

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from .checksums import check_weights
 from .configuration import QUANT_METHOD, CompressionConfig
 from .contents import validate_contents
 from .errors import CompressionError
@@ -38,11 +40,13 @@ class CompressionQuantizer(HfQuantizer):
     Attributes:
         compress_on_load: what `from_pretrained(dense, quantization_config=...)` calls after loading; set by the package,
             as the runtime alone can open compressed checkpoints but not make them.
+        checkpoint_files: where the weights come from; none where the caller brings a state dict.
     """
 
     quantization_config: CompressionConfig
     requires_calibration = False
     compress_on_load: ClassVar[Any] = None
+    checkpoint_files: Sequence[str] = ()
 
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -62,10 +66,11 @@ class CompressionQuantizer(HfQuantizer):
         if getattr(getattr(model.config, "distributed_config", None), "tp_plan", None) is not None:
             raise CompressionError(NOT_SPLIT)
         config = self.quantization_config
-        if files := kwargs.get("checkpoint_files"):  # none where the caller brings a state dict
+        self.checkpoint_files = kwargs.get("checkpoint_files") or []
+        if self.checkpoint_files:
             saved = saved_skeleton(model)
             resolve_experts(saved, config.experts)
-            validate_files(saved, resolve_layers(saved, config.layers), read_headers(files), compressed_shapes_only=True)
+            validate_files(saved, resolve_layers(saved, config.layers), read_headers(self.checkpoint_files), compressed_shapes_only=True)
         config.experts = resolve_experts(model, config.experts)
         config.layers = layers = resolve_layers(model, config.layers)
         for name, spec in layers.items():
@@ -75,13 +80,15 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             assert self.compress_on_load is not None
             self.compress_on_load(model, self.quantization_config)
-        elif model.tp_size is not None:  # the oldest transformers tells no sooner
+        elif model.tp_size is not None and not hasattr(model.config, "distributed_config"):  # the oldest transformers tells no sooner
             raise CompressionError(NOT_SPLIT)
         else:
             for name, module in model.named_modules():
                 if isinstance(module, CompressedLinear):
                     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
                     validate_contents(name, module.spec, module.out_features, module.in_features, tensors)
+            check_weights(self.checkpoint_files, self.quantization_config.checksums)
+            self.quantization_config.checksums = {}  # of those files, not of what becomes of the model
             attach(model, self)
         return model
 

@@ -25,8 +25,9 @@ AVX512_INLINE __m512i add_signed(__m512i unit, __m512i signed_scale, __m512 scal
     return _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn.lanes), (__m512i)_mm512_cvtne2ps_pbh(odd_sum, even_sum));
 }
 
-// Columns [begin, end) of a row, begin a multiple of 64, and, `in_tile`, zeros up to a multiple of 32. `values`: where those of the columns
-// begin, afterwards those of the next. Meanwhile the bitmaps of the row `rows_ahead` further on are fetched, and unless `in_tile` its values.
+// Columns [begin, end) of a row, begin a multiple of 64, and, `in_tile`, zeros up to a multiple of 32. `values`: where those of the
+// columns begin, afterwards those of the next. Meanwhile the bitmaps of the row `rows_ahead` further on are fetched, and unless `in_tile`
+// its values.
 template <bool signs, bool in_tile>
 AVX512_INLINE void unpack_bfloat16(const Product& product, int64_t row, int64_t begin, int64_t end, const uint16_t*& values,
                                    int64_t rows_ahead, uint16_t* out) {

@@ -230,8 +230,8 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_instruction
     return best;
 }
 
-// Computes product.y; 0 when done, 1 when x (or A x) has a value that is not finite, or the pivots are not as many as the rank: that
-// product is left to the caller. Zeros that are not stored would have to turn an infinity into a NaN, or not, as in the dense product.
+// Computes product.y; 0 when done, 1 where that is left to the caller: x (or A x) has a value that is not finite, the pivots are not as many
+// as the rank, or there is no memory. Zeros that are not stored would have to turn an infinity into a NaN, or not, as in the dense product.
 extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(const Product* argument) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
@@ -246,6 +246,7 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
     if (chained) inner_forms.add_matrix(lowrank_dtype, kernels, dtype == kFloat32 ? 3 : 2);
     thread_local Scratch scratch;
     char* memory = scratch.at_least(forms.bytes() + inner_forms.bytes() + round_up(product.tokens * inner_forms.columns * 4, 64));
+    if (!memory) return 1;
     Prepared x = forms.in(memory);
     if (!prepare(product.x, dtype, product, kernels, forms, x)) return 1;
     std::vector<int64_t> order = output_order(product);

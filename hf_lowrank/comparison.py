@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from .architectures import find_blocks, find_layers
 from .calibration.batches import sequence_length
-from .calibration.texts import DATASETS, read_documents, token_stream, windows
+from .calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
 from .child_process import ProcessError, run
 from .evaluation.perplexity import LONGEST_WINDOW
 from .inspection import inspect_checkpoint
@@ -112,7 +112,7 @@ def check_texts(comparison: Comparison) -> None:
     """Raise CompressionError if a text is shorter than the window that it is calibrated or measured on, before any work is done."""
     config = load_config(comparison.model)
     dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
+    context = context_length(config) or LONGEST_WINDOW
     needed = dict.fromkeys(comparison.texts, comparison.window or min(context, LONGEST_WINDOW))
     recipe = CompressionConfig(samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed)
     for text, length in [*needed.items(), (comparison.calibration, sequence_length(dense, recipe))]:

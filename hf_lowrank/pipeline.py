@@ -1,6 +1,5 @@
 """compress(): check the recipe, calibrate, walk the blocks of a model by the method's strategy, make the result a checkpoint's model."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ from .runtime.saving import CompleteSave
 from .runtime.validation import is_linear
 from .strategies import Run, choose_then_build, layer_by_layer, measure_then_decide, refine
 from .version import __version__
-from .work_folder import difference
+from .work_folder import difference, tensors_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -243,11 +242,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def weights_fingerprint(model: PreTrainedModel, blocks: OffloadedBlocks | None = None) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in every_weight(model, blocks):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_checksum(every_weight(model, blocks))
 
 
 def _versions() -> dict[str, str]:

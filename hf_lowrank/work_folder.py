@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,13 +180,18 @@ class WorkFolder:
         return CompressionError(f"{self.path}: cannot be written ({reason}); what is finished stays, repeat the command to go on")
 
 
+def tensors_checksum(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
+    """sha256 over `about` and the names, dtypes, shapes and bytes of tensors, in their order."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
     """sha256 of all that a record of this name holds."""
-    digest = hashlib.sha256(f"{name} {facts}".encode())
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_checksum(sorted(tensors.items()), f"{name} {facts}")
 
 
 def _flush(path: Path) -> None:

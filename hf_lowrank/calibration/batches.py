@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .sampling import sample_sequences
-from .texts import read_documents, token_stream, windows
+from .texts import context_length, read_documents, token_stream, windows
 
 LONGEST_SEQUENCE = 2048
 TOKENS_PER_BATCH = 8192
@@ -90,7 +90,7 @@ def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
             f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
             f"(found {', '.join(batch.inputs) or 'nothing'})"
         )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and batch.input_ids.shape[1] > context:
         raise CompressionError(
             f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a context of {context}; "
@@ -155,7 +155,7 @@ def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
     Raises:
         CompressionError: if more than the model's context is asked for.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_SEQUENCE
+    context = context_length(model.config) or LONGEST_SEQUENCE
     if config.sequence_length is not None and config.sequence_length > context:
         raise CompressionError(
             f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} tokens"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..runtime.errors import CompressionError
 
@@ -68,6 +69,11 @@ def _row_documents(source: str, kind: str) -> list[str]:
     if "text" not in rows.column_names:
         raise CompressionError(f"{source}: has the columns {', '.join(rows.column_names)}, expected one that is called text")
     return [text for text in rows["text"] if text and text.strip()]
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model of this config was made for; None if the config does not tell."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def token_stream(tokenizer: Any, documents: Iterable[str]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..calibration.texts import read_documents, token_stream, windows
+from ..calibration.texts import context_length, read_documents, token_stream, windows
 from ..runtime.errors import CompressionError, NumericalError
 
 LONGEST_WINDOW = 2048
@@ -71,7 +71,7 @@ def evaluate_text(
             raise CompressionError(
                 f"perplexity is that of a text's next token, which {type(each).__name__} does not predict; use a causal model"
             )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_WINDOW
+    context = context_length(model.config) or LONGEST_WINDOW
     window = min(context, LONGEST_WINDOW) if window is None else window
     stride = window if stride is None else stride
     if not 1 < window <= context:

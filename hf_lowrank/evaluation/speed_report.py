@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..calibration.texts import context_length
 from ..models import load_model
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
@@ -62,7 +63,7 @@ def of_model(
     kinds = Counter((m.out_features, m.in_features, m.spec) for m in subject.modules() if isinstance(m, CompressedLinear))
     if not kinds:
         raise CompressionError(f"{source}: has no compressed layer; name a compressed checkpoint, and this one as --reference")
-    context = getattr(subject.config.get_text_config(), "max_position_embeddings", None) or PROMPT + new
+    context = context_length(subject.config) or PROMPT + new
     prompt = min(PROMPT, context - new) if prompt is None else prompt
     if not 1 <= prompt <= context - new:
         raise CompressionError(f"{source}: has a context of {context} tokens; give a --prompt and a --new that fit")

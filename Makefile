@@ -27,7 +27,7 @@ $(VENV)/.docs: $(VENV)/.installed
 
 # of the runtime's files, for hf_lowrank/data/releases.json
 digests: $(VENV)/.installed
-	$(BIN)/python -c "import json; from hf_lowrank.verification import released_runtimes as r; print(json.dumps(r(), indent=1, sort_keys=True))"
+	$(BIN)/python -c "import json; from hf_lowrank.checkpoints.verify import released_runtimes as r; print(json.dumps(r(), indent=1, sort_keys=True))"
 
 # what is installed here against PyPI's advisories, by a tool in an environment of its own; fails where something cannot be looked up
 audit: $(VENV)/.installed

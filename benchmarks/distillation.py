@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from hf_lowrank import CompressionConfig, DistillationTrainer, compress
 from hf_lowrank.calibration.texts import read_documents, token_stream, windows
-from hf_lowrank.distillation import Windows
+from hf_lowrank.training.distillation import Windows
 
 BATCH = 16
 

@@ -25,9 +25,9 @@ import torch.distributed as dist
 
 from hf_lowrank import CompressionConfig, compress, data
 from hf_lowrank.calibration import blocks
-from hf_lowrank.distributed import Processes
-from hf_lowrank.models import load_model, load_tokenizer
-from hf_lowrank.strategies import Run, layer_by_layer
+from hf_lowrank.compression.strategies import Run, layer_by_layer
+from hf_lowrank.execution.process_group import Processes
+from hf_lowrank.models.loading import load_model, load_tokenizer
 
 PARTS = ("calibration", "solving", "other processes", "all else")
 DATA = Path(data.__path__[0])

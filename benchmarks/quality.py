@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from hf_lowrank import frontier
+from hf_lowrank.evaluation import pareto
 
 INTRODUCTION = """# What is lost at a given size
 
@@ -33,7 +33,7 @@ def section(folder: Path) -> str:
 {versions}; {results["machine"]["processor"]}. model.safetensors: sha256
 `{results["model"]["model.safetensors"]}`.
 
-{frontier.markdown(results)}"""
+{pareto.markdown(results)}"""
 
 
 if __name__ == "__main__":

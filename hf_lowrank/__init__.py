@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from .registration import after_import
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
-from .runtime.guard import guard_configs, guard_tokenizers
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
+from .runtime.load_hooks import guard_configs, guard_tokenizers
 from .runtime.ops import on_first_use
 from .runtime.saving import CompleteSave
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .distillation import DistillationTrainer
-    from .pipeline import compress
+    from .compression.pipeline import compress
+    from .training.distillation import DistillationTrainer
 
 __all__ = [
     "CheckpointError",
@@ -35,7 +35,7 @@ __all__ = [
     "compress",
 ]
 
-_LAZY = {"DistillationTrainer": ".distillation", "compress": ".pipeline"}
+_LAZY = {"DistillationTrainer": ".training.distillation", "compress": ".compression.pipeline"}
 
 
 def __getattr__(name: str) -> Any:
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _compress_on_load(model: Any, config: CompressionConfig) -> None:
-    importlib.import_module(".pipeline", __name__).compress_on_load(model, config)
+    importlib.import_module(".compression.pipeline", __name__).compress_on_load(model, config)
 
 
 def _load_kernels() -> None:
@@ -57,10 +57,10 @@ class _Publisher:
     """Cards and uploads, imported when a model is saved."""
 
     def write_card(self, folder: Path, name: str | None) -> None:
-        importlib.import_module(".model_card", __name__).write_model_card(folder, name)
+        importlib.import_module(".publishing.model_card", __name__).write_model_card(folder, name)
 
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
-        return importlib.import_module(".hub", __name__).upload(folder, repo_id, **options)
+        return importlib.import_module(".publishing.hub", __name__).upload(folder, repo_id, **options)
 
 
 CompleteSave.publisher = _Publisher()

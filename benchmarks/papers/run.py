@@ -19,11 +19,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
-from hf_lowrank.architectures import find_blocks, find_layers
-from hf_lowrank.comparison import finished, model_sha256, text_sha256, versions, write_json, write_text
+from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, versions, write_json, write_text
 from hf_lowrank.evaluation.perplexity import evaluate_text
-from hf_lowrank.inspection import inspect_checkpoint
-from hf_lowrank.models import load_config, load_model, load_tokenizer, skeleton
+from hf_lowrank.models.architectures import find_blocks, find_layers
+from hf_lowrank.models.loading import load_config, load_model, load_tokenizer, skeleton
 
 Table = dict[str, Any]
 Record = dict[str, Any]

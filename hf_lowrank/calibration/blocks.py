@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..distributed import ALONE, Team
+from ..execution.process_group import ALONE, Team
 from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
 from .activations import Shelf, Waiting

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import ALONE, Team
+from ..execution.process_group import ALONE, Team
 from ..methods.base import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block

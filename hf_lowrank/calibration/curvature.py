@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..distributed import ALONE, Team
+from ..execution.process_group import ALONE, Team
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import ALONE, Team
+from ..execution.process_group import ALONE, Team
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import ALONE, Team
-from ..linears import CHUNK
+from ..execution.process_group import ALONE, Team
 from ..methods.base import Statistics
+from ..models.linears import CHUNK
 from ..runtime.errors import NumericalError
 from ..runtime.experts import Expert
 

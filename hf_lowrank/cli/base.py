@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from ..distributed import HeardError, launched_rank
+from ..execution.process_group import HeardError, launched_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 
@@ -130,7 +130,7 @@ def show_totals(found: Any) -> None:
 
 
 def tokenizer_or_none(source: str) -> Any:
-    from ..models import load_tokenizer
+    from ..models.loading import load_tokenizer
 
     try:
         return load_tokenizer(source)

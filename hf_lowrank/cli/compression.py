@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..distributed import launched, launched_rank
+from ..execution.process_group import launched, launched_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .base import (
@@ -71,9 +71,9 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory, disk and time it takes")] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
-    from ..disk_to_disk import compress_checkpoint, describe
+    from ..compression.from_disk import compress_checkpoint, describe
     from ..methods import make_method
-    from ..models import check_free, compression_of, load_config, load_tokenizer
+    from ..models.loading import check_free, compression_of, load_config, load_tokenizer
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -110,7 +110,7 @@ def recompress(
     as_json: Json = False,
 ) -> None:
     """Truncate layers whose rank has grown by merged adapters to the rank of the compression, and say what that loses."""
-    from ..models import check_free, compression_of, load_config, load_model, new_folder
+    from ..models.loading import check_free, compression_of, load_config, load_model, new_folder
     from ..peft import recompress as truncate
 
     check_free(output, overwrite)
@@ -139,7 +139,7 @@ def dense(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed model as a dense one, for engines that know no compressed layers."""
-    from ..models import check_free, compression_of, load_config, load_model, new_folder
+    from ..models.loading import check_free, compression_of, load_config, load_model, new_folder
 
     check_free(output, overwrite)
     if compression_of(load_config(folder)) is None:
@@ -160,7 +160,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Run the whole job offline on the bundled model: SoLA, SoCo, SLaB and SVD-LLM, saved, reloaded, measured."""
-    from ..demo import run_demo
+    from .demo import run_demo
 
     rows = run_demo(output, overwrite)
     columns = ["model", "asked", "stored", "MB on disk", "perplexity", "nats lost", "KL", "top-1", "seconds"]
@@ -168,7 +168,7 @@ def demo(
 
 
 def _show_summary(folder: Path) -> None:
-    from ..inspection import inspect_checkpoint
+    from ..checkpoints.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(folder)
     typer.echo(f"wrote {folder}")

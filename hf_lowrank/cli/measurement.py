@@ -38,12 +38,12 @@ def evaluate(
     """
     from ..evaluation.perplexity import evaluate_text
     from ..evaluation.tasks import evaluate_tasks
-    from ..models import load_model, load_tokenizer
+    from ..models.loading import load_model, load_tokenizer
 
     if not text and not tasks:
         raise CompressionError("evaluate: nothing to measure on; name a --text or --tasks")
     if card:
-        from ..model_card import read_config
+        from ..publishing.model_card import read_config
 
         read_config(Path(model))
     subject, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
@@ -56,7 +56,7 @@ def evaluate(
         evaluate_tasks(subject, tokenizer, tasks, shots=num_fewshot, limit=limit, batch_size=batch_size, reference=dense) if tasks else []
     )
     if card:
-        from ..model_card import record_quality, task_quality, text_quality
+        from ..publishing.model_card import record_quality, task_quality, text_quality
 
         rows = [row for result in texts for row in text_quality(result.to_dict())]
         record_quality(Path(model), rows + [row for result in scores for row in task_quality(result.to_dict())])
@@ -94,7 +94,7 @@ def _show_tasks(model: str, results: list["TaskResult"], with_reference: bool) -
 @one_line_errors
 def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
     """Show what a compressed checkpoint stores, layer by layer, counted from its files."""
-    from ..inspection import inspect_checkpoint
+    from ..checkpoints.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(folder)
     if as_json:
@@ -126,7 +126,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
 @one_line_errors
 def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
     """Check a compressed checkpoint, byte by byte, without running anything of it: is it whole, and what its author saved?"""
-    from ..verification import verify_checkpoint
+    from ..checkpoints.verify import verify_checkpoint
 
     found = verify_checkpoint(folder)
     if as_json:
@@ -149,7 +149,7 @@ def report(
     comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
 ) -> None:
     """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training; needs no network."""
-    from ..html_report import write_report
+    from ..publishing.html_report import write_report
 
     write_report(folder, out, comparison)
     typer.echo(f"wrote {out} ({out.stat().st_size:,} bytes)")
@@ -179,17 +179,17 @@ def compare(
     """
     from rich.markup import escape
 
-    from .. import frontier
-    from ..comparison import Comparison, candidates, compare, write_text
+    from ..evaluation import pareto
+    from ..evaluation.comparison import Comparison, candidates, compare, write_text
 
-    frontier.check_plotting()
+    pareto.check_plotting()
     comparison = Comparison(model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows)
     wanted = candidates(method_names, ratios)
     results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
-    write_text(out / "table.md", frontier.markdown(results))
-    frontier.plot(results, out / "frontier.png")
-    rows = [[escape(cell) for cell in row] for row in frontier.table(results)]
-    print_table(f"{model} (★ the best method at each size)", frontier.COLUMNS, rows)
-    for failure in frontier.failures(results):
+    write_text(out / "table.md", pareto.markdown(results))
+    pareto.plot(results, out / "pareto.png")
+    rows = [[escape(cell) for cell in row] for row in pareto.table(results)]
+    print_table(f"{model} (★ the best method at each size)", pareto.COLUMNS, rows)
+    for failure in pareto.failures(results):
         typer.echo(f"not reached: {failure}")
-    typer.echo(f"wrote {out / 'table.md'}, {out / 'frontier.png'}, {out / 'results.json'}")
+    typer.echo(f"wrote {out / 'table.md'}, {out / 'pareto.png'}, {out / 'results.json'}")

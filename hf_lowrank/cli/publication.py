@@ -21,7 +21,7 @@ def push(
     """Push a compressed checkpoint to the Hub, with its card and loading code; a push that broke off is simply repeated."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    from ..hub import push_folder
+    from ..publishing.hub import push_folder
 
     try:
         commit = push_folder(folder, repo, private=private or None, revision=revision, commit_message=message)

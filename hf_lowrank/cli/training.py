@@ -30,9 +30,9 @@ def distill(
     """Train a compressed model's stored values towards the dense model's predictions; masks and signs stay as they are."""
     from ..calibration.batches import sequence_length as window_length
     from ..calibration.texts import read_documents, token_stream, windows
-    from ..distillation import distill as train
-    from ..models import check_free, compression_of, load_config, load_model, load_tokenizer, new_folder
+    from ..models.loading import check_free, compression_of, load_config, load_model, load_tokenizer, new_folder
     from ..runtime.configuration import CompressionConfig
+    from ..training.distillation import distill as train
 
     if steps < 1 or not learning_rate > 0:
         raise CompressionError(f"distill: found {steps} steps at a learning rate of {learning_rate}; both must be above zero")

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration.texts import context_length
-from ..models import load_model
+from ..models.loading import load_model
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from ..runtime.layers import CompressedLinear

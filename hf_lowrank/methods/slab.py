@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, Layer
-from ..linears import row_chunks
+from ..models.linears import row_chunks
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from .base import Decomposition, Method, Statistics, too_small

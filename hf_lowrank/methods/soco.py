@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation import greedy_ranks
 from ..budget import Layer, ModelBudget
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
+from .allocation import greedy_ranks
 from .base import Statistics
 from .registry import register_method
 from .spectral import Factorization, Measurement, SpectralMethod, factorize, prices

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..allocation import fitted_ranks, greedy_ranks
 from ..budget import ModelBudget
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
+from .allocation import fitted_ranks, greedy_ranks
 from .base import Layer, Statistics
 from .registry import register_method
 from .spectral import Measurement, SpectralMethod, factorize, prices

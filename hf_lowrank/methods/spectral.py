@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..budget import ModelBudget
-from ..linears import row_chunks
+from ..models.linears import row_chunks
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError, NumericalError
 from .base import Budget, Decomposition, Layer, Method, Statistics, too_small

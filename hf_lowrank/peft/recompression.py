@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import CompressionError, NumericalError
-from ..runtime.headers import REPORT_FILE, read_json
 from ..runtime.layers import CompressedLinear
 from ..runtime.packing import pack_bits, unpack_bits
 from ..runtime.pivoting import pivot, unpivot
+from ..runtime.safetensors_headers import REPORT_FILE, read_json
 from ..runtime.saving import CompleteSave, record_layers
 from .merging import store
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .errors import CheckpointError
-from .headers import BITS, read_header, read_json, weight_files
+from .safetensors_headers import BITS, read_header, read_json, weight_files
 
 CONFIG = "config.json"
 CHUNK = 1 << 20

@@ -14,18 +14,18 @@ import transformers
 if TYPE_CHECKING:  # never run: transformers copies the files that are named here, older 5.x only those named in this very file
     from .checksums import record_checksums  # noqa: F401
     from .configuration import CompressionConfig  # noqa: F401
-    from .contents import validate_contents  # noqa: F401
+    from .content_checks import validate_contents  # noqa: F401
     from .errors import CompressionError  # noqa: F401
     from .experts import ExpertBank  # noqa: F401
-    from .guard import guard_configs  # noqa: F401
-    from .headers import read_header  # noqa: F401
     from .layers import CompressedLinear  # noqa: F401
+    from .load_hooks import guard_configs  # noqa: F401
     from .ops import bitmask_linear  # noqa: F401
     from .packing import pack_bits  # noqa: F401
     from .pivoting import pivot  # noqa: F401
     from .quantization import Quantized  # noqa: F401
     from .quantized_ops import quantized_linear  # noqa: F401
     from .quantizer import CompressionQuantizer  # noqa: F401
+    from .safetensors_headers import read_header  # noqa: F401
     from .saving import CompleteSave  # noqa: F401
     from .validation import validate_files  # noqa: F401
 

@@ -14,12 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
 from .configuration import QUANT_METHOD, CompressionConfig
-from .contents import validate_contents
+from .content_checks import validate_contents
 from .errors import CompressionError
 from .experts import ExpertBank
-from .guard import guard_configs, guard_tokenizers
-from .headers import read_headers
 from .layers import CompressedLinear, build_layer
+from .load_hooks import guard_configs, guard_tokenizers
+from .safetensors_headers import read_headers
 from .saving import CompleteSave
 from .validation import dense_shape, resolve_experts, resolve_layers, saved_skeleton, validate_files
 

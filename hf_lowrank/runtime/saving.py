@@ -15,8 +15,8 @@ from transformers.utils import cached_file
 from .checksums import file_checksum, record_checksums, weights_checksum
 from .errors import CheckpointError, CompressionError
 from .experts import ExpertBank
-from .headers import REPORT_FILE, read_json
 from .layers import CompressedLinear
+from .safetensors_headers import REPORT_FILE, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 RUNTIME_FILES = (
     "checksums.py",
     "configuration.py",
-    "contents.py",
+    "content_checks.py",
     "errors.py",
     "experts.py",
-    "guard.py",
-    "headers.py",
     "layers.py",
+    "load_hooks.py",
     "modeling_hf_lowrank.py",
     "ops.py",
     "packing.py",
@@ -37,6 +36,7 @@ RUNTIME_FILES = (
     "quantization.py",
     "quantized_ops.py",
     "quantizer.py",
+    "safetensors_headers.py",
     "saving.py",
     "validation.py",
 )

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from .errors import CheckpointError
 from .experts import ExpertBank, is_fused_experts
-from .headers import BITS, FLOAT_TYPES, REPORT_FILE, WEIGHTS, StoredTensor, read_headers, read_json, weight_files
+from .safetensors_headers import BITS, FLOAT_TYPES, REPORT_FILE, WEIGHTS, StoredTensor, read_headers, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

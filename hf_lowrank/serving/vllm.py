@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig, LayerSpec
-from ..runtime.contents import validate_contents
+from ..runtime.content_checks import validate_contents
 from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.layers import CompressedLinear, build_layer
 

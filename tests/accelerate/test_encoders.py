@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from hf_lowrank import CompressedLinear, CompressionConfig, compress
-from tests import tiny_models
-from tests.model_families import FAMILIES, texts
+from tests.support import tiny_models
 from tests.support.compressed import logits
 from tests.support.fresh_process import INPUT_IDS
+from tests.support.model_families import FAMILIES, texts
 
 RECIPE = CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=16)
 IDS = torch.tensor(INPUT_IDS)

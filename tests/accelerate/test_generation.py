@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, pipeline
 
 from hf_lowrank import CompressionConfig, compress
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.compressed import Compressed, logits
 from tests.support.fresh_process import INPUT_IDS
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.calibration import TokenBatch, calibration_batches, fingerprint
 
-from .. import tiny_models
+from ..support import tiny_models
 
 MODEL = tiny_models.llama()
 TOKENIZER = tiny_models.tokenizer()

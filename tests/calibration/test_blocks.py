@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5Config, T5EncoderModel
 
-from hf_lowrank.architectures import find_blocks
 from hf_lowrank.calibration import TokenBatch, capture, passes, run_block
+from hf_lowrank.models.architectures import find_blocks
 
-from .. import tiny_models
+from ..support import tiny_models
 
 IDS = tiny_models.token_ids(6, 20)
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from hf_lowrank.architectures import find_blocks, find_layers
 from hf_lowrank.calibration import BlockBatch, DensePasses, TokenBatch, capture, output_grams, stage_sums, stages, stream_writers
 from hf_lowrank.calibration.correction import Sums
+from hf_lowrank.models.architectures import find_blocks, find_layers
 
-from .. import tiny_models
+from ..support import tiny_models
 
 
 def gaussian(*shape: int, seed: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hf_lowrank import CompressionError
 from hf_lowrank.calibration import sampling
 from hf_lowrank.calibration.sampling import sample_sequences
 
-from .. import tiny_models
+from ..support import tiny_models
 
 MODEL = tiny_models.llama()
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, NumericalError, compress
-from hf_lowrank.architectures import find_blocks, find_layers
 from hf_lowrank.calibration import TokenBatch, block_statistics, capture, run_block
 from hf_lowrank.methods import Statistics
+from hf_lowrank.models.architectures import find_blocks, find_layers
 
-from .. import tiny_models
+from ..support import tiny_models
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": tiny_models.llama,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_lowrank import CompressionError
 from hf_lowrank.calibration.texts import read_documents, token_stream, windows
 
-from .. import tiny_models
+from ..support import tiny_models
 
 STORIES = "First story.\nIt has two lines.\n<|endoftext|>\n  Second story.\n\n<|endoftext|>\n<|endoftext|>\nThird.\n"
 WRITERS = {".txt": lambda path, data: path.write_bytes(data), ".gz": lambda path, data: path.write_bytes(gzip.compress(data))}

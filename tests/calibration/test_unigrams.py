@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_lowrank import CompressionError
 from hf_lowrank.calibration import TokenBatch, with_unigram_sequences
 from hf_lowrank.methods import make_method
-from tests import tiny_models
+from tests.support import tiny_models
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 9), st.floats(0, 1), st.booleans(), st.integers(0, 3))

@@ -15,7 +15,7 @@ from hf_lowrank.calibration.texts import token_stream, windows
 from hf_lowrank.evaluation import perplexity
 from hf_lowrank.evaluation.perplexity import evaluate_text, evaluate_windows
 
-from .. import tiny_models
+from ..support import tiny_models
 from ..support.assets import asset_model, asset_text
 
 MODEL, OTHER = tiny_models.llama(), tiny_models.llama(seed=1)

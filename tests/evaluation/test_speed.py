@@ -11,7 +11,7 @@ from hf_lowrank import LayerSpec, cli, kernels
 from hf_lowrank.evaluation import speed, speed_report
 from hf_lowrank.runtime.errors import CompressionError
 from hf_lowrank.runtime.layers import build_layer
-from tests.tiny_models import llama
+from tests.support.tiny_models import llama
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from hf_lowrank import CompressionError
 from hf_lowrank.evaluation import tasks
 from hf_lowrank.evaluation.items import FORMS, read_items
 from hf_lowrank.evaluation.tasks import evaluate_tasks
-from tests import tiny_models
+from tests.support import tiny_models
 
 EXAMPLES: list[dict[str, Any]] = [
     {"uid": "a", "good": "the cats run", "bad": "the cats runs"},

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from hf_lowrank.locking import locked
-from tests import tiny_models
+from hf_lowrank.execution.locking import locked
+from tests.support import tiny_models
 from tests.support.fresh_process import PROJECT
 
 QUICK = ["--samples", "4", "--sequence-length", "16"]

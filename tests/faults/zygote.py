@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 STAGES = {
-    "loading": ("hf_lowrank.models", "load_config"),
-    "inspecting": ("hf_lowrank.inspection", "load_config"),
-    "calibration": ("hf_lowrank.pipeline", "capture"),
-    "decomposition": ("hf_lowrank.strategies.run", "Run.compressed_layer"),
-    "training": ("hf_lowrank.spectrum_training", "_Run.save"),
+    "loading": ("hf_lowrank.models.loading", "load_config"),
+    "inspecting": ("hf_lowrank.checkpoints.inspect", "load_config"),
+    "calibration": ("hf_lowrank.compression.pipeline", "capture"),
+    "decomposition": ("hf_lowrank.compression.run", "Run.compressed_layer"),
+    "training": ("hf_lowrank.compression.soco_training", "_Run.save"),
     "saving": ("hf_lowrank.runtime.saving", "CompleteSave.write_companions"),
     "saved": ("hf_lowrank.runtime.saving", "record_checksums"),
     "pushing": ("huggingface_hub", "HfApi.upload_folder"),

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionError, cli
-from hf_lowrank.inspection import inspect_checkpoint
-from hf_lowrank.verification import verify_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.verify import verify_checkpoint
 from tests.fuzz.mutations import CANARY
 
 SECONDS = 10

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hf_lowrank.checkpoints.verify import verify_checkpoint
 from hf_lowrank.runtime.configuration import FORMAT_VERSION
-from hf_lowrank.verification import verify_checkpoint
 
 HERE = Path(__file__).parent
 FOLDERS = sorted(folder for folder in HERE.glob("format_*/*") if folder.is_dir())

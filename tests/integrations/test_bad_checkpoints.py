@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hf_lowrank import CheckpointError, CompressionConfig, cli, compress
 from hf_lowrank.evaluation.tasks import evaluate_tasks
-from hf_lowrank.models import load_model
-from tests import tiny_models
+from hf_lowrank.models.loading import load_model
+from tests.support import tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPat
     def unreachable(*arguments: object, **options: object) -> None:
         raise refused("connection refused")
 
-    monkeypatch.setattr("hf_lowrank.hub.push_folder", unreachable)
+    monkeypatch.setattr("hf_lowrank.publishing.hub.push_folder", unreachable)
     result = CliRunner().invoke(cli.app, ["push", str(whole), "me/model"])
     (line,) = result.stderr.splitlines()
     assert line == "error: me/model: the Hub cannot be reached (connection refused); push again when there is a connection"

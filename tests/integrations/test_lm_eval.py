@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_lowrank import CompressionConfig, compress
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.fresh_process import PROJECT
 from tests.support.lm_eval_task import accuracy, write_task
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowrank import CompressedLinear, CompressionError, LayerSpec, NumericalError
 from hf_lowrank.peft.merging import add_lowrank, balanced, remove_lowrank
-from hf_lowrank.runtime.contents import validate_contents
+from hf_lowrank.runtime.content_checks import validate_contents
 from hf_lowrank.runtime.layers import build_layer
 from tests.runtime.layer_cases import layer_cases, random_layer
 

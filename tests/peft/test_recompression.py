@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionError, LayerSpec, cli
-from hf_lowrank.inspection import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect_checkpoint
 from hf_lowrank.peft import recompress
 from hf_lowrank.peft.merging import add_lowrank
 from hf_lowrank.peft.recompression import truncate_layer
-from hf_lowrank.runtime.contents import validate_contents
+from hf_lowrank.runtime.content_checks import validate_contents
 from tests.runtime.layer_cases import random_layer
 from tests.support.compressed import Compressed, compressed_model, logits
 

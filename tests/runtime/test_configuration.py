@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, LayerSpec
 from hf_lowrank.runtime.configuration import FORMAT_VERSION
-from hf_lowrank.runtime.headers import read_header
+from hf_lowrank.runtime.safetensors_headers import read_header
 
 from .layer_cases import layer_cases, random_layer
 

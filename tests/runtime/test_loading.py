@@ -19,7 +19,7 @@ from hf_lowrank import CheckpointError, CompressedLinear, CompressionConfig, Com
 from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.quantizer import CompressionQuantizer, attach, swap_module
 from hf_lowrank.runtime.saving import RUNTIME_FILES
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.fresh_process import open_elsewhere
 
 from .conftest import Checkpoint, answer, calibration, tiny_llama

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from hf_lowrank import CheckpointError, LayerSpec
 from hf_lowrank.runtime import quantizer
-from hf_lowrank.runtime.headers import read_header
+from hf_lowrank.runtime.safetensors_headers import read_header
 from hf_lowrank.runtime.validation import dense_shape, resolve_layers
 
 from .conftest import Checkpoint, tiny_gpt2, tiny_llama

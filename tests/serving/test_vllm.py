@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, LayerSpec, compress
 from hf_lowrank.peft.merging import add_lowrank
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.assets import PROJECT
 
 if importlib.util.find_spec("vllm") is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tests import tiny_models
+from tests.support import tiny_models
 
 TASK = """
 task: continuations

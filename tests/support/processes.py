@@ -1,4 +1,4 @@
-"""What two processes do in `tests/test_distributed.py`: run as `python -m tests.support.processes FOLDER`.
+"""What two processes do in `tests/execution/test_process_group.py`: run as `python -m tests.support.processes FOLDER`.
 
 They are forks of this process, which has imported everything, with the variables that torchrun sets.
 """
@@ -21,13 +21,13 @@ from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.budget import Layer
 from hf_lowrank.calibration import batches
 from hf_lowrank.cli import app
+from hf_lowrank.compression.run import Run
 from hf_lowrank.methods import Decomposition
 from hf_lowrank.methods.slab import SLaB
 from hf_lowrank.runtime.errors import NumericalError
 from hf_lowrank.runtime.layers import CompressedLinear
-from hf_lowrank.strategies import Run
-from tests import tiny_models
-from tests.model_families import FAMILIES
+from tests.support import tiny_models
+from tests.support.model_families import FAMILIES
 
 RECIPES: dict[str, dict[str, Any]] = {
     "slab": {"iterations": 2},

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_lowrank import CompressionConfig, compress
-from tests import tiny_models
+from tests.support import tiny_models
 from tests.support.prepared import Prepared
 
 LAYOUTS = {

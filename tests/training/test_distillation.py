@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, PreTrainedModel, Trainer
 
 from hf_lowrank import CompressionError, DistillationTrainer
-from hf_lowrank.hub import check_complete
-from tests import tiny_models
+from hf_lowrank.publishing.hub import check_complete
+from tests.support import tiny_models
 
 from .conftest import LAYOUTS, Windows, dense, pattern, same, settings, weights
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_lowrank.hub import check_complete
+from hf_lowrank.publishing.hub import check_complete
 from tests.support.prepared import Prepared
 
 from .conftest import Windows, pattern, same, settings

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_lowrank.hub import check_complete
+from hf_lowrank.publishing.hub import check_complete
 from tests.support.assets import PROJECT
 from tests.support.prepared import Prepared
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowrank.hub import check_complete
+from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.assets import PROJECT
 from tests.support.hub_server import WRITE_TOKEN, HubServer

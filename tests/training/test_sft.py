@@ -8,8 +8,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from hf_lowrank.hub import check_complete
-from tests import tiny_models
+from hf_lowrank.publishing.hub import check_complete
+from tests.support import tiny_models
 
 from .conftest import LAYOUTS, pattern, same, weights
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
-from hf_lowrank.hub import check_complete
-from hf_lowrank.inspection import read_report
-from hf_lowrank.model_card import make_card, record
+from hf_lowrank.checkpoints.inspect import read_report
+from hf_lowrank.publishing.hub import check_complete
+from hf_lowrank.publishing.model_card import make_card, record
 from hf_lowrank.runtime.saving import OTHER_WEIGHTS, RUNTIME_FILES, CompleteSave
-from tests import tiny_models
+from tests.support import tiny_models
 
 from .conftest import LAYOUTS, Windows, pattern, same, settings, weights
 

@@ -1,0 +1,156 @@
+"""Distillation: a compressed model learns the predictions of the dense model that it was made from."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..compression.pipeline import weights_fingerprint
+from ..execution.work_folder import WorkFolder
+from ..runtime.errors import CompressionError
+
+IGNORED = -100
+"""Label of a position that no loss counts, as everywhere in transformers."""
+BATCH_TOKENS = 4096
+"""Of one step of `distill`."""
+
+
+class DistillationTrainer(Trainer):
+    """A `Trainer` whose loss is that of knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531).
+
+    (1 − λ) T² KL(teacher ‖ student) + λ L, with both distributions at temperature T, averaged over the positions that have a label, and L
+    the student's own loss on the labels. It is what is trained and what evaluation reports; everything else is as in `Trainer`.
+
+    Args:
+        args, kwargs: as for `Trainer`; the `model` is the student.
+        teacher_model: the dense model, with the student's vocabulary. It is moved to the training device and frozen, nothing else changes.
+        temperature: T, above 0; more of it counts the unlikely tokens for more.
+        lm_weight: λ, from 0 (the teacher alone) to 1 (the labels alone).
+
+    Raises:
+        CompressionError: if a setting is out of its range, or the teacher predicts another number of classes than the student.
+    """
+
+    def __init__(self, *args: Any, teacher_model: PreTrainedModel, temperature: float = 1.0, lm_weight: float = 0.0, **kwargs: Any) -> None:
+        if not temperature > 0:
+            raise CompressionError(f"temperature: found {temperature!r}, expected a number above 0")
+        if not 0 <= lm_weight <= 1:
+            raise CompressionError(f"lm_weight: found {lm_weight!r}, expected a number from 0 (the teacher alone) to 1 (the labels alone)")
+        super().__init__(*args, **kwargs)
+        self.teacher_model = teacher_model.eval().requires_grad_(False).to(self.args.device)
+        student: Any = self.model
+        own, other = (getattr(each.config.get_text_config(), "vocab_size", None) for each in (student, teacher_model))
+        if own != other:
+            raise CompressionError(
+                f"teacher_model: its vocabulary has {other} tokens, the student's {own}; expected the dense model that the student was "
+                "compressed from"
+            )
+        self.temperature, self.lm_weight = temperature, lm_weight
+        self.predicts_next_token = teacher_model.can_generate() and not teacher_model.config.is_encoder_decoder
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, scaled as `Trainer` scales its own: per label of all the batches of a step, if it counted them."""
+        scored = self.scored(inputs)
+        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits = self.teacher_model(**{name: value for name, value in inputs.items() if "labels" not in name}).logits
+        divergence = self.divergence(outputs.logits, teacher_logits, scored)
+        if num_items_in_batch is None:
+            divergence = divergence / scored.sum().clamp(min=1)
+        else:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            divergence = divergence * processes / num_items_in_batch
+        loss = (1 - self.lm_weight) * divergence + self.lm_weight * loss
+        return (loss, outputs) if return_outputs else loss
+
+    def scored(self, inputs: dict[str, Any]) -> Tensor:
+        """Which predictions have a label: booleans of the shape of the labels, at the position that predicts and not the one predicted."""
+        if "shift_labels" in inputs:
+            return inputs["shift_labels"] != IGNORED
+        if "labels" not in inputs:
+            raise CompressionError(f"the batches have {', '.join(inputs)} and no labels; use a data collator that makes them")
+        labelled: Tensor = inputs["labels"] != IGNORED
+        return F.pad(labelled[..., 1:], (0, 1)) if self.predicts_next_token else labelled
+
+    def divergence(self, logits: Tensor, teacher_logits: Tensor, scored: Tensor) -> Tensor:
+        """T² KL(teacher ‖ student) in nats, summed over the scored positions, in float32; both logits are (..., classes)."""
+        if logits.shape != teacher_logits.shape:
+            raise CompressionError(
+                f"teacher_model: its logits are {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; "
+                "expected the dense model that the student was compressed from"
+            )
+        student, teacher = (F.log_softmax(each[scored].float() / self.temperature, dim=-1) for each in (logits, teacher_logits))
+        return F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Windows of tokens (rows, length) as a causal language model is trained on them."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+def distill(
+    student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, folder: str | Path, *, steps: int, learning_rate: float, seed: int = 0
+) -> list[float]:
+    """Train the stored values of a compressed model towards the teacher's predictions, in place, by `DistillationTrainer`.
+
+    Args:
+        student: the compressed model, in the dtype to train in.
+        teacher: the dense model.
+        rows: windows of token ids, (count, length), to train on; drawn in an order that the seed decides.
+        folder: for the trainer's checkpoints; a training that was killed goes on from the last of them.
+        steps: optimiser steps of at most `BATCH_TOKENS` tokens.
+        learning_rate: of AdamW; a cosine takes it to zero.
+
+    Returns:
+        The mean KL divergence per token over each tenth of the training.
+
+    Raises:
+        CompressionError: if the folder holds a training with other settings, text or weights, or another process works in it.
+    """
+    batch_size = max(min(BATCH_TOKENS // rows.shape[1], len(rows)), 1)
+    settings = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        logging_steps=max(steps // 10, 1),
+        save_steps=max(steps // 10, 1),
+        save_total_limit=1,
+        seed=seed,
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=student.device.type == "cpu",
+    )
+    identity = {
+        "weights": weights_fingerprint(student),
+        "text": hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest(),
+        "settings": {"steps": steps, "learning_rate": learning_rate, "seed": seed, "batch_size": batch_size},
+    }
+    with WorkFolder(folder) as work:
+        work.claim(identity)
+        trainer = DistillationTrainer(student, settings, train_dataset=Windows(rows), teacher_model=teacher)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

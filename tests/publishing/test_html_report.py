@@ -1,0 +1,224 @@
+"""The page needs nothing but itself, says what the files say, and looks the same every time."""
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from hf_lowrank import CompressionConfig, CompressionError, cli, compress
+from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.evaluation import pareto
+from hf_lowrank.publishing.html_report import write_report
+from hf_lowrank.publishing.model_card import record
+
+from ..support import tiny_models
+
+VOID = {"meta", "col", "br", "use", "path", "rect", "stop"}
+
+
+class Page(HTMLParser):
+    """Tags in order, checked to be closed as they were opened; ids, attributes and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.classes: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self._note(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.classes += [word for name, value in attrs if name == "class" for word in (value or "").split()]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def made(folder: Path, model: Any, method: str, ratio: float = 0.4, **options: Any) -> Path:
+    config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=16, options=options)
+    compress(model, config, tiny_models.tokenizer(), tiny_models.text(8), progress=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = made(tmp_path_factory.mktemp("pages") / "slab", tiny_models.llama(), "slab", iterations=2)
+    quality = [{"metric": "perplexity", "dataset": "books/<b>.txt", "settings": "3 windows", "dense": 10.0, "compressed": 11.5}]
+    record(folder, quality=quality, command="hf-lowrank compress MODEL")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def soco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("pages") / "soco", tiny_models.llama(), "soco", 0.3, steps=8, finish_steps=2, batch_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def slab_page(slab: Path) -> tuple[str, Page]:
+    return page(slab, slab.parent / "slab.html")
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The command line quiets transformers, which other tests must not notice."""
+    verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
+
+
+def comparison(folder: Path) -> Path:
+    texts = [{"text": "a/one.txt", "perplexity": 20.0}, {"text": "a/two.txt", "perplexity": 30.0}]
+    lost = {"slab": (0.1, 0.2), "svd": (0.4, 0.3)}
+    records = [
+        {
+            "label": label,
+            "ratio": 0.5,
+            "ratio_stored": 0.5,
+            "failed": None,
+            "bits_per_weight": 8.0,
+            "peak_bytes": None,
+            "seconds": 1.0,
+            "texts": [{"perplexity": 25.0, "nats_lost": nats, "kl": 0.1, "top1_agreement": 0.9} for nats in values],
+        }
+        for label, values in lost.items()
+    ]
+    failed = {"label": "wanda", "ratio": 0.99, "failed": "out of reach"}
+    results = {"dense": {"bits_per_weight": 16.0, "texts": texts}, "combinations": [*records, failed]}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def page(folder: Path, out: Path, **options: Any) -> tuple[str, Page]:
+    write_report(folder, out, **options)
+    text = out.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def heat_maps(text: str) -> dict[str, list[list[str]]]:
+    """Content of the cells by row, for each map by its title."""
+    found = re.findall(r"<h3>([^<]+)</h3>\s*<figcaption>.*?<tbody>(.*?)</tbody>", text, flags=re.DOTALL)
+    return {title: [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in body.split("</tr>")[:-1]] for title, body in found}
+
+
+def test_the_page_needs_nothing_but_itself(slab_page: tuple[str, Page]) -> None:
+    text, parsed = slab_page
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _, _ in parsed.attributes}
+    addresses = [value for _, name, value in parsed.attributes if name.endswith(("href", "src"))]
+    assert all(address.startswith("#") for address in addresses)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]+)\)", text))
+    assert "@import" not in text
+    assert len(parsed.ids) == len(set(parsed.ids)) > 0
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+
+
+def test_colours_are_those_of_the_page(slab_page: tuple[str, Page]) -> None:
+    """Any colour that a chart fixed by itself would be wrong in one of the two themes."""
+    text, _ = slab_page
+    for chart in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {
+            "none",
+            *re.findall(r"(?:var|color-mix)\((?:[^()]|\([^()]*\))*\)", chart),
+        }
+
+
+def test_the_same_files_give_the_same_page(soco: Path, tmp_path: Path) -> None:
+    first, _ = page(soco, tmp_path / "first.html")
+    second, _ = page(soco, tmp_path / "second.html")
+    assert first == second
+
+
+def test_it_says_what_the_files_say(slab: Path, slab_page: tuple[str, Page]) -> None:
+    found = inspect_checkpoint(slab)
+    text, parsed = slab_page
+    shown = " ".join(parsed.texts)
+    assert all(layer.name in shown for layer in found.layers)
+    assert f"{found.ratio_stored:.2%}" in shown
+    assert f"{found.disk_bytes:,} bytes" in shown
+    maps = heat_maps(text)
+    assert maps.keys() == {"Density", "Bits per weight", "Relative error"}  # no low-rank part, no map of ranks
+    blocks = [[layer for layer in found.layers if f".layers.{block}." in layer.name] for block in range(4)]
+    assert maps["Density"] == [[f"{100 * layer.density:.0f}" for layer in row] for row in zip(*blocks, strict=True)]
+    assert maps["Bits per weight"] == [[f"{layer.bits_per_weight:.1f}" for layer in row] for row in zip(*blocks, strict=True)]
+    assert "books/<b>.txt, 3 windows" in shown and "<b>" not in text
+    assert "+1.5" in shown and "hf-lowrank compress MODEL" in shown
+
+
+def test_spectra_training_and_ranks_of_a_learned_spectrum(soco: Path, tmp_path: Path) -> None:
+    report = json.loads((soco / "compression_report.json").read_text())
+    for layer in report["layers"]:
+        values = layer["spectrum"]
+        assert values[0] == 1.0 and values == sorted(values, reverse=True)
+        assert len(values) == min(48, layer["in_features"], layer["out_features"])
+    text, parsed = page(soco, tmp_path / "page.html")
+    assert "Rank" in heat_maps(text)
+    shown = " ".join(parsed.texts)
+    assert "in the calibration metric" in shown
+    assert "exploration" in shown and "re-fit" in shown
+
+
+def test_the_frontier_of_a_comparison(slab: Path, slab_page: tuple[str, Page], tmp_path: Path) -> None:
+    _, parsed = page(slab, tmp_path / "page.html", comparison=comparison(tmp_path))
+    shown = " ".join(parsed.texts)
+    assert "a/one.txt, dense perplexity 20" in shown and "a/two.txt, dense perplexity 30" in shown
+    assert "wanda at 99%: out of reach" in shown
+    assert "Beside other methods" not in slab_page[0]
+
+
+@pytest.mark.parametrize("model", ["gpt2", "opt"])
+def test_other_architectures_and_a_checkpoint_without_report(tmp_path: Path, model: str) -> None:
+    folder = made(tmp_path / model, getattr(tiny_models, model)(), "svd-llm")
+    (folder / "compression_report.json").unlink()
+    text, parsed = page(folder, tmp_path / "page.html")
+    assert heat_maps(text).keys() == {"Rank", "Bits per weight"}
+    assert "that the stored layers multiply by" in " ".join(parsed.texts)
+    assert text.count("<svg") == len(heat_maps(text)["Rank"])
+
+
+def test_mistakes_are_one_line(slab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_models.saved(tiny_models.llama(), tmp_path / "dense")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "results.json").write_text('{"dense": {}}')
+    out = tmp_path / "page.html"
+    for arguments, message in (
+        ([dense, "--out", out], "is not compressed by hf_lowrank"),
+        ([tmp_path / "missing", "--out", out], "no such folder"),
+        ([slab, "--out", tmp_path], "is a folder; name the file to write"),
+        (
+            [slab, "--out", out, "--comparison", tmp_path / "missing"],
+            "no such file; give the --out folder of a finished hf-lowrank compare",
+        ),
+        ([slab, "--out", out, "--comparison", broken], "is not what hf-lowrank compare writes"),
+    ):
+        result = CliRunner().invoke(cli.app, ["report", *map(str, arguments)])
+        assert result.exit_code == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ") and message in line
+    assert not out.exists()
+    monkeypatch.setattr(pareto, "find_spec", lambda name: None)
+    with pytest.raises(CompressionError, match="plots need matplotlib: pip install 'hf_lowrank\\[eval\\]'"):
+        write_report(slab, out)

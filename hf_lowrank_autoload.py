@@ -15,7 +15,9 @@ def register() -> None:
     package = importlib.util.find_spec("hf_lowrank")
     if package is None or package.origin is None:
         return
-    spec = importlib.util.spec_from_file_location("hf_lowrank_registration", Path(package.origin).with_name("registration.py"))
+    spec = importlib.util.spec_from_file_location(
+        "hf_lowrank_registration", Path(package.origin).with_name("registration.py")
+    )
     if spec is None or spec.loader is None:
         return
     registration = importlib.util.module_from_spec(spec)  # by its path: the package itself would import transformers
@@ -23,6 +25,12 @@ def register() -> None:
     sys.modules["hf_lowrank.registration"] = registration  # the package is to know which imports are under way
     # if the quantizers are what imports torch, they are not complete yet; what needs them is imported later
     if "transformers.configuration_utils" not in sys.modules:  # a config is read before any model: it is checked, too
-        registration.after_import("transformers.models.auto.configuration_auto", lambda: importlib.import_module("hf_lowrank"))
-    name = "transformers.modeling_utils" if "transformers.quantizers.auto" in sys.modules else "transformers.quantizers.auto"
+        registration.after_import(
+            "transformers.models.auto.configuration_auto", lambda: importlib.import_module("hf_lowrank")
+        )
+    name = (
+        "transformers.modeling_utils"
+        if "transformers.quantizers.auto" in sys.modules
+        else "transformers.quantizers.auto"
+    )
     registration.after_import(name, lambda: importlib.import_module("hf_lowrank"))

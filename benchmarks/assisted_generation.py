@@ -25,12 +25,16 @@ def prompts(tokenizer: Any, count: int, length: int) -> list[torch.Tensor]:
     return [window[None] for window in ids[: count * length].split(length)]
 
 
-def generate(model: PreTrainedModel, ids: list[torch.Tensor], new: int, **arguments: Any) -> tuple[list[torch.Tensor], float]:
+def generate(
+    model: PreTrainedModel, ids: list[torch.Tensor], new: int, **arguments: Any
+) -> tuple[list[torch.Tensor], float]:
     """What is written after each prompt, and the seconds that took."""
     start = time.perf_counter()
     length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        outputs = [model.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **arguments) for prompt in ids]
+        outputs = [
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **arguments) for prompt in ids
+        ]
     return outputs, time.perf_counter() - start
 
 
@@ -51,7 +55,10 @@ def main() -> None:
     if arguments.kernels:
         hf_lowrank.kernels.load()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    dense, draft = (AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval() for _ in range(2))
+    dense, draft = (
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+        for _ in range(2)
+    )
     compress(draft, CompressionConfig(method=arguments.method, ratio=arguments.ratio), tokenizer, progress=False)
     ids = prompts(tokenizer, arguments.prompts, arguments.prompt)
     passes: Counter[str] = Counter()
@@ -69,7 +76,9 @@ def main() -> None:
         seconds["draft"].append(generate(draft, ids, arguments.new)[1])
     tokens = arguments.new * len(ids)
     rate = {name: tokens / min(times) for name, times in seconds.items()}
-    print("| draft | dense alone | draft alone | dense with its draft | speed-up | tokens per dense pass | draft passes per token |")
+    print(
+        "| draft | dense alone | draft alone | dense with its draft | speed-up | tokens per dense pass | draft passes per token |"
+    )
     print("|---|---|---|---|---|---|---|")
     print(
         f"| {arguments.method} {arguments.ratio:.0%} | {rate['alone']:.0f} tokens/s | {rate['draft']:.0f} tokens/s | "

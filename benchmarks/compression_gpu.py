@@ -53,9 +53,15 @@ def main() -> None:
     shape = SHAPES[arguments.size] | ({"num_hidden_layers": arguments.blocks} if arguments.blocks else {})
     torch.manual_seed(0)
     with torch.device(arguments.device):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **shape)).to(torch.bfloat16).eval()
+        model = (
+            LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **shape))
+            .to(torch.bfloat16)
+            .eval()
+        )
     tokens = torch.randint(32000, (arguments.samples, arguments.length)).tolist()
-    recipe = CompressionConfig(method=arguments.method, ratio=arguments.ratio, samples=arguments.samples, sequence_length=arguments.length)
+    recipe = CompressionConfig(
+        method=arguments.method, ratio=arguments.ratio, samples=arguments.samples, sequence_length=arguments.length
+    )
     profile, start = cProfile.Profile(), time.perf_counter()
     profile.runcall(compress, model, recipe, calibration=tokens)
     print(f"{arguments.method} {arguments.ratio:.0%}: {time.perf_counter() - start:.1f} s")

@@ -64,8 +64,12 @@ def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
             labels[label[1]] = len(instructions)
         elif instruction := re.search(r"/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(.*?) ?;", line):
             instructions.append(instruction[1])
-    jumps = [(index, re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction)) for index, instruction in enumerate(instructions)]
-    loops = [(labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] < index - 2]  # not the end's jump to itself
+    jumps = [
+        (index, re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction)) for index, instruction in enumerate(instructions)
+    ]
+    loops = [
+        (labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] < index - 2
+    ]  # not the end's jump to itself
     return instructions, loops
 
 
@@ -83,7 +87,9 @@ def count_only(self: TunedKernel, device: torch.device, grid: Any, **arguments: 
         first, last = within or outer
         kinds = Counter(re.split(r"[. ]", instruction)[0] for instruction in instructions[first : last + 1])
         slow = ", ".join(f"{kind} {kinds[kind]}" for kind in SLOW if kinds[kind])
-        print(f"  {self.kernel.__name__} {sizes}, {configuration.num_warps} warps: {count:.1f}; loop of {last - first + 1} ({slow})")
+        print(
+            f"  {self.kernel.__name__} {sizes}, {configuration.num_warps} warps: {count:.1f}; loop of {last - first + 1} ({slow})"
+        )
 
 
 def length(loop: tuple[int, int]) -> int:
@@ -104,7 +110,10 @@ def layers() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "bitmask 50 %": ("bitmask_linear", (values(ROWS, COLUMNS // 2), bitmap)),
         "SLaB 50 %": ("bitmask_binary_linear", (values(ROWS, 1788), bitmap, *binary)),
         "SLaB 80 %": ("bitmask_binary_linear", (values(ROWS, 559), bitmap, *binary)),
-        "int4": ("quantized_linear", (packed(ROWS, COLUMNS // 2, 1), values(ROWS, COLUMNS // 64), None, 4, 64, COLUMNS)),
+        "int4": (
+            "quantized_linear",
+            (packed(ROWS, COLUMNS // 2, 1), values(ROWS, COLUMNS // 64), None, 4, 64, COLUMNS),
+        ),
         "int8": ("quantized_linear", (packed(ROWS, COLUMNS, 1), values(ROWS, COLUMNS // 64), None, 8, 64, COLUMNS)),
         "low rank 30 %": ("lowrank_linear", (values(RANK, COLUMNS), values(ROWS, RANK))),
     }
@@ -112,7 +121,9 @@ def layers() -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1, help="1 or 2: entry by entry; 3 to 16: tensor cores; more: unpacked")
+    parser.add_argument(
+        "--tokens", type=int, default=1, help="1 or 2: entry by entry; 3 to 16: tensor cores; more: unpacked"
+    )
     parser.add_argument("--capability", type=int, default=90, help="compute capability of the GPU, without the point")
     arguments = parser.parse_args()
     driver.set_active(NoGPU(arguments.capability))

@@ -45,14 +45,19 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     train = windows(token_stream(tokenizer, read_documents(arguments.train)), arguments.length)
-    texts = [windows(token_stream(tokenizer, read_documents(text)), arguments.length)[: arguments.windows] for text in arguments.text]
+    texts = [
+        windows(token_stream(tokenizer, read_documents(text)), arguments.length)[: arguments.windows]
+        for text in arguments.text
+    ]
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     dense = [nats_per_token(teacher, rows) for rows in texts]
     heads = " | ".join(f"{text}: lost | after training | recovered" for text in arguments.text)
     print(f"| method | removed | {heads} | training seconds |\n|" + "---|" * (3 + 3 * len(texts)), flush=True)
     for method, ratio in sizes(arguments):
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        config = CompressionConfig(method=method, ratio=ratio, calibration=arguments.train, sequence_length=arguments.length)
+        config = CompressionConfig(
+            method=method, ratio=ratio, calibration=arguments.train, sequence_length=arguments.length
+        )
         compress(model, config, tokenizer)
         before = [nats_per_token(model, rows) - each for rows, each in zip(texts, dense, strict=True)]
         with tempfile.TemporaryDirectory() as folder:

@@ -17,9 +17,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_lowrank
 
 SHAPES = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
-    "3b": {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32, "num_key_value_heads": 32},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "3b": {
+        "hidden_size": 3200,
+        "intermediate_size": 8640,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
 """TinyLlama 1.1B, OpenLLaMA 3B and Llama-2 7B."""
 BUNDLED = Path(hf_lowrank.__file__).parent / "data" / "reference-7m"
@@ -28,7 +46,14 @@ STANDARD_DEVIATION = 0.02
 
 def make(size: str, folder: Path, blocks: int | None, seed: int) -> None:
     """Write the checkpoint, with the tokenizer of the bundled model, whose tokens are the first of the vocabulary."""
-    config = LlamaConfig(vocab_size=32000, max_position_embeddings=4096, dtype="bfloat16", bos_token_id=1, eos_token_id=2, **SHAPES[size])
+    config = LlamaConfig(
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_id=2,
+        **SHAPES[size],
+    )
     config.num_hidden_layers = blocks or config.num_hidden_layers
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
@@ -46,7 +71,10 @@ def make(size: str, folder: Path, blocks: int | None, seed: int) -> None:
     for file, names in shards.items():
         save_file({name: weight(shapes[name], generator) for name in names}, folder / file, metadata={"format": "pt"})
     sizes = sum(shape.numel() * 2 for shape in shapes.values())
-    index = {"metadata": {"total_size": sizes}, "weight_map": {name: file for file, names in shards.items() for name in names}}
+    index = {
+        "metadata": {"total_size": sizes},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     print(f"{folder}: {sizes / 1e9:.2f} GB in {len(shards)} files")
 

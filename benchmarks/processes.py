@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from hf_lowrank import CompressionConfig, compress, data
 from hf_lowrank.calibration import blocks
-from hf_lowrank.compression.strategies import Run, layer_by_layer
-from hf_lowrank.execution.process_group import Processes
+from hf_lowrank.compression.strategies import Run, layerwise
+from hf_lowrank.execution.process_group import TorchProcessGroup
 from hf_lowrank.models.loading import load_model, load_tokenizer
 
 PARTS = ("calibration", "solving", "other processes", "all else")
@@ -65,23 +65,28 @@ def measure(rank: int, size: int, method: str, port: int, folder: Path) -> None:
     os.sched_setaffinity(0, {cores[-1 - rank]})
     torch.set_num_threads(1)
     model, tokenizer = load_model(str(DATA / "reference-7m")), load_tokenizer(str(DATA / "reference-7m"))
-    clock, walking = Clock(), sys.modules[layer_by_layer.__module__]
+    clock, walking = Clock(), sys.modules[layerwise.__module__]
     for place, name, part in ((blocks, "_capture_batch", "calibration"), (Run, "gather", "calibration"),
                               (walking, "run_block", "calibration"), (Run, "build", "solving")):  # fmt: skip
         setattr(place, name, clock.timed(part, getattr(place, name)))
     if size > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         dist.init_process_group("gloo")
-        talking = Processes._talking
+        talking = TorchProcessGroup._talking
 
         @contextmanager
-        def timed_talking(self: Processes) -> Iterator[None]:
+        def timed_talking(self: TorchProcessGroup) -> Iterator[None]:
             before = clock.enter("other processes")
             with talking(self):
                 yield
             clock.enter(before)
 
-        Processes._talking = timed_talking  # type: ignore[method-assign]
+        TorchProcessGroup._talking = timed_talking  # type: ignore[method-assign]
         dist.barrier()
     clock.enter("all else")
     clock.seconds.clear()

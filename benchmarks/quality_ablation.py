@@ -18,7 +18,9 @@ def nats_per_token(model: PreTrainedModel, rows: Tensor) -> float:
     total = 0.0
     for batch in rows.split(BATCH):
         logits = model(batch).logits[:, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        )
     return total / (rows.shape[0] * (rows.shape[1] - 1))
 
 
@@ -27,7 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of a dense model")
     parser.add_argument(
-        "recipes", nargs="+", metavar="METHOD,RATIO[,OPTION=VALUE]...", help="for example auto,0.72 or auto,0.5,quantised=false"
+        "recipes",
+        nargs="+",
+        metavar="METHOD,RATIO[,OPTION=VALUE]...",
+        help="for example auto,0.72 or auto,0.5,quantised=false",
     )
     parser.add_argument("--text", nargs="+", required=True, help="texts to evaluate on")
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
@@ -35,7 +40,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=200, help="windows per text")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    texts = [windows(token_stream(tokenizer, read_documents(text)), arguments.length)[: arguments.windows] for text in arguments.text]
+    texts = [
+        windows(token_stream(tokenizer, read_documents(text)), arguments.length)[: arguments.windows]
+        for text in arguments.text
+    ]
     dense_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     dense = [nats_per_token(dense_model, rows) for rows in texts]
     print("| recipe | bits per weight |", " | ".join(arguments.text), "|\n|---|---|" + "---|" * len(texts), flush=True)

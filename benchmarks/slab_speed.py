@@ -67,7 +67,9 @@ def main() -> None:
     assert isinstance(full, Tensor)
     full_error = error(full)
     print(f"| full SVDs | {full_wall:.1f} | {full_cpu:.1f} | {full_error:.6f} |", flush=True)
-    print(f"\n{full_wall / wall:.1f} × in wall time, {full_cpu / cpu:.1f} × in CPU time; objective {own_error / full_error - 1:+.4%}")
+    print(
+        f"\n{full_wall / wall:.1f} × in wall time, {full_cpu / cpu:.1f} × in CPU time; objective {own_error / full_error - 1:+.4%}"
+    )
 
 
 if __name__ == "__main__":

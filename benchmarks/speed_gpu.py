@@ -69,7 +69,9 @@ def main() -> None:
         parser.error("no CUDA device; this benchmark has nothing to measure here")
     kernels.load()
     copy = copy_bandwidth(arguments.repeats)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}; copy bandwidth {copy / 1e9:.0f} GB/s\n")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}; copy bandwidth {copy / 1e9:.0f} GB/s\n"
+    )
     print(HEADER)
     for shape in arguments.shapes:
         rows, columns = map(int, shape.split("x"))

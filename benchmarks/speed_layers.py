@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time of the calling thread; for --threads 1")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of the calling thread; for --threads 1"
+    )
     arguments = parser.parse_args()
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
     size = {"tokens": arguments.tokens, "threads": arguments.threads, "repeats": arguments.repeats}

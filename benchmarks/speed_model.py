@@ -26,7 +26,11 @@ CONFIG = LlamaConfig(
     vocab_size=32000,
     max_position_embeddings=2048,
 )
-LAYOUTS = {"SLaB 50 % of the bits": speed.layout("slab", 0.5, "bits"), "low rank 50 %": speed.layout("lowrank", 0.5), **PAPER_LAYOUTS}
+LAYOUTS = {
+    "SLaB 50 % of the bits": speed.layout("slab", 0.5, "bits"),
+    "low rank 50 %": speed.layout("lowrank", 0.5),
+    **PAPER_LAYOUTS,
+}
 
 
 def dense(layers: int) -> LlamaForCausalLM:
@@ -52,7 +56,9 @@ def compressed(layers: int, layout: Callable[[int, int], LayerSpec]) -> LlamaFor
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)))
+                setattr(
+                    module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02))
+                )
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
@@ -65,7 +71,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=CONFIG.num_hidden_layers)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time of the calling thread; for --threads 1")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of the calling thread; for --threads 1"
+    )
     arguments = parser.parse_args()
     layout = LAYOUTS[arguments.layout]
     results = benchmark_model(

@@ -12,7 +12,7 @@ from .registration import after_import
 from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
-from .runtime.load_hooks import guard_configs, guard_tokenizers
+from .runtime.load_hooks import hook_configs, hook_tokenizers
 from .runtime.ops import on_first_use
 from .runtime.saving import CompleteSave
 from .version import __version__
@@ -75,8 +75,8 @@ def _register() -> None:
 
 # Importing transformers' quantizers takes seconds, which is for the first `from_pretrained` to spend, not for this import.
 _QUANTIZER = f"{__name__}.runtime.quantizer"
-after_import("transformers.configuration_utils", guard_configs)
-after_import("transformers.tokenization_utils_base", guard_tokenizers)
+after_import("transformers.configuration_utils", hook_configs)
+after_import("transformers.tokenization_utils_base", hook_tokenizers)
 after_import(_QUANTIZER, _register)
 after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))
 # LoRA merges into compressed layers; importing PEFT takes seconds too.

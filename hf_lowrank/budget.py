@@ -93,7 +93,9 @@ class ModelBudget:
     def available(self, compressed: list[Layer], dense: list[Layer]) -> int:
         """Bits that the compressed layers may take together, without their biases."""
         total = sum(self.dense_bits(layer) for layer in compressed + dense)
-        unchanged = sum(self.dense_bits(layer) for layer in dense) + sum(self.bias_bits[layer.name] for layer in compressed)
+        unchanged = sum(self.dense_bits(layer) for layer in dense) + sum(
+            self.bias_bits[layer.name] for layer in compressed
+        )
         return math.floor((1 - self.ratio) * total + 1e-6) - unchanged
 
     def removed(self, bits: int, compressed: list[Layer], dense: list[Layer]) -> float:

@@ -37,7 +37,9 @@ def main() -> None:
         folder = arguments.work / f"{Path(arguments.model).name}-{method}-{round(100 * ratio)}"
         if not (folder / "config.json").is_file():
             model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
-            config = CompressionConfig(method=method, ratio=ratio, calibration=arguments.calibration, sequence_length=arguments.window)
+            config = CompressionConfig(
+                method=method, ratio=ratio, calibration=arguments.calibration, sequence_length=arguments.window
+            )
             compress(model, config, tokenizer=tokenizer).save_pretrained(folder)
         compressed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         quality = []
@@ -46,7 +48,10 @@ def main() -> None:
                 compressed, tokenizer, text, window=arguments.window, max_windows=arguments.windows, reference=dense
             )  # fmt: skip
             quality += text_quality(measured.to_dict())
-            print(f"{folder.name}, {text}: perplexity {measured.perplexity:.4g}, {measured.nats_lost:.4f} nats lost", flush=True)
+            print(
+                f"{folder.name}, {text}: perplexity {measured.perplexity:.4g}, {measured.nats_lost:.4f} nats lost",
+                flush=True,
+            )
         record(folder, quality=quality, command=shlex.join(["python", *sys.argv]))
         shutil.copyfile(folder / "README.md", Path(__file__).parent / f"{folder.name}.md")
 

@@ -46,7 +46,9 @@ def block_ratio(table: Table, ratio: float, model: str) -> float:
         return ratio
     dense = skeleton(load_config(model))
     everything = sum(parameter.numel() for parameter in dense.parameters())
-    return ratio * everything / sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(dense)))
+    return (
+        ratio * everything / sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(dense)))
+    )
 
 
 def recipe(table: Table, model: str, setting: str, method: str) -> CompressionConfig:
@@ -85,11 +87,17 @@ def run_cell(table: Table, model: str, setting: str, method: str, out: Path, **a
         compressed.save_pretrained(folder)
         del dense, compressed
         stored = inspect_checkpoint(folder)
-        ratios = {"ratio_stored": stored.ratio_stored, "ratio_paper": stored.ratio_paper, "model_ratio": stored.model_ratio}
+        ratios = {
+            "ratio_stored": stored.ratio_stored,
+            "ratio_paper": stored.ratio_paper,
+            "model_ratio": stored.model_ratio,
+        }
         return {"seconds": seconds, **ratios, **measure(table, model, folder, **arguments)}
 
 
-def measure(table: Table, model: str, folder: str, *, device: str, batch_size: int, tasks: bool, task_folder: Path | None) -> Record:
+def measure(
+    table: Table, model: str, folder: str, *, device: str, batch_size: int, tasks: bool, task_folder: Path | None
+) -> Record:
     """Perplexities and accuracies in percent, by the names of the table's columns.
 
     Args:
@@ -100,7 +108,9 @@ def measure(table: Table, model: str, folder: str, *, device: str, batch_size: i
     window = table["models"][model]["window"]
     found: dict[str, float] = {}
     for name, text in table["texts"].items():
-        found[name] = evaluate_text(subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows")).perplexity
+        found[name] = evaluate_text(
+            subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows")
+        ).perplexity
     if tasks and table["tasks"]:
         found |= accuracies(subject, tokenizer, table["tasks"], device, batch_size, task_folder)
         if table["mean_of"]:
@@ -109,7 +119,12 @@ def measure(table: Table, model: str, folder: str, *, device: str, batch_size: i
 
 
 def accuracies(
-    model: PreTrainedModel, tokenizer: Any, tasks: dict[str, Any], device: str, batch_size: int, task_folder: Path | None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: dict[str, Any],
+    device: str,
+    batch_size: int,
+    task_folder: Path | None,
 ) -> dict[str, float]:
     """Accuracies in percent by lm-eval, in one run for all tasks with the same number of examples in the prompt."""
     from lm_eval import simple_evaluate
@@ -126,7 +141,10 @@ def accuracies(
             log_samples=False,
         )  # fmt: skip
         assert results is not None, "only the first of several processes gets None"
-        found |= {name: 100 * float(results["results"][task["task"]][f"{task['metric']},none"]) for name, task in chosen.items()}
+        found |= {
+            name: 100 * float(results["results"][task["task"]][f"{task['metric']},none"])
+            for name, task in chosen.items()
+        }
     return found
 
 
@@ -144,12 +162,22 @@ def inputs(table: Table, model: str, setting: str, method: str, tasks: bool) -> 
     if method == "dense":
         return found
     fields = ("removed_share_of", "accounting", "calibration")
-    compression = {name: table[name] for name in fields} | {"options": table["methods"][method], "setting": table["settings"][setting]}
+    compression = {name: table[name] for name in fields} | {
+        "options": table["methods"][method],
+        "setting": table["settings"][setting],
+    }
     return {**found, "compression": {**compression, "calibration_sha256": text_sha256(table["calibration"]["source"])}}
 
 
 def fill(
-    table: Table, out: Path, models: Sequence[str], settings: Sequence[str], methods: Sequence[str], *, tasks: bool = True, **arguments: Any
+    table: Table,
+    out: Path,
+    models: Sequence[str],
+    settings: Sequence[str],
+    methods: Sequence[str],
+    *,
+    tasks: bool = True,
+    **arguments: Any,
 ) -> Path:
     """Run every cell that is not finished, the dense models first, and write `table.md`; its path."""
     out.mkdir(parents=True, exist_ok=True)
@@ -185,14 +213,18 @@ def markdown(table: Table, out: Path) -> str:
         record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if "failed" in record:
             failures.append(f"- {model}, {setting}, {method}: {record['failed']}")
-        ratios = [f"{record[name]:.2%}" if name in record else "" for name in ("ratio_stored", "ratio_paper", "model_ratio")]
+        ratios = [
+            f"{record[name]:.2%}" if name in record else "" for name in ("ratio_stored", "ratio_paper", "model_ratio")
+        ]
         figures = []
         for metric in metrics:
             figure = published.get((model, setting, method, metric))
             known = "?" if figure is None else str(figure["value"]) + ("" if figure["source"] == "paper" else "†")
             measured = record.get("measured", {}).get(metric)
             figures.append(f"{known} · " + ("–" if measured is None else f"{measured:.4g}"))
-        lines.append([model, setting, method, *ratios, *figures, f"{record['seconds']:.0f}" if "seconds" in record else ""])
+        lines.append(
+            [model, setting, method, *ratios, *figures, f"{record['seconds']:.0f}" if "seconds" in record else ""]
+        )
     text = f"# {table['title']}\n\nIn every cell: published · measured. Perplexities, and accuracies in percent. "
     text += f"The paper's ratio is a share of the {table['removed_share_of']}.\n"
     text += "?: not known. –: not run. †: second-hand, or from the paper of a rival.\n\n"
@@ -209,7 +241,9 @@ def rows(table: Table, out: Path) -> list[tuple[str, str, str]]:
     for model in table["models"]:
         for setting in ("dense", *table["settings"]):
             methods = ["dense"] if setting == "dense" else list(table["methods"])
-            others = sorted(method for one, two, method in known if (one, two) == (model, setting) and method not in methods)
+            others = sorted(
+                method for one, two, method in known if (one, two) == (model, setting) and method not in methods
+            )
             for method in (*methods, *others):
                 cell = (model, setting, method)
                 if method in (table["method"], "dense") or cell in known or cell_file(out, *cell).is_file():

@@ -10,7 +10,7 @@ ACTIVATIONS_IN_MEMORY = 2**28
 """Bytes that wait in memory where there is a folder for more."""
 
 
-class Shelf:
+class ActivationCache:
     """Room for tensors that wait.
 
     Args:
@@ -24,22 +24,29 @@ class Shelf:
         self.held = 0
         self._numbers = itertools.count()
 
-    def put(self, tensor: Tensor) -> "Waiting":
-        """A tensor on the shelf."""
+    def put(self, tensor: Tensor) -> "CachedTensor":
+        """A tensor on the cache."""
         size = tensor.numel() * tensor.itemsize
         if self.folder is None or self.held + size <= self.limit:
             self.held += size
-            return Waiting(self, size, tensor)
+            return CachedTensor(self, size, tensor)
         file = self.folder / f"activations-{self.owner}-{next(self._numbers)}.bin"
         file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return Waiting(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
+        return CachedTensor(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
 
 
-class Waiting:
-    """A tensor on a shelf; its place is free again when nobody holds it."""
+class CachedTensor:
+    """A tensor on a cache; its place is free again when nobody holds it."""
 
-    def __init__(self, shelf: Shelf, size: int, tensor: Tensor, file: Path | None = None, device: torch.device | None = None) -> None:
-        self._shelf, self._size, self._tensor, self._file, self._device = shelf, size, tensor, file, device
+    def __init__(
+        self,
+        cache: ActivationCache,
+        size: int,
+        tensor: Tensor,
+        file: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._shelf, self._size, self._tensor, self._file, self._device = cache, size, tensor, file, device
 
     @property
     def tensor(self) -> Tensor:

@@ -47,13 +47,18 @@ class TokenBatch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """All that there is, by name."""
-        given = {"input_ids": self.input_ids if self.input_ids.numel() else None, "attention_mask": self.attention_mask, **self.others}
+        given = {
+            "input_ids": self.input_ids if self.input_ids.numel() else None,
+            "attention_mask": self.attention_mask,
+            **self.others,
+        }
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         """The arguments for a forward pass of the model, on its device and in its dtype, without a cache."""
         arguments: dict[str, Any] = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None) for name, tensor in self.inputs.items()
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.inputs.items()
         }
         parameters = inspect.signature(model.forward).parameters.values()
         if any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -181,7 +186,10 @@ def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> T
     rows = windows(stream, length)
     if len(rows) < config.samples:
         logger.warning(
-            "calibration text has %d sequences of %d tokens, fewer than the %d asked for; all are used", len(rows), length, config.samples
+            "calibration text has %d sequences of %d tokens, fewer than the %d asked for; all are used",
+            len(rows),
+            length,
+            config.samples,
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     return rows[order[: config.samples].sort().values]
@@ -263,7 +271,9 @@ def _token_ids(item: Any, tokenizer: Any) -> Tensor:
 
 
 def _no_sample(item: Any) -> CompressionError:
-    return CompressionError(f"calibration: found a sample of type {type(item).__name__}, expected a text, token ids, a chat or a batch")
+    return CompressionError(
+        f"calibration: found a sample of type {type(item).__name__}, expected a text, token ids, a chat or a batch"
+    )
 
 
 def _needed(tokenizer: Any, what: str) -> Any:

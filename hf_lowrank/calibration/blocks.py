@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods.base import Statistics
 from ..runtime.errors import CompressionError
-from .activations import Shelf, Waiting
+from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch
-from .statistics import Routing, ShiftedSums, StatisticsCollector
+from .statistics import CompressedInputSums, Routing, StatisticsCollector
 
 PROBE_TOKENS = 8
 """Tokens that show what the arguments of a block depend on."""
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    start: Waiting | None = None
+    start: CachedTensor | None = None
     mask: Tensor | None = None
     context: tuple[Tensor, Tensor | None] | None = None
 
@@ -44,19 +44,25 @@ class BlockBatch:
     Args:
         hidden: input of the next block, (B, T, d).
         calls: for each block how the model called it; None if it did not (a vision tower, in a batch of text alone).
-        shelf: where the hidden states wait.
+        cache: where the hidden states wait.
         source: what the model was given.
 
     Attributes:
         shifted: the same batch in the compressed model, for methods that compare the two.
     """
 
-    def __init__(self, hidden: Tensor, calls: list[Call | None], shelf: Shelf | None = None, source: TokenBatch | None = None) -> None:
-        self.shelf = shelf or Shelf()
+    def __init__(
+        self,
+        hidden: Tensor,
+        calls: list[Call | None],
+        cache: ActivationCache | None = None,
+        source: TokenBatch | None = None,
+    ) -> None:
+        self.cache = cache or ActivationCache()
         self.source = source
         self.calls = calls
-        self.shifted: BlockBatch | None = None
-        self._hidden = self.shelf.put(hidden)
+        self.compressed_twin: BlockBatch | None = None
+        self._hidden = self.cache.put(hidden)
 
     @property
     def hidden(self) -> Tensor:
@@ -64,11 +70,11 @@ class BlockBatch:
 
     @hidden.setter
     def hidden(self, hidden: Tensor) -> None:
-        self._hidden = self.shelf.put(hidden)
+        self._hidden = self.cache.put(hidden)
 
-    def shift(self) -> None:
+    def track_compressed(self) -> None:
         """Start the same batch in the compressed model."""
-        self.shifted = BlockBatch(self.hidden, self.calls, self.shelf)
+        self.compressed_twin = BlockBatch(self.hidden, self.calls, self.cache)
 
     def start(self) -> None:
         """Go back to the input of the first block that the model called."""
@@ -83,9 +89,12 @@ class BlockBatch:
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch], shelf: Shelf | None = None
+    model: PreTrainedModel,
+    blocks: dict[str, nn.Module],
+    batches: list[TokenBatch],
+    cache: ActivationCache | None = None,
 ) -> list[BlockBatch]:
-    """Run the model once per batch and keep the input of the first block, on the shelf, and the arguments of every block.
+    """Run the model once per batch and keep the input of the first block, on the cache, and the arguments of every block.
 
     The blocks themselves are run only for a few tokens, where that shows that no block's arguments depend on what others compute.
 
@@ -95,7 +104,7 @@ def capture(
     with ExitStack() as stack:
         if (rest := _rest_of_outputs(model, blocks, batches)) is not None:
             stack.enter_context(_passed_over(blocks, rest))
-        return [_capture_batch(model, blocks, batch, shelf or Shelf()) for batch in batches]
+        return [_capture_batch(model, blocks, batch, cache or ActivationCache()) for batch in batches]
 
 
 def _rest_of_outputs(
@@ -116,14 +125,14 @@ def _rest_of_outputs(
 
     handles = [block.register_forward_hook(note(name)) for name, block in blocks.items()]
     try:
-        computed = _capture_batch(model, blocks, few, Shelf())
+        computed = _capture_batch(model, blocks, few, ActivationCache())
     finally:
         for handle in handles:
             handle.remove()
     if any(isinstance(value, Tensor) for values in rest.values() for value in values or ()):
         return None
     with _passed_over(blocks, rest):
-        passed = _capture_batch(model, blocks, few, Shelf())
+        passed = _capture_batch(model, blocks, few, ActivationCache())
     return rest if _same(computed.calls, passed.calls) else None
 
 
@@ -154,7 +163,7 @@ def _passed_over(blocks: dict[str, nn.Module], rest: dict[str, tuple[Any, ...] |
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arguments are the same in every value."""
-    if isinstance(one, Waiting) and isinstance(other, Waiting):
+    if isinstance(one, CachedTensor) and isinstance(other, CachedTensor):
         return _same(one.tensor, other.tensor)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
@@ -169,10 +178,14 @@ def _same(one: Any, other: Any) -> bool:
 
 def starts_anew(batches: list[BlockBatch], index: int) -> bool:
     """Whether the block's hidden states come from elsewhere than from the block before."""
-    return index > 0 and any(call is not None and call.start is not None for call in (batch.calls[index] for batch in batches))
+    return index > 0 and any(
+        call is not None and call.start is not None for call in (batch.calls[index] for batch in batches)
+    )
 
 
-def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch, shelf: Shelf) -> BlockBatch:
+def _capture_batch(
+    model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch, cache: ActivationCache
+) -> BlockBatch:
     calls: dict[str, Call] = {}
     last: dict[str, Any] = {}  # the output of the block that ran last, by its name
     before = dict(zip(list(blocks)[1:], blocks, strict=False))
@@ -186,8 +199,10 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
                 )
             hidden, rest, named = _split(name, args, kwargs)
             continues = name in before and hidden is last.get(before[name])
-            context = inspect.signature(module.forward).bind(hidden, *rest, **named).arguments.get("encoder_hidden_states")
-            start = None if continues else shelf.put(hidden)
+            context = (
+                inspect.signature(module.forward).bind(hidden, *rest, **named).arguments.get("encoder_hidden_states")
+            )
+            start = None if continues else cache.put(hidden)
             if context is None:
                 calls[name] = Call(rest, named, start, batch.attention_mask)
             else:
@@ -217,14 +232,16 @@ def _capture_batch(model: PreTrainedModel, blocks: dict[str, nn.Module], batch: 
         )
     ordered = [calls.get(name) for name in blocks]
     first = next(call.start for call in ordered if call is not None and call.start is not None)
-    return BlockBatch(first.tensor, ordered, shelf, batch)
+    return BlockBatch(first.tensor, ordered, cache, batch)
 
 
 @contextmanager
 def noting_calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
     """While active, the names of the layers that are called are noted."""
     called: set[str] = set()
-    handles = [module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in layers.items()]
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in layers.items()
+    ]
     try:
         yield called
     finally:
@@ -239,9 +256,15 @@ def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
 
 
 def block_statistics(
-    block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], needs_gram: bool, move: bool, team: Team = ALONE
+    block: nn.Module,
+    index: int,
+    batches: list[BlockBatch],
+    layers: dict[str, nn.Module],
+    needs_gram: bool,
+    move: bool,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Statistics | None]:
-    """The statistics of a block's linear layers over all batches of the team; ours move on to the block's outputs if `move`."""
+    """The statistics of a block's linear layers over all batches of the group; ours move on to the block's outputs if `move`."""
     routing = Routing()
     collector = StatisticsCollector(layers, needs_gram, routing)
     with routing.watching(block), collector.collecting():
@@ -252,14 +275,20 @@ def block_statistics(
             output = run_block(block, index, batch)
             if move:
                 batch.hidden = output
-    return collector.statistics(team)
+    return collector.statistics(group)
 
 
 @torch.no_grad()
-def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers: dict[str, nn.Module], team: Team = ALONE) -> ShiftedSums:
+def compressed_input_sums(
+    block: nn.Module,
+    index: int,
+    batches: list[BlockBatch],
+    layers: dict[str, nn.Module],
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> CompressedInputSums:
     """Sums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
     routing = Routing()
-    sums = ShiftedSums(layers, routing)
+    sums = CompressedInputSums(layers, routing)
     with routing.watching(block):
         for batch in batches:
             call = batch.calls[index]
@@ -268,9 +297,9 @@ def shifted_sums(block: nn.Module, index: int, batches: list[BlockBatch], layers
             with sums.inputs() as dense:
                 run_block(block, index, batch)
             with sums.inputs() as shifted:
-                run_block(block, index, batch.shifted or batch)
+                run_block(block, index, batch.compressed_twin or batch)
             sums.add(dense, shifted, call.mask, call.context)
-    sums.gather(team)
+    sums.gather(group)
     return sums
 
 
@@ -286,4 +315,6 @@ def _split(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Te
         return args[0], rest, named
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return kwargs["hidden_states"], (), {key: value for key, value in named.items() if key != "hidden_states"}
-    raise CompressionError(f"{name}: was not called with a tensor of hidden states; this architecture is not supported")
+    raise CompressionError(
+        f"{name}: was not called with a tensor of hidden states; this architecture is not supported"
+    )

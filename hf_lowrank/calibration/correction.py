@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods.base import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
@@ -80,7 +80,9 @@ class DensePasses:
     """
 
     @torch.no_grad()
-    def __init__(self, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], whole: str | None) -> None:
+    def __init__(
+        self, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], whole: str | None
+    ) -> None:
         self.block, self.index, self.batches = block, index, batches
         self.outputs: list[Tensor] = []
         self._kept: dict[tuple[int, str], _Pass] = {}
@@ -89,7 +91,8 @@ class DensePasses:
             seen: dict[str, _Pass] = {}
             routing = Routing()
             handles = [
-                block.get_submodule(name).register_forward_hook(_keep_pass(seen, name, batch, routing, name == whole)) for name in names
+                block.get_submodule(name).register_forward_hook(_keep_pass(seen, name, batch, routing, name == whole))
+                for name in names
             ]
             try:
                 with routing.watching(block):
@@ -110,9 +113,15 @@ class DensePasses:
 
 @torch.no_grad()
 def stage_sums(
-    dense: DensePasses, block: nn.Module, index: int, batches: list[BlockBatch], names: list[str], writer: str | None, team: Team = ALONE
+    dense: DensePasses,
+    block: nn.Module,
+    index: int,
+    batches: list[BlockBatch],
+    names: list[str],
+    writer: str | None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Sums | None:
-    """The sums over all batches of the team for layers that share an input; None if no token reached them in both models.
+    """The sums over all batches of the group for layers that share an input; None if no token reached them in both models.
 
     Args:
         dense: the same batches through a copy of the block as it was.
@@ -123,7 +132,7 @@ def stage_sums(
     """
     total: Sums | None = None
     for position, batch in enumerate(batches):
-        call, shifted = batch.calls[index], batch.shifted
+        call, shifted = batch.calls[index], batch.compressed_twin
         if call is None or shifted is None:
             continue
         whole = writer == "output"
@@ -133,7 +142,9 @@ def stage_sums(
         seen = seen_by_both(here.seen, there.seen)
         if seen[0].x.shape != seen[1].x.shape:  # experts that are no bank, with other tokens
             continue
-        x, x_hat = (counted(each.x, call.mask, each.tokens).float() for each in seen)  # products of one batch; sums are float64
+        x, x_hat = (
+            counted(each.x, call.mask, each.tokens).float() for each in seen
+        )  # products of one batch; sums are float64
         gram, shift, residual = (x_hat.T @ x_hat).double(), ((x - x_hat).T @ x_hat).double(), None
         if writer is not None:
             lost = here.stream() - there.stream() if whole else batch.hidden.double() - shifted.hidden.double()
@@ -142,9 +153,9 @@ def stage_sums(
             gram, shift = gram + total.gram, shift + total.shift
             residual = None if residual is None or total.residual is None else residual + total.residual
         total = Sums(gram, shift, residual, len(x) + (total.tokens if total else 0))
-    tokens = sum(team.gather(total.tokens if total else 0))
+    tokens = sum(group.gather(total.tokens if total else 0))
     parts = {} if total is None else {"gram": total.gram, "shift": total.shift, "residual": total.residual}
-    summed = team.summed({name: tensor for name, tensor in parts.items() if tensor is not None})
+    summed = group.all_reduce({name: tensor for name, tensor in parts.items() if tensor is not None})
     return Sums(summed["gram"], summed["shift"], summed.get("residual"), tokens) if summed else None
 
 

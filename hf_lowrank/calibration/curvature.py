@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 
@@ -15,7 +15,13 @@ ENOUGH_TOKENS = 16384
 """Once so many tokens were seen, the batches that are left add little to the estimate."""
 
 
-def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], seed: int, team: Team = ALONE) -> dict[str, Tensor]:
+def output_grams(
+    model: PreTrainedModel,
+    layers: list[str],
+    batches: list[TokenBatch],
+    seed: int,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> dict[str, Tensor]:
     """G = Σ_t g_t g_tᵀ, (m, m) float64, of each linear layer named, g_t = ∂L/∂y_t of its output y at token t; estimated from some.
 
     L is the cross-entropy, summed over tokens, of next tokens drawn from the dense model's own distribution: then the mean of
@@ -54,16 +60,20 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
             if seen < ENOUGH_TOKENS:
                 used.append(batch)
                 seen += batch.tokens
-        mine = set(team.share(range(len(used))))
+        mine = set(group.split(range(len(used))))
         for position, batch in enumerate(used):
             if position not in mine:
-                torch.rand(batch.input_ids.numel(), 1, generator=generator)  # as drawn elsewhere, so that our next batch gets its own
+                torch.rand(
+                    batch.input_ids.numel(), 1, generator=generator
+                )  # as drawn elsewhere, so that our next batch gets its own
                 continue
             input_ids = batch.input_ids.to(model.device)
             attended = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
             mask = None if attended is None else attended.bool()
             with torch.enable_grad():
-                logits = model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits.float().flatten(0, 1)
+                logits = (
+                    model(input_ids=input_ids, attention_mask=attended, use_cache=False).logits.float().flatten(0, 1)
+                )
                 drawn = _draw(logits.detach(), generator)
                 counted = drawn if mask is None else drawn.masked_fill(~mask.flatten(), -100)
                 F.cross_entropy(logits, counted, ignore_index=-100, reduction="sum").backward()
@@ -72,12 +82,14 @@ def output_grams(model: PreTrainedModel, layers: list[str], batches: list[TokenB
             handle.remove()
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
-    grams = team.summed(grams)
+    grams = group.all_reduce(grams)
     share = seen / sum(batch.tokens for batch in batches)
     for name, gram in grams.items():
         gram /= share
         if not bool(gram.isfinite().all()):
-            raise NumericalError(f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype")
+            raise NumericalError(
+                f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype"
+            )
     return grams
 
 
@@ -85,4 +97,8 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One token from the distribution of each row of `logits` (T, V), (T,): where its cumulative sum passes a uniform number."""
     cumulated = logits.softmax(dim=1).cumsum(dim=1)
     uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return (
+        torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+        .squeeze(1)
+        .clamp(max=logits.shape[1] - 1)
+    )

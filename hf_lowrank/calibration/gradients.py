@@ -8,12 +8,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..runtime.errors import NumericalError
 from .batches import TokenBatch
 
 
-def squared_gradients(model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], team: Team = ALONE) -> dict[str, Tensor]:
+def squared_gradients(
+    model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], group: ProcessGroup = SINGLE_PROCESS
+) -> dict[str, Tensor]:
     """Σ_i F_ij with F the mean over batches of (∂L/∂W_ij)², (n,) float64, for each of the linear layers named.
 
     L is the mean cross-entropy of the next token on the calibration text, in the dense model.
@@ -30,20 +32,24 @@ def squared_gradients(model: PreTrainedModel, layers: list[str], batches: list[T
         weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
         for weight in weights.values():
             weight.requires_grad_(True)
-        for batch in team.share(batches):
+        for batch in group.split(batches):
             with torch.enable_grad():
                 loss = _loss(model, batch)
-                gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)  # zeros for experts without tokens
+                gradients = torch.autograd.grad(
+                    loss, list(weights.values()), materialize_grads=True
+                )  # zeros for experts without tokens
             for (name, module), gradient in zip(modules.items(), gradients, strict=True):
                 per_input = gradient.double().square().sum(dim=1 if isinstance(module, Conv1D) else 0)
                 sums[name] = sums.get(name, 0) + per_input / len(batches)
     finally:
         for parameter, required in frozen.items():
             parameter.requires_grad_(required)
-    sums = team.summed(sums)
+    sums = group.all_reduce(sums)
     for name, total in sums.items():
         if not bool(total.isfinite().all()):
-            raise NumericalError(f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype")
+            raise NumericalError(
+                f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype"
+            )
     return sums
 
 

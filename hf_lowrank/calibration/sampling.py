@@ -34,19 +34,30 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
         NumericalError: if a logit is not finite.
     """
     if not model.can_generate():
-        raise CompressionError(f"{type(model).__name__} cannot generate text to calibrate on itself; give calibration= texts or a file")
+        raise CompressionError(
+            f"{type(model).__name__} cannot generate text to calibrate on itself; give calibration= texts or a file"
+        )
     config = model.generation_config
-    starts = [token for token in (config.bos_token_id, model.config.get_text_config().bos_token_id) if isinstance(token, int)]
+    starts = [
+        token for token in (config.bos_token_id, model.config.get_text_config().bos_token_id) if isinstance(token, int)
+    ]
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     suppressed = [token for token in ends if token is not None and token not in starts]
-    arguments: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": 0}
+    arguments: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     batches = []
     # generate() draws from torch's global generator; its state is the caller's and is put back
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        at_once = max(TOKENS_AT_ONCE // length, 1)
-        for first in range(0, samples, at_once):
-            count = min(at_once, samples - first)
+        parallel_slots = max(TOKENS_AT_ONCE // length, 1)
+        for first in range(0, samples, parallel_slots):
+            count = min(parallel_slots, samples - first)
             if starts:
                 prompt = torch.full((count, 1), starts[0], device=model.device)
             else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods.base import Statistics
 from ..models.linears import CHUNK
 from ..runtime.errors import NumericalError
@@ -94,28 +94,34 @@ class StatisticsCollector:
         """
         self._mask, self._context, self._seen = mask, context, []
 
-    def statistics(self, team: Team = ALONE) -> dict[str, Statistics | None]:
-        """The statistics by layer, of all the team's tokens; None for a layer that was never called.
+    def statistics(self, group: ProcessGroup = SINGLE_PROCESS) -> dict[str, Statistics | None]:
+        """The statistics by layer, of all the group's tokens; None for a layer that was never called.
 
         Raises:
             NumericalError: if an input was not finite.
         """
-        leaders = team.gather(self._leader)
-        tokens = team.gather({leader: sums.tokens for leader, sums in self._sums.items()})
-        inputs = {name: tuple(each.get(name) for each in leaders) for name in self.layers}  # what a layer sees, in every process
+        leaders = group.gather(self._leader)
+        tokens = group.gather({leader: sums.tokens for leader, sums in self._sums.items()})
+        inputs = {
+            name: tuple(each.get(name) for each in leaders) for name in self.layers
+        }  # what a layer sees, in every process
         sums: dict[str, Tensor] = {}
         for places in dict.fromkeys(inputs.values()):
-            own = places[team.rank]
+            own = places[group.rank]
             if own is not None:
-                alone = sum(each[team.rank] == own for each in set(inputs.values())) == 1
+                alone = sum(each[group.rank] == own for each in set(inputs.values())) == 1
                 for part, tensor in self._sums[own].tensors().items():
                     sums[f"{places}.{part}"] = tensor if alone else tensor.clone()
-        sums = team.summed(sums)
+        sums = group.all_reduce(sums)
         made: dict[tuple[str | None, ...], Statistics | None] = {}
         for places in dict.fromkeys(inputs.values()):
             name = next((each for each in places if each is not None), None)
             count = sum(each[place] for each, place in zip(tokens, places, strict=True) if place is not None)
-            made[places] = None if name is None else _statistics(name, count, sums[f"{places}.totals"], sums.get(f"{places}.gram"))
+            made[places] = (
+                None
+                if name is None
+                else _statistics(name, count, sums[f"{places}.totals"], sums.get(f"{places}.gram"))
+            )
         return {name: made[places] for name, places in inputs.items()}
 
     def _hook(self, name: str) -> Any:
@@ -155,7 +161,9 @@ class _Sums:
         self.total_square += x.square().sum(dim=0)
         if self.gram is not None:
             for rows in _row_blocks(self.gram):
-                self.gram[rows, : rows.stop] += x[:, rows].T @ x[:, : rows.stop]  # the lower triangle; `tensors` has the other, too
+                self.gram[rows, : rows.stop] += (
+                    x[:, rows].T @ x[:, : rows.stop]
+                )  # the lower triangle; `tensors` has the other, too
 
     def tensors(self) -> dict[str, Tensor]:
         if self.gram is None:
@@ -175,7 +183,9 @@ def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> 
     total, total_abs, total_square = totals
     if not bool(total_square.isfinite().all()):
         channel = int((~total_square.isfinite()).nonzero()[0])
-        raise NumericalError(f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype")
+        raise NumericalError(
+            f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype"
+        )
     return Statistics(
         tokens=tokens,
         column_norms=total_square.sqrt(),
@@ -185,7 +195,7 @@ def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> 
     )
 
 
-class ShiftedSums:
+class CompressedInputSums:
     """Ĉ = Σ x̂ x̂ᵀ and M = Σ x x̂ᵀ of a block's linear layers: dense inputs x against those of the compressed model, token by token."""
 
     def __init__(self, layers: dict[str, nn.Module], routing: Routing | None = None) -> None:
@@ -228,16 +238,18 @@ class ShiftedSums:
             gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
             self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
 
-    def gather(self, team: Team = ALONE) -> None:
-        """Go over to the sums of all the team's tokens."""
+    def gather(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        """Go over to the sums of all the group's tokens."""
         parts = {f"{name}.{part}": tensor for name, both in self._sums.items() for part, tensor in enumerate(both)}
-        summed = team.summed(parts)
-        self._sums = {name: (summed[f"{name}.0"], summed[f"{name}.1"]) for name in self.layers if f"{name}.0" in summed}
+        summed = group.all_reduce(parts)
+        self._sums = {
+            name: (summed[f"{name}.0"], summed[f"{name}.1"]) for name in self.layers if f"{name}.0" in summed
+        }
 
     def extend(self, name: str, statistics: Statistics) -> Statistics:
         """The statistics of a layer with its two matrices; as if nothing had shifted if no token came to it in both models."""
         gram, cross = self._sums.get(name) or (statistics.gram, statistics.gram)
-        return replace(statistics, shifted_gram=gram, cross_gram=cross)
+        return replace(statistics, compressed_input_gram=gram, cross_gram=cross)
 
 
 def _mask_of(x: Tensor, mask: Tensor | None, context: tuple[Tensor, Tensor | None] | None) -> Tensor | None:

@@ -19,7 +19,10 @@ DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
     "c4": {
         "path": "allenai/c4",
-        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+        "data_files": {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
     },
 }
 """Datasets by the names that papers use, as `datasets.load_dataset` takes them."""
@@ -40,7 +43,9 @@ def read_documents(source: str, split: str = "train", limit: int | None = None) 
         return _dataset_documents(source, split, limit)
     path = Path(source)
     if not path.is_file():
-        raise CompressionError(f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path")
+        raise CompressionError(
+            f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path"
+        )
     kind = next((kind for suffix, kind in ROWS.items() if suffix in path.suffixes), None)
     documents = _file_documents(path) if kind is None else _row_documents(source, kind)
     if not documents:
@@ -67,7 +72,9 @@ def _row_documents(source: str, kind: str) -> list[str]:
     except Exception as error:  # datasets raises many kinds; all mean the same here
         raise CompressionError(f"{source}: cannot be read as rows of {kind} ({error.__cause__ or error})") from error
     if "text" not in rows.column_names:
-        raise CompressionError(f"{source}: has the columns {', '.join(rows.column_names)}, expected one that is called text")
+        raise CompressionError(
+            f"{source}: has the columns {', '.join(rows.column_names)}, expected one that is called text"
+        )
     return [text for text in rows["text"] if text and text.strip()]
 
 
@@ -115,4 +122,6 @@ def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
         return [row["text"] for row, _ in zip(rows, range(limit or 10_000), strict=False)]
     except Exception as error:  # datasets raises many kinds when offline; all mean the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CompressionError(f"dataset {name!r} cannot be loaded ({reason}); without network use a text file") from error
+        raise CompressionError(
+            f"dataset {name!r} cannot be loaded ({reason}); without network use a text file"
+        ) from error

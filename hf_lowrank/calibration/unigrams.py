@@ -20,11 +20,15 @@ def with_unigram_sequences(batches: list[TokenBatch], share: float, seed: int) -
     """
     rows = sum(len(batch.input_ids) for batch in batches)
     drawn = (torch.arange(rows + 1, dtype=torch.float64) * share).floor().diff() > 0
-    counted = [torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask for batch in batches]
+    counted = [
+        torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask for batch in batches
+    ]
     pool = torch.cat([batch.input_ids[mask.bool()] for batch, mask in zip(batches, counted, strict=True)])
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for batch, mask, chosen in zip(batches, counted, drawn.split([len(batch.input_ids) for batch in batches]), strict=True):
+    for batch, mask, chosen in zip(
+        batches, counted, drawn.split([len(batch.input_ids) for batch in batches]), strict=True
+    ):
         tokens = pool[torch.randint(len(pool), batch.input_ids.shape, generator=generator)]
         replaced = mask.bool() & chosen[:, None]
         replaced[:, 0] = False

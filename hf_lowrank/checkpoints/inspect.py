@@ -69,12 +69,17 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
     config = load_config(str(folder))
     compression = compression_of(config)
     if compression is None:
-        raise CompressionError(f"{folder}: is not compressed by hf_lowrank: its config.json has no such quantization_config")
+        raise CompressionError(
+            f"{folder}: is not compressed by hf_lowrank: its config.json has no such quantization_config"
+        )
     model = skeleton(config)
     specs = resolve_layers(model, compression.layers)
     report = read_report(folder)
     errors = {layer["name"]: layer["relative_error"] for layer in report["layers"]}
-    tensors = {name: (tensor.dtype, math.prod(tensor.shape)) for name, tensor in read_headers(weight_files(str(folder))).items()}
+    tensors = {
+        name: (tensor.dtype, math.prod(tensor.shape))
+        for name, tensor in read_headers(weight_files(str(folder))).items()
+    }
     value_bits = BITS[str(next(dtype for dtype, _ in tensors.values() if dtype in ("F64", "F32", "F16", "BF16")))]
     layers, stored_bits, paper_bits, dense_bits = [], 0, 0, 0
     for layer in find_layers(find_blocks(model)):
@@ -82,10 +87,14 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         bits = sum(BITS[dtype] * numel for dtype, numel in own.values())
         weights = layer.out_features * layer.in_features
         spec = specs.get(layer.name)
-        has_own_bias = f"{layer.name}.bias" in own and not (spec is not None and model.get_submodule(layer.name).bias is None)
+        has_own_bias = f"{layer.name}.bias" in own and not (
+            spec is not None and model.get_submodule(layer.name).bias is None
+        )
         dense_bits += value_bits * (weights + (layer.out_features if has_own_bias else 0))
         stored_bits += bits
-        paper_bits += bits - sum(BITS[dtype] * numel for name, (dtype, numel) in own.items() if name.endswith(".weight_mask"))
+        paper_bits += bits - sum(
+            BITS[dtype] * numel for name, (dtype, numel) in own.items() if name.endswith(".weight_mask")
+        )
         error = errors.get(layer.name)
         if spec is None:
             reason = report["dense"].get(layer.name, "left dense")
@@ -94,7 +103,15 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
             kept = own.get(f"{layer.name}.weight", ("", 0))[1]
             layers.append(
                 StoredLayer(
-                    layer.name, spec.kind, spec.sparse, spec.rank, spec.binary_rank, kept / weights, bits / weights, bits // 8, error
+                    layer.name,
+                    spec.kind,
+                    spec.sparse,
+                    spec.rank,
+                    spec.binary_rank,
+                    kept / weights,
+                    bits / weights,
+                    bits // 8,
+                    error,
                 )
             )
     model_bits = sum(BITS[dtype] * numel for dtype, numel in tensors.values())
@@ -125,7 +142,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     with damaged_report(folder):
         report = read_current_report(folder)
         layers = [
-            {**layer, "name": str(layer["name"]), "relative_error": _number(layer["relative_error"])} for layer in report.get("layers", [])
+            {**layer, "name": str(layer["name"]), "relative_error": _number(layer["relative_error"])}
+            for layer in report.get("layers", [])
         ]
         reasons = {str(name): one_line(str(reason)) for name, reason in report.get("dense", {}).items()}
         warnings = [one_line(str(warning)) for warning in report.get("warnings", [])]

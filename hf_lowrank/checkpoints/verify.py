@@ -79,14 +79,18 @@ def verify_checkpoint(folder: str | Path) -> Verification:
 
 def released_runtimes() -> dict[str, dict[str, str]]:
     """sha256 of the runtime's files of every release, by version; this installation's too."""
-    released: dict[str, dict[str, str]] = json.loads((files("hf_lowrank") / "data" / "releases.json").read_text(encoding="utf-8"))
+    released: dict[str, dict[str, str]] = json.loads(
+        (files("hf_lowrank") / "data" / "releases.json").read_text(encoding="utf-8")
+    )
     return {**released, __version__: {name: file_checksum(RUNTIME / name) for name in RUNTIME_FILES}}
 
 
 def _check_structure(folder: Path, values: dict[str, Any], result: Verification) -> None:
     read = read_json(str(folder / CONFIG))
     if not isinstance(read, dict):
-        raise CheckpointError(f"{folder / CONFIG}: found {type(read).__name__}, expected a dictionary; download it again")
+        raise CheckpointError(
+            f"{folder / CONFIG}: found {type(read).__name__}, expected a dictionary; download it again"
+        )
     model, compression = validate_checkpoint(read, str(folder))
     values.update(read)
     shards = weight_files(str(folder))
@@ -107,7 +111,9 @@ def _check_structure(folder: Path, values: dict[str, Any], result: Verification)
 
 def _check_runtime(folder: Path, result: Verification) -> None:
     found = {name: file_checksum(folder / name) for name in RUNTIME_FILES if (folder / name).is_file()}
-    result.runtime = next((f"hf_lowrank {version}" for version, sums in released_runtimes().items() if found == sums), "unknown")
+    result.runtime = next(
+        (f"hf_lowrank {version}" for version, sums in released_runtimes().items() if found == sums), "unknown"
+    )
     if not found:
         result.runtime = "none"
     elif result.runtime == "unknown":
@@ -128,11 +134,15 @@ def _check_sums(folder: Path, values: dict[str, Any], result: Verification) -> N
     }
     for name in sorted(present | recorded.keys()):
         if name not in recorded:
-            result.problems.append(f"{name}: has no checksum in {CONFIG}, expected one; save the checkpoint again to record it")
+            result.problems.append(
+                f"{name}: has no checksum in {CONFIG}, expected one; save the checkpoint again to record it"
+            )
         elif not (folder / name).is_file():
             result.problems.append(f"{name}: missing, but {CONFIG} has its checksum; download it again")
         elif (config_checksum(values) if name == CONFIG else file_checksum(folder / name)) != recorded[name]:
-            result.problems.append(f"{name}: sha256 is not the recorded {recorded[name]}; it was changed after it was saved")
+            result.problems.append(
+                f"{name}: sha256 is not the recorded {recorded[name]}; it was changed after it was saved"
+            )
 
 
 def _check_strays(folder: Path, result: Verification) -> None:

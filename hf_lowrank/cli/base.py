@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from ..execution.process_group import HeardError, launched_rank
+from ..execution.process_group import RemoteError, torchrun_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 
@@ -45,7 +45,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except HeardError:
+        except RemoteError:
             raise typer.Exit(1) from None
         except CompressionError as error:
             _fail(str(error))
@@ -62,7 +62,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             what = "terminated" if terminated else "interrupted"
-            if terminated and launched_rank() is not None:
+            if terminated and torchrun_rank() is not None:
                 what = f"{_process()}terminated, as all are when one of them ends; the same command goes on from the work folder, if any"
             typer.echo(f"{what}; nothing was left behind", err=True)
             raise typer.Exit(143 if terminated else 130) from None
@@ -85,7 +85,9 @@ class SeveralValues(typer.core.TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        several = {name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts}
+        several = {
+            name for parameter in self.params if getattr(parameter, "multiple", False) for name in parameter.opts
+        }
         spread: list[str] = []
         option = None
         for argument in args:
@@ -106,7 +108,9 @@ def main() -> None:
         for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
-    logging.basicConfig(level=logging.ERROR if launched_rank() else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.ERROR if torchrun_rank() else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -162,5 +166,5 @@ def _fail(message: str) -> None:
 
 
 def _process() -> str:
-    rank = launched_rank()
+    rank = torchrun_rank()
     return "" if rank is None else f"process {rank}: "

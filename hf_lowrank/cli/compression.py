@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..execution.process_group import launched, launched_rank
+from ..execution.process_group import torchrun_group, torchrun_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .base import (
@@ -66,9 +66,13 @@ def compress(
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, as key=value")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    work_dir: Annotated[Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="folder that records what is finished; a killed run goes on from there")
+    ] = None,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much memory, disk and time it takes")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say how much memory, disk and time it takes")
+    ] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
     from ..compression.from_disk import compress_checkpoint, describe
@@ -90,12 +94,12 @@ def compress(
         typer.echo(describe(model, config, device, dtype))
         return
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
-    with launched():
+    with torchrun_group():
         compress_checkpoint(
             model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
             command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
         )  # fmt: skip
-    if not launched_rank():
+    if not torchrun_rank():
         _show_summary(output)
 
 
@@ -104,7 +108,9 @@ def compress(
 def recompress(
     folder: Annotated[str, typer.Argument(help="compressed checkpoint that adapters were merged into")],
     output: Output,
-    rank: Annotated[int | None, typer.Option(help="what no layer may exceed; by default each layer's own when it was compressed")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="what no layer may exceed; by default each layer's own when it was compressed")
+    ] = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -126,7 +132,11 @@ def recompress(
         print_json([dataclasses.asdict(layer) for layer in found])
         return
     rows = [[layer.name, str(layer.rank_before), str(layer.rank), f"{layer.relative_error:.3g}"] for layer in found]
-    print_table("truncated layers, error of the whole matrix in the Frobenius norm", ["layer", "rank", "now", "relative error"], rows)
+    print_table(
+        "truncated layers, error of the whole matrix in the Frobenius norm",
+        ["layer", "rank", "now", "relative error"],
+        rows,
+    )
     _show_summary(output)
 
 

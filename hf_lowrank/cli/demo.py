@@ -27,7 +27,9 @@ SAMPLES, MEASURED_WINDOWS = 64, 60
 RECIPES = {
     "svd-llm": CompressionConfig(method="svd-llm", ratio=0.3),
     "sola": CompressionConfig(method="sola", ratio=0.3),
-    "soco": CompressionConfig(method="soco", ratio=0.3, options={"steps": 250, "batch_tokens": 256, "finish_steps": 25}),
+    "soco": CompressionConfig(
+        method="soco", ratio=0.3, options={"steps": 250, "batch_tokens": 256, "finish_steps": 25}
+    ),
     "slab": CompressionConfig(method="slab", ratio=0.5),
 }
 
@@ -66,7 +68,15 @@ def _rows(folder: Path) -> list[list[str]]:
 def _measure(checkpoint: Path) -> Evaluation:
     """Evaluate in a fresh process, which knows nothing but the files."""
     command = [sys.executable, "-m", "hf_lowrank", "evaluate", str(checkpoint), "--text", str(BUNDLED_TEXT)]
-    command += ["--reference", str(BUNDLED_MODEL), "--max-windows", str(MEASURED_WINDOWS), "--dtype", "float32", "--json"]
+    command += [
+        "--reference",
+        str(BUNDLED_MODEL),
+        "--max-windows",
+        str(MEASURED_WINDOWS),
+        "--dtype",
+        "float32",
+        "--json",
+    ]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode:
         raise CompressionError(
@@ -75,7 +85,9 @@ def _measure(checkpoint: Path) -> Evaluation:
     return Evaluation(**json.loads(result.stdout)[0])
 
 
-def _row(name: str, asked: float | None, stored: float, folder: Path, measured: Evaluation, seconds: float) -> list[str]:
+def _row(
+    name: str, asked: float | None, stored: float, folder: Path, measured: Evaluation, seconds: float
+) -> list[str]:
     return [
         name,
         "" if asked is None else f"{asked:.0%}",

@@ -19,15 +19,25 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="model to evaluate: a folder or a name on the Hub")],
     text: Annotated[list[str] | None, typer.Option(help="one or more text files or datasets (wikitext2, c4)")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, .jsonl.gz)")] = None,
-    window: Annotated[int | None, typer.Option(help="texts: tokens per window; default: the model's context, at most 2048")] = None,
-    stride: Annotated[int | None, typer.Option(help="texts: tokens between window starts; default: the window")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, .jsonl.gz)")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="texts: tokens per window; default: the model's context, at most 2048")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="texts: tokens between window starts; default: the window")
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(help="texts: score only the first windows")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="tasks: solved examples before each item; default: the task's own")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="tasks: solved examples before each item; default: the task's own")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="tasks: score only the first items")] = None,
     batch_size: Annotated[int, typer.Option(help="tasks: requests per batch")] = 8,
     reference: Annotated[str | None, typer.Option(help="model to compare with, such as the dense one")] = None,
-    card: Annotated[bool, typer.Option("--card", help="write the figures into the model card of the checkpoint")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="write the figures into the model card of the checkpoint")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -49,11 +59,17 @@ def evaluate(
     subject, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
     dense = load_model(reference, dtype, device) if reference else None
     texts = [
-        evaluate_text(subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense)
+        evaluate_text(
+            subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense
+        )
         for source in text or []
     ]
     scores = (
-        evaluate_tasks(subject, tokenizer, tasks, shots=num_fewshot, limit=limit, batch_size=batch_size, reference=dense) if tasks else []
+        evaluate_tasks(
+            subject, tokenizer, tasks, shots=num_fewshot, limit=limit, batch_size=batch_size, reference=dense
+        )
+        if tasks
+        else []
     )
     if card:
         from ..publishing.model_card import record_quality, task_quality, text_quality
@@ -70,7 +86,9 @@ def evaluate(
 
 
 def _show_texts(model: str, results: list["Evaluation"], with_reference: bool) -> None:
-    columns = ["text", "windows", "perplexity", "nll"] + (["nats lost", "KL", "top-1 agreement"] if with_reference else [])
+    columns = ["text", "windows", "perplexity", "nll"] + (
+        ["nats lost", "KL", "top-1 agreement"] if with_reference else []
+    )
     rows = []
     for result in results:
         row = [result.text, str(result.windows), f"{result.perplexity:.4g}", f"{result.nll:.4f}"]
@@ -85,9 +103,17 @@ def _show_tasks(model: str, results: list["TaskResult"], with_reference: bool) -
     for result in results:
         for metric, value in result.metrics.items():
             error = result.standard_errors.get(metric)
-            row = [result.task, str(result.items), str(result.shots), metric, f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")]
+            row = [
+                result.task,
+                str(result.items),
+                str(result.shots),
+                metric,
+                f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}"),
+            ]
             rows.append([*row, f"{result.reference[metric]:.4g}"] if result.reference is not None else row)
-    print_table(f"{model}", ["task", "items", "shots", "metric", "value"] + (["reference"] if with_reference else []), rows)
+    print_table(
+        f"{model}", ["task", "items", "shots", "metric", "value"] + (["reference"] if with_reference else []), rows
+    )
 
 
 @app.command()
@@ -117,7 +143,17 @@ def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")
                 f"{layer.bytes:,}",
             ]
         )
-    columns = ["layer", "kind", "sparse part", "rank", "binary rank", "density", "bits/weight", "relative error", "bytes"]
+    columns = [
+        "layer",
+        "kind",
+        "sparse part",
+        "rank",
+        "binary rank",
+        "density",
+        "bits/weight",
+        "relative error",
+        "bytes",
+    ]
     print_table(f"{folder}: {found.method}", columns, rows)
     show_totals(found)
 
@@ -134,7 +170,9 @@ def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")]
     else:
         for problem in found.problems:
             typer.echo(problem)
-        typer.echo(f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}")
+        typer.echo(
+            f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}"
+        )
     if not found.sound:
         raise CompressionError(f"{folder}: verdict: not sound, problems: {len(found.problems)}")
     if not as_json:
@@ -159,18 +197,28 @@ def report(
 @one_line_errors
 def compare(
     model: Annotated[str, typer.Argument(help="dense model, before the options: a folder or a name on the Hub")],
-    method_names: Annotated[list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")],
+    method_names: Annotated[
+        list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")
+    ],
     ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
     text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
-    out: Annotated[Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")],
+    out: Annotated[
+        Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")
+    ],
     calibration: Annotated[str, typer.Option(help=HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
     seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
-    window: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(help="score only the first windows of each text")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="keep the compressed checkpoints; otherwise they are deleted once measured")] = False,
-    dtype: Annotated[str, typer.Option(help="of the checkpoints: auto (as stored), float32, bfloat16 or float16")] = "auto",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="keep the compressed checkpoints; otherwise they are deleted once measured")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="of the checkpoints: auto (as stored), float32, bfloat16 or float16")
+    ] = "auto",
     device: Device = "cpu",
 ) -> None:
     """Compress by several methods at several ratios; one table and one plot of what each loses at which size.
@@ -183,7 +231,9 @@ def compare(
     from ..evaluation.comparison import Comparison, candidates, compare, write_text
 
     pareto.check_plotting()
-    comparison = Comparison(model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows)
+    comparison = Comparison(
+        model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows
+    )
     wanted = candidates(method_names, ratios)
     results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
     write_text(out / "table.md", pareto.markdown(results))

@@ -14,7 +14,9 @@ from .base import app, one_line_errors
 def push(
     folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
     repo: Annotated[str, typer.Argument(help="repository on the Hub: owner/name")],
-    private: Annotated[bool, typer.Option("--private", help="make the repository private, if it does not exist yet")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="make the repository private, if it does not exist yet")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="branch to push to")] = None,
     message: Annotated[str | None, typer.Option(help="commit message")] = None,
 ) -> None:
@@ -26,10 +28,14 @@ def push(
     try:
         commit = push_folder(folder, repo, private=private or None, revision=revision, commit_message=message)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise CompressionError(f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`") from error
+        raise CompressionError(
+            f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`"
+        ) from error
     except Exception as error:
         # offline mode, or httpx in whichever of its versions huggingface_hub talks by
         if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("httpx"):
             raise
-        raise CompressionError(f"{repo}: the Hub cannot be reached ({error}); push again when there is a connection") from error
+        raise CompressionError(
+            f"{repo}: the Hub cannot be reached ({error}); push again when there is a connection"
+        ) from error
     typer.echo(f"pushed {folder} to {commit.repo_url} ({commit.oid[:7]})")

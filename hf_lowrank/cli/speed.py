@@ -29,12 +29,22 @@ def env(as_json: Json = False) -> None:
 @app.command(cls=SeveralValues)
 @one_line_errors
 def benchmark(
-    model: Annotated[str | None, typer.Argument(help="compressed checkpoint, before the options; without one, layers of --shapes")] = None,
-    shapes: Annotated[list[str] | None, typer.Option(help="one or more shapes of layers, OUTxIN; default 4096x4096")] = None,
-    reference: Annotated[str, typer.Option(help="what MODEL is compared with: dense (itself, decompressed) or another model")] = "dense",
-    tokens: Annotated[list[int] | None, typer.Option(help="one or more numbers of input rows; default 1 8 512")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="compressed checkpoint, before the options; without one, layers of --shapes")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="one or more shapes of layers, OUTxIN; default 4096x4096")
+    ] = None,
+    reference: Annotated[
+        str, typer.Option(help="what MODEL is compared with: dense (itself, decompressed) or another model")
+    ] = "dense",
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="one or more numbers of input rows; default 1 8 512")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="torch's threads; default: as many as it uses by itself")] = None,
-    prompt: Annotated[int | None, typer.Option(help="tokens of the prompt, end to end; default: 512, or what the context holds")] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="tokens of the prompt, end to end; default: 512, or what the context holds")
+    ] = None,
     new: Annotated[int, typer.Option(help="tokens generated after the first, end to end")] = 32,
     repeats: Annotated[int, typer.Option(help="times that every variant is measured, in turn")] = 20,
     dtype: Dtype = "auto",
@@ -64,9 +74,15 @@ def benchmark(
     else:
         layers, models = speed_report.of_model(model, reference, batches, threads, repeats, prompt, new, dtype, device)
     if as_json:
-        rows = {"layers": [speed_report.layer_fields(row) for row in layers], "models": [speed_report.model_fields(row) for row in models]}
+        rows = {
+            "layers": [speed_report.layer_fields(row) for row in layers],
+            "models": [speed_report.model_fields(row) for row in models],
+        }
         print_json({"machine": machine(), **rows})
         return
     print_table("layers: milliseconds, median (range of the middle half)", *speed_report.layer_table(layers))
     if models:
-        print_table(f"end to end: prompt of {models[0].prompt_tokens} tokens, {new} more generated", *speed_report.model_table(models))
+        print_table(
+            f"end to end: prompt of {models[0].prompt_tokens} tokens, {new} more generated",
+            *speed_report.model_table(models),
+        )

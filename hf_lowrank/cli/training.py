@@ -20,7 +20,9 @@ def distill(
     text: Annotated[str, typer.Option(help="text file, or a dataset (wikitext2, c4), to train on")],
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 200,
     learning_rate: Annotated[float, typer.Option(help="of AdamW; a cosine takes it to zero")] = 1e-3,
-    sequence_length: Annotated[int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")
+    ] = None,
     seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -35,10 +37,14 @@ def distill(
     from ..training.distillation import distill as train
 
     if steps < 1 or not learning_rate > 0:
-        raise CompressionError(f"distill: found {steps} steps at a learning rate of {learning_rate}; both must be above zero")
+        raise CompressionError(
+            f"distill: found {steps} steps at a learning rate of {learning_rate}; both must be above zero"
+        )
     check_free(output, overwrite)
     if compression_of(load_config(str(folder))) is None:
-        raise CompressionError(f"{folder}: is not compressed by hf_lowrank; name a compressed checkpoint, and the dense model as --teacher")
+        raise CompressionError(
+            f"{folder}: is not compressed by hf_lowrank; name a compressed checkpoint, and the dense model as --teacher"
+        )
     stored = load_model(str(folder), dtype, device).dtype
     student, tokenizer = load_model(str(folder), "float32", device), load_tokenizer(str(folder))
     length = window_length(student, CompressionConfig(sequence_length=sequence_length, seed=seed))
@@ -46,7 +52,13 @@ def distill(
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         losses = train(
-            student, load_model(teacher, "float32", device), rows, work_dir or scratch, steps=steps, learning_rate=learning_rate, seed=seed
+            student,
+            load_model(teacher, "float32", device),
+            rows,
+            work_dir or scratch,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
         )
     student.to(stored)  # type: ignore[arg-type]  # transformers wraps `to` without its types
     with new_folder(output, overwrite) as target:

@@ -17,7 +17,7 @@ from ..calibration.batches import sequence_length
 from ..calibration.curvature import ENOUGH_TOKENS
 from ..calibration.statistics import TOKENS_AT_ONCE
 from ..methods import Method, Statistics, make_method
-from ..methods.base import ChoosingMethod
+from ..methods.base import MixedMethod
 from ..methods.spectral import SpectralMethod
 from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..runtime.configuration import CompressionConfig
@@ -91,11 +91,13 @@ def duration(dense: PreTrainedModel, config: CompressionConfig) -> Duration:
 
 def _passes(method: Method) -> Passes:
     """Of the strategies: the capture of inputs, and then for every block its statistics and its outputs."""
-    if isinstance(method, ChoosingMethod):  # survey, dense passes, the stages of a block, each of which stops at its layers
+    if isinstance(
+        method, MixedMethod
+    ):  # survey, dense passes, the stages of a block, each of which stops at its layers
         return Passes(6, 3)
     if isinstance(method, SpectralMethod):
         return Passes(3, 2)
-    if method.needs_shifted:
+    if method.needs_compressed_inputs:
         return Passes(5, 3)
     return Passes(3 if method.sequential else 2, 1)
 
@@ -125,16 +127,17 @@ def _calibration(dense: PreTrainedModel, config: CompressionConfig, method: Meth
 
 def _seen(dense: PreTrainedModel, layers: list[Layer]) -> dict[str, float]:
     """The share of the tokens that each layer sees: an expert's, of those that are sent to it and the others of its bank."""
-    at_once = getattr(dense.config.get_text_config(), "num_experts_per_tok", None) or 1
+    parallel_slots = getattr(dense.config.get_text_config(), "num_experts_per_tok", None) or 1
     banks = {layer.name: EXPERT.sub(".experts.*.", layer.name) for layer in layers}
     sizes = Counter(banks.values())
-    return {name: min(at_once / sizes[bank], 1.0) if bank != name else 1.0 for name, bank in banks.items()}
+    return {name: min(parallel_slots / sizes[bank], 1.0) if bank != name else 1.0 for name, bank in banks.items()}
 
 
 def _solving(method: Method, layers: list[Layer], ratio: float, value_bits: int) -> float:
     shapes = Counter((layer.out_features, layer.in_features) for layer in layers)
     return sum(
-        count * _layer_seconds(method, shape, ratio, value_bits, SECONDS_FOR_SHAPES / len(shapes)) for shape, count in shapes.items()
+        count * _layer_seconds(method, shape, ratio, value_bits, SECONDS_FOR_SHAPES / len(shapes))
+        for shape, count in shapes.items()
     )
 
 
@@ -166,7 +169,9 @@ def extrapolated(sides: list[float], seconds: list[float], powers: tuple[int, ..
     best, least = seconds[-1] / sides[-1] ** powers[-1], float("inf")
     for count in range(1, min(len(sides), 2) + 1):
         for some in itertools.combinations(powers, count):
-            matrix = torch.tensor([[side**power / taken for power in some] for side, taken in zip(sides, seconds, strict=True)]).double()
+            matrix = torch.tensor(
+                [[side**power / taken for power in some] for side, taken in zip(sides, seconds, strict=True)]
+            ).double()
             solution = torch.linalg.lstsq(matrix, torch.ones(len(sides), 1, dtype=torch.float64)).solution
             error = float((matrix @ solution - 1).square().sum())
             if bool((solution >= 0).all()) and error < least:
@@ -177,7 +182,9 @@ def extrapolated(sides: list[float], seconds: list[float], powers: tuple[int, ..
 def _task(method: Method, m: int, n: int, ratio: float, value_bits: int) -> Callable[[], object]:
     """Making and measuring a layer of random weights and statistics."""
     generator = torch.Generator().manual_seed(0)
-    weight, inputs, outputs = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, n), (n, n), (m, m)))
+    weight, inputs, outputs = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, n), (n, n), (m, m))
+    )
     gram = inputs.T @ inputs
     statistics = Statistics(
         tokens=n,
@@ -186,8 +193,8 @@ def _task(method: Method, m: int, n: int, ratio: float, value_bits: int) -> Call
         mean_abs=inputs.abs().mean(dim=0),
         gram=gram if method.needs_gram else None,
         squared_gradients=torch.ones(n, dtype=torch.float64) if method.needs_gradients else None,
-        shifted_gram=gram if method.needs_shifted else None,
-        cross_gram=gram if method.needs_shifted else None,
+        compressed_input_gram=gram if method.needs_compressed_inputs else None,
+        cross_gram=gram if method.needs_compressed_inputs else None,
         output_gram=outputs.T @ outputs if method.needs_output_gram else None,
     )
     budget = Budget(int((1 - ratio) * m * n * value_bits), m, n, value_bits)
@@ -201,7 +208,10 @@ def _task(method: Method, m: int, n: int, ratio: float, value_bits: int) -> Call
 
 def _multiplied_per_second(dtype: torch.dtype) -> float:
     """Floating-point operations of a matrix product in this dtype."""
-    left, right = torch.ones(TOKENS_AT_ONCE // 2, PROBE_SIDE, dtype=dtype), torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype)
+    left, right = (
+        torch.ones(TOKENS_AT_ONCE // 2, PROBE_SIDE, dtype=dtype),
+        torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype),
+    )
     return 2 * left.numel() * PROBE_SIDE / _timed(lambda: left @ right)
 
 

@@ -8,7 +8,7 @@ from ..budget import Layer
 from ..calibration.activations import ACTIVATIONS_IN_MEMORY
 from ..calibration.batches import TOKENS_PER_PASS, sequence_length
 from ..calibration.statistics import TOKENS_AT_ONCE
-from ..execution.threads import at_once
+from ..execution.threads import parallel_slots
 from ..methods import Method, make_method
 from ..methods.spectral import SpectralMethod
 from ..models.architectures import find_blocks, find_layers, separate_experts
@@ -67,14 +67,18 @@ def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
     hidden = config.samples * length * width
     batch = min(max(TOKENS_PER_PASS // length, 1), config.samples) * length
     widest = max(max(layer.in_features, layer.out_features) for layer in layers)
-    streams = 2 if method.needs_shifted else 1
+    streams = 2 if method.needs_compressed_inputs else 1
     waiting = min((streams + 1) * hidden, ACTIVATIONS_IN_MEMORY)
     output = sum(sizes.values()) - round(config.ratio * linears)
     return Forecast(
         resident=kept + LIBRARIES,
         block=block,
-        activations=waiting + 3 * batch * widest * dense.dtype.itemsize + 2 * min(batch, TOKENS_AT_ONCE) * widest * FLOAT64,
-        working=max(_working(method, [layer for layer in layers if layer.block == index]) for index in range(len(blocks))),
+        activations=waiting
+        + 3 * batch * widest * dense.dtype.itemsize
+        + 2 * min(batch, TOKENS_AT_ONCE) * widest * FLOAT64,
+        working=max(
+            _working(method, [layer for layer in layers if layer.block == index]) for index in range(len(blocks))
+        ),
         shard=min(shard_size(dense), output),
         work_folder=converted + round((1 - config.ratio) * linears) + 2 * streams * hidden + _measured(method, layers),
         output=output,
@@ -94,7 +98,7 @@ def _working(method: Method, layers: list[Layer]) -> int:
     and those of layers that are not done yet, of which large ones wait in files. Small layers are solved several at a time.
     """
     grams = {statistics_input(layer): FLOAT64 * layer.in_features**2 for layer in layers} if method.needs_gram else {}
-    shifted = 2 * sum(grams.values()) if method.needs_shifted else 0
+    shifted = 2 * sum(grams.values()) if method.needs_compressed_inputs else 0
     most = sum(grams.values()) + shifted
     for position, layer in enumerate(layers):
         own = grams.get(statistics_input(layer), 0)
@@ -102,7 +106,7 @@ def _working(method: Method, layers: list[Layer]) -> int:
         waiting = sum(grams[each] for each in others if each in grams and grams[each] <= ACTIVATIONS_IN_MEMORY)
         most = max(most, own + waiting + shifted + method.working_memory(layer))
     largest = max((method.working_memory(layer) for layer in layers), default=0)
-    return most + max(at_once(largest) - 1, 0) * largest + CHUNKS * FLOAT64 * CHUNK
+    return most + max(parallel_slots(largest) - 1, 0) * largest + CHUNKS * FLOAT64 * CHUNK
 
 
 def statistics_input(layer: Layer) -> str:

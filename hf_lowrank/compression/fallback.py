@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """What became of a layer.
 
     Attributes:
@@ -40,12 +40,12 @@ class Built:
     remedy: str | None = None
 
 
-def carefully(
+def build_with_fallback(
     statistics: Statistics,
     make: Callable[[Statistics], CompressedLinear],
     measured: Callable[[CompressedLinear], LayerReport],
     fitted_error: Callable[[CompressedLinear], float] | None = None,
-) -> Built:
+) -> BuildResult:
     """Make a layer; if it cannot be, or errs by more than `WORST`, again on statistics that are damped more and more.
 
     Args:
@@ -54,7 +54,7 @@ def carefully(
         fitted_error: the relative error towards what the layer was fitted to, where that is not what the report measures.
     """
     fault: str | None = None
-    best: Built | None = None
+    best: BuildResult | None = None
     errors: list[float] = []
     for damping in (0.0, *DAMPINGS):
         try:
@@ -67,17 +67,19 @@ def carefully(
         if fitted_error is not None and not lost <= WORST:
             lost = fitted_error(made)
         if lost <= WORST:
-            return Built(made, report, fault, f"statistics damped by {damping:g} of their mean" if fault else None)
+            return BuildResult(
+                made, report, fault, f"statistics damped by {damping:g} of their mean" if fault else None
+            )
         fault = fault or f"a relative error of {lost:.3g}"
         if best is None or lost < min(errors):
-            best = Built(made, report, fault)
+            best = BuildResult(made, report, fault)
         if lost in errors:  # the statistics play no part
             break
         errors.append(lost)
-    return best or Built(None, None, fault)
+    return best or BuildResult(None, None, fault)
 
 
-class Shares(Generic[T]):
+class BudgetShares(Generic[T]):
     """What each layer may become; those in later blocks get less where one stays dense that was to be compressed.
 
     Args:
@@ -86,7 +88,7 @@ class Shares(Generic[T]):
         bits: what that takes, without the layer's own bias.
         dense_bits: what the dense layer takes, likewise.
         spread: what layers may become with so many bits together; CompressionError if nothing.
-        given_up: names of the layers that stayed dense so far, kept with the run's records.
+        kept_dense: names of the layers that stayed dense so far, kept with the run's records.
     """
 
     def __init__(
@@ -96,23 +98,30 @@ class Shares(Generic[T]):
         bits: Callable[[Layer, T], int],
         dense_bits: Callable[[Layer], int],
         spread: Callable[[list[Layer], int], dict[str, T]],
-        given_up: list[str],
+        kept_dense: list[str],
     ) -> None:
-        self.layers, self.now, self.bits, self.dense_bits, self.spread, self.given_up = layers, now, bits, dense_bits, spread, given_up
+        self.layers, self.now, self.bits, self.dense_bits, self.spread, self.kept_dense = (
+            layers,
+            now,
+            bits,
+            dense_bits,
+            spread,
+            kept_dense,
+        )
         self._paid: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> T:
         """What a layer may become, after all that was paid before it."""
         for layer in self.layers:
-            if layer.name in self.given_up and layer.name not in self._paid:  # in a run that was killed since
+            if layer.name in self.kept_dense and layer.name not in self._paid:  # in a run that was killed since
                 self._pay(layer)
         return self.now[name]
 
-    def give_up(self, layer: Layer, at_any_price: bool) -> bool:
+    def keep_dense(self, layer: Layer, at_any_price: bool) -> bool:
         """Let the layers of later blocks pay for a layer that stays dense, if they can; `LARGEST_SHARE` at most, or whatever it takes."""
         if not self._pay(layer, at_any_price):
             return False
-        self.given_up.append(layer.name)
+        self.kept_dense.append(layer.name)
         return True
 
     def _pay(self, layer: Layer, at_any_price: bool = True) -> bool:
@@ -133,7 +142,7 @@ class Shares(Generic[T]):
         return True
 
 
-def troubles(retried: dict[str, str], bad: dict[str, str], given_up: list[str]) -> list[str]:
+def build_warnings(retried: dict[str, str], bad: dict[str, str], kept_dense: list[str]) -> list[str]:
     """What the user must know about layers that came out bad; `retried` and `bad` as in `Report`."""
     warnings = []
     if retried:
@@ -145,8 +154,10 @@ def troubles(retried: dict[str, str], bad: dict[str, str], given_up: list[str]) 
             f"{len(bad)} layers lose more than zeros in their place would: {_named(bad)}; {name}: {reason}; "
             "leave them dense (--skip, modules_to_not_convert), or lower the ratio"
         )
-    if given_up:
-        warnings.append(f"{len(given_up)} layers came out bad and stay dense, which layers after them pay for: {_named(given_up)}")
+    if kept_dense:
+        warnings.append(
+            f"{len(kept_dense)} layers came out bad and stay dense, which layers after them pay for: {_named(kept_dense)}"
+        )
     return warnings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..execution.process_group import present_team
+from ..execution.process_group import current_process_group
 from ..execution.work_folder import WorkFolder
 from ..methods.soco import SoCo
 from ..models.loading import check_free, load_config, load_model, new_folder, skeleton
@@ -46,8 +46,8 @@ def compress_checkpoint(
     Raises:
         CompressionError: as `compress`, and if the output folder cannot be written.
     """
-    team = present_team()
-    team.told(lambda: check_free(output, overwrite))
+    group = current_process_group()
+    group.broadcast(lambda: check_free(output, overwrite))
     dense = skeleton(load_config(source))
     reason = whole_model_reason(config, dense, device)
     with ExitStack() as stack:
@@ -57,11 +57,17 @@ def compress_checkpoint(
             try:
                 if work is None:
                     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-                    work = Path(stack.enter_context(TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.work-")))
-                offloaded = work / f"offloaded-{team.rank}"
+                    work = Path(
+                        stack.enter_context(
+                            TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.work-")
+                        )
+                    )
+                offloaded = work / f"offloaded-{group.rank}"
                 offloaded.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CompressionError(f"{work or output}: cannot be written ({error.strerror}); name another folder") from error
+                raise CompressionError(
+                    f"{work or output}: cannot be written ({error.strerror}); name another folder"
+                ) from error
             model = load_model(source, dtype, offload_folder=offloaded)
         else:
             logger.info("the whole model is in memory: %s", reason)
@@ -70,11 +76,11 @@ def compress_checkpoint(
         shards = {"max_shard_size": shard_size(dense)} if reason is None else {}
         if reason is None:
             return_memory()
-        team.told(lambda: _write(compressed, output, overwrite, command, shards))
+        group.broadcast(lambda: _write(compressed, output, overwrite, command, shards))
         if work_dir is not None:
-            shutil.rmtree(work_dir / f"offloaded-{team.rank}", ignore_errors=True)
-            team.gather(None)  # all have removed theirs
-            if team.leads:
+            shutil.rmtree(work_dir / f"offloaded-{group.rank}", ignore_errors=True)
+            group.gather(None)  # all have removed theirs
+            if group.is_main:
                 with WorkFolder(work_dir) as finished:
                     finished.clear()
 
@@ -117,7 +123,12 @@ def _time(dense: PreTrainedModel, config: CompressionConfig, device: str) -> str
     if config.method == SoCo.name or config.refinement_steps:
         return "time: not known for what trains"
     found = duration(dense, config)
-    parts = {"start": found.start, "calibration": found.calibration, "solving": found.solving, "checksums": found.files}
+    parts = {
+        "start": found.start,
+        "calibration": found.calibration,
+        "solving": found.solving,
+        "checksums": found.files,
+    }
     spans = ", ".join(f"{what} {_span(seconds)}" for what, seconds in parts.items())
     sampling = "; the sampling of the calibration text comes on top" if config.calibration == "self" else ""
     return f"time if this machine has nothing else to do: {_span(found.total)} ({spans}); runs took 0.7 to 2.2 times that{sampling}"

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..calibration import (
-    Shelf,
+    ActivationCache,
     TokenBatch,
     calibration_batches,
     capture,
@@ -23,11 +23,11 @@ from ..calibration import (
     squared_gradients,
     with_unigram_sequences,
 )
-from ..execution.process_group import present_team
+from ..execution.process_group import current_process_group
 from ..execution.progress import progress_bar
 from ..execution.work_folder import difference, tensors_checksum
 from ..methods import make_method
-from ..methods.base import ChoosingMethod
+from ..methods.base import MixedMethod
 from ..methods.soco import SoCo
 from ..methods.spectral import SpectralMethod
 from ..models.architectures import find_blocks
@@ -41,7 +41,7 @@ from ..runtime.saving import CompleteSave
 from ..runtime.validation import is_linear
 from ..version import __version__
 from .run import Run
-from .strategies import choose_then_build, layer_by_layer, measure_then_decide, refine
+from .strategies import layerwise, mixed_strategy, refine, spectral_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ def compress(
     method = make_method(config.method, config.options)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
-    team = present_team(model.device)
+    group = current_process_group(model.device)
     with ExitStack() as stack, torch.no_grad():
-        step = stack.enter_context(progress_bar(progress and team.leads))
-        work = stack.enter_context(team.work_folder(work_dir)) if work_dir is not None else None
+        step = stack.enter_context(progress_bar(progress and group.is_main))
+        work = stack.enter_context(group.work_folder(work_dir)) if work_dir is not None else None
         was_training = model.training
         model.eval()
         try:
-            run = Run(model, config, method, step, team)
+            run = Run(model, config, method, step, group)
             learns = method.needs_gradients or method.needs_output_gram or isinstance(method, SoCo)
             if learns:
                 check_predicts_next_token(model, method.name)
@@ -99,9 +99,9 @@ def compress(
             run.tokens = _tokens(run, tokenizer, calibration)
             if learns:
                 check_predicts_next_token(model, method.name, run.tokens)
-            if isinstance(method, ChoosingMethod):
+            if isinstance(method, MixedMethod):
                 run.tokens = with_unigram_sequences(run.tokens, method.unigram_share, config.seed)
-            if work is not None or team.size > 1:
+            if work is not None or group.size > 1:
                 identity = _identity(run)
                 check_same_everywhere(run, identity)
             if work is not None:
@@ -110,7 +110,7 @@ def compress(
             if run.offloaded is not None:
                 assert work is not None, "checked"
                 work.path.mkdir(parents=True, exist_ok=True)  # on this process's machine
-                run.shelf = Shelf(work.path, owner=team.rank)
+                run.cache = ActivationCache(work.path, owner=group.rank)
                 return_memory()  # tokenizing a text takes some hundred bytes a token
             _walk(run)
         except BaseException:
@@ -134,17 +134,23 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
             f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
         )
     if tokenizer is not None and not callable(tokenizer):
-        raise CompressionError(f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; texts to calibrate on are calibration=")
+        raise CompressionError(
+            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; texts to calibrate on are calibration="
+        )
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise CompressionError(
             f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first (merge_and_unload), "
             "and take off what torch or accelerate have wrapped around it"
         )
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
-        raise CompressionError(f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one")
+        raise CompressionError(
+            f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
+        )
 
 
-def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None) -> str | None:
+def whole_model_reason(
+    config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None
+) -> str | None:
     """Why the whole model must be in memory; None if one block at a time is enough.
 
     Args:
@@ -175,13 +181,18 @@ def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
     """
     tokenizer = None
     if config.calibration == "self":
-        logger.warning("compressing on load: calibrating on text sampled from the model itself; name a text in calibration= to use that")
+        logger.warning(
+            "compressing on load: calibrating on text sampled from the model itself; name a text in calibration= to use that"
+        )
         compress(model, config)
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     except (OSError, ValueError) as error:
-        logger.warning("compressing on load: no tokenizer beside the model (%s); calibrating on text sampled from the model itself", error)
+        logger.warning(
+            "compressing on load: no tokenizer beside the model (%s); calibrating on text sampled from the model itself",
+            error,
+        )
     compress(model, config, tokenizer, calibration=None if tokenizer else "self")
 
 
@@ -190,21 +201,21 @@ def _walk(run: Run) -> None:
     model, method, tokens = run.model, run.method, run.tokens
     run.step("capturing block inputs", 0, len(run.compressed))
     with noting_calls({layer.name: model.get_submodule(layer.name) for layer in run.compressed}) as called:
-        batches = capture(model, run.blocks, run.team.share(passes(tokens, model.device)), run.shelf)
-    run.leave_uncalled_dense(set().union(*run.team.gather(called)))
+        batches = capture(model, run.blocks, run.group.split(passes(tokens, model.device)), run.cache)
+    run.leave_uncalled_dense(set().union(*run.group.gather(called)))
     names = [layer.name for layer in run.compressed]
     if method.needs_gradients:
         run.step("measuring gradients", 0, len(names))
-        run.gradients = squared_gradients(model, names, tokens, run.team)
+        run.gradients = squared_gradients(model, names, tokens, run.group)
     if method.needs_output_gram:
         run.step("measuring curvature", 0, len(names))
-        run.output_grams = output_grams(model, names, tokens, run.config.seed, run.team)
-    if isinstance(method, ChoosingMethod):
-        choose_then_build(run, method, batches)
+        run.output_grams = output_grams(model, names, tokens, run.config.seed, run.group)
+    if isinstance(method, MixedMethod):
+        mixed_strategy(run, method, batches)
     elif isinstance(method, SpectralMethod):
-        measure_then_decide(run, method, batches)
+        spectral_strategy(run, method, batches)
     else:
-        layer_by_layer(run, batches)
+        layerwise(run, batches)
     if run.original is not None:
         refine(run, run.original)
 
@@ -212,7 +223,7 @@ def _walk(run: Run) -> None:
 def _tokens(run: Run, tokenizer: Any, calibration: Any) -> list[TokenBatch]:
     """The calibration batches. A text that is named, or sampled from the model, the first process alone turns into tokens."""
     if isinstance(calibration, str | None):
-        return run.team.told(lambda: calibration_batches(run.model, run.config, tokenizer, calibration))
+        return run.group.broadcast(lambda: calibration_batches(run.model, run.config, tokenizer, calibration))
     return calibration_batches(run.model, run.config, tokenizer, calibration)
 
 
@@ -221,8 +232,10 @@ def check_same_everywhere(run: Run, identity: dict[str, Any]) -> None:
     from torch.distributed.tensor import DTensor  # not in every build of torch
 
     if any(isinstance(parameter, DTensor) for parameter in run.model.parameters()):
-        raise CompressionError(f"{type(run.model).__name__}: its weights are sharded over the processes; compress it before it is sharded")
-    found = run.team.gather(identity)
+        raise CompressionError(
+            f"{type(run.model).__name__}: its weights are sharded over the processes; compress it before it is sharded"
+        )
+    found = run.group.gather(identity)
     for rank, other in enumerate(found):
         if other != found[0]:
             raise CompressionError(
@@ -253,7 +266,9 @@ def _versions() -> dict[str, str]:
 def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
     """Make the model a compressed one for transformers, with its config and report."""
     model = run.model
-    specs: dict[str, LayerSpec] = {name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    specs: dict[str, LayerSpec] = {
+        name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)
+    }
     provenance = {
         "base_model": getattr(model.config, "_name_or_path", ""),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -300,12 +315,18 @@ def check_predicts_next_token(model: PreTrainedModel, method: str, batches: Sequ
         )
 
 
-def check_block_by_block(model: PreTrainedModel, config: CompressionConfig, calibration: Any, work_dir: str | Path | None) -> None:
+def check_block_by_block(
+    model: PreTrainedModel, config: CompressionConfig, calibration: Any, work_dir: str | Path | None
+) -> None:
     """Raise CompressionError if a model whose blocks are on disk cannot be compressed so."""
     if work_dir is None:
-        raise CompressionError(f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones")
+        raise CompressionError(
+            f"{type(model).__name__} has its blocks on disk; name a work folder for the finished ones"
+        )
     if (reason := whole_model_reason(config, model, "cpu", calibration)) is not None:
-        raise CompressionError(f"{type(model).__name__} has its blocks on disk and must be in memory as a whole: {reason}")
+        raise CompressionError(
+            f"{type(model).__name__} has its blocks on disk and must be in memory as a whole: {reason}"
+        )
 
 
 def check_finite(run: Run) -> None:
@@ -315,7 +336,9 @@ def check_finite(run: Run) -> None:
         if tensor.is_meta:
             raise CompressionError(f"{name}: has no values (it is on the meta device); load the weights first")
         if name not in buffers and not is_finite(tensor):
-            raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
+            raise NumericalError(
+                f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow"
+            )
 
 
 def _described(calibration: Any) -> str:

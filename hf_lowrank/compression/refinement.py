@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..calibration import BlockBatch, run_block
 from ..calibration.statistics import counted
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..runtime.errors import NumericalError
 from ..runtime.layers import CompressedLinear
 
@@ -19,7 +19,12 @@ BETAS = (0.9, 0.95)
 
 
 def refine_block(
-    block: nn.Module, index: int, batches: list[BlockBatch], targets: list[Tensor], steps: int, team: Team = ALONE
+    block: nn.Module,
+    index: int,
+    batches: list[BlockBatch],
+    targets: list[Tensor],
+    steps: int,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
     """Train the float tensors of a block's compressed layers, in place: min ‖f(ĥ) − f_dense(h)‖² over the calibration tokens.
 
@@ -28,7 +33,7 @@ def refine_block(
     Args:
         batches: this process's, with the inputs ĥ that the block sees in the compressed model.
         targets: the dense block's outputs f_dense(h), (B, T, d), one per batch.
-        steps: how many; each takes one batch of the team's, in turn, and all processes step by its gradients.
+        steps: how many; each takes one batch of the group's, in turn, and all processes step by its gradients.
 
     Returns:
         The error relative to the targets' own size, before and after.
@@ -36,17 +41,24 @@ def refine_block(
     Raises:
         NumericalError: if the error is not finite.
     """
-    parameters = [p for layer in block.modules() if isinstance(layer, CompressedLinear) for p in layer.parameters() if p.numel()]
-    shares = team.gather([batch.calls[index] is not None for batch in batches])
-    called = [(at, rank) for at in range(len(shares[0])) for rank, share in enumerate(shares) if at < len(share) and share[at]]
-    own = [at for at, rank in called if rank == team.rank]
+    parameters = [
+        p for layer in block.modules() if isinstance(layer, CompressedLinear) for p in layer.parameters() if p.numel()
+    ]
+    shares = group.gather([batch.calls[index] is not None for batch in batches])
+    called = [
+        (at, rank)
+        for at in range(len(shares[0]))
+        for rank, share in enumerate(shares)
+        if at < len(share) and share[at]
+    ]
+    own = [at for at, rank in called if rank == group.rank]
     if not parameters or not called or not steps:
         return 0.0, 0.0
     dtypes = [parameter.dtype for parameter in parameters]
     with _in_float32(block, parameters), torch.enable_grad():
         inputs = {at: _as_float32(batches[at], index) for at in own}
         wanted = {at: _counted_outputs(targets[at], batches[at], index) for at in own}
-        size = sum(team.gather(sum(float(each.square().sum()) for each in wanted.values())))
+        size = sum(group.gather(sum(float(each.square().sum()) for each in wanted.values())))
 
         def error(at: int) -> Tensor:
             output = run_block(block, index, inputs[at])
@@ -54,22 +66,27 @@ def refine_block(
 
         def total() -> float:
             with torch.no_grad():
-                return sum(team.gather(sum(float(error(at)) for at in own)))
+                return sum(group.gather(sum(float(error(at)) for at in own)))
 
         before = total()
         start = [p.detach().clone() for p in parameters]
-        groups = [{"params": [p], "lr": LEARNING_RATE * before**0.5 * float(p.detach().square().mean().sqrt())} for p in parameters]
+        groups = [
+            {"params": [p], "lr": LEARNING_RATE * before**0.5 * float(p.detach().square().mean().sqrt())}
+            for p in parameters
+        ]
         optimizer = torch.optim.Adam(groups, betas=BETAS)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         for step in range(steps):
             optimizer.zero_grad()
             at, rank = called[step % len(called)]
             found = {}
-            if rank == team.rank:
+            if rank == group.rank:
                 loss = error(at)
                 loss.backward()
-                found = {"loss": loss.detach()} | {str(each): p.grad for each, p in enumerate(parameters) if p.grad is not None}
-            found = team.summed(found)
+                found = {"loss": loss.detach()} | {
+                    str(each): p.grad for each, p in enumerate(parameters) if p.grad is not None
+                }
+            found = group.all_reduce(found)
             if not bool(found["loss"].isfinite()):
                 raise NumericalError(
                     f"block {index}: the error of its refinement is {found['loss'].item()} at step {step}; use a wider dtype"

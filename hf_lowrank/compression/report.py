@@ -95,7 +95,9 @@ def scarce_tokens(reports: list[LayerReport], banks: Collection[str]) -> list[st
     warnings = []
     unseen = [report.name for report in reports if not report.tokens]
     if unseen:
-        warnings.append(f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data")
+        warnings.append(
+            f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data"
+        )
     experts = [report for report in reports if report.name.rsplit(".", 2)[0] in banks]
     few = [report for report in experts if 0 < report.tokens < report.in_features]
     if few:
@@ -108,7 +110,12 @@ def scarce_tokens(reports: list[LayerReport], banks: Collection[str]) -> list[st
 
 
 def layer_report(
-    name: str, layer: CompressedLinear, weight: Tensor, statistics: Statistics, dense_bits: int, spectrum: list[float] | None = None
+    name: str,
+    layer: CompressedLinear,
+    weight: Tensor,
+    statistics: Statistics,
+    dense_bits: int,
+    spectrum: list[float] | None = None,
 ) -> LayerReport:
     """Measure a compressed layer against the weight (m, n) that it replaces."""
     bits = layer.stored_bits()
@@ -153,9 +160,9 @@ def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics
     return float((lost / whole).clamp(min=0).sqrt()) if float(whole) > 0 else 0.0
 
 
-def shifted_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
+def compressed_input_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
     """‖W X − Ŵ X̂‖ / ‖W X‖, X̂ the inputs in the compressed model; 0 if W X is zero."""
-    C, M, shifted = statistics.gram, statistics.cross_gram, statistics.shifted_gram
+    C, M, shifted = statistics.gram, statistics.cross_gram, statistics.compressed_input_gram
     assert C is not None and M is not None and shifted is not None, "methods that need shifted statistics have them"
     whole = ((weight @ C) * weight).sum()
     lost = whole - 2 * ((weight @ M) * approximation).sum() + ((approximation @ shifted) * approximation).sum()

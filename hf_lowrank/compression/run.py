@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..budget import Layer, ModelBudget
-from ..calibration import BlockBatch, Shelf, TokenBatch, block_statistics, capture, shifted_sums, starts_anew
-from ..execution.process_group import ALONE, Team
+from ..calibration import (
+    ActivationCache,
+    BlockBatch,
+    TokenBatch,
+    block_statistics,
+    capture,
+    compressed_input_sums,
+    starts_anew,
+)
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.progress import Step
-from ..execution.threads import at_once
+from ..execution.threads import parallel_slots
 from ..execution.work_folder import Record, WorkFolder
 from ..methods import Decomposition, Method, Statistics
 from ..methods.allocation import check_reachable
@@ -24,10 +32,10 @@ from ..models.offloading import OffloadedBlocks, is_offloaded, return_memory
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
-from .fallback import Built, Shares, troubles
+from .fallback import BudgetShares, BuildResult, build_warnings
 from .report import BlockRefinement, LayerReport, Report, layer_report, scarce_tokens
 from .resume import (
-    Mark,
+    LogPosition,
     block_record,
     inputs_record,
     layer_from,
@@ -36,7 +44,7 @@ from .resume import (
     replace_layer,
     restore_block,
     restore_inputs,
-    take_notes,
+    restore_log,
 )
 from .selection import TIED, left_out, select_layers, uncalled_layers
 
@@ -44,7 +52,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Visit:
+class BlockVisit:
     """A block in its turn.
 
     Attributes:
@@ -66,7 +74,7 @@ class Run:
     Args:
         model: the dense model, which is compressed in place.
         step: told what is being done.
-        team: the processes that work on it.
+        group: the processes that work on it.
 
     Attributes:
         tokens: the calibration batches.
@@ -74,18 +82,25 @@ class Run:
         compressed, dense: the layers to compress, and the others; `reasons` has why, by name.
         available: bits that the compressed layers may take together.
         reports: one entry per layer compressed so far.
-        retried, bad: layers that came out bad, as in `Report`; `given_up` has the names of those that stay dense instead, in order.
+        retried, bad: layers that came out bad, as in `Report`; `kept_dense` has the names of those that stay dense instead, in order.
         curve: SoCo's losses.
         orders: how the neurons of feed-forward networks were permuted, by the name of the layer that reads them.
         work: where finished blocks are recorded; None if nowhere.
         offloaded: the blocks, of a model that has them on disk; None if they are in memory.
-        shelf: where activations wait between blocks.
+        cache: where activations wait between blocks.
         original: a copy of the dense model, if blocks are to be refined; `refinement` has what that gave, block by block.
         gradients, output_grams: of the layers by name, for methods that need them.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressionConfig, method: Method, step: Step, team: Team = ALONE) -> None:
-        self.model, self.config, self.method, self.step, self.team = model, config, method, step, team
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: CompressionConfig,
+        method: Method,
+        step: Step,
+        group: ProcessGroup = SINGLE_PROCESS,
+    ) -> None:
+        self.model, self.config, self.method, self.step, self.group = model, config, method, step, group
         self.tokens: list[TokenBatch] = []
         self.blocks = find_blocks(model)
         self.offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
@@ -100,12 +115,12 @@ class Run:
         self.warnings = left_out(model, self.blocks)
         self.reports: list[LayerReport] = []
         self.retried: dict[str, str] = {}
-        self.bad: dict[str, str] = {}
-        self.given_up: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.kept_dense: list[str] = []
         self.curve: dict[str, list[float]] | None = None
         self.orders: dict[str, Tensor] = {}
         self.work: WorkFolder | None = None
-        self.shelf = Shelf()
+        self.cache = ActivationCache()
         self.original = copy.deepcopy(model) if config.refinement_steps else None
         self.refinement: list[BlockRefinement] | None = None
         self.gradients: dict[str, Tensor] = {}
@@ -126,7 +141,7 @@ class Run:
             self.warnings.append(f"{len(left)} layers stay dense, such as {name}: {reason}")
             self.available = check_reachable(self.method, self.compressed, self.dense, self.budget)
 
-    def walk(self, stage: str, batches: list[BlockBatch], surveys: bool = False) -> Iterator[Visit]:
+    def walk(self, stage: str, batches: list[BlockBatch], surveys: bool = False) -> Iterator[BlockVisit]:
         """Every block in turn, whose layers the caller compresses; it moves the batches on to the next one.
 
         With a work folder, what becomes of a block is recorded under the name of the stage; what is recorded already is taken up
@@ -134,14 +149,14 @@ class Run:
         """
         known = False
         done = 0
-        count = sum(self.team.gather(len(batches)))
+        count = sum(self.group.gather(len(batches)))
         for index, (name, block) in enumerate(self.blocks.items()):
-            visit = Visit(index, name, block, [layer for layer in self.compressed if layer.block == index])
+            visit = BlockVisit(index, name, block, [layer for layer in self.compressed if layer.block == index])
             self.step(name, done, len(self.compressed))
             done += len(visit.layers)
             record = self.work.read(self.record_name(stage, index)) if self.work else None
             if self.work is not None and known and record is None:
-                restore_inputs(batches, count, self.team, self.work, f"{stage}-inputs-{index:05}")
+                restore_inputs(batches, count, self.group, self.work, f"{stage}-inputs-{index:05}")
             known = record is not None
             if starts_anew(batches, index):
                 if self.offloaded is not None:
@@ -154,7 +169,7 @@ class Run:
                 if surveys:
                     yield visit
                 continue
-            mark = Mark.of(self)
+            mark = LogPosition.of(self)
             self._fill(visit)
             yield visit
             if self.work is not None:
@@ -172,7 +187,7 @@ class Run:
         assert self.work is not None
         return {name: self.work.file(self.record_name("built", index)) for index, name in enumerate(self.blocks)}
 
-    def _fill(self, visit: Visit) -> None:
+    def _fill(self, visit: BlockVisit) -> None:
         """Bring a block that is on disk into memory, its neurons in the order that they were given."""
         if self.offloaded is None:
             return
@@ -181,8 +196,8 @@ class Run:
             if (order := self.orders.get(f"{visit.name}.{network.output}")) is not None:
                 self.apply_order(visit, network, order)
 
-    def _take_up(self, visit: Visit, record: Record, surveyed: bool) -> None:
-        take_notes(self, record.facts["notes"])
+    def _take_up(self, visit: BlockVisit, record: Record, surveyed: bool) -> None:
+        restore_log(self, record.facts["notes"])
         if not surveyed:
             restore_block(visit.block, record, values=self.offloaded is None)
             return
@@ -194,23 +209,29 @@ class Run:
                     self.apply_order(visit, networks[name], self.orders[name])
         visit.found = Record(record.tensors, record.facts["found"])
 
-    def _record(self, work: WorkFolder, stage: str, visit: Visit, mark: Mark, batches: list[BlockBatch], count: int) -> None:
+    def _record(
+        self, work: WorkFolder, stage: str, visit: BlockVisit, mark: LogPosition, batches: list[BlockBatch], count: int
+    ) -> None:
         notes = mark.notes_since(self)
         if visit.found is None:
             record = block_record(visit.block, notes)
         else:
             orders = {name: self.orders[name].tolist() for name in self.orders if name.startswith(f"{visit.name}.")}
             record = Record(visit.found.tensors, {"found": visit.found.facts, "notes": notes, "orders": orders})
-        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches, count, self.team, self.shelf))
+        work.write(f"{stage}-inputs-{visit.index + 1:05}", inputs_record(batches, count, self.group, self.cache))
         work.write(self.record_name(stage, visit.index), record)
         work.discard(f"{stage}-inputs-{visit.index:05}")
 
-    def gather(self, visit: Visit, batches: list[BlockBatch]) -> dict[str, Statistics]:
+    def gather(self, visit: BlockVisit, batches: list[BlockBatch]) -> dict[str, Statistics]:
         """Statistics of the block's layers; the batches move on to its dense outputs, unless the method is sequential."""
         index, block, method = visit.index, visit.block, self.method
         modules = {layer.name: self.model.get_submodule(layer.name) for layer in visit.layers}
-        shifted = shifted_sums(block, index, batches, modules, self.team) if method.needs_shifted else None
-        found = block_statistics(block, index, batches, modules, method.needs_gram, not method.sequential, self.team)
+        shifted = (
+            compressed_input_sums(block, index, batches, modules, self.group)
+            if method.needs_compressed_inputs
+            else None
+        )
+        found = block_statistics(block, index, batches, modules, method.needs_gram, not method.sequential, self.group)
         statistics = {}
         for layer in visit.layers:
             known = found[layer.name]
@@ -231,7 +252,7 @@ class Run:
     def _shelved(self, statistics: dict[str, Statistics]) -> dict[str, Statistics]:
         """The same with large Gram matrices in files, which are in memory only while they are used."""
         grams = {id(each.gram): each.gram for each in statistics.values() if each.gram is not None}
-        waiting = {key: self.shelf.put(gram).tensor for key, gram in grams.items()}
+        waiting = {key: self.cache.put(gram).tensor for key, gram in grams.items()}
         return {name: replace(each, gram=waiting.get(id(each.gram))) for name, each in statistics.items()}
 
     def start_list(self, index: int, batches: list[BlockBatch]) -> None:
@@ -239,34 +260,42 @@ class Run:
 
         A decoder also reads the encoder's states: those of the compressed encoder, if the method is sequential.
         """
-        follows = self.method.sequential or any(batch.shifted is not None for batch in batches)
+        follows = self.method.sequential or any(batch.compressed_twin is not None for batch in batches)
         now = batches
         if follows:
-            now = capture(self.model, self.blocks, [batch.source for batch in batches if batch.source is not None], self.shelf)
+            now = capture(
+                self.model, self.blocks, [batch.source for batch in batches if batch.source is not None], self.cache
+            )
         for position, batch in enumerate(batches):
             if self.method.sequential:
                 batches[position] = now[position]
                 batches[position].hidden = batch.hidden
-            elif batch.shifted is not None:
-                now[position].hidden = batch.shifted.hidden
-                batch.shifted = now[position]
-                batch.shifted.enter(index)
+            elif batch.compressed_twin is not None:
+                now[position].hidden = batch.compressed_twin.hidden
+                batch.compressed_twin = now[position]
+                batch.compressed_twin.enter(index)
             batches[position].enter(index)
 
-    def order_neurons(self, visit: Visit, statistics: dict[str, Statistics]) -> None:
+    def order_neurons(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> None:
         """Permute the neurons of the block's feed-forward networks once, as the method wants; the block's function is unchanged."""
         for network in find_feed_forwards(visit.block):
             output_name = f"{visit.name}.{network.output}"
             names = [f"{visit.name}.{name}" for name in network.inputs]
-            if output_name in self.orders or output_name not in statistics or any(self.reasons.get(name) == TIED for name in names):
+            if (
+                output_name in self.orders
+                or output_name not in statistics
+                or any(self.reasons.get(name) == TIED for name in names)
+            ):
                 continue
-            order = self.method.neuron_order(statistics[output_name], dense_weight(visit.block.get_submodule(network.output)))
+            order = self.method.neuron_order(
+                statistics[output_name], dense_weight(visit.block.get_submodule(network.output))
+            )
             if order is not None:
                 self.orders[output_name] = order
                 self.apply_order(visit, network, order)
                 statistics[output_name] = statistics[output_name].select(order)
 
-    def apply_order(self, visit: Visit, network: FeedForward, order: Tensor) -> None:
+    def apply_order(self, visit: BlockVisit, network: FeedForward, order: Tensor) -> None:
         """Permute the neurons of a feed-forward network of the block."""
         for model in (self.model, *([] if self.original is None else [self.original])):
             for name in network.inputs:
@@ -281,12 +310,16 @@ class Run:
     def survey(self, layers: list[Layer], find: Callable[[Layer], Record]) -> Record:
         """What there is to know about the layers of a block; each is looked at by one of the processes."""
         named = {layer.name: layer for layer in layers}
-        found = self.team.solved(
-            _costs(layers), lambda name: find(named[name]), lambda record: record, lambda name, record: record, self._threads(layers)
+        found = self.group.map_balanced(
+            _costs(layers),
+            lambda name: find(named[name]),
+            lambda record: record,
+            lambda name, record: record,
+            self._threads(layers),
         )
         return merged(record for _, record in found)
 
-    def build(self, layers: list[Layer], make: Callable[[Layer], Built], shares: Shares[Any]) -> None:
+    def build(self, layers: list[Layer], make: Callable[[Layer], BuildResult], shares: BudgetShares[Any]) -> None:
         """Put compressed layers in the place of dense ones, with their reports; each is made by one of the processes.
 
         Raises:
@@ -294,31 +327,41 @@ class Run:
         """
         named = {layer.name: layer for layer in layers}
 
-        def solve(name: str) -> Built:
+        def solve(name: str) -> BuildResult:
             self.step(name, len(self.reports), len(self.compressed))
             return make(named[name])
 
-        def unpack(name: str, record: Record) -> Built:
+        def unpack(name: str, record: Record) -> BuildResult:
             return layer_from(record, self.model.get_submodule(name))
 
-        for name, built in self.team.solved(_costs(layers), solve, layer_record, unpack, self._threads(layers)):
-            if built.fault is not None and built.remedy is None and shares.give_up(named[name], at_any_price=built.layer is None):
-                self.reasons[name] = f"{self.method.name} fails on it ({built.fault}); layers after it pay for leaving it dense"
+        for name, built in self.group.map_balanced(_costs(layers), solve, layer_record, unpack, self._threads(layers)):
+            if (
+                built.fault is not None
+                and built.remedy is None
+                and shares.keep_dense(named[name], at_any_price=built.layer is None)
+            ):
+                self.reasons[name] = (
+                    f"{self.method.name} fails on it ({built.fault}); layers after it pay for leaving it dense"
+                )
                 continue
             if built.layer is None or built.report is None:
-                raise NumericalError(f"{name}: {self.method.name} fails ({built.fault}); leave the layer dense (modules_to_not_convert)")
+                raise NumericalError(
+                    f"{name}: {self.method.name} fails ({built.fault}); leave the layer dense (modules_to_not_convert)"
+                )
             if built.remedy is not None:
                 self.retried[name] = f"{built.fault}; now {built.report.relative_error:.3g}, on {built.remedy}"
             elif built.fault is not None:
-                self.bad[name] = f"{built.fault}, and no better when made again"
+                self.failed[name] = f"{built.fault}, and no better when made again"
             replace_layer(self.model, name, built.layer)
             self.reports.append(built.report)
         if self.offloaded is not None:
             return_memory()
 
-    def shares(self, now: dict[str, T], bits: Callable[[Layer, T], int], spread: Callable[[list[Layer], int], dict[str, T]]) -> Shares[T]:
-        """What each layer may become; see `Shares`."""
-        return Shares(self.compressed, now, bits, self.dense_bits, spread, self.given_up)
+    def shares(
+        self, now: dict[str, T], bits: Callable[[Layer, T], int], spread: Callable[[list[Layer], int], dict[str, T]]
+    ) -> BudgetShares[T]:
+        """What each layer may become; see `BudgetShares`."""
+        return BudgetShares(self.compressed, now, bits, self.dense_bits, spread, self.kept_dense)
 
     def dense_bits(self, layer: Layer) -> int:
         """Bits of a layer that stays dense, of those that the compressed layers have together: without its bias."""
@@ -327,7 +370,7 @@ class Run:
     def _threads(self, layers: list[Layer]) -> int:
         """How many of the layers are solved at a time."""
         largest = max((self.method.working_memory(layer) for layer in layers), default=0)
-        return at_once(largest) if self.model.device.type == "cpu" else 1
+        return parallel_slots(largest) if self.model.device.type == "cpu" else 1
 
     def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
         """The layer that a decomposition stands for.
@@ -345,7 +388,12 @@ class Run:
         return made
 
     def layer_report(
-        self, layer: Layer, made: CompressedLinear, weight: Tensor, statistics: Statistics, spectrum: list[float] | None = None
+        self,
+        layer: Layer,
+        made: CompressedLinear,
+        weight: Tensor,
+        statistics: Statistics,
+        spectrum: list[float] | None = None,
     ) -> LayerReport:
         """The report on a layer, made apart from the layer so that its decomposition, which is larger, is gone by then."""
         return layer_report(layer.name, made, weight, statistics, self.budget.dense_bits(layer), spectrum)
@@ -369,8 +417,10 @@ class Run:
             layers=self.reports,
             dense=self.reasons,
             retried=self.retried,
-            bad=self.bad,
-            warnings=self.warnings + scarce_tokens(self.reports, self.banks) + troubles(self.retried, self.bad, self.given_up),
+            bad=self.failed,
+            warnings=self.warnings
+            + scarce_tokens(self.reports, self.banks)
+            + build_warnings(self.retried, self.failed, self.kept_dense),
             curve=self.curve,
             refinement=self.refinement,
         )
@@ -382,13 +432,18 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
     for layer in layers:
         module = model.get_submodule(layer.name)
         value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
-        bias_bits[layer.name] = module.bias.numel() * module.bias.itemsize * 8 if isinstance(module.bias, Tensor) else 0
+        bias_bits[layer.name] = (
+            module.bias.numel() * module.bias.itemsize * 8 if isinstance(module.bias, Tensor) else 0
+        )
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
 
 
 def _costs(layers: list[Layer]) -> dict[str, float]:
     """How much work the layers are, one against the other: that of a decomposition, m n min(m, n)."""
-    return {layer.name: layer.out_features * layer.in_features * min(layer.out_features, layer.in_features) for layer in layers}
+    return {
+        layer.name: layer.out_features * layer.in_features * min(layer.out_features, layer.in_features)
+        for layer in layers
+    }
 
 
 def no_data(layer: Layer, module: nn.Module) -> Statistics:

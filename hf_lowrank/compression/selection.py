@@ -27,7 +27,9 @@ def select_layers(
     """
     for pattern in config.modules_to_not_convert:
         if not any(matches(layer.name, pattern) for layer in layers):
-            raise CompressionError(f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}")
+            raise CompressionError(
+                f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
+            )
     shared = _shared_weights(model)
     compressed, reasons = [], {}
     for layer in layers:
@@ -43,7 +45,9 @@ def select_layers(
         else:
             compressed.append(layer)
     if not compressed:
-        raise CompressionError(f"{method.name} leaves every layer dense ({next(iter(reasons.values()))}); nothing to compress")
+        raise CompressionError(
+            f"{method.name} leaves every layer dense ({next(iter(reasons.values()))}); nothing to compress"
+        )
     return compressed, reasons
 
 
@@ -74,7 +78,9 @@ def left_out(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
     for block_name, block in blocks.items():
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and not is_linear(module):
-                warnings.append(f"{block_name}.{name} stays dense: {type(module).__name__} may compute something else than nn.Linear")
+                warnings.append(
+                    f"{block_name}.{name} stays dense: {type(module).__name__} may compute something else than nn.Linear"
+                )
     return warnings
 
 

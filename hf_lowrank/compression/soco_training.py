@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ..budget import ModelBudget
 from ..calibration import TokenBatch
-from ..execution.process_group import ALONE, Team
+from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.work_folder import Record, WorkFolder
-from ..methods.soco import Phase, SoCo, effective_score, gate, learned, polarisation, score
+from ..methods.soco import Phase, SoCo, effective_score, gate, learned, polarization, score
 from ..methods.spectral import Measurement, prices
 from ..runtime.errors import NumericalError
 from ..runtime.quantizer import swap_module
@@ -79,7 +79,7 @@ def learn_spectrum(
     seed: int,
     work: WorkFolder | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
-    team: Team = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[dict[str, Measurement], dict[str, int | None], LossCurve]:
     """Learn scores and deviations, cut to the budget, and re-fit what is left.
 
@@ -88,7 +88,7 @@ def learn_spectrum(
         available: bits that these layers may take together.
         work: where to record the state, so that a killed run goes on from it.
         on_step: called with the number of steps done and of all.
-        team: the processes that share every step's rows; what is trained is small, and every one holds all of it.
+        group: the processes that share every step's rows; what is trained is small, and every one holds all of it.
 
     Returns:
         The measurements with learned spectra, the rank of each layer (None: dense), and the loss curve.
@@ -97,7 +97,7 @@ def learn_spectrum(
         NumericalError: if the loss is not finite, naming the step.
     """
     with _spectral_layers(model, measurements, method.deviation) as layers:
-        run = _Run(model, method, layers, measurements, batches, budget, available, seed, team)
+        run = _Run(model, method, layers, measurements, batches, budget, available, seed, group)
         first = run.load(work)
         total = method.steps + method.finish_steps
         for step in range(first, total):
@@ -131,9 +131,9 @@ class _Run:
         budget: ModelBudget,
         available: int,
         seed: int,
-        team: Team,
+        group: ProcessGroup,
     ) -> None:
-        self.team = team
+        self.group = group
         self.model, self.method, self.layers, self.measurements = model, method, layers, measurements
         self.budget, self.available, self.seed = budget, available, seed
         self.rows = [(ids, mask) for batch in batches for ids, mask in _rows(batch)]
@@ -154,11 +154,15 @@ class _Run:
         phase = self.method.phase(min(step, self.method.steps - 1))
         scores = {name: score(layer.a) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
-            layer.effective = effective_score(scores[name], phase) if self.kept is None else scores[name] * self.kept[name]
+            layer.effective = (
+                effective_score(scores[name], phase) if self.kept is None else scores[name] * self.kept[name]
+            )
         self.optimizer.zero_grad()
         loss = self.descend(self.minibatch(step))
         if not bool(loss.isfinite()):
-            raise NumericalError(f"soco: the loss is {loss.item()} at step {step}; lower learning_rate, or use a wider dtype")
+            raise NumericalError(
+                f"soco: the loss is {loss.item()} at step {step}; lower learning_rate, or use a wider dtype"
+            )
         for layer in self.layers.values():
             for parameter in layer.parameters(recurse=False):
                 if parameter.grad is None:  # an expert to which no token of the minibatch comes
@@ -171,15 +175,21 @@ class _Run:
 
     def descend(self, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
         """L_inc of a step's rows, of which every process takes some, and its gradients."""
-        total, own = self.counted(rows), self.team.share(rows)
+        total, own = self.counted(rows), self.group.split(rows)
         found = {}
         if self.counted(own):
             loss = self.increase_loss(*self.padded(own)) * (self.counted(own) / total)
             loss.backward()
             found["loss"] = loss.detach()
-        trained = {f"{name}.{key}": parameter for name, layer in self.layers.items() for key, parameter in layer.named_parameters()}
+        trained = {
+            f"{name}.{key}": parameter
+            for name, layer in self.layers.items()
+            for key, parameter in layer.named_parameters()
+        }
         trained = {name: parameter for name, parameter in trained.items() if parameter.requires_grad}
-        found = self.team.summed(found | {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None})
+        found = self.group.all_reduce(
+            found | {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+        )
         for name in trained.keys() & found.keys():
             trained[name].grad = found[name]
         return found["loss"]
@@ -226,9 +236,9 @@ class _Run:
         terms = []
         if removed.item() < target:
             terms.append((target - removed, self.method.decrease))
-        if phase.polarisation > 0:
+        if phase.polarization > 0:
             gates = torch.cat([gate(s, phase.temperature) for s in scores.values()])
-            terms.append((polarisation(gates), phase.polarisation))
+            terms.append((polarization(gates), phase.polarization))
         for term, weight in terms:
             gradients = torch.autograd.grad(term, parameters, retain_graph=True)
             scale = weight * length / torch.cat([g.flatten() for g in gradients]).norm().clamp(min=1e-12)
@@ -239,7 +249,10 @@ class _Run:
 
     def cut(self) -> None:
         """The final cut: the largest scores within the budget stay; a layer that costs as much as the dense one becomes it."""
-        scored = {name: learned(self.measurements[name], score(layer.a.detach()), layer.d) for name, layer in self.layers.items()}
+        scored = {
+            name: learned(self.measurements[name], score(layer.a.detach()), layer.d)
+            for name, layer in self.layers.items()
+        }
         self.ranks = self.method.allocate(scored, self.budget, self.available)
         self.kept = {}
         for name, layer in self.layers.items():
@@ -313,7 +326,9 @@ class _Run:
 
 
 @contextmanager
-def _spectral_layers(model: PreTrainedModel, measurements: dict[str, Measurement], deviation: bool) -> Iterator[dict[str, SpectralLinear]]:
+def _spectral_layers(
+    model: PreTrainedModel, measurements: dict[str, Measurement], deviation: bool
+) -> Iterator[dict[str, SpectralLinear]]:
     """The model with its layers replaced for training, all else frozen; as it was, at the end."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training

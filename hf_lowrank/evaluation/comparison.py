@@ -80,7 +80,16 @@ class Comparison:
     max_windows: int | None = None
 
     def compress_command(self, candidate: Candidate, folder: Path, training: Path) -> list[str]:
-        arguments = ["compress", self.model, "-o", str(folder), "--method", candidate.method, "--ratio", str(candidate.ratio)]
+        arguments = [
+            "compress",
+            self.model,
+            "-o",
+            str(folder),
+            "--method",
+            candidate.method,
+            "--ratio",
+            str(candidate.ratio),
+        ]
         for key, value in candidate.options.items():
             arguments += ["--refinement-steps", value] if key == REFINEMENT else ["--set", f"{key}={value}"]
         arguments += ["--calibration", self.calibration, "--samples", str(self.samples), "--seed", str(self.seed)]
@@ -89,7 +98,17 @@ class Comparison:
         return [*arguments, "--dtype", self.dtype, "--device", self.device, "--work-dir", str(training)]
 
     def evaluate_command(self, model: str) -> list[str]:
-        arguments = ["evaluate", model, "--reference", self.model, "--dtype", "float32", "--device", self.device, "--json"]
+        arguments = [
+            "evaluate",
+            model,
+            "--reference",
+            self.model,
+            "--dtype",
+            "float32",
+            "--device",
+            self.device,
+            "--json",
+        ]
         for text in self.texts:
             arguments += ["--text", text]
         for option, value in (("--window", self.window), ("--max-windows", self.max_windows)):
@@ -102,7 +121,12 @@ class Comparison:
             "model": model_sha256(self.model),
             "texts": {text: text_sha256(text) for text in self.texts},
             "calibration": {"source": self.calibration, "sha256": text_sha256(self.calibration)},
-            "recipe": {"samples": self.samples, "sequence_length": self.sequence_length, "seed": self.seed, "dtype": self.dtype},
+            "recipe": {
+                "samples": self.samples,
+                "sequence_length": self.sequence_length,
+                "seed": self.seed,
+                "dtype": self.dtype,
+            },
             "windows": {"window": self.window, "max_windows": self.max_windows},
             "versions": versions(),
         }
@@ -114,7 +138,9 @@ def check_texts(comparison: Comparison) -> None:
     dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
     context = context_length(config) or LONGEST_WINDOW
     needed = dict.fromkeys(comparison.texts, comparison.window or min(context, LONGEST_WINDOW))
-    recipe = CompressionConfig(samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed)
+    recipe = CompressionConfig(
+        samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed
+    )
     for text, length in [*needed.items(), (comparison.calibration, sequence_length(dense, recipe))]:
         if text != "self" and text not in DATASETS:
             stream = token_stream(tokenizer, read_documents(text))
@@ -154,7 +180,9 @@ def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidat
     return list({candidate.file_name: candidate for candidate in made}.values())
 
 
-def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep: bool = False, say: Say = print) -> dict[str, Any]:
+def compare(
+    comparison: Comparison, wanted: list[Candidate], out: Path, *, keep: bool = False, say: Say = print
+) -> dict[str, Any]:
     """Measure the dense model and every candidate, and write `results.json`; what an earlier run has finished is not done again.
 
     Args:
@@ -179,7 +207,9 @@ def compare(comparison: Comparison, wanted: list[Candidate], out: Path, *, keep:
         return _compare(comparison, wanted, inputs, out, keep, say)
 
 
-def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, Any], out: Path, keep: bool, say: Say) -> dict[str, Any]:
+def _compare(
+    comparison: Comparison, wanted: list[Candidate], inputs: dict[str, Any], out: Path, keep: bool, say: Say
+) -> dict[str, Any]:
     finished_files, working = out / "combinations", out / "working"
     dense = finished(finished_files / "dense.json", inputs, say)
     if dense is None:
@@ -195,7 +225,9 @@ def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, 
             shutil.rmtree(working, ignore_errors=True)  # what a killed run left
             record = {"inputs": inputs, "label": candidate.label, "ratio": candidate.ratio, "failed": None}
             try:
-                record |= _measure(comparison, candidate, working / candidate.file_name, training_folder(out, candidate, inputs))
+                record |= _measure(
+                    comparison, candidate, working / candidate.file_name, training_folder(out, candidate, inputs)
+                )
                 if keep:
                     _move(working / candidate.file_name, out / "checkpoints" / candidate.file_name)
             except ProcessError as error:
@@ -209,13 +241,19 @@ def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, 
             finally:
                 shutil.rmtree(working, ignore_errors=True)
         records.append(record)
-        say(f"{number}/{len(wanted)} {candidate.label} at {candidate.ratio:.0%}: {record['failed'] or _summary(record)}")
+        say(
+            f"{number}/{len(wanted)} {candidate.label} at {candidate.ratio:.0%}: {record['failed'] or _summary(record)}"
+        )
     for record in (dense, *records):
         record.pop("inputs")
     results = {
         **inputs,
         "command": shlex.join(["hf-lowrank", *sys.argv[1:]]),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+        },
         "dense": dense,
         "combinations": records,
     }
@@ -225,7 +263,11 @@ def _compare(comparison: Comparison, wanted: list[Candidate], inputs: dict[str, 
 
 def training_folder(out: Path, candidate: Candidate, inputs: dict[str, Any]) -> Path:
     """Where the state of a candidate's training lies: another folder for other inputs, as it would not go on from the old state."""
-    return out / "training" / f"{candidate.file_name}@{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]}"
+    return (
+        out
+        / "training"
+        / f"{candidate.file_name}@{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]}"
+    )
 
 
 def finished(file: Path, inputs: dict[str, Any], say: Say) -> Record | None:
@@ -298,7 +340,12 @@ def versions() -> dict[str, str]:
 def dense_storage(comparison: Comparison) -> Record:
     """Bits per weight of the dense model in the dtype that the compressed ones are stored in."""
     name = load_config(comparison.model).dtype if comparison.dtype == "auto" else getattr(torch, comparison.dtype)
-    return {"label": "dense", "ratio": 0.0, "failed": None, "bits_per_weight": float((name or torch.float32).itemsize * 8)}
+    return {
+        "label": "dense",
+        "ratio": 0.0,
+        "failed": None,
+        "bits_per_weight": float((name or torch.float32).itemsize * 8),
+    }
 
 
 def _measure(comparison: Comparison, candidate: Candidate, folder: Path, training: Path) -> Record:
@@ -335,5 +382,8 @@ def _move(folder: Path, target: Path) -> None:
 
 
 def _summary(record: Record) -> str:
-    losses = ", ".join(f"{Path(text['text']).stem} {text['perplexity']:.4g} ({text['nats_lost']:+.4f} nats)" for text in record["texts"])
+    losses = ", ".join(
+        f"{Path(text['text']).stem} {text['perplexity']:.4g} ({text['nats_lost']:+.4f} nats)"
+        for text in record["texts"]
+    )
     return f"{record['bits_per_weight']:.2f} bits/weight; perplexity {losses}"

@@ -67,29 +67,41 @@ def _form(item: Item, where: str) -> Form:
         if item.keys() >= set(form.fields):
             return form
     known = "; ".join(", ".join(form.fields) for form in FORMS)
-    raise CompressionError(f"{where}: found the fields {', '.join(item)}, expected those of one of these forms: {known}")
+    raise CompressionError(
+        f"{where}: found the fields {', '.join(item)}, expected those of one of these forms: {known}"
+    )
 
 
 def _converted(form: Form, item: Item, where: str) -> Item:
     missing = [field for field in form.fields if field not in item]
     if missing:
-        raise CompressionError(f"{where}: {', '.join(missing)} missing; every line must have {', '.join(form.fields)}, as the first has")
+        raise CompressionError(
+            f"{where}: {', '.join(missing)} missing; every line must have {', '.join(form.fields)}, as the first has"
+        )
     try:
         converted = form.convert(item)
     except (TypeError, AttributeError, IndexError, ValueError) as error:
-        raise CompressionError(f"{where}: fields of the wrong type ({error}); expected texts, a list of texts for the choices") from error
+        raise CompressionError(
+            f"{where}: fields of the wrong type ({error}); expected texts, a list of texts for the choices"
+        ) from error
     texts = [converted["context"], *converted.get("choices", ()), converted.get("target", "")]
     if not all(isinstance(text, str) for text in texts) or "" in converted.get("choices", ()):
         raise CompressionError(f"{where}: found {item!r:.200}, expected texts, and choices that are not empty")
     if "choices" in converted:
         label, count = converted["label"], len(converted["choices"])
         if type(label) is not int or not 0 <= label < count or count < 2:
-            raise CompressionError(f"{where}: label {label!r} of {count} choices, expected at least two and a label from 0 to {count - 1}")
+            raise CompressionError(
+                f"{where}: label {label!r} of {count} choices, expected at least two and a label from 0 to {count - 1}"
+            )
     return converted
 
 
 def _question(item: Item) -> Item:
-    return {"context": f"Question: {item['question']}\nAnswer:", "choices": list(item["choices"]), "label": item["label"]}
+    return {
+        "context": f"Question: {item['question']}\nAnswer:",
+        "choices": list(item["choices"]),
+        "label": item["label"],
+    }
 
 
 def _lettered_question(item: Item) -> Item:
@@ -99,7 +111,11 @@ def _lettered_question(item: Item) -> Item:
 
 
 def _ending(item: Item) -> Item:
-    return {"context": f"{item['activity_label']}: {item['ctx']}", "choices": list(item["endings"]), "label": item["label"]}
+    return {
+        "context": f"{item['activity_label']}: {item['ctx']}",
+        "choices": list(item["endings"]),
+        "label": item["label"],
+    }
 
 
 def _continuation(item: Item) -> Item:
@@ -107,7 +123,11 @@ def _continuation(item: Item) -> Item:
 
 
 def _solution(item: Item) -> Item:
-    return {"context": f"Question: {item['goal']}\nAnswer:", "choices": [item["sol1"], item["sol2"]], "label": item["label"]}
+    return {
+        "context": f"Question: {item['goal']}\nAnswer:",
+        "choices": [item["sol1"], item["sol2"]],
+        "label": item["label"],
+    }
 
 
 def _minimal_pair(item: Item) -> Item:

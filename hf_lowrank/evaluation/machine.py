@@ -16,7 +16,11 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "trito
 
 def machine() -> dict[str, str]:
     """Versions, processor, threads and devices, as text."""
-    found = {"hf_lowrank": __version__, "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found = {
+        "hf_lowrank": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     found |= {name: _version(name) for name in PACKAGES}
     found["processor"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch's"
     found["CPU kernels"] = native.instruction_set_in_use() if native.library_path() is not None else "not built"
@@ -36,4 +40,6 @@ def _processor() -> str:
     """The processor's name; the architecture where the system does not tell it."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )

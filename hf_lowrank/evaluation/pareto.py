@@ -41,7 +41,9 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     for number, measured in enumerate(dense["texts"]):
         name = text_name(measured["text"])
         winners = best(records, number)
-        rows.append([name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{measured['perplexity']:.4g}", "", "", "", "", ""])
+        rows.append(
+            [name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{measured['perplexity']:.4g}", "", "", "", "", ""]
+        )
         for record in sorted(_measured(records), key=lambda record: (record["ratio"], _lost(record, number))):
             found = record["texts"][number]
             star = " ★" if winners[record["ratio"]] is record else ""
@@ -85,7 +87,9 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(6.4 * len(texts), 4.8), layout="constrained")
     for number, axes in enumerate(figure.subplots(1, len(texts), squeeze=False)[0]):
         draw(axes, results, number, [f"C{position}" for position in range(10)], "black")
-        axes.set_title(f"{text_name(texts[number]['text'])}, dense perplexity {texts[number]['perplexity']:.4g}", fontsize=10)
+        axes.set_title(
+            f"{text_name(texts[number]['text'])}, dense perplexity {texts[number]['perplexity']:.4g}", fontsize=10
+        )
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
@@ -94,7 +98,9 @@ def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: 
     """Draw the panel of one text on the axes of matplotlib; `colors` of the methods in turn, `ink` of the rings."""
     records = results["combinations"]
     for position, label in enumerate(sorted({record["label"] for record in records})):
-        points = sorted((each["bits_per_weight"], _lost(each, text)) for each in _measured(records) if each["label"] == label)
+        points = sorted(
+            (each["bits_per_weight"], _lost(each, text)) for each in _measured(records) if each["label"] == label
+        )
         if points:
             color = colors[position % len(colors)]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, color=color, label=label)

@@ -104,11 +104,18 @@ def evaluate_windows(
     measured = Evaluation(source, len(rows), length, stride, int(sums[0]), nll, math.exp(min(nll, 700.0)))
     if reference is None:
         return measured
-    figures = {"reference_nll": reference_nll, "nats_lost": nll - reference_nll, "kl": kl, "top1_agreement": agreements}
+    figures = {
+        "reference_nll": reference_nll,
+        "nats_lost": nll - reference_nll,
+        "kl": kl,
+        "top1_agreement": agreements,
+    }
     return Evaluation(**{**measured.to_dict(), **figures})
 
 
-def _score(model: PreTrainedModel, batch: Tensor, scored: Tensor, source: str, reference: PreTrainedModel | None) -> Tensor:
+def _score(
+    model: PreTrainedModel, batch: Tensor, scored: Tensor, source: str, reference: PreTrainedModel | None
+) -> Tensor:
     targets = batch[:, 1:][scored]
     logs = _log_probabilities(model, batch, scored, source)
     nll = F.nll_loss(logs, targets, reduction="sum").double()

@@ -144,12 +144,17 @@ def benchmark_layers(
     results = []
     for rows, columns in shapes:
         dense = _copies(nn.Linear(columns, rows, bias=False, device=device, dtype=dtype))
-        compressed = {name: _copies(random_layer(spec(rows, columns), rows, columns, dtype, device)) for name, spec in layouts.items()}
+        compressed = {
+            name: _copies(random_layer(spec(rows, columns), rows, columns, dtype, device))
+            for name, spec in layouts.items()
+        }
         for count in threads or (torch.get_num_threads(),):
             for batch in tokens:
                 with _threads(count):
                     x = torch.randn(batch, columns, device=device, dtype=dtype)
-                    calls: dict[str, list[Call]] = {name: [layer.forward for layer in copies] for name, copies in compressed.items()}
+                    calls: dict[str, list[Call]] = {
+                        name: [layer.forward for layer in copies] for name, copies in compressed.items()
+                    }
                     calls[DENSE] = [layer.forward for layer in dense]
                     yardstick = _yardsticks(dense, x)
                     if yardstick:
@@ -173,7 +178,9 @@ def benchmark_layers(
     return results
 
 
-def random_layer(spec: LayerSpec, rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> CompressedLinear:
+def random_layer(
+    spec: LayerSpec, rows: int, columns: int, dtype: torch.dtype, device: str = "cpu"
+) -> CompressedLinear:
     """A layer whose kept columns and signs are random: the mask decides how evenly a kernel's work is spread."""
     layer = build_layer(spec, columns, rows, dtype=dtype)
     if spec.sparse == "bitmask":
@@ -239,7 +246,13 @@ def benchmark_model(
                 decodes[name].append(decode)
     return [
         ModelSpeed(
-            name, _stored_bytes(model), resident[name], Timing.of(prefills[name]), Timing.of(decodes[name]), prompt_tokens, new_tokens
+            name,
+            _stored_bytes(model),
+            resident[name],
+            Timing.of(prefills[name]),
+            Timing.of(decodes[name]),
+            prompt_tokens,
+            new_tokens,
         )
         for name, model in loaded.items()
     ]
@@ -268,12 +281,16 @@ class _Clock(BaseStreamer):
         pass
 
 
-def _generate(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
+def _generate(
+    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, clock: Callable[[], float]
+) -> tuple[float, float]:
     """Seconds to the first token and from there to the last, greedy, from random tokens; an end-of-text token does not stop it.
 
     `generate` moves every token to the CPU before it hands it out, so that a GPU has finished by then.
     """
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
     streamer = _Clock(clock)
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     generate: Any = model.generate

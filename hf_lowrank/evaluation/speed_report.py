@@ -34,9 +34,13 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def of_shapes(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: int | None, repeats: int, device: str) -> list[LayerSpeed]:
+def of_shapes(
+    shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: int | None, repeats: int, device: str
+) -> list[LayerSpeed]:
     """Layers of random content with the papers' layouts."""
-    return benchmark_layers(shapes, PAPER_LAYOUTS, tokens, [threads] if threads else (), device=device, repeats=repeats)
+    return benchmark_layers(
+        shapes, PAPER_LAYOUTS, tokens, [threads] if threads else (), device=device, repeats=repeats
+    )
 
 
 def of_model(
@@ -60,9 +64,13 @@ def of_model(
         CompressionError: if the model has no compressed layer, cannot be opened, or has too short a context.
     """
     subject = load_model(source, dtype, device)
-    kinds = Counter((m.out_features, m.in_features, m.spec) for m in subject.modules() if isinstance(m, CompressedLinear))
+    kinds = Counter(
+        (m.out_features, m.in_features, m.spec) for m in subject.modules() if isinstance(m, CompressedLinear)
+    )
     if not kinds:
-        raise CompressionError(f"{source}: has no compressed layer; name a compressed checkpoint, and this one as --reference")
+        raise CompressionError(
+            f"{source}: has no compressed layer; name a compressed checkpoint, and this one as --reference"
+        )
     context = context_length(subject.config) or PROMPT + new
     prompt = min(PROMPT, context - new) if prompt is None else prompt
     if not 1 <= prompt <= context - new:
@@ -72,9 +80,18 @@ def of_model(
     layers = []
     for (rows, columns, spec), count in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
         layout: dict[str, Callable[[int, int], LayerSpec]] = {f"{count} × {_name(spec)}": partial(_always, spec)}
-        layers += benchmark_layers([(rows, columns)], layout, tokens, [threads] if threads else (), model_dtype, device, repeats)
-    other = partial(_decompressed, source, dtype, device) if reference == "dense" else partial(load_model, reference, dtype, device)
-    models = {"dense" if reference == "dense" else reference: other, source: partial(load_model, source, dtype, device)}
+        layers += benchmark_layers(
+            [(rows, columns)], layout, tokens, [threads] if threads else (), model_dtype, device, repeats
+        )
+    other = (
+        partial(_decompressed, source, dtype, device)
+        if reference == "dense"
+        else partial(load_model, reference, dtype, device)
+    )
+    models = {
+        "dense" if reference == "dense" else reference: other,
+        source: partial(load_model, source, dtype, device),
+    }
     return layers, benchmark_model(models, prompt, new, threads, min(repeats, MODEL_REPEATS))
 
 
@@ -100,19 +117,38 @@ def _name(spec: LayerSpec) -> str:
 
 def layer_fields(row: LayerSpeed) -> dict[str, Any]:
     """A measurement with what follows from it; times in seconds."""
-    derived = {"ratio": row.ratio, "bytes_limit": row.bytes_limit, "share_of_limit": row.share_of_limit, "bandwidth": row.bandwidth}
+    derived = {
+        "ratio": row.ratio,
+        "bytes_limit": row.bytes_limit,
+        "share_of_limit": row.share_of_limit,
+        "bandwidth": row.bandwidth,
+    }
     return asdict(row) | derived
 
 
 def model_fields(row: ModelSpeed) -> dict[str, Any]:
     """A measurement with what follows from it; times in seconds."""
-    speeds = {"prefill_tokens_per_second": row.prefill_tokens_per_second, "decode_tokens_per_second": row.decode_tokens_per_second}
+    speeds = {
+        "prefill_tokens_per_second": row.prefill_tokens_per_second,
+        "decode_tokens_per_second": row.decode_tokens_per_second,
+    }
     return asdict(row) | speeds
 
 
 def layer_table(rows: Sequence[LayerSpeed]) -> Table:
     """Columns and cells."""
-    columns = ["layer", "out × in", "tokens", "threads", "dense", "compressed", "× dense", "bytes limit", "share", "GB/s"]
+    columns = [
+        "layer",
+        "out × in",
+        "tokens",
+        "threads",
+        "dense",
+        "compressed",
+        "× dense",
+        "bytes limit",
+        "share",
+        "GB/s",
+    ]
     cells = [
         [
             row.layout,

@@ -76,7 +76,9 @@ def evaluate_tasks(
     if find_spec("lm_eval") is None:
         raise CompressionError("tasks need lm-eval: pip install 'hf_lowrank[eval]'")
     if not model.can_generate():
-        raise CompressionError(f"tasks score text by its likelihood, which {type(model).__name__} does not give; use a causal model")
+        raise CompressionError(
+            f"tasks score text by its likelihood, which {type(model).__name__} does not give; use a causal model"
+        )
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise CompressionError(f"{name}: found {value}, expected at least {least}")
@@ -91,14 +93,18 @@ def evaluate_tasks(
 class _Run:
     """What every model of an evaluation is measured with."""
 
-    def __init__(self, tokenizer: Any, tasks: list[str], shots: int | None, limit: int | None, batch_size: int) -> None:
+    def __init__(
+        self, tokenizer: Any, tasks: list[str], shots: int | None, limit: int | None, batch_size: int
+    ) -> None:
         from lm_eval.tasks import TaskManager
 
         self.tokenizer, self.shots, self.limit, self.batch_size = tokenizer, shots, limit, batch_size
         self.files = {source: read_items(Path(source)) for source in tasks if _is_items(source)}
         for source, (_, items) in self.files.items():
             if shots is not None and shots >= len(items):
-                raise CompressionError(f"{source}: {len(items)} items, expected more than {shots}, the number of shots")
+                raise CompressionError(
+                    f"{source}: {len(items)} items, expected more than {shots}, the number of shots"
+                )
         self.others = [task for task in tasks if task not in self.files]
         with _quiet():
             named = [task for task in self.others if Path(task).suffix not in (".yaml", ".yml")]
@@ -127,7 +133,9 @@ class _Run:
                     log_samples=False,
                     task_manager=self.manager,
                 )
-            except OSError as error:  # what `datasets` raises offline, or for data that is not there or not open to all
+            except (
+                OSError
+            ) as error:  # what `datasets` raises offline, or for data that is not there or not open to all
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise CompressionError(
                     f"tasks {', '.join(self.others)}: the data cannot be had ({reason}); give a local file instead"
@@ -210,7 +218,9 @@ def _check_known(task: str, known: Sequence[str]) -> None:
     if task not in known:
         near = difflib.get_close_matches(task, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise CompressionError(f"unknown task {task!r}{hint} (`lm_eval ls tasks` lists all; files of items end in .jsonl or .jsonl.gz)")
+        raise CompressionError(
+            f"unknown task {task!r}{hint} (`lm_eval ls tasks` lists all; files of items end in .jsonl or .jsonl.gz)"
+        )
 
 
 def _is_items(source: str) -> bool:

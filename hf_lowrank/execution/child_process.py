@@ -72,7 +72,10 @@ def noted_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield noted
         return
-    before = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, frame: noted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield noted
     finally:

@@ -28,7 +28,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CompressionError(f"{folder}: another process is working in it; wait until it ends, or name another folder") from None
+            raise CompressionError(
+                f"{folder}: another process is working in it; wait until it ends, or name another folder"
+            ) from None
         yield
     finally:
         os.close(descriptor)

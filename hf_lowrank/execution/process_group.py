@@ -1,8 +1,8 @@
 """Many processes on one run: who does what, sums over all of them, and what one finds given to the others.
 
 Every process holds the model, or the block of it that is in its turn. The calibration batches are dealt to the processes, the matrices of
-a block are solved by one process each, and what a process alone may do (write, ask for text) is done by the first. `Team` is one process
-by itself, for which all of that is nothing; `Processes` are those of torch.distributed's process group.
+a block are solved by one process each, and what a process alone may do (write, ask for text) is done by the first. `ProcessGroup` is one process
+by itself, for which all of that is nothing; `TorchProcessGroup` are those of torch.distributed's process group.
 """
 
 import os
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..runtime.errors import CompressionError
-from .threads import solved_apart
+from .threads import solve_in_threads
 from .work_folder import Record, WorkFolder
 
-PATIENCE = timedelta(hours=2)
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a process waits for another, which may be solving its largest matrix; one that ends is noticed at once."""
-MEETING = timedelta(minutes=5)
+STARTUP_TIMEOUT = timedelta(minutes=5)
 """How long the processes may take to start."""
 
 SMALL = 2**17
@@ -33,11 +33,11 @@ SMALL = 2**17
 T = TypeVar("T")
 
 
-class HeardError(CompressionError):
+class RemoteError(CompressionError):
     """What another process of the run raised, and reports."""
 
 
-class Team:
+class ProcessGroup:
     """The processes that work on a run; here one, which is by itself.
 
     Attributes:
@@ -47,11 +47,11 @@ class Team:
     rank, size = 0, 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the first process, the one that writes and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def split(self, items: Sequence[T]) -> list[T]:
         """The items that this process works on, of a list that all have: they are dealt in turn."""
         return list(items[self.rank :: self.size])
 
@@ -59,15 +59,15 @@ class Team:
         """A small value of every process, by rank."""
         return [value]
 
-    def told(self, find: Callable[[], T]) -> T:
+    def broadcast(self, find: Callable[[], T]) -> T:
         """What the first process finds; what it raises, all raise."""
         return find()
 
-    def summed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over the processes by name, in place; a process that lacks a name adds nothing to it."""
         return tensors
 
-    def solved(
+    def map_balanced(
         self,
         costs: dict[str, float],
         solve: Callable[[str], T],
@@ -82,14 +82,14 @@ class Team:
             pack, unpack: a solution as a record, in which it travels, and the solution that a task's record holds.
             threads: how many tasks a process may work on at a time.
         """
-        return solved_apart(costs, solve, threads)
+        return solve_in_threads(costs, solve, threads)
 
-    def collected(self, records: Sequence[Record], count: int) -> Iterator[Record]:
-        """The records that belong to the items of `share`, for all `count` items in order; at the first process only."""
+    def gather_to_main(self, records: Sequence[Record], count: int) -> Iterator[Record]:
+        """The records that belong to the items of `split`, for all `count` items in order; at the first process only."""
         return iter(records)
 
-    def dealt(self, find: Callable[[], list[Record]]) -> list[Record]:
-        """Of the records that the first process finds, one for each item of a list, those of the items that `share` gives this one."""
+    def scatter(self, find: Callable[[], list[Record]]) -> list[Record]:
+        """Of the records that the first process finds, one for each item of a list, those of the items that `split` gives this one."""
         return find()
 
     def work_folder(self, path: str | Path) -> WorkFolder:
@@ -97,10 +97,10 @@ class Team:
         return WorkFolder(path)
 
 
-ALONE = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Processes(Team):
+class TorchProcessGroup(ProcessGroup):
     """The processes of the default process group.
 
     Args:
@@ -110,7 +110,7 @@ class Processes(Team):
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
         with self._talking():
-            self._group: Any = dist.new_group(backend=_backends(), timeout=PATIENCE)
+            self._group: Any = dist.new_group(backend=_backends(), timeout=COLLECTIVE_TIMEOUT)
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
@@ -118,17 +118,19 @@ class Processes(Team):
             dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def told(self, find: Callable[[], T]) -> T:
-        value, error = _attempt(find) if self.leads else (None, None)
+    def broadcast(self, find: Callable[[], T]) -> T:
+        value, error = _attempt(find) if self.is_main else (None, None)
         value, told = self._tell((value, _reason(error)))
         if error is not None:
             raise error
         if told is not None:
-            raise HeardError(told)
+            raise RemoteError(told)
         return value  # type: ignore[return-value]  # an error, if there is no value
 
-    def summed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        known = self.gather({name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()})
+    def all_reduce(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        known = self.gather(
+            {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()}
+        )
         shapes = {name: shape for each in known for name, shape in each.items()}
         small: dict[tuple[torch.dtype, str], list[str]] = {}
         for name, (shape, dtype, kind) in shapes.items():
@@ -144,7 +146,7 @@ class Processes(Team):
             tensors |= {name: part.view(shapes[name][0]) for name, part in zip(names, parts, strict=True)}
         return tensors
 
-    def solved(
+    def map_balanced(
         self,
         costs: dict[str, float],
         solve: Callable[[str], T],
@@ -154,7 +156,7 @@ class Processes(Team):
     ) -> Iterator[tuple[str, T]]:
         owners = balanced(costs, self.size)
         mine = {name: cost for name, cost in costs.items() if owners[name] == self.rank}
-        own = dict(solved_apart(mine, lambda name: _attempt(partial(solve, name)), threads))
+        own = dict(solve_in_threads(mine, lambda name: _attempt(partial(solve, name)), threads))
         for name, owner in owners.items():
             if owner != self.rank:
                 yield name, unpack(name, self._passed(None, owner))
@@ -167,17 +169,17 @@ class Processes(Team):
             self._passed(pack(solution), owner)
             yield name, solution
 
-    def collected(self, records: Sequence[Record], count: int) -> Iterator[Record]:
+    def gather_to_main(self, records: Sequence[Record], count: int) -> Iterator[Record]:
         for position in range(count):
             owner, place = position % self.size, position // self.size
-            if owner == 0 and self.leads:
+            if owner == 0 and self.is_main:
                 yield records[place]
             elif self.rank in (0, owner):
                 record = self._passed(records[place] if owner == self.rank else None, owner, 0)
-                if self.leads:
+                if self.is_main:
                     yield record
 
-    def dealt(self, find: Callable[[], list[Record]]) -> list[Record]:
+    def scatter(self, find: Callable[[], list[Record]]) -> list[Record]:
         records: list[Record] = []
 
         def count() -> int:
@@ -185,8 +187,8 @@ class Processes(Team):
             return len(records)
 
         found = []
-        for position in range(self.told(count)):
-            record, target = records[position] if self.leads else None, position % self.size
+        for position in range(self.broadcast(count)):
+            record, target = records[position] if self.is_main else None, position % self.size
             if target != 0 and self.rank in (0, target):
                 record = self._passed(record, 0, target)
             if target == self.rank:
@@ -203,10 +205,10 @@ class Processes(Team):
             record = find()
             return record is not None
 
-        return self._passed(record, 0) if self.told(there) else None
+        return self._passed(record, 0) if self.broadcast(there) else None
 
     def work_folder(self, path: str | Path) -> WorkFolder:
-        return _LedFolder(path, self)
+        return _SharedWorkFolder(path, self)
 
     def _add_up(self, tensor: Tensor) -> Tensor:
         with self._talking():
@@ -224,10 +226,12 @@ class Processes(Team):
         """A record of one process, at all of them or at one.
 
         Raises:
-            HeardError: with the reason that the other process tells in its place.
+            RemoteError: with the reason that the other process tells in its place.
         """
         sends = self.rank == source
-        sent = {} if record is None else {name: tensor.detach().contiguous() for name, tensor in record.tensors.items()}
+        sent = (
+            {} if record is None else {name: tensor.detach().contiguous() for name, tensor in record.tensors.items()}
+        )
         shapes = [(name, tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in sent.items()]
         header: Any = None if record is None else (shapes, record.facts)
         if target is None:
@@ -241,10 +245,14 @@ class Processes(Team):
                     dist.recv_object_list(box, group=self._group, src=source, device=torch.device("cpu"))
             header = box[0]
         if isinstance(header, str):
-            raise HeardError(header)
+            raise RemoteError(header)
         shapes, facts = header
         tensors = (
-            sent if sends else {name: torch.empty(shape, dtype=dtype, device=self._place(kind)) for name, shape, dtype, kind in shapes}
+            sent
+            if sends
+            else {
+                name: torch.empty(shape, dtype=dtype, device=self._place(kind)) for name, shape, dtype, kind in shapes
+            }
         )
         for tensor in tensors.values():
             if tensor.numel():
@@ -273,35 +281,35 @@ class Processes(Team):
             ) from error
 
 
-class _LedFolder(WorkFolder):
+class _SharedWorkFolder(WorkFolder):
     """A work folder in the hands of the first process, the only one that sees it; the others are told what it holds."""
 
-    def __init__(self, path: str | Path, team: Processes) -> None:
-        self.path, self.team = Path(path), team
-        team.told(lambda: super(_LedFolder, self).__init__(path))
+    def __init__(self, path: str | Path, group: TorchProcessGroup) -> None:
+        self.path, self.group = Path(path), group
+        group.broadcast(lambda: super(_SharedWorkFolder, self).__init__(path))
 
     def __exit__(self, *error: object) -> None:
-        if self.team.leads:
+        if self.group.is_main:
             super().__exit__(*error)
 
     def claim(self, identity: dict[str, Any]) -> None:
-        self.team.told(lambda: super(_LedFolder, self).claim(identity))
+        self.group.broadcast(lambda: super(_SharedWorkFolder, self).claim(identity))
 
     def read(self, name: str) -> Record | None:
-        return self.team.record(lambda: self.read_here(name))
+        return self.group.record(lambda: self.read_here(name))
 
     def write(self, name: str, record: Record) -> None:
-        self.team.told(lambda: super(_LedFolder, self).write(name, record))
+        self.group.broadcast(lambda: super(_SharedWorkFolder, self).write(name, record))
 
     def discard(self, name: str) -> None:
-        if self.team.leads:
+        if self.group.is_main:
             super().discard(name)
 
     def finish(self) -> None:
-        self.team.told(super().finish)
+        self.group.broadcast(super().finish)
 
     def clear(self) -> None:
-        if self.team.leads:
+        if self.group.is_main:
             super().clear()
 
 
@@ -315,30 +323,30 @@ def balanced(costs: dict[str, float], size: int) -> dict[str, int]:
     return {name: owners[name] for name in costs}
 
 
-def present_team(device: torch.device | None = None) -> Team:
+def current_process_group(device: torch.device | None = None) -> ProcessGroup:
     """The processes of the default process group, if there is one of several; else this process by itself.
 
     Args:
         device: where this one's tensors are; the CPU by default.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return ALONE
-    return Processes(device or torch.device("cpu"))
+        return SINGLE_PROCESS
+    return TorchProcessGroup(device or torch.device("cpu"))
 
 
 @contextmanager
-def launched() -> Iterator[None]:
+def torchrun_group() -> Iterator[None]:
     """While active, this process belongs to the group that `torchrun` or `accelerate launch` started it in, if one did.
 
     Each process on a machine takes the accelerator of its number there.
     """
-    if launched_rank() is None:
+    if torchrun_rank() is None:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group(_backends(), timeout=MEETING)
+        dist.init_process_group(_backends(), timeout=STARTUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise CompressionError(
             f"the {os.environ['WORLD_SIZE']} processes that the environment tells of (WORLD_SIZE) did not come together "
@@ -348,9 +356,13 @@ def launched() -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone
 
 
-def launched_rank() -> int | None:
+def torchrun_rank() -> int | None:
     """This process's number among those that `torchrun` or `accelerate launch` started; None if it was started by itself."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR"} <= os.environ.keys() and dist.is_available()
+    several = (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+        and dist.is_available()
+    )
     return int(os.environ["RANK"]) if several else None
 
 
@@ -371,4 +383,10 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _reason(error: Exception | None) -> str | None:
-    return None if error is None else str(error) if isinstance(error, CompressionError) else f"{type(error).__name__}: {error}"
+    return (
+        None
+        if error is None
+        else str(error)
+        if isinstance(error, CompressionError)
+        else f"{type(error).__name__}: {error}"
+    )

@@ -21,7 +21,13 @@ def progress_bar(shown: bool) -> Iterator[Step]:
     if not shown or not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     # seconds that the estimate of what remains looks back: a layer may take longer than the 30 of rich
     with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=float("inf")) as bar:
         task = bar.add_task("", total=None)

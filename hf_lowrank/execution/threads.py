@@ -18,12 +18,12 @@ TOGETHER = 2**29
 T = TypeVar("T")
 
 
-def at_once(working_memory: int) -> int:
+def parallel_slots(working_memory: int) -> int:
     """How many matrices that take so many bytes each are solved at the same time; 0 if each takes too many to be left to one thread."""
     return min(torch.get_num_threads(), TOGETHER // max(working_memory, 1))
 
 
-def solved_apart(costs: dict[str, float], solve: Callable[[str], T], count: int) -> Iterator[tuple[str, T]]:
+def solve_in_threads(costs: dict[str, float], solve: Callable[[str], T], count: int) -> Iterator[tuple[str, T]]:
     """The solution of every task, in order, each found by one thread; `count` of them at a time, the costliest first.
 
     With a count of 0, one after the other, each by all threads. Of several errors the first in order is raised, when the tasks that had

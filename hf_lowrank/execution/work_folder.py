@@ -145,7 +145,9 @@ class WorkFolder:
 
     def damaged(self, name: str, found: str) -> CompressionError:
         """What to raise for a record that cannot be used; those of other blocks do not tell what it held."""
-        return CompressionError(f"{self.file(name)}: is damaged ({found}); delete {self.path} and repeat the command, it starts over")
+        return CompressionError(
+            f"{self.file(name)}: is damaged ({found}); delete {self.path} and repeat the command, it starts over"
+        )
 
     def _read_identity(self) -> dict[str, Any] | None:
         file = self.path / IDENTITY
@@ -177,7 +179,9 @@ class WorkFolder:
 
     def _unwritable(self, error: Exception) -> CompressionError:
         reason = getattr(error, "strerror", None) or error
-        return CompressionError(f"{self.path}: cannot be written ({reason}); what is finished stays, repeat the command to go on")
+        return CompressionError(
+            f"{self.path}: cannot be written ({reason}); what is finished stays, repeat the command to go on"
+        )
 
 
 def tensors_checksum(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
@@ -203,7 +207,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def difference(known: dict[str, Any], wanted: dict[str, Any], name: str = "", words: tuple[str, str] = ("then", "now")) -> str:
+def difference(
+    known: dict[str, Any], wanted: dict[str, Any], name: str = "", words: tuple[str, str] = ("then", "now")
+) -> str:
     """The first of two identities' entries that differ: its name and both values, after the two words."""
     for key in [*known, *wanted]:
         was, now = known.get(key), wanted.get(key)

@@ -80,7 +80,10 @@ def _described(back_end: Any, operation: str) -> tuple[str, str]:
         return "torch", f"the environment variable {ENVIRONMENT_VARIABLE} is off"
     name, reason = back_end.describe(operation)
     if name != "torch" and wanted != "on" and not back_end.ON_BY_DEFAULT:
-        return "torch", f"{name} was never run on such a device and is off by default; {ENVIRONMENT_VARIABLE}=on takes it"
+        return (
+            "torch",
+            f"{name} was never run on such a device and is off by default; {ENVIRONMENT_VARIABLE}=on takes it",
+        )
     return name, reason
 
 

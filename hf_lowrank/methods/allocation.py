@@ -23,7 +23,10 @@ def check_reachable(method: "Method", compressed: list[Layer], dense: list[Layer
     available = budget.available(compressed, dense)
     lowest = sum(_fixed(method, layer, budget) for layer in compressed)
     highest = sum(
-        min(_fixed(method, layer, budget) + _step(method, layer, budget) * method.growth_limit(layer), budget.dense_bits(layer))
+        min(
+            _fixed(method, layer, budget) + _step(method, layer, budget) * method.max_steps(layer),
+            budget.dense_bits(layer),
+        )
         for layer in compressed
     )
     dense_total = sum(budget.dense_bits(layer) for layer in compressed + dense)
@@ -50,30 +53,41 @@ def uniform_budgets(
     if available is None:
         available = check_reachable(method, compressed, dense, budget)
     elif available < (lowest := sum(_fixed(method, layer, budget) for layer in compressed)):
-        raise CompressionError(f"{method.name} needs at least {lowest} bits for {len(compressed)} layers, of which {available} are left")
+        raise CompressionError(
+            f"{method.name} needs at least {lowest} bits for {len(compressed)} layers, of which {available} are left"
+        )
     fixed = {layer.name: _fixed(method, layer, budget) for layer in compressed}
     step = {layer.name: _step(method, layer, budget) for layer in compressed}
-    limit = {layer.name: method.growth_limit(layer) for layer in compressed}
+    limit = {layer.name: method.max_steps(layer) for layer in compressed}
     share = available / sum(budget.dense_bits(layer) for layer in compressed)
-    wanted = {layer.name: (share * budget.dense_bits(layer) - fixed[layer.name]) / step[layer.name] for layer in compressed}
+    wanted = {
+        layer.name: (share * budget.dense_bits(layer) - fixed[layer.name]) / step[layer.name] for layer in compressed
+    }
     taken = {name: min(max(math.floor(count), 0), limit[name]) for name, count in wanted.items()}
-    while sum(fixed[name] + step[name] * taken[name] for name in taken) > available:  # a layer below its smallest: others give way
+    while (
+        sum(fixed[name] + step[name] * taken[name] for name in taken) > available
+    ):  # a layer below its smallest: others give way
         name = max((each for each in taken if taken[each]), key=lambda each: (taken[each] - wanted[each]) * step[each])
         taken[name] -= 1
     spread_remainder(taken, wanted, step, limit, available - sum(fixed.values()))
-    return {layer.name: budget.layer_budget(layer, fixed[layer.name] + step[layer.name] * taken[layer.name]) for layer in compressed}
+    return {
+        layer.name: budget.layer_budget(layer, fixed[layer.name] + step[layer.name] * taken[layer.name])
+        for layer in compressed
+    }
 
 
 def _fixed(method: "Method", layer: Layer, budget: ModelBudget) -> int:
-    return budget.stored_bits(layer, method.smallest(layer))
+    return budget.stored_bits(layer, method.min_spec(layer))
 
 
 def _step(method: "Method", layer: Layer, budget: ModelBudget) -> int:
-    smallest = method.smallest(layer)
-    return budget.stored_bits(layer, method.grown(layer, smallest)) - budget.stored_bits(layer, smallest)
+    smallest = method.min_spec(layer)
+    return budget.stored_bits(layer, method.next_spec(layer, smallest)) - budget.stored_bits(layer, smallest)
 
 
-def spread_remainder(taken: dict[str, int], wanted: dict[str, float], step: dict[str, int], limit: dict[str, int], available: int) -> None:
+def spread_remainder(
+    taken: dict[str, int], wanted: dict[str, float], step: dict[str, int], limit: dict[str, int], available: int
+) -> None:
     """Raise `taken` (steps by layer, in place) while `available` bits allow, first where most is missing to `wanted`."""
     left = available - sum(taken[name] * step[name] for name in taken)
     smallest_step = min(step.values(), default=0)
@@ -87,7 +101,11 @@ def spread_remainder(taken: dict[str, int], wanted: dict[str, float], step: dict
 
 
 def greedy_ranks(
-    energies: dict[str, list[float]], price: dict[str, int], dense_price: dict[str, int], fixed: dict[str, int], available: int
+    energies: dict[str, list[float]],
+    price: dict[str, int],
+    dense_price: dict[str, int],
+    fixed: dict[str, int],
+    available: int,
 ) -> dict[str, int | None]:
     """Ranks that lose least energy within `available` bits: components in order of energy per bit (papers: SoLA §1.6).
 
@@ -104,9 +122,16 @@ def greedy_ranks(
     """
     dense: set[str] = set()
     while True:
-        left = available - sum(dense_price[name] for name in dense) - sum(fixed[name] for name in energies if name not in dense)
+        left = (
+            available
+            - sum(dense_price[name] for name in dense)
+            - sum(fixed[name] for name in energies if name not in dense)
+        )
         ranks = {name: 0 for name in energies if name not in dense}
-        order = sorted(((energy / price[name], name) for name in ranks for energy in energies[name]), key=lambda item: (-item[0], item[1]))
+        order = sorted(
+            ((energy / price[name], name) for name in ranks for energy in energies[name]),
+            key=lambda item: (-item[0], item[1]),
+        )
         for _, name in order:
             if price[name] <= left:
                 ranks[name] += 1
@@ -162,7 +187,9 @@ def cheapest_choices(options: dict[str, list[tuple[int, float]]], available: int
     hulls = {name: _convex_hull(each) for name, each in options.items()}
     left = available - sum(options[name][hull[0]][0] for name, hull in hulls.items())
     if left < 0:
-        raise CompressionError(f"the smallest of what the layers can become takes {-left} bits more than the {available} available")
+        raise CompressionError(
+            f"the smallest of what the layers can become takes {-left} bits more than the {available} available"
+        )
     taken = dict.fromkeys(hulls, 0)
     steps: list[tuple[float, str]] = []
 

@@ -32,4 +32,6 @@ class ASVD(Method):
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ B A, minimising ‖(W − B A) D‖_F with D = diag((mean_t |X_jt|)^α)."""
-        return column_weighted_svd(weight, relative_scales(statistics.mean_abs) ** self.alpha, affordable_rank(self.name, budget))
+        return column_weighted_svd(
+            weight, relative_scales(statistics.mean_abs) ** self.alpha, affordable_rank(self.name, budget)
+        )

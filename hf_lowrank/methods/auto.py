@@ -8,7 +8,7 @@ from torch import Tensor
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.quantization import Quantized
-from .base import Choice, ChoosingMethod, Decomposition, Statistics
+from .base import Choice, Decomposition, MixedMethod, Statistics
 from .lowrank import LowRank
 from .registry import register_method
 from .rounding import INPUT_DAMPING, OUTPUT_DAMPING, compensated_both, gram_root, rounded_values, rounding_losses
@@ -25,26 +25,28 @@ LARGEST_QUANTISED_SHARE = 0.3
 
 @register_method("auto")
 @dataclass
-class Auto(ChoosingMethod):
+class Auto(MixedMethod):
     """Chooses for every layer, by expected loss per byte, between quantised weights, values beside signs, and low rank."""
 
-    quantised: bool = field(default=True, metadata={"help": "whether values may be quantised, or are all stored in the model's dtype"})
+    quantised: bool = field(
+        default=True, metadata={"help": "whether values may be quantised, or are all stored in the model's dtype"}
+    )
 
     source: ClassVar[str] = "this project; parts after YAQA, arXiv 2505.22988, SLaB, 3BASiL and IO-SVD"
 
-    def smallest(self, layer: Layer) -> LayerSpec:
-        return SLaBGram().smallest(layer)
+    def min_spec(self, layer: Layer) -> LayerSpec:
+        return SLaBGram().min_spec(layer)
 
-    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+    def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         """One more rank, bit per weight, or kept value per row."""
         if spec.rank:
             return replace(spec, rank=spec.rank + 1)
         if spec.sparse == "full":
             return replace(spec, weight_bits=spec.weight_bits + 1)
-        return SLaBGram().grown(layer, spec)
+        return SLaBGram().next_spec(layer, spec)
 
-    def growth_limit(self, layer: Layer) -> int:
-        return SLaBGram().growth_limit(layer)
+    def max_steps(self, layer: Layer) -> int:
+        return SLaBGram().max_steps(layer)
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """All that a layer could become, with tr(G D C Dᵀ) of each, G diagonal where errors of different outputs are independent."""
@@ -60,13 +62,18 @@ class Auto(ChoosingMethod):
         found: list[Choice] = []
         for group in sorted({min(group, weight.shape[1]) for group in GROUPS}):
             losses = rounding_losses(weight, group, rows, columns)
-            found += [Choice(LayerSpec(sparse="full", weight_bits=bits, weight_group=group), loss) for bits, loss in losses.items()]
+            found += [
+                Choice(LayerSpec(sparse="full", weight_bits=bits, weight_group=group), loss)
+                for bits, loss in losses.items()
+            ]
         return found
 
     def kept_choices(self, layer: Layer, weight: Tensor, statistics: Statistics) -> list[Choice]:
         """Quantised values beside signs."""
         C, d = damped(statistics.require("gram", self.name))
-        some, weights = sampled_rows(weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1))
+        some, weights = sampled_rows(
+            weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
+        )
 
         def loss(parts: Parts) -> float:
             rounded, _ = with_rounded_values(some * d, C, d, parts, weights)
@@ -99,7 +106,9 @@ class Auto(ChoosingMethod):
         return parts.decomposition(d, values)
 
 
-def with_rounded_values(weight: Tensor, gram: Tensor, d: Tensor, parts: Parts, row_weights: Tensor) -> tuple[Parts, Quantized | None]:
+def with_rounded_values(
+    weight: Tensor, gram: Tensor, d: Tensor, parts: Parts, row_weights: Tensor
+) -> tuple[Parts, Quantized | None]:
     """The parts with their values rounded and their scales fitted to that, and the codes of the values; none if nothing is kept.
 
     Args:
@@ -107,6 +116,8 @@ def with_rounded_values(weight: Tensor, gram: Tensor, d: Tensor, parts: Parts, r
     """
     if not bool(parts.mask.any()):
         return parts, None
-    quantised, values = rounded_values(weight - parts.binary(), gram, parts.mask, parts.values, 1 / d, KEPT_BITS, KEPT_GROUP)
+    quantised, values = rounded_values(
+        weight - parts.binary(), gram, parts.mask, parts.values, 1 / d, KEPT_BITS, KEPT_GROUP
+    )
     u, v = refit_scales(weight - values, gram, parts.signs, parts.scale_in, row_weights)
     return replace(parts, values=values, scale_out=u, scale_in=v), quantised

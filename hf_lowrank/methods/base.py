@@ -26,9 +26,9 @@ class Statistics:
         mean_abs: (Σ_t |x_t|) / T, (n,) float64.
         squared_gradients: Σ_i F_ij of one linear layer, (n,) float64, F = mean over calibration batches of (∂L/∂W)²; belongs to that
             layer alone. None unless the method `needs_gradients`.
-        shifted_gram: Ĉ = Σ_t x̂_t x̂_tᵀ, (n, n) float64, of the inputs x̂ that the layer sees in the compressed model. None unless the
-            method `needs_shifted`.
-        cross_gram: M = Σ_t x_t x̂_tᵀ, (n, n) float64: dense inputs against shifted ones, token by token. As `shifted_gram`.
+        compressed_input_gram: Ĉ = Σ_t x̂_t x̂_tᵀ, (n, n) float64, of the inputs x̂ that the layer sees in the compressed model. None unless the
+            method `needs_compressed_inputs`.
+        cross_gram: M = Σ_t x_t x̂_tᵀ, (n, n) float64: dense inputs against shifted ones, token by token. As `compressed_input_gram`.
         output_gram: G = Σ_t g_t g_tᵀ, (m, m) float64, of the gradients of the loss by the layer's outputs; belongs to that layer
             alone. None unless the method `needs_output_gram`, or if no token reached it: then all outputs count alike.
     """
@@ -39,7 +39,7 @@ class Statistics:
     mean_abs: Tensor
     gram: Tensor | None = None
     squared_gradients: Tensor | None = None
-    shifted_gram: Tensor | None = None
+    compressed_input_gram: Tensor | None = None
     cross_gram: Tensor | None = None
     output_gram: Tensor | None = None
 
@@ -51,12 +51,14 @@ class Statistics:
         """
         value = getattr(self, name)
         if value is None:
-            raise CompressionError(f"{method}: the statistics hold no {name}, which this method needs; collect it during calibration")
+            raise CompressionError(
+                f"{method}: the statistics hold no {name}, which this method needs; collect it during calibration"
+            )
         found: Tensor = value
         return found
 
     def damped(self, share: float) -> "Statistics":
-        """As if noise had come to every input, and to every output's gradient, that has `share` of their mean energy.
+        """As if noise had come to every input, and to every output's gradient, that has `split` of their mean energy.
 
         Small shares leave weak directions no longer free to be anything; with large ones all inputs count nearly alike.
         """
@@ -78,7 +80,7 @@ class Statistics:
             mean_abs=raised_scale(self.mean_abs),
             gram=raised(self.gram),
             squared_gradients=None if gradients is None else gradients + share * gradients.mean(),
-            shifted_gram=raised(self.shifted_gram, self.gram),
+            compressed_input_gram=raised(self.compressed_input_gram, self.gram),
             cross_gram=raised(self.cross_gram, self.gram),  # the same noise in both models
             output_gram=raised(self.output_gram),
         )
@@ -92,7 +94,9 @@ class Statistics:
             mean_abs=self.mean_abs[order],
             gram=None if self.gram is None else self.gram[order][:, order],
             squared_gradients=None if self.squared_gradients is None else self.squared_gradients[order],
-            shifted_gram=None if self.shifted_gram is None else self.shifted_gram[order][:, order],
+            compressed_input_gram=None
+            if self.compressed_input_gram is None
+            else self.compressed_input_gram[order][:, order],
             cross_gram=None if self.cross_gram is None else self.cross_gram[order][:, order],
         )
 
@@ -154,8 +158,8 @@ class Method:
     factorizes: ClassVar[bool] = True
 
     @property
-    def needs_shifted(self) -> bool:
-        """Whether `Statistics.shifted_gram` and `cross_gram` are needed, beside the statistics of the dense model."""
+    def needs_compressed_inputs(self) -> bool:
+        """Whether `Statistics.compressed_input_gram` and `cross_gram` are needed, beside the statistics of the dense model."""
         return False
 
     def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
@@ -171,15 +175,15 @@ class Method:
         """
         return None
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         """The smallest thing that the method makes of a layer, which bounds the ratios it can reach."""
         return LayerSpec(rank=1)
 
-    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+    def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         """The next larger thing: one more rank, or one more value per row. Budgets are spread in these steps."""
         return replace(spec, rank=spec.rank + 1)
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         """How many such steps a layer can take: up to the last rank at which it is smaller than the dense layer."""
         m, n = layer.out_features, layer.in_features
         return (m * n - 1) // (m + n) - 1
@@ -212,7 +216,7 @@ class Choice:
 
 
 @dataclass
-class ChoosingMethod(Method):
+class MixedMethod(Method):
     """A method that looks at every layer of the dense model, chooses what each becomes from one budget, and then makes them in turn.
 
     Layers are made in the order of the data's way, each fitted to the dense outputs on the inputs that the compressed layers before
@@ -224,7 +228,9 @@ class ChoosingMethod(Method):
 
     unigram_share: float = field(
         default=0.25,
-        metadata={"help": "share of the calibration sequences whose tokens are drawn at random from all of them, for text unlike it"},
+        metadata={
+            "help": "share of the calibration sequences whose tokens are drawn at random from all of them, for text unlike it"
+        },
     )
 
     needs_gram: ClassVar[bool] = True
@@ -232,7 +238,9 @@ class ChoosingMethod(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.unigram_share <= 1:
-            raise CompressionError(f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1")
+            raise CompressionError(
+                f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1"
+            )
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """What the layer could become, in any order; the dense layer is always possible and not listed."""
@@ -250,7 +258,9 @@ class ChoosingMethod(Method):
         fitting = [choice for choice in choices if budget.stored(choice.spec) <= budget.bits]
         if not fitting:
             raise too_small(self.name, budget)
-        return self.build(weight, statistics, min(fitting, key=lambda choice: (choice.loss, budget.stored(choice.spec))).spec)
+        return self.build(
+            weight, statistics, min(fitting, key=lambda choice: (choice.loss, budget.stored(choice.spec))).spec
+        )
 
 
 def too_small(method: str, budget: Budget) -> CompressionError:

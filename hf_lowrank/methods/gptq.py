@@ -38,7 +38,10 @@ class GPTQ(RTN):
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """Approximately minimises ‖(W − Ŵ) X‖_F over the codes of Ŵ."""
         gram = statistics.require("gram", self.name)
-        return Decomposition(sparse="full", weight=compensated(weight, gram, self.affordable_bits(budget), self.group_size, self.damping))
+        return Decomposition(
+            sparse="full",
+            weight=compensated(weight, gram, self.affordable_bits(budget), self.group_size, self.damping),
+        )
 
 
 def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: float = 0.01) -> Quantized:

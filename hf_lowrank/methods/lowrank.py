@@ -9,7 +9,7 @@ from torch import Tensor
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.pivoting import pivot
-from .base import Choice, ChoosingMethod, Decomposition, Statistics
+from .base import Choice, Decomposition, MixedMethod, Statistics
 from .registry import register_method
 from .spectral import factorize
 
@@ -19,15 +19,15 @@ OUTPUT_DAMPING = 0.1
 
 @register_method("lowrank")
 @dataclass
-class LowRank(ChoosingMethod):
+class LowRank(MixedMethod):
     """Low rank only, whitened by inputs and by output gradients; pivoted factors; ranks from one budget by loss per byte."""
 
     source: ClassVar[str] = "after IO-SVD, arXiv 2605.15626, and SAES-SVD, arXiv 2602.03051"
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         return LayerSpec(rank=1, pivoted=True)
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         """Up to the last rank that is below full: with pivots, r (m + n − r) < m n for all of them."""
         return max(min(layer.out_features, layer.in_features) - 2, 0)
 
@@ -37,8 +37,8 @@ class LowRank(ChoosingMethod):
         sigma = factorize(root @ weight, statistics.require("gram", self.name)).sigma
         energy = sigma.square().flip(0).cumsum(0).flip(0) / max(statistics.tokens, 1)
         return [
-            Choice(replace(self.smallest(layer), rank=rank), float(energy[rank]))
-            for rank in range(1, self.growth_limit(layer) + 2)
+            Choice(replace(self.min_spec(layer), rank=rank), float(energy[rank]))
+            for rank in range(1, self.max_steps(layer) + 2)
             if rank < len(energy)
         ]
 

@@ -26,7 +26,9 @@ class OATS(SparseMethod):
 
     pattern: str = field(default="unstructured", metadata={"help": PATTERN_HELP})
     iterations: int = field(default=80, metadata={"help": "alternations between the low-rank and the sparse part"})
-    rank_share: float = field(default=0.25, metadata={"help": "κ, share of the stored values that is low rank; N:M sets it by itself"})
+    rank_share: float = field(
+        default=0.25, metadata={"help": "κ, share of the stored values that is low rank; N:M sets it by itself"}
+    )
 
     source: ClassVar[str] = "OATS, arXiv 2409.13652"
     sequential: ClassVar[bool] = True
@@ -34,9 +36,11 @@ class OATS(SparseMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iterations < 1 or not 0 <= self.rank_share < 1:
-            raise CompressionError(f"oats: iterations={self.iterations} must be at least 1, rank_share={self.rank_share} in [0, 1)")
+            raise CompressionError(
+                f"oats: iterations={self.iterations} must be at least 1, rank_share={self.rank_share} in [0, 1)"
+            )
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         return layer.in_features - 2  # what an N:M pattern does not let be kept goes into the rank
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
@@ -52,7 +56,9 @@ class OATS(SparseMethod):
                 L = U @ V
             mask = largest_per_row((scaled - L).abs(), kept, self.pattern)
             S = torch.where(mask, scaled - L, 0.0)
-        return Decomposition(sparse="bitmask", weight=S / d, mask=mask, lowrank_a=None if V is None else V / d, lowrank_b=U)
+        return Decomposition(
+            sparse="bitmask", weight=S / d, mask=mask, lowrank_a=None if V is None else V / d, lowrank_b=U
+        )
 
     def split(self, budget: Budget) -> tuple[int, int]:
         """Rank and kept values per row: r = κ · values / (m + n), the rest sparse; an N:M part is filled first, the rest is rank.
@@ -76,7 +82,9 @@ def truncated(matrix: Tensor, rank: int, basis: Tensor | None = None) -> tuple[T
     passes = FIRST_PASSES if basis is None else PASSES
     if basis is None:
         width = min(rank + OVERSAMPLING, *matrix.shape)
-        basis = torch.rand(width, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+        basis = torch.rand(width, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(
+            matrix.device
+        )
     for _ in range(passes):
         Q = torch.linalg.qr(matrix @ basis.T).Q
         basis = Q.T @ matrix

@@ -36,7 +36,9 @@ def method_class(name: str) -> type[Method]:
         CompressionError: for an unknown name, with the nearest known one.
     """
     if name not in _methods:
-        raise CompressionError(f"unknown method {name!r}{_suggestion(name, registered_methods())} (hf-lowrank methods lists all)")
+        raise CompressionError(
+            f"unknown method {name!r}{_suggestion(name, registered_methods())} (hf-lowrank methods lists all)"
+        )
     return _methods[name]
 
 
@@ -52,7 +54,9 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
     for option, value in (options or {}).items():
         if option not in fields:
             known = ", ".join(sorted(fields)) or "none"
-            raise CompressionError(f"{name} has no option {option!r}{_suggestion(option, list(fields))} (its options: {known})")
+            raise CompressionError(
+                f"{name} has no option {option!r}{_suggestion(option, list(fields))} (its options: {known})"
+            )
         values[option] = _read(name, option, value, fields[option].default)
     return cls(**values)
 
@@ -64,7 +68,9 @@ def _read(method: str, option: str, value: Any, default: Any) -> Any:
         try:
             value = {"true": True, "false": False}[text] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise CompressionError(f"{method}: option {option} is {value!r}, expected a value of type {kind.__name__}") from None
+            raise CompressionError(
+                f"{method}: option {option} is {value!r}, expected a value of type {kind.__name__}"
+            ) from None
     elif isinstance(value, str) and default is None and value.lower() == "none":
         value = None
     elif isinstance(value, str) and default is None and value.lstrip("-").isdigit():

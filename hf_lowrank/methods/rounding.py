@@ -84,10 +84,18 @@ def rounded_values(
     stored = (values * unscale)[mask].view(m, -1)
     kept = stored.shape[1]
     scale = searched_scales(stored, bits, min(group, kept), torch.ones_like(stored[0]))
-    spread = torch.zeros_like(values).masked_scatter(mask, spread_scale(scale, min(group, kept), kept).contiguous()) / unscale
+    spread = (
+        torch.zeros_like(values).masked_scatter(mask, spread_scale(scale, min(group, kept), kept).contiguous())
+        / unscale
+    )
     S = nearest_levels(values, spread, bits) * mask
     E = ((target - S) @ gram).float().T.contiguous()  # columns as rows, which lie together
-    S, spread, kept_here, C = S.float().T.contiguous(), spread.float().T.contiguous(), mask.T.contiguous(), gram.float()
+    S, spread, kept_here, C = (
+        S.float().T.contiguous(),
+        spread.float().T.contiguous(),
+        mask.T.contiguous(),
+        gram.float(),
+    )
     for start in range(0, n, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, n)
         before = S[start:end].clone()

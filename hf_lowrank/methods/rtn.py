@@ -17,7 +17,9 @@ from .registry import register_method
 class RTN(Method):
     """Every weight to the nearest of 2ᵇ even levels of its group; blind to the activations."""
 
-    bits: int | None = field(default=None, metadata={"help": "bits per weight, 2 to 8; default: the most that the budget holds"})
+    bits: int | None = field(
+        default=None, metadata={"help": "bits per weight, 2 to 8; default: the most that the budget holds"}
+    )
     group_size: int = field(default=32, metadata={"help": "weights of a row that share a scale"})
 
     source: ClassVar[str] = "round to nearest; grouped as in GPTQ, arXiv 2210.17323"
@@ -25,18 +27,20 @@ class RTN(Method):
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS:
-            raise CompressionError(f"{self.name}: bits={self.bits}, expected {BITS[0]} to {BITS[-1]}, or none to follow the budget")
+            raise CompressionError(
+                f"{self.name}: bits={self.bits}, expected {BITS[0]} to {BITS[-1]}, or none to follow the budget"
+            )
         if self.group_size < 1:
             raise CompressionError(f"{self.name}: group_size={self.group_size}, expected at least 1")
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         return self.spec(self.bits or BITS[0])
 
-    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+    def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         """One more bit per weight."""
         return replace(spec, weight_bits=spec.weight_bits + 1)
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         """How many bits a weight can grow by."""
         return 0 if self.bits else BITS[-1] - BITS[0]
 
@@ -50,7 +54,9 @@ class RTN(Method):
         Raises:
             CompressionError: if they do not fit.
         """
-        fitting = [bits for bits in ((self.bits,) if self.bits else BITS) if budget.stored(self.spec(bits)) <= budget.bits]
+        fitting = [
+            bits for bits in ((self.bits,) if self.bits else BITS) if budget.stored(self.spec(bits)) <= budget.bits
+        ]
         if not fitting:
             raise too_small(self.name, budget)
         return max(fitting)

@@ -57,7 +57,9 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
     return ((difference @ gram) * difference).sum(dim=1)
 
 
-def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, rough: bool = False) -> Tensor:
+def refit_values(
+    target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, rough: bool = False
+) -> Tensor:
     """The values S (m, n), zero off the mask, that minimise Σ_i (r_i − s_i) C (r_i − s_i)ᵀ: C_MM s_M = (C r)_M in every row.
 
     Conjugate gradients on all rows at once: a product with C each step, where every row's own system would have to be factorized. First in
@@ -70,7 +72,9 @@ def refit_values(target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | Non
     """
     S = torch.zeros_like(target) if start is None else torch.where(mask, start, 0.0)
     right = torch.where(mask, target @ gram, 0.0)
-    near = _conjugate_gradients(right.float(), gram.float(), mask, S.float(), ROUGH_RESIDUAL if rough else RESIDUAL).to(target)
+    near = _conjugate_gradients(
+        right.float(), gram.float(), mask, S.float(), ROUGH_RESIDUAL if rough else RESIDUAL
+    ).to(target)
     return near if rough else _conjugate_gradients(right, gram, mask, near, RESIDUAL)
 
 
@@ -139,7 +143,9 @@ def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor
     return B.T.to(signs)
 
 
-def refit_scales(target: Tensor, gram: Tensor, signs: Tensor, scale_in: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def refit_scales(
+    target: Tensor, gram: Tensor, signs: Tensor, scale_in: Tensor, row_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """u (m,) and v (n,) by least squares in turn, twice: target (m, n) ≈ (u vᵀ) ⊙ B, rows weighted.
 
     For given v: u_i = (p_i C r_iᵀ) / (p_i C p_iᵀ) with p_i = b_i ⊙ v. For given u: (C ⊙ Bᵀ diag(ω u²) B) v = Σ_i ω_i u_i b_i ⊙ (C r_i).

@@ -23,7 +23,9 @@ class SLaB(Method):
 
     iterations: int = field(default=20, metadata={"help": "alternations between the binary and the sparse part"})
     binary_rank: int = field(default=1, metadata={"help": "rank of the magnitudes W_L"})
-    weighted: bool = field(default=False, metadata={"help": "weight the fit of signs and magnitudes by ‖X_j‖₂, as the sparse step is"})
+    weighted: bool = field(
+        default=False, metadata={"help": "weight the fit of signs and magnitudes by ‖X_j‖₂, as the sparse step is"}
+    )
     pattern: str = field(default="unstructured", metadata={"help": PATTERN_HELP})
 
     source: ClassVar[str] = "SLaB, arXiv 2604.04493"
@@ -32,16 +34,18 @@ class SLaB(Method):
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.binary_rank < 1:
-            raise CompressionError(f"slab: iterations={self.iterations}, binary_rank={self.binary_rank}; both must be at least 1")
+            raise CompressionError(
+                f"slab: iterations={self.iterations}, binary_rank={self.binary_rank}; both must be at least 1"
+            )
         parse_pattern(self.pattern)
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         return LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", kept=0, binary_rank=self.binary_rank)
 
-    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+    def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         return replace(spec, kept=spec.kept + 1)
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         return largest_kept(self.pattern, layer.in_features)
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
@@ -62,8 +66,12 @@ class SLaB(Method):
         signs = torch.empty_like(mask)
         V: Tensor | None = None
         for _ in range(self.iterations):
-            U, V = leading_components((A - S).abs_(), self.binary_rank, V)  # W_L = U V ≥ 0 for rank 1 (Perron–Frobenius)
-            for rows in row_chunks(A):  # all that follows is row by row; whole matrices of it would be most of the memory
+            U, V = leading_components(
+                (A - S).abs_(), self.binary_rank, V
+            )  # W_L = U V ≥ 0 for rank 1 (Perron–Frobenius)
+            for rows in row_chunks(
+                A
+            ):  # all that follows is row by row; whole matrices of it would be most of the memory
                 R, L = A[rows] - S[rows], U[rows] @ V
                 signs[rows] = (R >= 0) == (L >= 0)  # sign(R ⊙ W_L), sign(0) := +1
                 Y = A[rows] - torch.where(signs[rows], L, -L)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.quantization import Quantized
-from .base import Choice, ChoosingMethod, Decomposition, Statistics
+from .base import Choice, Decomposition, MixedMethod, Statistics
 from .registry import register_method
 from .second_order import (
     admm_support,
@@ -33,7 +33,7 @@ FIRST_GUESS_ITERATIONS = 10
 ROUNDS = 2
 """Of the alternation over support, values, signs and scales; a third one gains about one percent of the error."""
 ESTIMATED_SHARES = (0.0, 0.03, 0.1, 0.25, 0.5)
-"""Shares of kept values at which the loss of a layer is measured before the budget is spread; log loss is linear elsewhere."""
+"""BudgetShares of kept values at which the loss of a layer is measured before the budget is spread; log loss is linear elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,26 @@ class Parts:
 
 @register_method("slab-gram")
 @dataclass
-class SLaBGram(ChoosingMethod):
+class SLaBGram(MixedMethod):
     """SLaB's layer by second-order means: ADMM support, least-squares values and scales, sign descent; densities from one budget."""
 
     source: ClassVar[str] = "SLaB, arXiv 2604.04493, with the support step of 3BASiL"
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         return kept_spec(0)
 
-    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+    def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         return kept_spec(spec.kept + 1)
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         return layer.in_features - 1
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """Every number of kept values per row; see `interpolated_losses`."""
         C, d = damped(statistics.require("gram", self.name))
-        some, weights = sampled_rows(weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1))
+        some, weights = sampled_rows(
+            weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
+        )
 
         def loss(parts: Parts) -> float:
             return float((row_errors(some * d - parts.values - parts.binary(), C) * weights).sum())
@@ -101,7 +103,12 @@ def kept_spec(kept: int, bits: int = 0, group: int = 0) -> LayerSpec:
     if not kept:
         return LayerSpec(kind="sparse_lowrank_binary", binary_rank=1)
     return LayerSpec(
-        kind="sparse_lowrank_binary", sparse="bitmask", kept=kept, binary_rank=1, weight_bits=bits, weight_group=min(group, kept)
+        kind="sparse_lowrank_binary",
+        sparse="bitmask",
+        kept=kept,
+        binary_rank=1,
+        weight_bits=bits,
+        weight_group=min(group, kept),
     )
 
 
@@ -127,7 +134,9 @@ def _alternate(W: Tensor, C: Tensor, kept: int, parts: Parts, row_weights: Tenso
         support = admm_support(R, C, eigen, kept, parts.values)
         values = refit_values(R, C, support, rough=True)
         better = (row_errors(R - values, C) < row_errors(R - parts.values, C))[:, None]
-        parts = replace(parts, values=torch.where(better, values, parts.values), mask=torch.where(better, support, parts.mask))
+        parts = replace(
+            parts, values=torch.where(better, values, parts.values), mask=torch.where(better, support, parts.mask)
+        )
         R = W - parts.values
         parts = replace(parts, signs=sign_descent(R, C, parts.signs, torch.outer(parts.scale_out, parts.scale_in)))
         u, v = refit_scales(R, C, parts.signs, parts.scale_in, row_weights)

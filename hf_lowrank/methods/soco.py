@@ -20,7 +20,7 @@ from .spectral import Factorization, Measurement, SpectralMethod, factorize, pri
 THRESHOLD = 0.5
 """τ: components whose score is under it are on their way out."""
 EXPLORATION, OSCILLATION = 0.3, 0.4
-"""Shares of the steps of phases 1 and 2; the rest is phase 3."""
+"""BudgetShares of the steps of phases 1 and 2; the rest is phase 3."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Phase:
     Attributes:
         number: 1 exploration, 2 oscillation, 3 decision.
         temperature: T of the gates.
-        polarisation: λ_p of L_pol.
+        polarization: λ_p of L_pol.
         hard: whether the forward uses the hard mask s > τ, with straight-through gradients.
     """
 
     number: int
     temperature: float
-    polarisation: float
+    polarization: float
     hard: bool
 
 
@@ -49,11 +49,17 @@ class SoCo(SpectralMethod):
     batch_tokens: int = field(default=1024, metadata={"help": "tokens per training step"})
     learning_rate: float = field(default=0.02, metadata={"help": "Adam's learning rate for the scores"})
     deviation_rate: float = field(default=0.001, metadata={"help": "Adam's learning rate for the deviation term"})
-    base: str = field(default="whitened", metadata={"help": "'whitened' or 'plain' singular value decomposition to start from"})
+    base: str = field(
+        default="whitened", metadata={"help": "'whitened' or 'plain' singular value decomposition to start from"}
+    )
     deviation: bool = field(default=True, metadata={"help": "learn the deviation term d, stored as a bias"})
-    loss: str = field(default="kl", metadata={"help": "L_inc: 'kl' to the dense model, or 'cross_entropy' on the calibration text"})
+    loss: str = field(
+        default="kl", metadata={"help": "L_inc: 'kl' to the dense model, or 'cross_entropy' on the calibration text"}
+    )
     decrease: float = field(default=1.0, metadata={"help": "λ_d: norm of L_dec's gradient relative to L_inc's"})
-    finish_steps: int = field(default=40, metadata={"help": "steps that re-fit scores and deviation after the final cut"})
+    finish_steps: int = field(
+        default=40, metadata={"help": "steps that re-fit scores and deviation after the final cut"}
+    )
 
     source: ClassVar[str] = "SoCo, arXiv 2502.15092"
     needs_gram: ClassVar[bool] = True
@@ -62,7 +68,9 @@ class SoCo(SpectralMethod):
     def __post_init__(self) -> None:
         for name, choices in (("base", ("whitened", "plain")), ("loss", ("kl", "cross_entropy"))):
             if getattr(self, name) not in choices:
-                raise CompressionError(f"soco: {name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, choices))}")
+                raise CompressionError(
+                    f"soco: {name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, choices))}"
+                )
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise CompressionError(f"soco: {name} is {getattr(self, name)}, expected at least 1")
@@ -70,10 +78,12 @@ class SoCo(SpectralMethod):
     def measure(self, layer: Layer, weight: Tensor, statistics: Statistics) -> Measurement:
         return Measurement(layer, factorize(weight, statistics.gram if self.base == "whitened" else None))
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         return LayerSpec(bias=self.deviation)
 
-    def allocate(self, measurements: dict[str, Measurement], budget: ModelBudget, available: int) -> dict[str, int | None]:
+    def allocate(
+        self, measurements: dict[str, Measurement], budget: ModelBudget, available: int
+    ) -> dict[str, int | None]:
         """Keep the components of the largest scores, whatever their energy, until the budget is met."""
         price, dense_price, fixed = prices(measurements, budget)
         by_score = {name: (m.require_scores() * price[name]).tolist() for name, m in measurements.items()}
@@ -87,9 +97,9 @@ class SoCo(SpectralMethod):
         """The schedule (papers §2.3): T falls from 0.1 to 0.02 over phase 3, where λ_p rises from 0 to 1."""
         done = step / self.steps
         if done < EXPLORATION + OSCILLATION:
-            return Phase(1 if done < EXPLORATION else 2, temperature=0.1, polarisation=0.0, hard=False)
+            return Phase(1 if done < EXPLORATION else 2, temperature=0.1, polarization=0.0, hard=False)
         decided = (done - EXPLORATION - OSCILLATION) / (1 - EXPLORATION - OSCILLATION)
-        return Phase(3, temperature=0.1 * (0.02 / 0.1) ** decided, polarisation=decided, hard=True)
+        return Phase(3, temperature=0.1 * (0.02 / 0.1) ** decided, polarization=decided, hard=True)
 
 
 def learned(measurement: Measurement, scores: Tensor, deviation: Tensor | None) -> Measurement:
@@ -118,6 +128,6 @@ def effective_score(s: Tensor, phase: Phase) -> Tensor:
     return soft + (s * (s > THRESHOLD) - soft).detach()
 
 
-def polarisation(g: Tensor) -> Tensor:
+def polarization(g: Tensor) -> Tensor:
     """L_pol = mean 4 g (1 − g): zero when every component is decided."""
     return (4 * g * (1 - g)).mean()

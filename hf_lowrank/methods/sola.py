@@ -37,14 +37,22 @@ LAYERS_REACHING = {"query": 0.30, "key": 0.30, "output": 0.55, "ffn_in": 0.65}
 class SoLA(SpectralMethod):
     """Soft activation sparsity: prime neurons exact, marginal neurons and attention by whitened low rank, adaptive ranks."""
 
-    prime_share: float = field(default=0.15, metadata={"help": "share of the feed-forward neurons that are kept exactly"})
+    prime_share: float = field(
+        default=0.15, metadata={"help": "share of the feed-forward neurons that are kept exactly"}
+    )
     allocation: str = field(
-        default="exact", metadata={"help": "'exact' greedy over all layers, or 'components': the paper's rule, one rank per type of layer"}
+        default="exact",
+        metadata={
+            "help": "'exact' greedy over all layers, or 'components': the paper's rule, one rank per type of layer"
+        },
     )
     skip_blocks: int | None = field(
-        default=None, metadata={"help": "dense blocks at either end; default: the paper's 2 of 32, scaled to the model"}
+        default=None,
+        metadata={"help": "dense blocks at either end; default: the paper's 2 of 32, scaled to the model"},
     )
-    neuron_score: str = field(default="activation", metadata={"help": "'activation': mean |h_j|; 'output': mean |h_j| ‖W_d[:, j]‖₂"})
+    neuron_score: str = field(
+        default="activation", metadata={"help": "'activation': mean |h_j|; 'output': mean |h_j| ‖W_d[:, j]‖₂"}
+    )
 
     source: ClassVar[str] = "SoLA, arXiv 2604.03258"
     needs_gram: ClassVar[bool] = True
@@ -88,20 +96,27 @@ class SoLA(SpectralMethod):
             return Measurement(layer, factorize(weight[:, p:], C[p:, p:]), "columns", p, weight[:, :p])
         return Measurement(layer, factorize(weight, C))
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         if layer.role == "ffn_in":
             return LayerSpec(sparse="rows", kept=self._primes(layer.out_features))
         if layer.role == "ffn_out":
             return LayerSpec(sparse="columns", kept=self._primes(layer.in_features))
         return LayerSpec()
 
-    def allocate(self, measurements: dict[str, Measurement], budget: ModelBudget, available: int) -> dict[str, int | None]:
+    def allocate(
+        self, measurements: dict[str, Measurement], budget: ModelBudget, available: int
+    ) -> dict[str, int | None]:
         """Ranks by the exact greedy (§1.6), on relative energies so that layers compare, or by the paper's search (§1.5)."""
         wanted = component_ranks(measurements, budget, available) if self.allocation == "components" else None
         price, dense_price, fixed = prices(measurements, budget)
         if wanted is not None:
             return fitted_ranks(
-                wanted, price, dense_price, fixed, {name: len(m.factorization.sigma) for name, m in measurements.items()}, available
+                wanted,
+                price,
+                dense_price,
+                fixed,
+                {name: len(m.factorization.sigma) for name, m in measurements.items()},
+                available,
             )
         energies = {name: (m.factorization.sigma**2 / total_energy(m)).tolist() for name, m in measurements.items()}
         return greedy_ranks(energies, price, dense_price, fixed, available)
@@ -123,7 +138,9 @@ def total_energy(measurement: Measurement) -> float:
     return float((measurement.factorization.sigma**2).sum()) or 1.0
 
 
-def component_ranks(measurements: dict[str, Measurement], budget: ModelBudget, available: int) -> dict[str, float | None]:
+def component_ranks(
+    measurements: dict[str, Measurement], budget: ModelBudget, available: int
+) -> dict[str, float | None]:
     """The paper's search (§1.5): one rank for every type of layer, shared by all blocks; None for layers that stay dense.
 
     Lowers the rank of the three layers whose energy falls least per weight, until the budget is met; then every type takes
@@ -155,10 +172,14 @@ def component_ranks(measurements: dict[str, Measurement], budget: ModelBudget, a
     return result
 
 
-def _searched_ranks(measurements: dict[str, Measurement], excluded: set[str], budget: ModelBudget, available: int) -> dict[str, int]:
+def _searched_ranks(
+    measurements: dict[str, Measurement], excluded: set[str], budget: ModelBudget, available: int
+) -> dict[str, int]:
     searched = {name: m for name, m in measurements.items() if name not in excluded and m.layer.role != "ffn_out"}
     price, dense_price, fixed = prices(measurements, budget)
-    curves = {name: (100 * (m.factorization.sigma**2).cumsum(0) / total_energy(m)).tolist() for name, m in searched.items()}
+    curves = {
+        name: (100 * (m.factorization.sigma**2).cumsum(0) / total_energy(m)).tolist() for name, m in searched.items()
+    }
 
     def energy(name: str, rank: int) -> float:
         return curves[name][min(rank, len(curves[name])) - 1] if rank > 0 else 0.0
@@ -175,11 +196,15 @@ def _searched_ranks(measurements: dict[str, Measurement], excluded: set[str], bu
     clamp = FIRST_CLAMP
     while unsearched + sum(fixed[name] + ranks[name] * price[name] for name in ranks) > available:
         falls = {
-            name: energy(name, ranks[name]) - energy(name, ranks[name] - _grid(m)) for name, m in searched.items() if ranks[name] > _grid(m)
+            name: energy(name, ranks[name]) - energy(name, ranks[name] - _grid(m))
+            for name, m in searched.items()
+            if ranks[name] > _grid(m)
         }
         if not falls:
             break
-        candidates = [name for name, fall in falls.items() if fall <= clamp and energy(name, ranks[name]) >= LEAST_ENERGY]
+        candidates = [
+            name for name, fall in falls.items() if fall <= clamp and energy(name, ranks[name]) >= LEAST_ENERGY
+        ]
         if not candidates:
             clamp += CLAMP_STEP
             if clamp > 100:

@@ -59,7 +59,9 @@ class SparseGPT(SparseMethod):
             for j in range(start, end):
                 if (j - start) % step == 0:
                     stop = min(j + step, end)
-                    mask[:, j:stop] = largest_per_row(W[:, j:stop].abs() / U.diagonal()[j:stop], best[:, j:stop].sum(dim=1), self.pattern)
+                    mask[:, j:stop] = largest_per_row(
+                        W[:, j:stop].abs() / U.diagonal()[j:stop], best[:, j:stop].sum(dim=1), self.pattern
+                    )
                 error = torch.where(mask[:, j], 0.0, W[:, j] / U[j, j])
                 W[:, j:end] -= torch.outer(error, U[j, j:end])
                 errors[:, j - start] = error

@@ -30,13 +30,13 @@ class SparseMethod(Method):
             return f"its {layer.in_features} input(s) have no room for the pattern {self.pattern}"
         return None
 
-    def smallest(self, layer: Layer) -> LayerSpec:
+    def min_spec(self, layer: Layer) -> LayerSpec:
         return LayerSpec(sparse="bitmask", kept=1)
 
-    def grown(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
+    def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
         return replace(spec, kept=spec.kept + 1)
 
-    def growth_limit(self, layer: Layer) -> int:
+    def max_steps(self, layer: Layer) -> int:
         return max(largest_kept(self.pattern, layer.in_features) - 1, 0)
 
     def kept_per_row(self, budget: Budget) -> int:
@@ -47,7 +47,9 @@ class SparseMethod(Method):
         """
         if largest_kept(self.pattern, budget.in_features) < 1:
             found = f"a layer with {budget.in_features} input(s)"
-            raise CompressionError(f"{self.name}: {found} has no room for pattern {self.pattern!r}; leave that layer dense")
+            raise CompressionError(
+                f"{self.name}: {found} has no room for pattern {self.pattern!r}; leave that layer dense"
+            )
         kept = min(budget.kept_per_row(), largest_kept(self.pattern, budget.in_features))
         if kept < 1:
             raise too_small(self.name, budget)
@@ -63,7 +65,9 @@ def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstruct
     if pattern != "unstructured":
         n_of, m_of = parse_pattern(pattern)
         groups = scores[:, : scores.shape[1] // m_of * m_of].reshape(scores.shape[0], -1, m_of)
-        allowed = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n_of, dim=2).indices, True).flatten(1)
+        allowed = (
+            torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n_of, dim=2).indices, True).flatten(1)
+        )
         scores = torch.where(torch.nn.functional.pad(allowed, (0, scores.shape[1] - allowed.shape[1])), scores, -1.0)
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if isinstance(kept, int):

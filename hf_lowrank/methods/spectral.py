@@ -71,14 +71,20 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, T
         energy = weight.new_zeros(weight.shape[0], weight.shape[0])
         for rows in row_chunks(weight):
             part = (weight[rows] @ gram).add_(weight[rows], alpha=float(jitter))
-            energy[rows, : rows.stop] = part @ weight[: rows.stop].T  # the lower triangle, which is all that eigh reads
+            energy[rows, : rows.stop] = (
+                part @ weight[: rows.stop].T
+            )  # the lower triangle, which is all that eigh reads
         b = torch.linalg.eigh(energy).eigenvectors[:, -rank:].flip(1)
         a = b.T @ weight
     else:
         root, is_triangular = matrix_root(gram)
         vectors = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root).eigenvectors[:, -rank:].flip(1)
         b = weight @ (root @ vectors)
-        a = (torch.linalg.solve_triangular(root.T, vectors, upper=True) if is_triangular else torch.linalg.solve(root.T, vectors)).T
+        a = (
+            torch.linalg.solve_triangular(root.T, vectors, upper=True)
+            if is_triangular
+            else torch.linalg.solve(root.T, vectors)
+        ).T
     scale = (a.norm(dim=1) / b.norm(dim=0)).clamp(min=torch.finfo(a.dtype).tiny).sqrt()
     return a / scale[:, None], b * scale
 
@@ -106,7 +112,7 @@ def leading_components(matrix: Tensor, rank: int, start: Tensor | None = None) -
     """
     V = _first_guess(matrix, rank) if start is None else start
     for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(matrix @ V.T).Q if rank > 1 else _normalised(matrix @ V.T)
+        Q = torch.linalg.qr(matrix @ V.T).Q if rank > 1 else _normalized(matrix @ V.T)
         V = Q.T @ matrix  # (r, n): Q V is the projection of the matrix onto the span of Q
     scale = V.norm(dim=1).clamp(min=torch.finfo(V.dtype).tiny).sqrt()
     return Q * scale, V / scale[:, None]
@@ -125,7 +131,9 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     root, singular = torch.linalg.cholesky_ex(hessian)
     U, inverse_singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
     if int(singular) or int(inverse_singular):
-        raise NumericalError(f"X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens")
+        raise NumericalError(
+            f"X Xᵀ + λ I is singular at damping={damping}; choose a larger one, or calibrate on more tokens"
+        )
     upper: Tensor = U / mean**0.5
     return upper
 
@@ -161,7 +169,7 @@ class Measurement:
         """What is stored at rank 0."""
         return LayerSpec(sparse=self.sparse, kept=self.kept, bias=self.bias is not None)
 
-    def finish(self, rank: int) -> Decomposition:
+    def truncate(self, rank: int) -> Decomposition:
         """The decomposition that keeps the first `rank` components."""
         if rank == 0:
             return Decomposition(sparse=self.sparse, weight=self.weight, bias=self.bias)
@@ -174,9 +182,13 @@ class SpectralMethod(Method):
 
     def measure(self, layer: Layer, weight: Tensor, statistics: Statistics) -> Measurement:
         """Factorize one weight (m, n), float64; by default whitened, all of it."""
-        return Measurement(layer, factorize(weight, statistics.require("gram", self.name) if self.needs_gram else None))
+        return Measurement(
+            layer, factorize(weight, statistics.require("gram", self.name) if self.needs_gram else None)
+        )
 
-    def allocate(self, measurements: dict[str, Measurement], budget: ModelBudget, available: int) -> dict[str, int | None]:
+    def allocate(
+        self, measurements: dict[str, Measurement], budget: ModelBudget, available: int
+    ) -> dict[str, int | None]:
         """The rank of each layer, None where it stays dense, together within `available` bits."""
         raise NotImplementedError
 
@@ -189,22 +201,30 @@ class SpectralMethod(Method):
         rank = budget.rank(measurement.spec)
         if rank < 1:
             raise too_small(self.name, budget)
-        return measurement.finish(rank)
+        return measurement.truncate(rank)
 
 
 def _first_guess(matrix: Tensor, rank: int) -> Tensor:
-    guess = torch.rand(rank, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(matrix.device)
-    guess[0] = matrix.sum(dim=0) + torch.finfo(matrix.dtype).tiny  # close to the first right singular vector of a non-negative matrix
+    guess = torch.rand(rank, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(
+        matrix.device
+    )
+    guess[0] = (
+        matrix.sum(dim=0) + torch.finfo(matrix.dtype).tiny
+    )  # close to the first right singular vector of a non-negative matrix
     return guess
 
 
-def _normalised(columns: Tensor) -> Tensor:
+def _normalized(columns: Tensor) -> Tensor:
     return columns / columns.norm(dim=0).clamp(min=torch.finfo(columns.dtype).tiny)
 
 
-def prices(measurements: dict[str, Measurement], budget: ModelBudget) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+def prices(
+    measurements: dict[str, Measurement], budget: ModelBudget
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Bits of one rank, of the dense layer, and of the parts beside the low rank, by layer."""
     fixed = {name: budget.stored_bits(m.layer, m.spec) for name, m in measurements.items()}
-    price = {name: budget.stored_bits(m.layer, replace(m.spec, rank=1)) - fixed[name] for name, m in measurements.items()}
+    price = {
+        name: budget.stored_bits(m.layer, replace(m.spec, rank=1)) - fixed[name] for name, m in measurements.items()
+    }
     dense_price = {name: budget.dense_bits(m.layer) - budget.bias_bits[name] for name, m in measurements.items()}
     return price, dense_price, fixed

@@ -21,13 +21,16 @@ SMALLEST_RESPONSE = 1e-6
 class SVDLLM(Method):
     """Truncation-aware whitening: the best rank-r matrix on the calibration tokens."""
 
-    update: bool = field(default=False, metadata={"help": "refit the left factor by least squares on the inputs of the compressed model"})
+    update: bool = field(
+        default=False,
+        metadata={"help": "refit the left factor by least squares on the inputs of the compressed model"},
+    )
 
     source: ClassVar[str] = "SVD-LLM, arXiv 2403.07378"
     needs_gram: ClassVar[bool] = True
 
     @property
-    def needs_shifted(self) -> bool:
+    def needs_compressed_inputs(self) -> bool:
         return self.update
 
     def working_memory(self, layer: Layer) -> int:
@@ -42,23 +45,28 @@ class SVDLLM(Method):
         rank = affordable_rank(self.name, budget)
         a, b = whitened_factors(weight, statistics.require("gram", self.name), rank)
         if self.update:
-            b = refit_left(weight, a, statistics.require("shifted_gram", self.name), statistics.require("cross_gram", self.name))
+            b = refit_left(
+                weight,
+                a,
+                statistics.require("compressed_input_gram", self.name),
+                statistics.require("cross_gram", self.name),
+            )
         return Decomposition(lowrank_a=a, lowrank_b=b)
 
 
-def refit_left(weight: Tensor, right: Tensor, shifted_gram: Tensor, cross_gram: Tensor) -> Tensor:
+def refit_left(weight: Tensor, right: Tensor, compressed_input_gram: Tensor, cross_gram: Tensor) -> Tensor:
     """B (m, r) of smallest norm that minimises ‖W X − B A X̂‖_F: B = (W X)(A X̂)⁺ = W M Aᵀ (A Ĉ Aᵀ)⁺.
 
     Args:
         weight: W, (m, n).
         right: A, (r, n).
-        shifted_gram: Ĉ = X̂ X̂ᵀ, (n, n), of the compressed model's inputs.
+        compressed_input_gram: Ĉ = X̂ X̂ᵀ, (n, n), of the compressed model's inputs.
         cross_gram: M = X X̂ᵀ, (n, n). With M = Ĉ the target is W X̂, which is what the authors' release fits.
     """
-    normal = right @ shifted_gram @ right.T
+    normal = right @ compressed_input_gram @ right.T
     target = weight @ cross_gram @ right.T
     # the rows of A differ in size by orders of magnitude; one that the inputs do not reach but for rounding must not count as the others
-    rounding = SMALLEST_RESPONSE * right.norm(dim=1) * shifted_gram.diagonal().sum().sqrt()
+    rounding = SMALLEST_RESPONSE * right.norm(dim=1) * compressed_input_gram.diagonal().sum().sqrt()
     scale = torch.maximum(normal.diagonal().clamp(min=0).sqrt(), rounding).clamp(min=torch.finfo(normal.dtype).tiny)
     inverse = torch.linalg.pinv(normal / scale[:, None] / scale, hermitian=True)
     left: Tensor = target / scale @ inverse / scale

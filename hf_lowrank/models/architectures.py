@@ -46,7 +46,9 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
                 if any(is_linear(part) for part in block.modules()):
                     blocks[f"{name}.{child}"] = block
     if not blocks:
-        raise CompressionError(f"{type(model).__name__}: found no list of blocks with linear layers; nothing to compress")
+        raise CompressionError(
+            f"{type(model).__name__}: found no list of blocks with linear layers; nothing to compress"
+        )
     return blocks
 
 
@@ -55,7 +57,9 @@ def find_layers(blocks: dict[str, nn.Module]) -> list[Layer]:
     layers = []
     for index, (block_name, block) in enumerate(blocks.items()):
         networks = find_feed_forwards(block)
-        roles = dict.fromkeys(_routers(block), "router") | dict.fromkeys((network.output for network in networks), "ffn_out")
+        roles = dict.fromkeys(_routers(block), "router") | dict.fromkeys(
+            (network.output for network in networks), "ffn_out"
+        )
         roles |= {name: "other" if network.fused else "ffn_in" for network in networks for name in network.inputs}
         for name, module in _linears(block):
             role = roles.get(name) or _attention_role(name)
@@ -67,7 +71,9 @@ def in_list(blocks: dict[str, nn.Module], layer: Layer) -> bool:
     """Whether a layer lies in a list inside its block, as the experts of a mixture do that is not fused."""
     block_name, block = list(blocks.items())[layer.block]
     name = layer.name.removeprefix(f"{block_name}.")
-    return any(isinstance(module, nn.ModuleList) and name.startswith(f"{path}.") for path, module in block.named_modules())
+    return any(
+        isinstance(module, nn.ModuleList) and name.startswith(f"{path}.") for path, module in block.named_modules()
+    )
 
 
 def find_feed_forwards(block: nn.Module) -> list[FeedForward]:
@@ -81,9 +87,13 @@ def find_feed_forwards(block: nn.Module) -> list[FeedForward]:
     for name, module in _linears(block):
         if _attention_role(name) == "other" and name not in routers:
             siblings.setdefault(name.rpartition(".")[0], {})[name] = dense_shape(module)
-    networks = [network for shapes in siblings.values() for network in _networks(shapes) if _has_plain_neurons(block, network)]
+    networks = [
+        network for shapes in siblings.values() for network in _networks(shapes) if _has_plain_neurons(block, network)
+    ]
     if not networks:
-        scattered = {name: shape for shapes in siblings.values() for name, shape in shapes.items() if shape[0] != shape[1]}
+        scattered = {
+            name: shape for shapes in siblings.values() for name, shape in shapes.items() if shape[0] != shape[1]
+        }
         networks = [network for network in _networks(scattered) if _has_plain_neurons(block, network)]
     return networks
 
@@ -92,7 +102,9 @@ def _networks(shapes: dict[str, tuple[int, int]]) -> Iterator[FeedForward]:
     """The feed-forward network that the shapes of some layers make, if they make one and nothing else."""
     for output, (d, f) in shapes.items():
         others = {name: shape for name, shape in shapes.items() if name != output}
-        gated = len(others) == 2  # then it is clear which is the output; of two alone it is the one that makes fewer of more
+        gated = (
+            len(others) == 2
+        )  # then it is clear which is the output; of two alone it is the one that makes fewer of more
         if f != d and (gated or (f > d and len(others) == 1)) and all(shape == (f, d) for shape in others.values()):
             yield FeedForward(tuple(others), output)
         elif f != d and list(others.values()) == [(2 * f, d)]:
@@ -104,7 +116,9 @@ def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
     parent = network.output.rpartition(".")[0]
     neurons = dense_shape(block.get_submodule(network.output))[1]
     beside = [module for name, module in block.named_modules() if name.startswith(parent) and not is_linear(module)]
-    return not any(parameter.shape == (neurons,) for module in beside for parameter in module.parameters(recurse=False))
+    return not any(
+        parameter.shape == (neurons,) for module in beside for parameter in module.parameters(recurse=False)
+    )
 
 
 def _routers(block: nn.Module) -> list[str]:
@@ -113,7 +127,9 @@ def _routers(block: nn.Module) -> list[str]:
     banks = {name: module for name, module in block.named_modules() if isinstance(module, ExpertBank)}
     experts |= {(name.partition(".")[0], len(bank)) for name, bank in banks.items()}
     shapes = {name: dense_shape(module) for name, module in _linears(block) if name.rsplit(".", 2)[0] not in banks}
-    return [name for name, (outputs, _) in shapes.items() if outputs == 1 or (name.partition(".")[0], outputs) in experts]
+    return [
+        name for name, (outputs, _) in shapes.items() if outputs == 1 or (name.partition(".")[0], outputs) in experts
+    ]
 
 
 def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
@@ -130,7 +146,11 @@ def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
 
 def fused_experts(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> dict[str, int]:
     """Weights of three dimensions in the blocks (fused mixture-of-experts weights), which are no linear layers: name → entries."""
-    return {f"{block_name}.{name}": parameter.numel() for block_name, block in blocks.items() for name, parameter in _expert_tensors(block)}
+    return {
+        f"{block_name}.{name}": parameter.numel()
+        for block_name, block in blocks.items()
+        for name, parameter in _expert_tensors(block)
+    }
 
 
 def _expert_tensors(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

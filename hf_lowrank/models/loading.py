@@ -39,7 +39,9 @@ def load_config(source: str) -> Any:
         raise CompressionError(f"{source}: cannot be opened as a model ({_first_line(error)})") from error
 
 
-def load_model(source: str, dtype: str = "auto", device: str = "cpu", offload_folder: Path | None = None) -> PreTrainedModel:
+def load_model(
+    source: str, dtype: str = "auto", device: str = "cpu", offload_folder: Path | None = None
+) -> PreTrainedModel:
     """A model, dense or compressed, of the class that its config names.
 
     Args:
@@ -55,7 +57,9 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu", offload_fo
     try:
         if offload_folder is not None:
             places = device_map(skeleton(config))
-            model = model_class.from_pretrained(source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)).eval()
+            model = model_class.from_pretrained(
+                source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)
+            ).eval()
             if any(offload_folder.iterdir()):
                 close_files(model)
             return model

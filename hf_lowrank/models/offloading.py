@@ -33,7 +33,9 @@ def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
     on_disk = tuple(places)
     for name, _ in itertools.chain(skeleton.named_parameters(remove_duplicate=False), skeleton.named_buffers()):
         around = itertools.accumulate(name.split("."), "{}.{}".format)
-        places.setdefault(next(each for each in around if not any(place.startswith(f"{each}.") for place in on_disk)), "cpu")
+        places.setdefault(
+            next(each for each in around if not any(place.startswith(f"{each}.") for place in on_disk)), "cpu"
+        )
     return places
 
 
@@ -61,10 +63,17 @@ class OffloadedBlocks:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        maps = (hook.weights_map for module in model.modules() for hook in _hooks(module) if hook.offload and hook.weights_map is not None)
+        maps = (
+            hook.weights_map
+            for module in model.modules()
+            for hook in _hooks(module)
+            if hook.offload and hook.weights_map is not None
+        )
         found: Any = next(maps, None)
         if found is None:
-            raise CompressionError(f"{type(model).__name__}: none of its weights are on disk; open it with a device_map that leaves them")
+            raise CompressionError(
+                f"{type(model).__name__}: none of its weights are on disk; open it with a device_map that leaves them"
+            )
         self.weights: Mapping[str, Tensor] = getattr(found, "dataset", found)
 
     def separate_experts(self, banks: Mapping[str, ExpertBank]) -> None:
@@ -72,7 +81,9 @@ class OffloadedBlocks:
         slices: dict[str, tuple[str, int]] = {}
         for name, bank in banks.items():
             _without_hooks(bank.fused)
-            slices |= {f"{name}.{weight}": (f"{name}.{fused}", index) for weight, (fused, index) in bank.slices().items()}
+            slices |= {
+                f"{name}.{weight}": (f"{name}.{fused}", index) for weight, (fused, index) in bank.slices().items()
+            }
         self.weights = _WithSlices(self.weights, slices)
         for weight in slices:
             layer = weight.rpartition(".")[0]
@@ -144,7 +155,10 @@ def every_weight(model: nn.Module, blocks: OffloadedBlocks | None) -> Iterable[t
     """All parameters and buffers by name, one at a time where they are on disk."""
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:
-            yield name, blocks.weights[name] if blocks is not None and tensor.device.type == "meta" else tensor.detach()
+            yield (
+                name,
+                blocks.weights[name] if blocks is not None and tensor.device.type == "meta" else tensor.detach(),
+            )
 
 
 class StoredWeights(dict[str, Tensor]):
@@ -174,12 +188,16 @@ class StoredWeights(dict[str, Tensor]):
 class OffloadedQuantizer(CompressionQuantizer):
     """That of a model whose finished blocks are on disk: saves read them from there."""
 
-    def __init__(self, quantization_config: CompressionConfig, blocks: OffloadedBlocks, files: dict[str, Path]) -> None:
+    def __init__(
+        self, quantization_config: CompressionConfig, blocks: OffloadedBlocks, files: dict[str, Path]
+    ) -> None:
         super().__init__(quantization_config, pre_quantized=True)
         self.blocks, self.files = blocks, files
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[StoredWeights, dict[str, str]]:
-        vars(model)["get_parameter"] = partial(_parameter_or_buffer, model)  # older transformers take all on meta for parameters
+        vars(model)["get_parameter"] = partial(
+            _parameter_or_buffer, model
+        )  # older transformers take all on meta for parameters
         return StoredWeights(model, self.blocks, self.files), {}
 
 

@@ -37,8 +37,12 @@ def inject(inject_adapter: Callable[[], Any], config: Any, model: nn.Module) -> 
     Raises:
         CompressionError: for adapters that work on the weight of a layer, if they are put on a compressed one.
     """
-    if Version(peft.__version__) < Version(TESTED.partition(" ")[0]) or not hasattr(peft.LoraConfig, "_register_custom_module"):
-        raise CompressionError(f"peft {peft.__version__}: adapters on compressed layers were tested with {TESTED}; install one of these")
+    if Version(peft.__version__) < Version(TESTED.partition(" ")[0]) or not hasattr(
+        peft.LoraConfig, "_register_custom_module"
+    ):
+        raise CompressionError(
+            f"peft {peft.__version__}: adapters on compressed layers were tested with {TESTED}; install one of these"
+        )
     if isinstance(config, peft.LoraConfig):
         config._register_custom_module({CompressedLinear: CompressedLoraLinear})
     kind = str(getattr(config.peft_type, "value", config.peft_type))

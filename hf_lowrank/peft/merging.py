@@ -29,7 +29,9 @@ class Addition:
     own_bias: bool
 
 
-def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | None = None, name: str = "layer") -> Addition:
+def add_lowrank(
+    layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | None = None, name: str = "layer"
+) -> Addition:
     """Let the layer compute y + B (A x) + bias from now on; its rank grows by exactly q.
 
     Args:
@@ -42,7 +44,9 @@ def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | No
             the layer or the adapter is offloaded. The layer is then as it was.
     """
     if any(tensor.is_meta for tensor in (a, b, *layer.parameters(recurse=False), *layer.buffers(recurse=False))):
-        raise CompressionError(f"{name}: is offloaded; open model and adapter without offloading (device_map='cpu') to merge them")
+        raise CompressionError(
+            f"{name}: is offloaded; open model and adapter without offloading (device_map='cpu') to merge them"
+        )
     rank, own_bias = a.shape[0], bias is not None and layer.bias is None
     joins = _has_room(layer, rank)
     spec = replace(layer.spec, rank=layer.spec.rank + rank, bias=layer.spec.bias or own_bias)
@@ -56,15 +60,21 @@ def add_lowrank(layer: CompressedLinear, a: Tensor, b: Tensor, bias: Tensor | No
     names = ("lowrank_a", "lowrank_b") if joins else ("adapter_a", "adapter_b")
     changed = dict(zip(names, balanced(a.detach().double(), b.detach().double()), strict=True))
     if bias is not None:
-        changed["bias"] = bias.detach().double() if layer.bias is None else layer.bias.detach().double() + bias.detach().double()
+        changed["bias"] = (
+            bias.detach().double() if layer.bias is None else layer.bias.detach().double() + bias.detach().double()
+        )
     rounded = {key: value.to(layer.weight.device, layer.dtype) for key, value in changed.items()}
     for key, value in rounded.items():
         if not bool(value.isfinite().all()):
-            raise NumericalError(f"{name}: the adapter's {key} is not finite in {layer.dtype}; train it with a lower learning rate")
+            raise NumericalError(
+                f"{name}: the adapter's {key} is not finite in {layer.dtype}; train it with a lower learning rate"
+            )
     addition = Addition(names, rank, None if own_bias or bias is None else layer.bias.detach(), own_bias)
     for key, dimension in zip(names, (0, 1), strict=True):
         before: Tensor | None = getattr(layer, key)
-        store(layer, key, rounded[key] if before is None else torch.cat([before.detach(), rounded[key]], dim=dimension))
+        store(
+            layer, key, rounded[key] if before is None else torch.cat([before.detach(), rounded[key]], dim=dimension)
+        )
     if bias is not None:
         store(layer, "bias", rounded["bias"])
     layer.spec = spec
@@ -81,7 +91,9 @@ def remove_lowrank(layer: CompressedLinear, addition: Addition) -> None:
     if addition.own_bias or addition.bias is not None:
         store(layer, "bias", addition.bias)
     beside = rank if addition.names[0] == "adapter_a" else 0
-    layer.spec = replace(spec, rank=spec.rank - rank, adapter_rank=spec.adapter_rank - beside, bias=spec.bias and not addition.own_bias)
+    layer.spec = replace(
+        spec, rank=spec.rank - rank, adapter_rank=spec.adapter_rank - beside, bias=spec.bias and not addition.own_bias
+    )
 
 
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +109,12 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _has_room(layer: CompressedLinear, rank: int) -> bool:
     """Whether the layer's own factors can take a product of that rank over the whole layer."""
     spec, shape = layer.spec, (layer.out_features, layer.in_features)
-    return spec.lowrank_shape(*shape) == shape and not spec.pivoted and not spec.lowrank_bits and spec.factor_rank + rank <= min(shape)
+    return (
+        spec.lowrank_shape(*shape) == shape
+        and not spec.pivoted
+        and not spec.lowrank_bits
+        and spec.factor_rank + rank <= min(shape)
+    )
 
 
 def store(layer: CompressedLinear, name: str, value: Tensor | None) -> None:

@@ -89,12 +89,16 @@ def _ranks_when_compressed(model: "PreTrainedModel") -> dict[str, int]:
     try:
         return {layer["name"]: int(layer["rank"]) for layer in report.get("layers", [])}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CompressionError(f"{file}: is damaged ({type(error).__name__}: {error}); give the rank (--rank)") from error
+        raise CompressionError(
+            f"{file}: is damaged ({type(error).__name__}: {error}); give the rank (--rank)"
+        ) from error
 
 
 def _target(name: str, ranks: Mapping[str, int]) -> int:
     if name not in ranks:
-        raise CompressionError(f"{name}: {REPORT_FILE} does not say its rank when it was compressed; give the rank (--rank)")
+        raise CompressionError(
+            f"{name}: {REPORT_FILE} does not say its rank when it was compressed; give the rank (--rank)"
+        )
     return ranks[name]
 
 
@@ -102,7 +106,9 @@ def check_truncation(layer: CompressedLinear, rank: int, name: str = "layer") ->
     """Raise CompressionError if a layer cannot be truncated to that rank."""
     spec = layer.spec
     if any(tensor.is_meta for tensor in layer.state_dict().values()):
-        raise CompressionError(f"{name}: is offloaded; open the model without offloading (device_map='cpu') to recompress it")
+        raise CompressionError(
+            f"{name}: is offloaded; open the model without offloading (device_map='cpu') to recompress it"
+        )
     if rank < 1:
         raise CompressionError(
             f"{name}: rank {rank} would take its low-rank part of rank {spec.rank} out, merged adapters and all; give a rank (--rank)"
@@ -146,7 +152,9 @@ def truncate_layer(layer: CompressedLinear, rank: int, name: str = "layer") -> T
     rounded = {key: value.to(layer.dtype) for key, value in changed.items()}
     for key, value in rounded.items():
         if not bool(value.isfinite().all()):
-            raise NumericalError(f"{name}: {key} would not be finite in {layer.dtype}; open the model in float32 (--dtype float32)")
+            raise NumericalError(
+                f"{name}: {key} would not be finite in {layer.dtype}; open the model in float32 (--dtype float32)"
+            )
     for key in ("weight", "lowrank_a", "lowrank_b", "adapter_a", "adapter_b"):
         if key in rounded or key.startswith("adapter"):
             store(layer, key, rounded.get(key))

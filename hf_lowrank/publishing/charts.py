@@ -65,13 +65,20 @@ class Chart:
         """The chart as an `<svg>` element; its ids begin with the name of the chart, and the same data give the same text."""
         stream = io.StringIO()
         with _svg_settings(self.name):
-            self.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+            self.figure.savefig(
+                stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+            )
         text = stream.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
         text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the font of the page
         text = re.sub(r"\s*\n\s*", " ", text)
-        text = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+        text = re.sub(
+            r'(<svg [^>]*?) width="[^"]*"',
+            r"\1",
+            re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", text, count=1),
+            count=1,
+        )
         text = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', text)
         text = re.sub(r"url\(#([^)]+)\)", rf"url(#{self.name}-\1)", text)
         text = re.sub(r'href="#([^"]+)"', rf'href="#{self.name}-\1"', text)
@@ -94,7 +101,9 @@ def spectra(name: str, lines: list[SpectrumLine]) -> str:
     chart.axes.set_yscale("log")
     chart.axes.yaxis.set_major_formatter("{x:g}")
     lowest = min(min(line.values) for line in lines)
-    chart.axes.set_ylim(bottom=0.8 * max(SMALLEST, min(lowest, 0.1)), top=1.25)  # a decade at least, so that there are two ticks
+    chart.axes.set_ylim(
+        bottom=0.8 * max(SMALLEST, min(lowest, 0.1)), top=1.25
+    )  # a decade at least, so that there are two ticks
     chart.axes.yaxis.set_minor_formatter("")
     chart.axes.set_xlim(-1, 101)
     chart.axes.xaxis.set_major_formatter("{x:.0f} %")
@@ -131,7 +140,13 @@ def training(name: str, curve: dict[str, list[float]], asked: float) -> str:
 def frontier_panel(name: str, results: dict[str, Any], text: int) -> str:
     """What each method loses at which size on one text of a comparison."""
     chart = Chart(name, width=5.2, height=3.8)
-    pareto.draw(chart.axes, results, text, [chart.color(f"var(--series-{i})") for i in range(SERIES)], chart.color("var(--ink)"))
+    pareto.draw(
+        chart.axes,
+        results,
+        text,
+        [chart.color(f"var(--series-{i})") for i in range(SERIES)],
+        chart.color("var(--ink)"),
+    )
     chart.label(chart.axes, chart.axes.get_xlabel(), chart.axes.get_ylabel())
     for annotation in chart.axes.texts:
         annotation.set(color=chart.color("var(--ink)"), fontsize=9)

@@ -90,7 +90,9 @@ def write_report(folder: Path, out: Path, comparison: Path | None = None) -> Non
     specs = resolve_layers(model, {name: LayerSpec.from_dict(name, spec) for name, spec in recipe["layers"].items()})
     weights = sum(8 * layer.bytes / layer.bits_per_weight for layer in found.layers)
     spectra, spectra_note = _spectra(folder, model, specs, grid, report)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(files("hf_lowrank").joinpath("data/report.html").read_text(encoding="utf-8"))
     curve = report.get("curve")
     page = template.render(
@@ -126,7 +128,9 @@ def _comparison(path: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         pareto.table(results)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CompressionError(f"{file}: is not what hf-lowrank compare writes ({error!r}); run compare again") from error
+        raise CompressionError(
+            f"{file}: is not what hf-lowrank compare writes ({error!r}); run compare again"
+        ) from error
     return results
 
 
@@ -161,9 +165,16 @@ def _headline(quality: list[dict[str, Any]]) -> dict[str, str] | None:
     if not quality:
         return None
     texts = {row["dataset"] for row in quality if row["metric"] == "kl_divergence"}
-    row = min(quality, key=lambda row: (row.get("dense") is None, row["dataset"] not in texts, row["metric"] != "perplexity"))
+    row = min(
+        quality, key=lambda row: (row.get("dense") is None, row["dataset"] not in texts, row["metric"] != "perplexity")
+    )
     dense = "" if row.get("dense") is None else f"dense {row['dense']:.4g}"
-    return {"metric": row["metric"].replace("_", " "), "dataset": row["dataset"], "value": f"{row['compressed']:.4g}", "dense": dense}
+    return {
+        "metric": row["metric"].replace("_", " "),
+        "dataset": row["dataset"],
+        "value": f"{row['compressed']:.4g}",
+        "dense": dense,
+    }
 
 
 def _by_dataset(quality: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -193,7 +204,11 @@ def _grid(found: Inspection, blocks: list[str]) -> Grid:
     lists = {block.rpartition(".")[0] for block in blocks}
     grid = Grid()
     for column, block in enumerate(blocks):
-        grid.blocks.append(block.rpartition(".")[2] if len(lists) == 1 else f"{block.partition('.')[0][:3]} {block.rpartition('.')[2]}")
+        grid.blocks.append(
+            block.rpartition(".")[2]
+            if len(lists) == 1
+            else f"{block.partition('.')[0][:3]} {block.rpartition('.')[2]}"
+        )
         for layer in found.layers:
             if layer.name.startswith(f"{block}."):
                 component = layer.name.removeprefix(f"{block}.")
@@ -219,17 +234,35 @@ def _heat_maps(grid: Grid, dense_bits: float) -> list[HeatMap]:
     top_bits = max(dense_bits, *(layer.bits_per_weight for layer in layers))
     bits = {id(layer): layer.bits_per_weight / top_bits for layer in layers}
     note = "Everything that is stored, masks, signs and scales too, divided by the entries of the dense layer."
-    maps.append(_heat_map(grid, "Bits per weight", note, "0", f"{top_bits:.3g}", bits, lambda layer: f"{layer.bits_per_weight:.1f}"))
+    maps.append(
+        _heat_map(
+            grid, "Bits per weight", note, "0", f"{top_bits:.3g}", bits, lambda layer: f"{layer.bits_per_weight:.1f}"
+        )
+    )
     errors = [layer.relative_error for layer in layers if layer.relative_error is not None]
     if errors:
         worst = max(errors) or 1.0
         lost = {id(layer): None if layer.relative_error is None else layer.relative_error / worst for layer in layers}
-        note = "What the layer's output is off by on the calibration text, relative to its size, when it was compressed."
-        maps.append(_heat_map(grid, "Relative error", note, "0", f"{worst:.2g}", lost, lambda layer: f"{layer.relative_error:.2f}"[-3:]))
+        note = (
+            "What the layer's output is off by on the calibration text, relative to its size, when it was compressed."
+        )
+        maps.append(
+            _heat_map(
+                grid,
+                "Relative error",
+                note,
+                "0",
+                f"{worst:.2g}",
+                lost,
+                lambda layer: f"{layer.relative_error:.2f}"[-3:],
+            )
+        )
     return maps
 
 
-def _heat_map(grid: Grid, title: str, note: str, low: str, high: str, shades: Mapping[int, float | None], text: Any) -> HeatMap:
+def _heat_map(
+    grid: Grid, title: str, note: str, low: str, high: str, shades: Mapping[int, float | None], text: Any
+) -> HeatMap:
     rows = []
     for component in grid.components:
         cells = []
@@ -257,10 +290,14 @@ def _about(layer: StoredLayer) -> str:
         return f"{layer.name}: {layer.reason}"
     error = "" if layer.relative_error is None else f", error {layer.relative_error:.4f}"
     binary = f", binary rank {layer.binary_rank}" if layer.binary_rank else ""
-    return f"{layer.name}: rank {layer.rank}{binary}, {layer.density:.1%} kept, {layer.bits_per_weight:.2f} bits{error}"
+    return (
+        f"{layer.name}: rank {layer.rank}{binary}, {layer.density:.1%} kept, {layer.bits_per_weight:.2f} bits{error}"
+    )
 
 
-def _spectra(folder: Path, model: Any, specs: dict[str, LayerSpec], grid: Grid, report: dict[str, Any]) -> tuple[list[Any], str]:
+def _spectra(
+    folder: Path, model: Any, specs: dict[str, LayerSpec], grid: Grid, report: dict[str, Any]
+) -> tuple[list[Any], str]:
     """One chart per component, and what they show: the dense layers as the method measured them, or else the stored ones."""
     spectra = {layer["name"]: layer["spectrum"] for layer in report.get("layers", []) if layer.get("spectrum")}
     last = max(len(grid.blocks) - 1, 1)

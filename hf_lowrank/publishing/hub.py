@@ -41,7 +41,15 @@ def push_folder(
     card = folder / CARD_FILE
     if not card.is_file() or card.read_text(encoding="utf-8") == str(make_card(folder)):
         write_model_card(folder, name=repo_id)
-    return upload(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr)
+    return upload(
+        folder,
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+    )
 
 
 def upload(
@@ -95,5 +103,7 @@ def check_complete(folder: Path) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, so trust_remote_code=True would fail; {_SAVE}")
     if not (folder / "tokenizer_config.json").is_file():
-        logger.warning("%s: no tokenizer; save it there too (tokenizer.save_pretrained), or users must find it themselves", folder)
+        logger.warning(
+            "%s: no tokenizer; save it there too (tokenizer.save_pretrained), or users must find it themselves", folder
+        )
     read_headers(weight_files(str(folder)))

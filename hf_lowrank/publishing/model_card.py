@@ -135,7 +135,9 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
     pipeline_tag, processor = TASKS.get(auto_class, (None, "AutoProcessor"))
     base = provenance.get("base_model", "")
     on_hub = is_hub_id(base)
-    base_text = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "the dense model"
+    base_text = (
+        f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`" if base else "the dense model"
+    )
     calibration = DATASETS.get(recipe["calibration"], {}).get("path")
     results = _eval_results(report.get("quality", []), pipeline_tag)
     data = ModelCardData(
@@ -145,7 +147,12 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
         pipeline_tag=pipeline_tag,
         license=report.get("license"),
         datasets=[calibration] if calibration else None,
-        tags=["hf_lowrank", recipe["method"], "compressed", *(tag for tag, has in TAGS.items() if any(map(has, layers.values())))],
+        tags=[
+            "hf_lowrank",
+            recipe["method"],
+            "compressed",
+            *(tag for tag, has in TAGS.items() if any(map(has, layers.values()))),
+        ],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -172,7 +179,10 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
 def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
     """What a card shows of the evaluation on one text (`evaluation.perplexity.Evaluation`, as a dictionary)."""
     text = evaluation["text"]
-    about: Quality = {"dataset": text_name(text), "settings": f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens"}
+    about: Quality = {
+        "dataset": text_name(text),
+        "settings": f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens",
+    }
     if text in DATASETS:
         about |= {"dataset": text, "dataset_id": DATASETS[text]["path"], "split": "test"}
     if evaluation["stride"] < evaluation["window"]:
@@ -192,7 +202,11 @@ def task_quality(result: dict[str, Any]) -> list[Quality]:
         "settings": f"{result['shots']}-shot, {result['items']:,} items, lm-eval {result['lm_eval']}",
     }
     if result["dataset"] is not None:
-        on_hub: Quality = {"dataset_id": result["dataset"], "dataset_config": result["config"] or "default", "split": result["split"]}
+        on_hub: Quality = {
+            "dataset_id": result["dataset"],
+            "dataset_config": result["config"] or "default",
+            "split": result["split"],
+        }
         about |= on_hub
     rows: list[Quality] = []
     for metric, value in result["metrics"].items():
@@ -210,10 +224,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give the folder that save_pretrained or hf-lowrank compress wrote")
+        raise CheckpointError(
+            f"{path}: no such file; give the folder that save_pretrained or hf-lowrank compress wrote"
+        )
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not config.get("quantization_config", {}).get("layers"):
-        raise CheckpointError(f"{path}: no quantization_config.layers, so the model is dense; compress it first (hf-lowrank compress)")
+        raise CheckpointError(
+            f"{path}: no quantization_config.layers, so the model is dense; compress it first (hf-lowrank compress)"
+        )
     return config
 
 
@@ -264,7 +282,9 @@ def _method(name: str) -> str:
 
 
 def _recipe(recipe: dict[str, Any], inspection: dict[str, Any]) -> str:
-    counted = {"bits": "everything that is stored", "paper": "everything but mask bits, as papers count"}[recipe["accounting"]]
+    counted = {"bits": "everything that is stored", "paper": "everything but mask bits, as papers count"}[
+        recipe["accounting"]
+    ]
     text = recipe["calibration"]
     calibration = "text sampled from the model itself" if text == "self" else text_name(text)
     tokens = recipe.get("provenance", {}).get("calibration_tokens")
@@ -272,8 +292,14 @@ def _recipe(recipe: dict[str, Any], inspection: dict[str, Any]) -> str:
     rows = [
         ["method", _method(recipe["method"])],
         ["options", ", ".join(f"{name} {value}" for name, value in sorted(recipe["options"].items())) or "none"],
-        ["removed, asked for", f"{recipe['ratio']:.2%} of the bits of the linear layers of the blocks, counting {counted}"],
-        ["removed, reached", f"{inspection['ratio_stored']:.2%} ({inspection['ratio_paper']:.2%} without counting masks)"],
+        [
+            "removed, asked for",
+            f"{recipe['ratio']:.2%} of the bits of the linear layers of the blocks, counting {counted}",
+        ],
+        [
+            "removed, reached",
+            f"{inspection['ratio_stored']:.2%} ({inspection['ratio_paper']:.2%} without counting masks)",
+        ],
         ["calibration", f"{calibration}, {f'{tokens:,} tokens, ' if tokens else ''}seed {recipe['seed']}"],
         ["compressed layers", str(len(recipe["layers"]))],
         ["linear layers left dense", "; ".join(f"{count} ({reason})" for reason, count in left.items()) or "none"],
@@ -291,9 +317,20 @@ def _components(layers: list[dict[str, Any]]) -> str:
     for component, group in groups.items():
         sparse = ", ".join(sorted({layer["sparse"] for layer in group}))
         forms = {"density": ".1%", "rank": "", "binary_rank": "", "bits_per_weight": ".2f", "relative_error": ".3f"}
-        ranges = [_range((layer[name] for layer in group if layer[name] is not None), form) for name, form in forms.items()]
+        ranges = [
+            _range((layer[name] for layer in group if layer[name] is not None), form) for name, form in forms.items()
+        ]
         rows.append([f"`{component}`", str(len(group)), sparse, *ranges])
-    header = ["layers", "number", "sparse part", "values kept", "rank", "binary rank", "bits per weight", "relative error when compressed"]
+    header = [
+        "layers",
+        "number",
+        "sparse part",
+        "values kept",
+        "rank",
+        "binary rank",
+        "bits per weight",
+        "relative error when compressed",
+    ]
     return _table(header, rows)
 
 
@@ -320,14 +357,19 @@ def _quality(measured: list[Quality]) -> str:
         dense, compressed = quality.get("dense"), quality["compressed"]
         difference = "" if dense is None else f"{compressed - dense:+.3g}"
         where = quality["dataset"] + (f", {quality['settings']}" if quality.get("settings") else "")
-        rows.append([quality["metric"], where, "" if dense is None else f"{dense:.4g}", f"{compressed:.4g}", difference])
+        rows.append(
+            [quality["metric"], where, "" if dense is None else f"{dense:.4g}", f"{compressed:.4g}", difference]
+        )
     return _table(["metric", "on", "dense", "this model", "difference"], rows)
 
 
 def _speed(measured: list[Speed]) -> str:
     if not measured:
         return NOT_MEASURED
-    rows = [[s["what"], s["device"], f"{s['dense']:.4g} {s['unit']}", f"{s['compressed']:.4g} {s['unit']}"] for s in measured]
+    rows = [
+        [s["what"], s["device"], f"{s['dense']:.4g} {s['unit']}", f"{s['compressed']:.4g} {s['unit']}"]
+        for s in measured
+    ]
     return _table(["", "device", "dense", "this model"], rows)
 
 
@@ -341,7 +383,9 @@ def _origin(report: dict[str, Any], provenance: dict[str, Any]) -> str:
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
 
 
 def _range(values: Iterable[float], form: str = "") -> str:

@@ -19,7 +19,9 @@ SPARSE_LAYOUTS = ("none", "rows", "columns", "bitmask", "full")
 KINDS = ("sparse_lowrank", "sparse_lowrank_binary")
 LARGEST_GROUP = 2**31 - 1
 """Of values that share a scale, in rows that may be shorter; kernels count in 64 bits."""
-OPTIONAL_FIELDS = frozenset({"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank"})
+OPTIONAL_FIELDS = frozenset(
+    {"bias", "pivoted", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank"}
+)
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,31 @@ class LayerSpec:
     """What one compressed layer stores; enough, with the shape of the dense layer, to build its skeleton."""
 
     kind: str = field(default="sparse_lowrank", metadata={"help": f"one of {', '.join(KINDS)}"})
-    sparse: str = field(default="none", metadata={"help": f"layout of the sparse part: one of {', '.join(SPARSE_LAYOUTS)}"})
-    kept: int = field(default=0, metadata={"help": "kept rows, kept columns, or kept values per row, according to the layout"})
+    sparse: str = field(
+        default="none", metadata={"help": f"layout of the sparse part: one of {', '.join(SPARSE_LAYOUTS)}"}
+    )
+    kept: int = field(
+        default=0, metadata={"help": "kept rows, kept columns, or kept values per row, according to the layout"}
+    )
     rank: int = field(default=0, metadata={"help": "rank of the low-rank part"})
     binary_rank: int = field(default=0, metadata={"help": "rank of the magnitudes of the binary part"})
     bias: bool = field(default=False, metadata={"help": "whether the layer stores a bias"})
-    pivoted: bool = field(default=False, metadata={"help": "whether the left factor is stored without its identity block"})
-    weight_bits: int = field(default=0, metadata={"help": "bits of a quantised value of the sparse part; 0: in the checkpoint's dtype"})
+    pivoted: bool = field(
+        default=False, metadata={"help": "whether the left factor is stored without its identity block"}
+    )
+    weight_bits: int = field(
+        default=0, metadata={"help": "bits of a quantised value of the sparse part; 0: in the checkpoint's dtype"}
+    )
     weight_group: int = field(default=0, metadata={"help": "quantised values of the sparse part that share a scale"})
-    lowrank_bits: int = field(default=0, metadata={"help": "bits of a quantised value of both factors; 0: in the checkpoint's dtype"})
+    lowrank_bits: int = field(
+        default=0, metadata={"help": "bits of a quantised value of both factors; 0: in the checkpoint's dtype"}
+    )
     lowrank_group: int = field(default=0, metadata={"help": "quantised values of a factor that share a scale"})
     adapter_rank: int = field(
-        default=0, metadata={"help": "how much of the rank merged adapters hold in plain factors of their own, over the whole layer"}
+        default=0,
+        metadata={
+            "help": "how much of the rank merged adapters hold in plain factors of their own, over the whole layer"
+        },
     )
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -101,7 +116,13 @@ class LayerSpec:
         Raises:
             CheckpointError: naming the layer, the field, what was found and what was expected.
         """
-        limits = {"none": 0, "rows": out_features - 1, "columns": in_features - 1, "bitmask": in_features - 1, "full": 0}
+        limits = {
+            "none": 0,
+            "rows": out_features - 1,
+            "columns": in_features - 1,
+            "bitmask": in_features - 1,
+            "full": 0,
+        }
         if self.kind not in KINDS:
             raise _bad_field(layer, "kind", self.kind, f"one of {', '.join(KINDS)}")
         if self.sparse not in SPARSE_LAYOUTS:
@@ -110,26 +131,49 @@ class LayerSpec:
             if not isinstance(getattr(self, name), bool):
                 raise _bad_field(layer, name, getattr(self, name), "true or false")
         smaller_side = min(out_features, in_features)
-        for name, limit in (("kept", limits[self.sparse]), ("adapter_rank", out_features + in_features), ("binary_rank", smaller_side)):
+        for name, limit in (
+            ("kept", limits[self.sparse]),
+            ("adapter_rank", out_features + in_features),
+            ("binary_rank", smaller_side),
+        ):
             self._validate_count(layer, name, 0, limit, out_features, in_features)
-        self._validate_count(layer, "rank", self.adapter_rank, self.adapter_rank + smaller_side, out_features, in_features)
+        self._validate_count(
+            layer, "rank", self.adapter_rank, self.adapter_rank + smaller_side, out_features, in_features
+        )
         if (self.kind == "sparse_lowrank_binary") != (self.binary_rank > 0):
             raise _bad_field(
-                layer, "binary_rank", self.binary_rank, f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}"
+                layer,
+                "binary_rank",
+                self.binary_rank,
+                f"{'at least 1' if self.kind.endswith('binary') else '0'} for {self.kind}",
             )
         covered = self.lowrank_shape(out_features, in_features)
         if self.pivoted and not 1 <= self.factor_rank <= min(covered):
             least, most = 1 + self.adapter_rank, min(covered) + self.adapter_rank
-            raise _bad_field(layer, "rank", self.rank, f"{least} to {most} for a pivoted low-rank part of {covered[0]} × {covered[1]}")
+            raise _bad_field(
+                layer,
+                "rank",
+                self.rank,
+                f"{least} to {most} for a pivoted low-rank part of {covered[0]} × {covered[1]}",
+            )
         self._validate_bits(layer, "weight", self.sparse != "none")
         self._validate_bits(layer, "lowrank", self.factor_rank > 0)
         if self.sparse == "full" and not self.weight_bits:
-            raise _bad_field(layer, "weight_bits", self.weight_bits, "at least 2 for the full layout; an nn.Linear stores plain values")
+            raise _bad_field(
+                layer,
+                "weight_bits",
+                self.weight_bits,
+                "at least 2 for the full layout; an nn.Linear stores plain values",
+            )
 
-    def _validate_count(self, layer: str, name: str, least: int, most: int, out_features: int, in_features: int) -> None:
+    def _validate_count(
+        self, layer: str, name: str, least: int, most: int, out_features: int, in_features: int
+    ) -> None:
         value = getattr(self, name)
         if type(value) is not int or not least <= value <= most:
-            raise _bad_field(layer, name, value, f"an integer from {least} to {most} in a {out_features} × {in_features} layer")
+            raise _bad_field(
+                layer, name, value, f"an integer from {least} to {most} in a {out_features} × {in_features} layer"
+            )
 
     def _validate_bits(self, layer: str, part: str, stored: bool) -> None:
         bits, group = getattr(self, f"{part}_bits"), getattr(self, f"{part}_group")
@@ -138,7 +182,9 @@ class LayerSpec:
             expected = f"one of {', '.join(map(str, allowed))}" if stored else "0 without that part"
             raise _bad_field(layer, f"{part}_bits", bits, expected)
         if type(group) is not int or not (1 <= group <= LARGEST_GROUP if bits else group == 0):
-            raise _bad_field(layer, f"{part}_group", group, f"1 to {LARGEST_GROUP}" if bits else f"0 without {part}_bits")
+            raise _bad_field(
+                layer, f"{part}_group", group, f"1 to {LARGEST_GROUP}" if bits else f"0 without {part}_bits"
+            )
 
     @classmethod
     def from_dict(cls, layer: str, values: Any) -> "LayerSpec":
@@ -149,7 +195,10 @@ class LayerSpec:
         for name in values:
             if name not in known:
                 raise _bad_field(
-                    layer, str(name), values[name], f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it"
+                    layer,
+                    str(name),
+                    values[name],
+                    f"only the fields {', '.join(sorted(known))}; a newer hf_lowrank may know it",
                 )
         for name in known - OPTIONAL_FIELDS:
             if name not in values:
@@ -176,11 +225,18 @@ class CompressionConfig(QuantizationConfigMixin):
     """
 
     method: str = field(default="slab", metadata={"help": "compression method; `hf-lowrank methods` lists all"})
-    ratio: float = field(default=0.5, metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the method, by name; defaults are the paper's"})
+    ratio: float = field(
+        default=0.5,
+        metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"},
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the method, by name; defaults are the paper's"}
+    )
     calibration: str = field(
         default="self",
-        metadata={"help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts"},
+        metadata={
+            "help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts"
+        },
     )
     samples: int = field(default=128, metadata={"help": "number of calibration sequences"})
     sequence_length: int | None = field(
@@ -188,9 +244,12 @@ class CompressionConfig(QuantizationConfigMixin):
     )
     seed: int = field(default=0, metadata={"help": "seed of everything random: same seed, same bytes"})
     refinement_steps: int = field(
-        default=0, metadata={"help": "training steps per block, after compression, towards the dense block's output; 0: none"}
+        default=0,
+        metadata={"help": "training steps per block, after compression, towards the dense block's output; 0: none"},
     )
-    accounting: str = field(default="bits", metadata={"help": "'bits' counts everything stored; 'paper' leaves bitmask bits out"})
+    accounting: str = field(
+        default="bits", metadata={"help": "'bits' counts everything stored; 'paper' leaves bitmask bits out"}
+    )
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
     )
@@ -199,20 +258,27 @@ class CompressionConfig(QuantizationConfigMixin):
     )
     checksums: dict[str, str] = field(
         default_factory=dict,
-        metadata={"help": "recorded when saving: sha256 of the files, compared by from_pretrained (weights) and `hf-lowrank verify`"},
+        metadata={
+            "help": "recorded when saving: sha256 of the files, compared by from_pretrained (weights) and `hf-lowrank verify`"
+        },
     )
     experts: list[str] = field(
-        default_factory=list, metadata={"help": "recorded by compress(): modules of fused experts that are stored expert by expert"}
+        default_factory=list,
+        metadata={"help": "recorded by compress(): modules of fused experts that are stored expert by expert"},
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "version of the checkpoint format"})
-    layers: dict[str, LayerSpec] = field(default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"})
+    layers: dict[str, LayerSpec] = field(
+        default_factory=dict, metadata={"help": "what each compressed layer stores, by module name"}
+    )
     quant_method: str = field(  # type: ignore[assignment]  # transformers types it as its own enumeration
         default=QUANT_METHOD, init=False, metadata={"help": "the name under which transformers finds the plugin"}
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
-            raise CompressionError(f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove")
+            raise CompressionError(
+                f"ratio: found {self.ratio!r}, expected a number between 0 and 1, the fraction of stored bits to remove"
+            )
         for name, least in (("samples", 1), ("sequence_length", 1), ("seed", 0), ("refinement_steps", 0)):
             value = getattr(self, name)
             if name == "sequence_length" and value is None:
@@ -228,7 +294,9 @@ class CompressionConfig(QuantizationConfigMixin):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
         names = self.modules_to_not_convert
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise CompressionError(f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns")
+            raise CompressionError(
+                f"modules_to_not_convert: found {names!r}, expected a list of layer names or patterns"
+            )
         if not isinstance(self.experts, list) or not all(isinstance(name, str) for name in self.experts):
             raise CompressionError(f"experts: found {self.experts!r}, expected a list of module names")
         if not all(isinstance(text, str) for item in self.checksums.items() for text in item):
@@ -244,14 +312,18 @@ class CompressionConfig(QuantizationConfigMixin):
             CheckpointError: for an unknown field, a newer format, or a layer that cannot be.
         """
         values = copy.deepcopy(config_dict)
-        version = values.get("format_version", None if values.get("layers") else FORMAT_VERSION)  # a recipe that a user wrote has none
+        version = values.get(
+            "format_version", None if values.get("layers") else FORMAT_VERSION
+        )  # a recipe that a user wrote has none
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json: quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
                 "a newer checkpoint needs a newer hf_lowrank (pip install -U hf_lowrank)"
             )
         if values.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
-            raise CheckpointError(f"quantization_config.quant_method: found {config_dict['quant_method']!r}, expected {QUANT_METHOD!r}")
+            raise CheckpointError(
+                f"quantization_config.quant_method: found {config_dict['quant_method']!r}, expected {QUANT_METHOD!r}"
+            )
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for name in values:
             if name not in known:
@@ -260,7 +332,9 @@ class CompressionConfig(QuantizationConfigMixin):
                 )
         layers = values.pop("layers", {})
         if not isinstance(layers, dict):
-            raise CheckpointError(f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name")
+            raise CheckpointError(
+                f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name"
+            )
         try:
             config = cls(**values, layers={name: LayerSpec.from_dict(name, spec) for name, spec in layers.items()})
         except CheckpointError:
@@ -278,7 +352,11 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values."""
-        values = {field.name: copy.deepcopy(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "layers"}
+        values = {
+            field.name: copy.deepcopy(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "layers"
+        }
         return values | {"layers": {name: spec.to_dict() for name, spec in self.layers.items()}}
 
 
@@ -287,8 +365,13 @@ def _values(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[st
     if not bits:
         return {name: (shape, "float")}
     rows, columns = shape
-    return {name: (packed_shape(rows, columns, bits), "uint8"), f"{name}_scale": ((rows, -(-columns // group)), "float")}
+    return {
+        name: (packed_shape(rows, columns, bits), "uint8"),
+        f"{name}_scale": ((rows, -(-columns // group)), "float"),
+    }
 
 
 def _bad_field(layer: str, name: str, found: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"{layer}: {name} is {found!r}, expected {expected}; the config is damaged or was made for another model")
+    return CheckpointError(
+        f"{layer}: {name} is {found!r}, expected {expected}; the config is damaged or was made for another model"
+    )

@@ -11,7 +11,9 @@ from .errors import CheckpointError
 SCALES = ("scale_in", "scale_out", "weight_scale", "lowrank_a_scale", "lowrank_b_scale")
 
 
-def validate_contents(layer: str, spec: LayerSpec, out_features: int, in_features: int, tensors: Mapping[str, Tensor | None]) -> None:
+def validate_contents(
+    layer: str, spec: LayerSpec, out_features: int, in_features: int, tensors: Mapping[str, Tensor | None]
+) -> None:
     """Check masks, pivots, padding bits and scales of one layer; tensors on the meta device are left out.
 
     Args:
@@ -48,7 +50,9 @@ def validate_finite(name: str, tensor: Tensor) -> None:
         return
     least, most = (float(bound) for bound in torch.aminmax(tensor.detach()))
     if not (abs(least) < float("inf") and abs(most) < float("inf")):  # false for NaN, which both bounds then are
-        raise CheckpointError(f"{name}: has entries that are not finite (from {least} to {most}); the file is damaged, download it again")
+        raise CheckpointError(
+            f"{name}: has entries that are not finite (from {least} to {most}); the file is damaged, download it again"
+        )
 
 
 def _check_counts(name: str, bitmap: Tensor, expected: int) -> None:

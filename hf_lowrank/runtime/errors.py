@@ -25,5 +25,6 @@ def one_line(text: str) -> str:
         half = LONGEST_MESSAGE // 2
         text = f"{text[:half]} … {text[-half:]}"
     return "".join(
-        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode() for letter in text
+        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
+        for letter in text
     )

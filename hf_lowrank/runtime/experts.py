@@ -51,7 +51,10 @@ class ExpertBank(nn.ModuleList):
         gate_up, down = (fused.get_parameter(name) for name in names)
         for index in range(len(gate_up)):
             self.append(Expert(_linear(gate_up, index), _linear(down, index), activation))
-        empty = {name: nn.Parameter(p.detach().to("meta"), p.requires_grad) for name, p in zip(names, (gate_up, down), strict=True)}
+        empty = {
+            name: nn.Parameter(p.detach().to("meta"), p.requires_grad)
+            for name, p in zip(names, (gate_up, down), strict=True)
+        }
         vars(self)["fused"] = _with_parameters(fused, empty)  # not a child: its tensors are no part of the model
         self.train(fused.training)
 
@@ -80,7 +83,10 @@ class ExpertBank(nn.ModuleList):
     def fuse(self) -> nn.Module:
         """The fused module with the weights of the bank, all layers of which are dense."""
         layers = [[getattr(expert, part).weight for expert in self] for part in ("gate_up", "down")]
-        stacked = (nn.Parameter(torch.stack([w.detach() for w in each]), any(w.requires_grad for w in each)) for each in layers)
+        stacked = (
+            nn.Parameter(torch.stack([w.detach() for w in each]), any(w.requires_grad for w in each))
+            for each in layers
+        )
         return _with_parameters(self.fused, dict(zip(self.names, stacked, strict=True))).train(self.training)
 
 
@@ -98,8 +104,12 @@ def is_fused_experts(module: nn.Module | None) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu") - 0.5
 
-    small = _with_parameters(module, dict(zip(names, map(nn.Parameter, (random(experts, 2 * f, d), random(experts, d, f))), strict=True)))
-    scales = torch.logspace(-2, 3, tokens, dtype=torch.float64, device="cpu")[:, None]  # clamps show only where numbers are large
+    small = _with_parameters(
+        module, dict(zip(names, map(nn.Parameter, (random(experts, 2 * f, d), random(experts, d, f))), strict=True))
+    )
+    scales = torch.logspace(-2, 3, tokens, dtype=torch.float64, device="cpu")[
+        :, None
+    ]  # clamps show only where numbers are large
     inputs = random(tokens, d) * scales, random(tokens, experts).argsort(dim=1)[:, :2], random(tokens, min(experts, 2))
     try:
         with torch.no_grad():
@@ -114,7 +124,12 @@ def _projections(module: nn.Module) -> tuple[str, str] | None:
     """Names of the two parameters of fused experts, that of gate and up first; None for other modules."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     children = list(module.children())
-    if len(shapes) != 2 or len(children) != 1 or any(len(shape) != 3 for shape in shapes.values()) or any(module.buffers()):
+    if (
+        len(shapes) != 2
+        or len(children) != 1
+        or any(len(shape) != 3 for shape in shapes.values())
+        or any(module.buffers())
+    ):
         return None
     for gate_up, down in (tuple(shapes), tuple(shapes)[::-1]):
         experts, f, d = shapes[gate_up][0], shapes[gate_up][1] // 2, shapes[gate_up][2]
@@ -127,7 +142,9 @@ def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> 
     """A copy of a module with other parameters, which shares all else."""
     shared = {id(value): value for value in vars(module).values() if not isinstance(value, dict | set)}
     shared |= {id(child): child for child in module.children()}
-    return copy.deepcopy(module, shared | {id(module.get_parameter(name)): parameter for name, parameter in parameters.items()})
+    return copy.deepcopy(
+        module, shared | {id(module.get_parameter(name)): parameter for name, parameter in parameters.items()}
+    )
 
 
 def _linear(weights: nn.Parameter, index: int) -> nn.Linear:

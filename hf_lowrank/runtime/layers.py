@@ -23,7 +23,16 @@ VALUES = ("weight", "lowrank_a", "lowrank_b")
 """What may be quantised: then a buffer of packed codes, beside the parameter `<name>_scale`."""
 FLOATS = ("adapter_a", "adapter_b", "scale_in", "scale_out", "bias")
 BITMAPS = ("weight_mask", "lowrank_pivots", "sign_bits")
-EXTRA_FIELDS = ("rank", "pivoted", "binary_rank", "weight_bits", "weight_group", "lowrank_bits", "lowrank_group", "adapter_rank")
+EXTRA_FIELDS = (
+    "rank",
+    "pivoted",
+    "binary_rank",
+    "weight_bits",
+    "weight_group",
+    "lowrank_bits",
+    "lowrank_group",
+    "adapter_rank",
+)
 
 
 class CompressedLinear(nn.Linear):
@@ -53,19 +62,32 @@ class CompressedLinear(nn.Linear):
     lowrank_pivots: Tensor
     sign_bits: Tensor
 
-    def __init__(self, in_features: int, out_features: int, spec: LayerSpec, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: LayerSpec,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         spec.validate(type(self).__name__, out_features, in_features)
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         stored = spec.tensors(out_features, in_features)
         for name in (*VALUES, *(f"{name}_scale" for name in VALUES), *FLOATS, *BITMAPS):
             shape, kind = stored.get(name, (None, "uint8" if name in BITMAPS else "float"))
-            if kind == "float" and shape == (0,):  # no sparse part: nothing to train, and a parameter without a gradient stops DDP
+            if kind == "float" and shape == (
+                0,
+            ):  # no sparse part: nothing to train, and a parameter without a gradient stops DDP
                 self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
             elif kind == "float":
-                self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                self.register_parameter(
+                    name, None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                )
             else:
-                self.register_buffer(name, None if shape is None else torch.empty(shape, device=device, dtype=torch.uint8))
+                self.register_buffer(
+                    name, None if shape is None else torch.empty(shape, device=device, dtype=torch.uint8)
+                )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,7 +95,11 @@ class CompressedLinear(nn.Linear):
         bound = 1 / math.sqrt(max(self.in_features, 1))
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
-        for name, bits in (("weight", self.spec.weight_bits), ("lowrank_a", self.spec.lowrank_bits), ("lowrank_b", self.spec.lowrank_bits)):
+        for name, bits in (
+            ("weight", self.spec.weight_bits),
+            ("lowrank_a", self.spec.lowrank_bits),
+            ("lowrank_b", self.spec.lowrank_bits),
+        ):
             if bits and getattr(self, name) is not None:
                 getattr(self, name).zero_()
                 getattr(self, f"{name}_scale").data /= 2 ** (bits - 1)
@@ -137,7 +163,10 @@ class CompressedLinear(nn.Linear):
         """The tensors of these names without the search of `nn.Module`, which takes 4 µs a name where the caches have forgotten it."""
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
-        return [parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name) for name in names]
+        return [
+            parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(self, name)
+            for name in names
+        ]
 
     def stored_bits(self, accounting: str = "bits") -> int:
         """Bits that the layer takes in a checkpoint of its dtype."""
@@ -149,7 +178,11 @@ class CompressedLinear(nn.Linear):
         if spec.sparse == "full":
             parts.append("sparse=full")
         elif spec.sparse != "none":
-            of = {"rows": f"{self.out_features} rows", "columns": f"{self.in_features} columns", "bitmask": f"{self.in_features} per row"}
+            of = {
+                "rows": f"{self.out_features} rows",
+                "columns": f"{self.in_features} columns",
+                "bitmask": f"{self.in_features} per row",
+            }
             parts.append(f"sparse={spec.sparse}({spec.kept} of {of[spec.sparse]})")
         parts += [f"{name}={getattr(spec, name)}" for name in EXTRA_FIELDS if getattr(spec, name)]
         bits = self.stored_bits() / max(self.in_features * self.out_features, 1)
@@ -235,7 +268,9 @@ class SparseLowRankLinear(CompressedLinear):
         nonzero = weight != 0
         kept = int(nonzero.sum(dim=1).max())
         if kept >= weight.shape[1]:
-            raise CompressionError(f"a row of the {tuple(weight.shape)} matrix has no zero entry; keep it as a dense nn.Linear")
+            raise CompressionError(
+                f"a row of the {tuple(weight.shape)} matrix has no zero entry; keep it as a dense nn.Linear"
+            )
         order = nonzero.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         mask = torch.zeros_like(nonzero).scatter_(1, order[:, :kept], True)
         return cls.from_parts(weight.shape[1], weight.shape[0], sparse="bitmask", weight=weight, mask=mask, bias=bias)
@@ -273,7 +308,9 @@ class SparseLowRankLinear(CompressedLinear):
             if isinstance(weight, Quantized):
                 expected = pack_values(mask, mask).shape
                 if weight.shape != expected:
-                    raise CompressionError(f"{tuple(weight.shape)} quantised values for a mask that keeps {tuple(expected)}")
+                    raise CompressionError(
+                        f"{tuple(weight.shape)} quantised values for a mask that keeps {tuple(expected)}"
+                    )
             else:
                 values = pack_values(weight, mask)
         parts = {"weight": values, "lowrank_a": lowrank_a, "lowrank_b": lowrank_b}
@@ -283,7 +320,9 @@ class SparseLowRankLinear(CompressedLinear):
         weight_bits, weight_group = _form_of(values)
         lowrank_bits, lowrank_group = _form_of(lowrank_a)
         if _form_of(lowrank_b) != (lowrank_bits, lowrank_group):
-            raise CompressionError("both factors of a low-rank part must be quantised alike, with the same bits and the same group")
+            raise CompressionError(
+                "both factors of a low-rank part must be quantised alike, with the same bits and the same group"
+            )
         reference = next(part for part in parts.values() if part is not None)
         form: dict[str, Any] = {
             "pivoted": pivots is not None,
@@ -298,7 +337,9 @@ class SparseLowRankLinear(CompressedLinear):
         if scale_in is None:
             layer = SparseLowRankLinear(in_features, out_features, sparse, kept, rank, bias is not None, **form)
         else:
-            layer = SparseLowRankBinaryLinear(in_features, out_features, sparse, kept, rank, scale_in.shape[0], bias is not None, **form)
+            layer = SparseLowRankBinaryLinear(
+                in_features, out_features, sparse, kept, rank, scale_in.shape[0], bias is not None, **form
+            )
         with torch.no_grad():
             for name, part in parts.items():
                 if isinstance(part, Quantized):
@@ -331,7 +372,15 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         dtype: torch.dtype | None = None,
         **form: Any,
     ) -> None:
-        spec = LayerSpec(kind="sparse_lowrank_binary", sparse=sparse, kept=kept, rank=rank, binary_rank=binary_rank, bias=bias, **form)
+        spec = LayerSpec(
+            kind="sparse_lowrank_binary",
+            sparse=sparse,
+            kept=kept,
+            rank=rank,
+            binary_rank=binary_rank,
+            bias=bias,
+            **form,
+        )
         CompressedLinear.__init__(self, in_features, out_features, spec, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -343,7 +392,13 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         # SLaB's own layer is one operation, and is left to it in as few steps as can be (see `ops.operation`).
         floats, bitmaps = held["_parameters"], held["_buffers"]
         try:
-            parts = floats["weight"], bitmaps["weight_mask"], bitmaps["sign_bits"], floats["scale_in"], floats["scale_out"]
+            parts = (
+                floats["weight"],
+                bitmaps["weight_mask"],
+                bitmaps["sign_bits"],
+                floats["scale_in"],
+                floats["scale_out"],
+            )
         except KeyError:  # a parametrization or FSDP holds them elsewhere
             return super().forward(x)
         return bitmask_binary_linear(x, *parts)
@@ -361,9 +416,15 @@ def build_layer(
     spec: LayerSpec, in_features: int, out_features: int, device: Any = None, dtype: torch.dtype | None = None
 ) -> CompressedLinear:
     """The empty layer that a spec describes."""
-    arguments = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name not in ("kind", "binary_rank")}
+    arguments = {
+        field.name: getattr(spec, field.name)
+        for field in dataclasses.fields(spec)
+        if field.name not in ("kind", "binary_rank")
+    }
     if spec.kind == "sparse_lowrank_binary":
-        return SparseLowRankBinaryLinear(in_features, out_features, binary_rank=spec.binary_rank, device=device, dtype=dtype, **arguments)
+        return SparseLowRankBinaryLinear(
+            in_features, out_features, binary_rank=spec.binary_rank, device=device, dtype=dtype, **arguments
+        )
     return SparseLowRankLinear(in_features, out_features, device=device, dtype=dtype, **arguments)
 
 

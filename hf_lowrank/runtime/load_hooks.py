@@ -15,7 +15,7 @@ from .errors import CheckpointError
 MARK = "_hf_lowrank"
 
 
-def guard_configs() -> None:
+def hook_configs() -> None:
     """Check compressed checkpoints from now on; a second call does nothing.
 
     The code that a checkpoint carries is then not run, `trust_remote_code` or not: this code does what it would do.
@@ -41,9 +41,13 @@ def guard_configs() -> None:
             if not isinstance(error, CheckpointError) and (saved_here or mentions_checkpoint(folder)):
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
-        plain = isinstance(values, dict) and "model_type" in values and "auto_map" not in values  # a dense model may have taken the folder
+        plain = (
+            isinstance(values, dict) and "model_type" in values and "auto_map" not in values
+        )  # a dense model may have taken the folder
         if saved_here and not plain and not is_compressed(values):
-            raise CheckpointError(f"{folder}/config.json: not the config of the model that was saved there; download it again")
+            raise CheckpointError(
+                f"{folder}/config.json: not the config of the model that was saved there; download it again"
+            )
         if is_compressed(values):
             names = os.listdir(folder) if os.path.isdir(folder) else []
             weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
@@ -59,7 +63,7 @@ def guard_configs() -> None:
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
 
 
-def guard_tokenizers() -> None:
+def hook_tokenizers() -> None:
     """Say of a compressed checkpoint that it holds no tokenizer, if that is why none can be opened; a second call does nothing."""
     from transformers import PreTrainedTokenizerBase
 

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-if TYPE_CHECKING:  # never run: transformers copies the files that are named here, older 5.x only those named in this very file
+if (
+    TYPE_CHECKING
+):  # never run: transformers copies the files that are named here, older 5.x only those named in this very file
     from .checksums import record_checksums  # noqa: F401
     from .configuration import CompressionConfig  # noqa: F401
     from .content_checks import validate_contents  # noqa: F401
     from .errors import CompressionError  # noqa: F401
     from .experts import ExpertBank  # noqa: F401
     from .layers import CompressedLinear  # noqa: F401
-    from .load_hooks import guard_configs  # noqa: F401
+    from .load_hooks import hook_configs  # noqa: F401
     from .ops import bitmask_linear  # noqa: F401
     from .packing import pack_bits  # noqa: F401
     from .pivoting import pivot  # noqa: F401
@@ -62,7 +64,9 @@ class _Entry:
 
 
 def __getattr__(name: str) -> type[_Entry]:
-    auto_class = getattr(transformers, name.removeprefix("Compressed"), None) if name.startswith("CompressedAuto") else None
+    auto_class = (
+        getattr(transformers, name.removeprefix("Compressed"), None) if name.startswith("CompressedAuto") else None
+    )
     if auto_class is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return type(name, (_Entry,), {"auto_class": auto_class})

@@ -118,14 +118,20 @@ def operation(name: str) -> Callable[..., Tensor]:
 def plain_bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor:
     """S x for the sparse S (m, n) with kept values `weight` (m, k) and bitmap `weight_mask` (m, ⌈n/8⌉); x (..., n)."""
     compute = compute_dtype(x)
-    y = [F.linear(x.to(compute), _sparse_rows(weight, weight_mask, rows, x.shape[-1], compute)) for rows in row_tiles(weight_mask, x)]
+    y = [
+        F.linear(x.to(compute), _sparse_rows(weight, weight_mask, rows, x.shape[-1], compute))
+        for rows in row_tiles(weight_mask, x)
+    ]
     return torch.cat(y, dim=-1).to(x.dtype)
 
 
 def plain_binary_linear(x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
     """Σ_b scale_out_b ⊙ (±1 · (scale_in_b ⊙ x)); `sign_bits` (m, ⌈n/8⌉), `scale_in` (b, n), `scale_out` (m, b); x (..., n)."""
     compute = compute_dtype(x)
-    y = [F.linear(x.to(compute), _binary_rows(sign_bits, scale_in, scale_out, rows, compute)) for rows in row_tiles(sign_bits, x)]
+    y = [
+        F.linear(x.to(compute), _binary_rows(sign_bits, scale_in, scale_out, rows, compute))
+        for rows in row_tiles(sign_bits, x)
+    ]
     return torch.cat(y, dim=-1).to(x.dtype)
 
 
@@ -179,20 +185,30 @@ def _binary_rows(sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor, rows: s
 
 def plain_bitmask_input_grad(grad: Tensor, weight: Tensor, weight_mask: Tensor, columns: int) -> Tensor:
     """Sᵀ g for g (..., m): the gradient of `bitmask_linear` in x."""
-    return sum_over_tiles(grad, weight_mask, columns, lambda rows, dtype: _sparse_rows(weight, weight_mask, rows, columns, dtype))
+    return sum_over_tiles(
+        grad, weight_mask, columns, lambda rows, dtype: _sparse_rows(weight, weight_mask, rows, columns, dtype)
+    )
 
 
 def plain_bitmask_weight_grad(grad: Tensor, x: Tensor, weight_mask: Tensor, kept: int) -> Tensor:
     """The entries of g xᵀ where the mask is set, (m, k): the gradient of `bitmask_linear` in its kept values."""
     compute = torch.promote_types(x.dtype, torch.float32)
     g, inputs = as_matrix(grad).to(compute), as_matrix(x).to(compute)
-    kept_grad = [(g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept) for rows in row_tiles(weight_mask, x)]
+    kept_grad = [
+        (g[:, rows].T @ inputs)[unpack_bits(weight_mask[rows], x.shape[-1])].view(-1, kept)
+        for rows in row_tiles(weight_mask, x)
+    ]
     return torch.cat(kept_grad)
 
 
 def plain_binary_input_grad(grad: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> Tensor:
     """The gradient of `binary_linear` in x."""
-    return sum_over_tiles(grad, sign_bits, scale_in.shape[1], lambda rows, dtype: _binary_rows(sign_bits, scale_in, scale_out, rows, dtype))
+    return sum_over_tiles(
+        grad,
+        sign_bits,
+        scale_in.shape[1],
+        lambda rows, dtype: _binary_rows(sign_bits, scale_in, scale_out, rows, dtype),
+    )
 
 
 def plain_bitmask_binary_input_grad(
@@ -202,12 +218,16 @@ def plain_bitmask_binary_input_grad(
     columns = scale_in.shape[1]
 
     def rows_of(rows: slice, dtype: torch.dtype) -> Tensor:
-        return _sparse_rows(weight, weight_mask, rows, columns, dtype) + _binary_rows(sign_bits, scale_in, scale_out, rows, dtype)
+        return _sparse_rows(weight, weight_mask, rows, columns, dtype) + _binary_rows(
+            sign_bits, scale_in, scale_out, rows, dtype
+        )
 
     return sum_over_tiles(grad, sign_bits, columns, rows_of)
 
 
-def plain_binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> tuple[Tensor, Tensor]:
+def plain_binary_scale_grads(
+    grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+) -> tuple[Tensor, Tensor]:
     """The gradients of `binary_linear` in `scale_in` (b, n) and `scale_out` (m, b)."""
     compute = torch.promote_types(x.dtype, torch.float32)
     g, inputs = as_matrix(grad).to(compute), as_matrix(x).to(compute)
@@ -225,7 +245,9 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def sum_over_tiles(grad: Tensor, packed: Tensor, columns: int, rows_of: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
+def sum_over_tiles(
+    grad: Tensor, packed: Tensor, columns: int, rows_of: Callable[[slice, torch.dtype], Tensor]
+) -> Tensor:
     """Mᵀ g, (..., n), for g (..., m) and the matrix M whose rows `rows_of` unpacks, a tile at a time."""
     compute = compute_dtype(grad)
     total = torch.zeros(*grad.shape[:-1], columns, dtype=compute, device=grad.device)
@@ -264,7 +286,9 @@ def _declare() -> None:
         return dispatch("bitmask_binary_input_grad", plain_bitmask_binary_input_grad, grad, *parts)
 
     @torch.library.custom_op(f"{NAMESPACE}::binary_scale_grads", mutates_args=())
-    def binary_scale_grads(grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor) -> tuple[Tensor, Tensor]:
+    def binary_scale_grads(
+        grad: Tensor, x: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return plain_binary_scale_grads(grad, x, sign_bits, scale_in, scale_out)
 
     @torch.library.custom_op(f"{NAMESPACE}::bitmask_linear", mutates_args=())
@@ -279,7 +303,16 @@ def _declare() -> None:
     def bitmask_binary_linear(
         x: Tensor, weight: Tensor, weight_mask: Tensor, sign_bits: Tensor, scale_in: Tensor, scale_out: Tensor
     ) -> Tensor:
-        return dispatch("bitmask_binary_linear", plain_bitmask_binary_linear, x, weight, weight_mask, sign_bits, scale_in, scale_out)
+        return dispatch(
+            "bitmask_binary_linear",
+            plain_bitmask_binary_linear,
+            x,
+            weight,
+            weight_mask,
+            sign_bits,
+            scale_in,
+            scale_out,
+        )
 
     @torch.library.custom_op(f"{NAMESPACE}::lowrank_linear", mutates_args=())
     def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor:
@@ -291,7 +324,9 @@ def _declare() -> None:
 
     bitmask_input_grad.register_fake(lambda grad, weight, weight_mask, columns: outputs(grad, columns))
     bitmask_weight_grad.register_fake(
-        lambda grad, x, weight_mask, kept: x.new_empty(weight_mask.shape[0], kept, dtype=torch.promote_types(x.dtype, torch.float32))
+        lambda grad, x, weight_mask, kept: x.new_empty(
+            weight_mask.shape[0], kept, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
     )
     binary_input_grad.register_fake(lambda grad, sign_bits, scale_in, scale_out: outputs(grad, scale_in.shape[1]))
     bitmask_binary_input_grad.register_fake(
@@ -299,12 +334,15 @@ def _declare() -> None:
     )
     binary_scale_grads.register_fake(
         lambda grad, x, sign_bits, scale_in, scale_out: tuple(
-            torch.empty_like(scale, dtype=torch.promote_types(x.dtype, torch.float32)) for scale in (scale_in, scale_out)
+            torch.empty_like(scale, dtype=torch.promote_types(x.dtype, torch.float32))
+            for scale in (scale_in, scale_out)
         )
     )
     bitmask_linear.register_fake(lambda x, weight, weight_mask: outputs(x, weight_mask.shape[0]))
     binary_linear.register_fake(lambda x, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0]))
-    bitmask_binary_linear.register_fake(lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0]))
+    bitmask_binary_linear.register_fake(
+        lambda x, weight, weight_mask, sign_bits, scale_in, scale_out: outputs(x, sign_bits.shape[0])
+    )
     lowrank_linear.register_fake(lambda x, lowrank_a, lowrank_b: outputs(x, lowrank_b.shape[0]))
     pivoted_linear.register_fake(lambda x, lowrank_a, lowrank_b, lowrank_pivots, rows: outputs(x, rows))
 
@@ -344,7 +382,9 @@ def _bitmask_binary_backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight, weight_mask, sign_bits, scale_in, scale_out = ctx.saved_tensors
     grad_x = grad_weight = grad_in = grad_out = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_lowrank.bitmask_binary_input_grad(grad, weight, weight_mask, sign_bits, scale_in, scale_out)
+        grad_x = torch.ops.hf_lowrank.bitmask_binary_input_grad(
+            grad, weight, weight_mask, sign_bits, scale_in, scale_out
+        )
     if ctx.needs_input_grad[1]:
         grad_weight = torch.ops.hf_lowrank.bitmask_weight_grad(grad, x, weight_mask, weight.shape[1]).to(weight.dtype)
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:

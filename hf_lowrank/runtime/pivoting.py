@@ -34,9 +34,13 @@ def pivot(lowrank_a: Tensor, lowrank_b: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """
     a, b = lowrank_a.double(), lowrank_b.double()
     if b.shape[1] > b.shape[0]:
-        raise CompressionError(f"a factor B of shape {tuple(b.shape)} has more columns than rows; its product is smaller as a plain matrix")
+        raise CompressionError(
+            f"a factor B of shape {tuple(b.shape)} has more columns than rows; its product is smaller as a plain matrix"
+        )
     if not bool(b.isfinite().all()):
-        raise NumericalError("a factor B to be pivoted has entries that are not finite; look at the layer's weight and statistics")
+        raise NumericalError(
+            "a factor B to be pivoted has entries that are not finite; look at the layer's weight and statistics"
+        )
     Q = torch.linalg.qr(b).Q  # the same column space, well conditioned
     chosen, mixture = _dominant_rows(Q)
     chosen, order = chosen.sort()

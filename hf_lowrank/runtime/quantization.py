@@ -49,7 +49,9 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The values (rows, c), in the dtype of the scales."""
-        return levels(self.codes, self.bits, self.scale.dtype) * spread_scale(self.scale, self.group, self.codes.shape[1])
+        return levels(self.codes, self.bits, self.scale.dtype) * spread_scale(
+            self.scale, self.group, self.codes.shape[1]
+        )
 
 
 def quantize(values: Tensor, bits: int, group: int, search: bool = False) -> Quantized:
@@ -148,7 +150,9 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     words = packed
     if word_bytes > 1:
         stream = torch.nn.functional.pad(packed.squeeze(2), (0, -packed.shape[1] % word_bytes))
-        parts = stream.unflatten(1, (stream.shape[1] // word_bytes, word_bytes)).to(torch.int32 if word_bytes <= 3 else torch.int64)
+        parts = stream.unflatten(1, (stream.shape[1] // word_bytes, word_bytes)).to(
+            torch.int32 if word_bytes <= 3 else torch.int64
+        )
         words = (parts << _positions(word_bytes, 8, parts)).sum(dim=2, keepdim=True, dtype=parts.dtype)
     if word_codes == 1:
         return words.squeeze(2)

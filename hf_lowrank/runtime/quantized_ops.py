@@ -14,7 +14,9 @@ from .packing import unpack_bits, unpack_values
 from .quantization import group_sums, levels, spread_scale, unpack_codes
 
 
-def plain_quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor:
+def plain_quantized_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int
+) -> Tensor:
     """Q x for a quantised Q (m, n); x (..., n).
 
     Args:
@@ -34,10 +36,17 @@ def plain_quantized_input_grad(
     grad: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int, columns: int
 ) -> Tensor:
     """Qᵀ g for g (..., m): the gradient of `quantized_linear` in x (..., n), n = `columns`."""
-    return sum_over_tiles(grad, codes, columns, lambda rows, dtype: _unpacked(codes, scale, mask, rows, bits, group, kept, columns, dtype))
+    return sum_over_tiles(
+        grad,
+        codes,
+        columns,
+        lambda rows, dtype: _unpacked(codes, scale, mask, rows, bits, group, kept, columns, dtype),
+    )
 
 
-def plain_quantized_scale_grad(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor:
+def plain_quantized_scale_grad(
+    grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor | None, bits: int, group: int, kept: int
+) -> Tensor:
     """The gradient of `quantized_linear` in the scales, (m, ⌈kept/group⌉): over each group, levels times the entries of g xᵀ."""
     compute = torch.promote_types(x.dtype, torch.float32)
     g, inputs = as_matrix(grad).to(compute), as_matrix(x).to(compute)
@@ -51,9 +60,19 @@ def plain_quantized_scale_grad(grad: Tensor, x: Tensor, codes: Tensor, mask: Ten
 
 
 def _unpacked(
-    codes: Tensor, scale: Tensor, mask: Tensor | None, rows: slice, bits: int, group: int, kept: int, columns: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    rows: slice,
+    bits: int,
+    group: int,
+    kept: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    values = levels(unpack_codes(codes[rows], bits, kept), bits, dtype) * spread_scale(scale[rows].to(dtype), group, kept)
+    values = levels(unpack_codes(codes[rows], bits, kept), bits, dtype) * spread_scale(
+        scale[rows].to(dtype), group, kept
+    )
     return values if mask is None else unpack_values(values, unpack_bits(mask[rows], columns))
 
 
@@ -66,14 +85,20 @@ def _declare() -> None:
         return dispatch("quantized_input_grad", plain_quantized_input_grad, grad, *arguments)
 
     @torch.library.custom_op(f"{NAMESPACE}::quantized_scale_grad", mutates_args=())
-    def quantized_scale_grad(grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor:
+    def quantized_scale_grad(
+        grad: Tensor, x: Tensor, codes: Tensor, mask: Tensor | None, bits: int, group: int, kept: int
+    ) -> Tensor:
         return plain_quantized_scale_grad(grad, x, codes, mask, bits, group, kept)
 
     @torch.library.custom_op(f"{NAMESPACE}::quantized_linear", mutates_args=())
-    def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor:
+    def quantized_linear(
+        x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int
+    ) -> Tensor:
         return dispatch("quantized_linear", plain_quantized_linear, x, codes, scale, mask, bits, group, kept)
 
-    quantized_input_grad.register_fake(lambda grad, codes, scale, mask, bits, group, kept, columns: outputs(grad, columns))
+    quantized_input_grad.register_fake(
+        lambda grad, codes, scale, mask, bits, group, kept, columns: outputs(grad, columns)
+    )
     quantized_scale_grad.register_fake(
         lambda grad, x, codes, mask, bits, group, kept: x.new_empty(
             codes.shape[0], -(-kept // group), dtype=torch.promote_types(x.dtype, torch.float32)

@@ -18,7 +18,7 @@ from .content_checks import validate_contents
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layers import CompressedLinear, build_layer
-from .load_hooks import guard_configs, guard_tokenizers
+from .load_hooks import hook_configs, hook_tokenizers
 from .safetensors_headers import read_headers
 from .saving import CompleteSave
 from .validation import dense_shape, resolve_experts, resolve_layers, saved_skeleton, validate_files
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 CACHE_LINE = 64
 """Bytes; torch's own allocations start at multiples of it."""
-NOT_SPLIT = "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
+NOT_SPLIT = (
+    "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
+)
 CASTS = ("float", "half")
 """Methods that transformers refuses on every quantized model; the float tensors of these can be cast like those of a dense one."""
 
@@ -58,7 +60,9 @@ class CompressionQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized and self.compress_on_load is None:
-            raise CompressionError("compressing a dense model needs the package: pip install hf_lowrank, then import hf_lowrank")
+            raise CompressionError(
+                "compressing a dense model needs the package: pip install hf_lowrank, then import hf_lowrank"
+            )
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -70,7 +74,12 @@ class CompressionQuantizer(HfQuantizer):
         if self.checkpoint_files:
             saved = saved_skeleton(model)
             resolve_experts(saved, config.experts)
-            validate_files(saved, resolve_layers(saved, config.layers), read_headers(self.checkpoint_files), compressed_shapes_only=True)
+            validate_files(
+                saved,
+                resolve_layers(saved, config.layers),
+                read_headers(self.checkpoint_files),
+                compressed_shapes_only=True,
+            )
         config.experts = resolve_experts(model, config.experts)
         config.layers = layers = resolve_layers(model, config.layers)
         for name, spec in layers.items():
@@ -80,7 +89,9 @@ class CompressionQuantizer(HfQuantizer):
         if not self.pre_quantized:
             assert self.compress_on_load is not None
             self.compress_on_load(model, self.quantization_config)
-        elif model.tp_size is not None and not hasattr(model.config, "distributed_config"):  # the oldest transformers tells no sooner
+        elif model.tp_size is not None and not hasattr(
+            model.config, "distributed_config"
+        ):  # the oldest transformers tells no sooner
             raise CompressionError(NOT_SPLIT)
         else:
             for name, module in model.named_modules():
@@ -106,7 +117,9 @@ class CompressionQuantizer(HfQuantizer):
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
-        if not model.__dict__.get("_weight_conversions"):  # our files needed none; unset, the dense model is saved as its family is
+        if not model.__dict__.get(
+            "_weight_conversions"
+        ):  # our files needed none; unset, the dense model is saved as its family is
             model.__dict__.pop("_weight_conversions", None)
         return model
 
@@ -142,8 +155,8 @@ def register(override: bool = False) -> None:
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
         if not override:
             register_module_module_registration_hook(_watch_adapters)
-    guard_configs()
-    guard_tokenizers()
+    hook_configs()
+    hook_tokenizers()
 
 
 def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:
@@ -162,7 +175,7 @@ def _refuse_merge(*args: Any, **kwargs: Any) -> None:
 
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
-    """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
+    """LogPosition a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
     align(model)
     marked: Any = model
     marked.hf_quantizer = quantizer

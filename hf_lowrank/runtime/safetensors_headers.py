@@ -75,10 +75,14 @@ def read_header(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     ordered = sorted(tensors.items(), key=lambda item: item[1][2:])
     for name, (_, _, first, last) in ordered:
         if first != end:
-            raise CheckpointError(f"{file}: {name} starts at byte {first}, expected {end}, where the one before it ends; download it again")
+            raise CheckpointError(
+                f"{file}: {name} starts at byte {first}, expected {end}, where the one before it ends; download it again"
+            )
         end = last
     if size != 8 + length + end:
-        raise CheckpointError(f"{file}: {size} bytes, expected {8 + length + end}; the file is truncated or damaged, download it again")
+        raise CheckpointError(
+            f"{file}: {size} bytes, expected {8 + length + end}; the file is truncated or damaged, download it again"
+        )
     return {name: (dtype, shape) for name, (dtype, shape, _, _) in ordered}
 
 
@@ -92,11 +96,15 @@ def read_headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     for file in files:
         for name, (dtype, shape) in read_header(file).items():
             if name in found:
-                raise CheckpointError(f"{name}: lies in {found[name].file} and in {os.path.basename(file)}, expected in one of them only")
+                raise CheckpointError(
+                    f"{name}: lies in {found[name].file} and in {os.path.basename(file)}, expected in one of them only"
+                )
             found[name] = StoredTensor(dtype, shape, os.path.basename(file))
     halves = {tensor.dtype: name for name, tensor in found.items() if tensor.dtype in ("F16", "BF16")}
     if len(halves) == 2:
-        raise CheckpointError(f"{halves['F16']} is F16 and {halves['BF16']} is BF16, expected one of them only; download the files again")
+        raise CheckpointError(
+            f"{halves['F16']} is F16 and {halves['BF16']} is BF16, expected one of them only; download the files again"
+        )
     return found
 
 
@@ -110,20 +118,26 @@ def weight_files(folder: str) -> list[str]:
         return [os.path.join(folder, WEIGHTS)]
     index_file = os.path.join(folder, INDEX)
     if not os.path.lexists(index_file):
-        raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}, and nothing else is opened; download the checkpoint again")
+        raise CheckpointError(
+            f"{folder}: holds neither {WEIGHTS} nor {INDEX}, and nothing else is opened; download the checkpoint again"
+        )
     index = read_json(index_file)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not isinstance(index.get("metadata"), dict):
         raise CheckpointError(f"{index_file}: expected a dictionary with metadata and weight_map; download it again")
     for name, shard in places.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or os.path.basename(shard) != shard:
-            raise CheckpointError(f"{index_file}: {name} is said to be in {shard!r}, expected a *.safetensors file of the same folder")
+            raise CheckpointError(
+                f"{index_file}: {name} is said to be in {shard!r}, expected a *.safetensors file of the same folder"
+            )
     files = [os.path.join(folder, shard) for shard in sorted(set(places.values()))]
     stored = read_headers(files)
     for name in stored.keys() | places.keys():
         found, expected = stored[name].file if name in stored else "no shard", places.get(name, "no shard")
         if found != expected:
-            raise CheckpointError(f"{name}: found in {found}, expected in {expected} by {INDEX}; download the checkpoint again")
+            raise CheckpointError(
+                f"{name}: found in {found}, expected in {expected} by {INDEX}; download the checkpoint again"
+            )
     return files
 
 
@@ -144,7 +158,11 @@ def _entry(name: str, values: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{name!r} has the dtype {dtype!r}")
     for numbers, longest in ((shape, MAX_SIDES), (offsets, 2)):
-        if not isinstance(numbers, list) or len(numbers) > longest or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > longest
+            or not all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        ):
             raise ValueError(f"{name!r} has the shape {shape!r} and the offsets {offsets!r}")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * BITS[dtype] // 8:
         raise ValueError(f"{name!r}, {dtype} {shape}, does not fill the bytes {offsets}")

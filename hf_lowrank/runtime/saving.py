@@ -101,7 +101,9 @@ class CompleteSave:
                 shutil.copyfile(file, folder / file.name)
             return
         if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
-            self.native_save(save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            self.native_save(
+                save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
+            )
             return
         if kwargs.get("distributed_checkpoint"):
             raise CompressionError(
@@ -146,7 +148,9 @@ class CompleteSave:
         finally:
             self.saved = None
 
-    def native_save(self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any) -> None:
+    def native_save(
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any
+    ) -> None:
         """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""
         self.state_dict = state_dict
         try:
@@ -172,7 +176,9 @@ class CompleteSave:
         tokenizer = self.tokenizer
         if tokenizer is None and self.find("tokenizer_config.json"):
             config = self.model.config
-            tokenizer = transformers.AutoTokenizer.from_pretrained(config._name_or_path, revision=getattr(config, "_commit_hash", None))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                config._name_or_path, revision=getattr(config, "_commit_hash", None)
+            )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -189,7 +195,9 @@ class CompleteSave:
         if not source or os.path.isdir(source):
             path = Path(source) / name
             return str(path) if source and path.is_file() else None
-        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+        quiet = {
+            f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")
+        }
         revision = getattr(config, "_commit_hash", None)
         try:
             found = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
@@ -237,7 +245,9 @@ def read_current_report(folder: Path) -> dict[str, Any]:
     file = folder / REPORT_FILE
     report = read_json(str(file)) if os.path.lexists(file) else {}
     if not isinstance(report, dict):
-        raise CheckpointError(f"{file}: is damaged (found {type(report).__name__}); delete it to go on without measurements")
+        raise CheckpointError(
+            f"{file}: is damaged (found {type(report).__name__}); delete it to go on without measurements"
+        )
     if not any(report.get(name) for name in MEASURED) or report.get("measured_on") == weights_checksum(folder):
         return report
     current = {name: value for name, value in report.items() if name not in (*MEASURED, "measured_on")}
@@ -284,7 +294,9 @@ def record_layers(model: "PreTrainedModel") -> None:
     Raises:
         CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
     """
-    model.config.quantization_config.experts = [name for name, module in model.named_modules() if isinstance(module, ExpertBank)]
+    model.config.quantization_config.experts = [
+        name for name, module in model.named_modules() if isinstance(module, ExpertBank)
+    ]
     layers = model.config.quantization_config.layers
     for name in layers:
         module = model.get_submodule(name)

@@ -17,7 +17,16 @@ from transformers.pytorch_utils import Conv1D
 from .configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from .errors import CheckpointError
 from .experts import ExpertBank, is_fused_experts
-from .safetensors_headers import BITS, FLOAT_TYPES, REPORT_FILE, WEIGHTS, StoredTensor, read_headers, read_json, weight_files
+from .safetensors_headers import (
+    BITS,
+    FLOAT_TYPES,
+    REPORT_FILE,
+    WEIGHTS,
+    StoredTensor,
+    read_headers,
+    read_json,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +55,9 @@ Expected = tuple[tuple[int, ...], str]
 
 def is_linear(module: nn.Module | None) -> bool:
     """Whether a module is a dense linear layer that can be compressed."""
-    return type(module) in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and type(module).__name__ in SUBCLASSES_OF_LINEAR)
+    return type(module) in (nn.Linear, Conv1D) or (
+        isinstance(module, nn.Linear) and type(module).__name__ in SUBCLASSES_OF_LINEAR
+    )
 
 
 def dense_shape(module: nn.Module) -> tuple[int, int]:
@@ -100,7 +111,9 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
         spec.validate(name, *dense_shape(module))
     tied = {f"{name}.weight" for name in layers} & {name for group in _tied_names(model) for name in group}
     if tied:
-        raise CheckpointError(f"{min(tied)}: is shared with another module, expected a layer of its own; the config is damaged")
+        raise CheckpointError(
+            f"{min(tied)}: is shared with another module, expected a layer of its own; the config is damaged"
+        )
     return dict(layers)
 
 
@@ -132,7 +145,10 @@ def expected_tensors(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[
 
 
 def validate_files(
-    model: nn.Module, layers: Mapping[str, LayerSpec], stored: Mapping[str, StoredTensor], compressed_shapes_only: bool = False
+    model: nn.Module,
+    layers: Mapping[str, LayerSpec],
+    stored: Mapping[str, StoredTensor],
+    compressed_shapes_only: bool = False,
 ) -> None:
     """Check every stored tensor against the model and its compressed layers, from the safetensors headers alone.
 
@@ -146,7 +162,11 @@ def validate_files(
         CheckpointError: naming the tensor, what was found and what was expected.
     """
     expected = expected_tensors(model, layers)
-    own = {f"{layer}.{name}" for layer, spec in layers.items() for name in spec.tensors(*dense_shape(model.get_submodule(layer)))}
+    own = {
+        f"{layer}.{name}"
+        for layer, spec in layers.items()
+        for name in spec.tensors(*dense_shape(model.get_submodule(layer)))
+    }
     optional = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # tensors that the class makes itself
     for group in _tied_names(model):
         if any(name in stored for name in group):
@@ -155,7 +175,9 @@ def validate_files(
         if name not in stored:
             if name in optional:
                 continue
-            raise CheckpointError(f"{name}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again")
+            raise CheckpointError(
+                f"{name}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again"
+            )
         found = stored[name]
         if compressed_shapes_only and name not in own:
             continue
@@ -166,13 +188,18 @@ def validate_files(
             )
     extra = stored.keys() - expected.keys()
     if extra:
-        owner = next((name.rpartition(".")[0] for name in sorted(extra) if name.rpartition(".")[0] in layers), type(model).__name__)
+        owner = next(
+            (name.rpartition(".")[0] for name in sorted(extra) if name.rpartition(".")[0] in layers),
+            type(model).__name__,
+        )
         raise CheckpointError(
             f"{owner}: unexpected tensors {sorted(extra)[:5]} in the checkpoint's files; they do not belong to its config"
         )
 
 
-def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) -> tuple["PreTrainedModel", CompressionConfig]:
+def validate_checkpoint(
+    values: Mapping[str, Any], folder: str | None = None
+) -> tuple["PreTrainedModel", CompressionConfig]:
     """Check a compressed model's config and, in a folder, the headers of its files; nothing is allocated.
 
     Args:
@@ -199,7 +226,9 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
             "delete quantization_config from config.json if the weights are dense, else download the checkpoint again"
         )
     if (other := values.get(OTHER_WEIGHTS)) is not None:
-        raise CheckpointError(f"config.json: {OTHER_WEIGHTS} is {other!r}, expected none: the weights are in {WEIGHTS} or its shards")
+        raise CheckpointError(
+            f"config.json: {OTHER_WEIGHTS} is {other!r}, expected none: the weights are in {WEIGHTS} or its shards"
+        )
     stored: dict[str, StoredTensor] | None = None
     if folder is not None:
         stored = read_headers(weight_files(folder))
@@ -210,7 +239,9 @@ def validate_checkpoint(values: Mapping[str, Any], folder: str | None = None) ->
     layers = resolve_layers(model, compression.layers)
     if [*experts, *layers] != [*compression.experts, *compression.layers]:
         name = next(iter([*compression.experts, *compression.layers]))
-        raise CheckpointError(f"{name}: no such module in {type(model).__name__}; the config was made for another model")
+        raise CheckpointError(
+            f"{name}: no such module in {type(model).__name__}; the config was made for another model"
+        )
     if stored is not None:
         check_dtype(model.config, stored)
         validate_files(model, layers, stored)
@@ -224,15 +255,21 @@ def make_skeleton(values: Mapping[str, Any], most_modules: int = MOST_MODULES) -
     Raises:
         CheckpointError: if transformers cannot make one, or it has more than `most_modules` modules.
     """
-    values = {name: copy.deepcopy(value) for name, value in values.items() if name not in ("auto_map", "quantization_config")}
+    values = {
+        name: copy.deepcopy(value) for name, value in values.items() if name not in ("auto_map", "quantization_config")
+    }
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
-        raise CheckpointError(f"config.json: model_type is {model_type!r}, expected one that transformers {transformers.__version__} knows")
+        raise CheckpointError(
+            f"config.json: model_type is {model_type!r}, expected one that transformers {transformers.__version__} knows"
+        )
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     model_class = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise CheckpointError(f"config.json: architectures is {names!r}, expected the name of a model class of transformers")
+        raise CheckpointError(
+            f"config.json: architectures is {names!r}, expected the name of a model class of transformers"
+        )
     expected = model_class.config_class
     if expected is not None and not issubclass(transformers.CONFIG_MAPPING[model_type], expected):
         raise CheckpointError(
@@ -260,7 +297,9 @@ def at_most(modules: int) -> Iterator[None]:
         if threading.get_ident() == thread:
             made += 1
             if made > modules:
-                raise CheckpointError(f"config.json: asks for more than {modules} modules, which its weights cannot fill; it is damaged")
+                raise CheckpointError(
+                    f"config.json: asks for more than {modules} modules, which its weights cannot fill; it is damaged"
+                )
 
     hook = register_module_module_registration_hook(count)
     try:
@@ -275,7 +314,9 @@ def check_values(values: Any, key: str = "", depth: int = 0) -> None:
     them would end in a RecursionError.
     """
     if depth > MOST_NESTED:
-        raise CheckpointError(f"config.json: nested more than {MOST_NESTED} levels deep; it is damaged, download it again")
+        raise CheckpointError(
+            f"config.json: nested more than {MOST_NESTED} levels deep; it is damaged, download it again"
+        )
     if isinstance(values, Mapping):
         for name, value in values.items():
             check_values(value, str(name), depth + 1)
@@ -283,8 +324,12 @@ def check_values(values: Any, key: str = "", depth: int = 0) -> None:
         for value in values:
             check_values(value, key, depth + 1)
     elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
-        raise CheckpointError(f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged")
-    if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):  # an integer: a token of that name in a vocabulary
+        raise CheckpointError(
+            f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged"
+        )
+    if key == "dtype" and not isinstance(
+        values, (str, int, Mapping, type(None))
+    ):  # an integer: a token of that name in a vocabulary
         raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
 
 
@@ -292,7 +337,9 @@ def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
     """Raise CheckpointError if a config asks for a dtype in which no tensor is stored: loading would take more memory than the files."""
     dtypes = {TORCH_NAMES[tensor.dtype] for tensor in stored.values() if tensor.dtype in FLOAT_TYPES}
     if config.dtype is not None and str(config.dtype).removeprefix("torch.") not in dtypes:
-        raise CheckpointError(f"config.json: dtype is {config.dtype}, expected one that is stored: {', '.join(sorted(dtypes))}")
+        raise CheckpointError(
+            f"config.json: dtype is {config.dtype}, expected one that is stored: {', '.join(sorted(dtypes))}"
+        )
 
 
 def check_generation(folder: str) -> None:
@@ -303,7 +350,9 @@ def check_generation(folder: str) -> None:
         try:
             transformers.GenerationConfig.from_dict(values)
         except Exception as error:  # whatever transformers makes of what somebody wrote into the file
-            raise CheckpointError(f"{file}: cannot be used ({type(error).__name__}: {error}); download it again, or delete it") from error
+            raise CheckpointError(
+                f"{file}: cannot be used ({type(error).__name__}: {error}); download it again, or delete it"
+            ) from error
 
 
 def saved_skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -323,7 +372,9 @@ def is_compressed(values: Any) -> bool:
     recorded, entries = values.get("quantization_config"), values.get("auto_map")
     if isinstance(recorded, dict) and recorded.get("quant_method") == QUANT_METHOD:
         return True
-    return isinstance(entries, dict) and any(str(entry).startswith("modeling_hf_lowrank.") for entry in entries.values())
+    return isinstance(entries, dict) and any(
+        str(entry).startswith("modeling_hf_lowrank.") for entry in entries.values()
+    )
 
 
 def holds_checkpoint(folder: str) -> bool:
@@ -356,9 +407,18 @@ def _check_buffers(model: nn.Module, file_bytes: int) -> None:
     saved = model.state_dict().keys()
     made = sum(buffer.numel() * buffer.itemsize for name, buffer in model.named_buffers() if name not in saved)
     if made > file_bytes + SPARE_BYTES:
-        raise CheckpointError(f"config.json: asks for {made} bytes of tables beside {file_bytes} bytes of weights; the config is damaged")
+        raise CheckpointError(
+            f"config.json: asks for {made} bytes of tables beside {file_bytes} bytes of weights; the config is damaged"
+        )
 
 
 def _safetensors_name(dtype: torch.dtype) -> str:
-    names = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+    names = {
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
     return names.get(dtype, str(dtype))

@@ -72,10 +72,16 @@ class CompressedCheckpoint(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             inside = next((name for name in self.layers if prefix and f"{name}.".startswith(f"{prefix}.")), None)
             if inside is not None:
-                raise CompressionError(f"{inside}: vLLM puts it into a {type(layer).__name__}, which takes no compressed layers; {DENSE}")
+                raise CompressionError(
+                    f"{inside}: vLLM puts it into a {type(layer).__name__}, which takes no compressed layers; {DENSE}"
+                )
             return None
         parent, _, own = prefix.rpartition(".")
-        parts = [prefix] if prefix in self.layers else [f"{parent}.{part}" for part in self.packed_modules_mapping.get(own, [own])]
+        parts = (
+            [prefix]
+            if prefix in self.layers
+            else [f"{parent}.{part}" for part in self.packed_modules_mapping.get(own, [own])]
+        )
         if not any(part in self.layers for part in parts):
             return UnquantizedLinearMethod()
         return CompressedLinearMethod({part: self.layers.get(part) for part in parts})
@@ -108,10 +114,14 @@ class CompressedLinearMethod(LinearMethodBase):
         """
         names = list(self.specs)
         if (input_size_per_partition, sum(output_partition_sizes)) != (input_size, output_size):
-            raise CompressionError(f"{names[0]}: compressed layers are not split over devices; use --tensor-parallel-size 1, or {DENSE}")
+            raise CompressionError(
+                f"{names[0]}: compressed layers are not split over devices; use --tensor-parallel-size 1, or {DENSE}"
+            )
         sizes = output_partition_sizes if len(names) > 1 else [output_size]
         if len(sizes) != len(names):
-            raise CompressionError(f"{', '.join(names)}: vLLM fuses {len(sizes)} layers here, the checkpoint has {len(names)}; {DENSE}")
+            raise CompressionError(
+                f"{', '.join(names)}: vLLM fuses {len(sizes)} layers here, the checkpoint has {len(names)}; {DENSE}"
+            )
         layer.shards = nn.ModuleList()
         for (name, spec), size in zip(self.specs.items(), sizes, strict=True):
             if spec is not None and spec.bias and not layer.has_bias:
@@ -133,7 +143,9 @@ class CompressedLinearMethod(LinearMethodBase):
         def load(entry: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
             index = 0 if shard is None and len(layer.shards) == 1 else SHARDS.get(shard, shard)
             if (index, name) not in self.missing:
-                raise CheckpointError(f"{', '.join(self.specs)}: found {name} for shard {shard!r}, which stores none; {DENSE}")
+                raise CheckpointError(
+                    f"{', '.join(self.specs)}: found {name} for shard {shard!r}, which stores none; {DENSE}"
+                )
             place = layer.shards[index].state_dict()[name]
             if place.shape != loaded.shape or (place.dtype == torch.uint8) != (loaded.dtype == torch.uint8):
                 raise CheckpointError(

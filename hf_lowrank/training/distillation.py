@@ -37,11 +37,20 @@ class DistillationTrainer(Trainer):
         CompressionError: if a setting is out of its range, or the teacher predicts another number of classes than the student.
     """
 
-    def __init__(self, *args: Any, teacher_model: PreTrainedModel, temperature: float = 1.0, lm_weight: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher_model: PreTrainedModel,
+        temperature: float = 1.0,
+        lm_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         if not temperature > 0:
             raise CompressionError(f"temperature: found {temperature!r}, expected a number above 0")
         if not 0 <= lm_weight <= 1:
-            raise CompressionError(f"lm_weight: found {lm_weight!r}, expected a number from 0 (the teacher alone) to 1 (the labels alone)")
+            raise CompressionError(
+                f"lm_weight: found {lm_weight!r}, expected a number from 0 (the teacher alone) to 1 (the labels alone)"
+            )
         super().__init__(*args, **kwargs)
         self.teacher_model = teacher_model.eval().requires_grad_(False).to(self.args.device)
         student: Any = self.model
@@ -63,9 +72,13 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The loss of a batch, scaled as `Trainer` scales its own: per label of all the batches of a step, if it counted them."""
         scored = self.scored(inputs)
-        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher_model(**{name: value for name, value in inputs.items() if "labels" not in name}).logits
+            teacher_logits = self.teacher_model(
+                **{name: value for name, value in inputs.items() if "labels" not in name}
+            ).logits
         divergence = self.divergence(outputs.logits, teacher_logits, scored)
         if num_items_in_batch is None:
             divergence = divergence / scored.sum().clamp(min=1)
@@ -80,7 +93,9 @@ class DistillationTrainer(Trainer):
         if "shift_labels" in inputs:
             return inputs["shift_labels"] != IGNORED
         if "labels" not in inputs:
-            raise CompressionError(f"the batches have {', '.join(inputs)} and no labels; use a data collator that makes them")
+            raise CompressionError(
+                f"the batches have {', '.join(inputs)} and no labels; use a data collator that makes them"
+            )
         labelled: Tensor = inputs["labels"] != IGNORED
         return F.pad(labelled[..., 1:], (0, 1)) if self.predicts_next_token else labelled
 
@@ -91,7 +106,9 @@ class DistillationTrainer(Trainer):
                 f"teacher_model: its logits are {tuple(teacher_logits.shape)}, the student's {tuple(logits.shape)}; "
                 "expected the dense model that the student was compressed from"
             )
-        student, teacher = (F.log_softmax(each[scored].float() / self.temperature, dim=-1) for each in (logits, teacher_logits))
+        student, teacher = (
+            F.log_softmax(each[scored].float() / self.temperature, dim=-1) for each in (logits, teacher_logits)
+        )
         return F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
 
 
@@ -109,7 +126,14 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def distill(
-    student: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, folder: str | Path, *, steps: int, learning_rate: float, seed: int = 0
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: Tensor,
+    folder: str | Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
 ) -> list[float]:
     """Train the stored values of a compressed model towards the teacher's predictions, in place, by `DistillationTrainer`.
 

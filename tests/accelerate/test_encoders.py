@@ -35,7 +35,11 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_base_model_and_other_heads(masked: Path) -> None:
     full = AutoModelForMaskedLM.from_pretrained(masked)
     hidden = full.bert(IDS).last_hidden_state
-    for auto_class, inner in ((AutoModel, None), (AutoModelForSequenceClassification, "bert"), (AutoModelForTokenClassification, "bert")):
+    for auto_class, inner in (
+        (AutoModel, None),
+        (AutoModelForSequenceClassification, "bert"),
+        (AutoModelForTokenClassification, "bert"),
+    ):
         model = auto_class.from_pretrained(masked)
         base = model if inner is None else getattr(model, inner)
         assert any(isinstance(module, CompressedLinear) for module in base.modules())
@@ -46,7 +50,13 @@ def test_a_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = FAMILIES["BERT"].make().config
     config.vocab_size, config.num_labels = tiny_models.VOCABULARY, 3
-    model = compress(BertForSequenceClassification(config).eval(), RECIPE, tiny_models.tokenizer(), tiny_models.text(), progress=False)
+    model = compress(
+        BertForSequenceClassification(config).eval(),
+        RECIPE,
+        tiny_models.tokenizer(),
+        tiny_models.text(),
+        progress=False,
+    )
     model.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(again), logits(model))

@@ -12,7 +12,9 @@ from tests.support.fresh_process import INPUT_IDS
 def test_compiled_in_one_graph(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     torch._dynamo.reset()
     model = compressed_model(name, tmp_path_factory).model()
-    torch.testing.assert_close(logits(torch.compile(model, fullgraph=True, backend="aot_eager")), logits(model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits(torch.compile(model, fullgraph=True, backend="aot_eager")), logits(model), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["sola", "slab"])

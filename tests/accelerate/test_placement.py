@@ -25,12 +25,16 @@ def split(model: PreTrainedModel) -> dict[str, str]:
     parent, _, child = blocks.rpartition(".")
     places = {name: "cpu" for name, _ in model.named_children() if name != parent}
     places |= {f"{parent}.{name}": "cpu" for name, _ in model.get_submodule(parent).named_children() if name != child}
-    return places | {f"{blocks}.{name}": "disk" if int(name) else "cpu" for name, _ in model.get_submodule(blocks).named_children()}
+    return places | {
+        f"{blocks}.{name}": "disk" if int(name) else "cpu" for name, _ in model.get_submodule(blocks).named_children()
+    }
 
 
 def test_blocks_on_disk(compressed: Compressed, tmp_path: Path) -> None:
     places = split(compressed.saved)
-    model = AutoModelForCausalLM.from_pretrained(compressed.folder, device_map=places, offload_folder=tmp_path / "offload")
+    model = AutoModelForCausalLM.from_pretrained(
+        compressed.folder, device_map=places, offload_folder=tmp_path / "offload"
+    )
     assert any(parameter.is_meta for parameter in model.parameters())
     assert_same(model, compressed)
     model.save_pretrained(tmp_path / "saved")
@@ -91,7 +95,9 @@ def test_dtypes(compressed: Compressed) -> None:
     assert_same(AutoModelForCausalLM.from_pretrained(compressed.folder, low_cpu_mem_usage=True), compressed)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_copies(compressed: Compressed, copied) -> None:  # type: ignore[no-untyped-def]
     twin = copied(compressed.saved)
     assert_same(twin, compressed)

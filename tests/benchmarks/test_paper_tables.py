@@ -8,7 +8,14 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from benchmarks.papers import run as papers
 from hf_lowrank import CompressionConfig
@@ -47,7 +54,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, and an lm-eval task."""
     folder = tmp_path_factory.mktemp("papers")
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    items = [{"question": "the cat " * number, "choices": [" sat", " ran"], "label": number % 2} for number in range(1, 8)]
+    items = [
+        {"question": "the cat " * number, "choices": [" sat", " ran"], "label": number % 2} for number in range(1, 8)
+    ]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     (folder / "tiny.yaml").write_text(TASK.format(name="tiny_choice", data=folder / "items.jsonl"), encoding="utf-8")
     return folder
@@ -88,7 +97,9 @@ def test_table_is_consistent(name: str) -> None:
 def test_table_fills_itself(
     name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))  # reading all is slow
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    )  # reading all is slow
     table = rehearsal(name, home)
     model, setting = list(table["models"])[-1], list(table["settings"])[0 if name != "slab" else -1]
     arguments: dict[str, Any] = {"device": "cpu", "batch_size": 4, "task_folder": home}

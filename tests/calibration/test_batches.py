@@ -72,7 +72,12 @@ def test_fewer_windows_than_asked_are_all_used_and_said(caplog: pytest.LogCaptur
 def test_token_ids_are_rows_as_they_are() -> None:
     ids = [[5, 6, 7, 8], [9, 10], list(range(3, 90))]
     wanted = [[5, 6, 7, 8], [9, 10], list(range(3, 35))]
-    for source in (ids, [torch.tensor(row) for row in ids], [torch.tensor([row]) for row in ids], [tuple(row) for row in ids]):
+    for source in (
+        ids,
+        [torch.tensor(row) for row in ids],
+        [torch.tensor([row]) for row in ids],
+        [tuple(row) for row in ids],
+    ):
         assert rows_of(calibration_batches(MODEL, config(), None, source)) == wanted
 
 
@@ -89,7 +94,9 @@ def test_chats_go_through_the_chat_template() -> None:
 def test_batches_of_a_data_loader_keep_their_masks() -> None:
     texts = ["a much longer text than the others", "short", "of middle length"]
     TOKENIZER.pad_token = "</s>"
-    loader = DataLoader(texts, batch_size=2, collate_fn=lambda part: TOKENIZER(part, padding=True, return_tensors="pt"))
+    loader = DataLoader(
+        texts, batch_size=2, collate_fn=lambda part: TOKENIZER(part, padding=True, return_tensors="pt")
+    )
     batches = calibration_batches(MODEL, config(), TOKENIZER, loader)
     assert [batch.input_ids.shape[0] for batch in batches] == [2, 1]
     assert rows_of(batches) == [TOKENIZER(text).input_ids for text in texts]
@@ -118,8 +125,16 @@ def test_self_needs_nothing_but_the_model() -> None:
         ([[], []], TOKENIZER, "empty"),
         ([3.5], TOKENIZER, "found a sample of type float"),
         (["text", None], TOKENIZER, "found a sample of type NoneType"),
-        ([{"content": "text"}], TOKENIZER, "fields content; expected text or messages, or what LlamaForCausalLM reads"),
-        ([{"input_ids": torch.full((1, 65), 5)}], None, "a sequence of 65 tokens, but LlamaForCausalLM has a context of 64"),
+        (
+            [{"content": "text"}],
+            TOKENIZER,
+            "fields content; expected text or messages, or what LlamaForCausalLM reads",
+        ),
+        (
+            [{"input_ids": torch.full((1, 65), 5)}],
+            None,
+            "a sequence of 65 tokens, but LlamaForCausalLM has a context of 64",
+        ),
         ([[5, 1_000]], None, "token id 1000, expected 0 to"),
         (["too short"], TOKENIZER, "fewer than one window of 32"),
         ("no/such/file.txt", TOKENIZER, "no such text file"),
@@ -136,7 +151,10 @@ def test_unusable_calibration_is_an_error_before_any_work(source: Any, tokenizer
 
 
 def test_sequences_longer_than_the_context_are_an_error() -> None:
-    with pytest.raises(CompressionError, match=f"sequence_length: found 65, but LlamaForCausalLM has a context of {tiny_models.CONTEXT}"):
+    with pytest.raises(
+        CompressionError,
+        match=f"sequence_length: found 65, but LlamaForCausalLM has a context of {tiny_models.CONTEXT}",
+    ):
         calibration_batches(MODEL, config(length=65))
     assert calibration_batches(MODEL, config(samples=1, length=None))[0].input_ids.shape == (1, tiny_models.CONTEXT)
 

@@ -20,7 +20,9 @@ def computed_tokens(model: PreTrainedModel, batches: list[TokenBatch]) -> tuple[
     blocks = find_blocks(model)
     linear = next(module for module in list(blocks.values())[-1].modules() if isinstance(module, nn.Linear))
     seen: list[int] = []
-    handle = linear.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel() // inputs[0].shape[-1]))
+    handle = linear.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].numel() // inputs[0].shape[-1])
+    )
     captured = capture(model, blocks, batches)
     handle.remove()
     for index, block in enumerate(blocks.values()):
@@ -34,7 +36,9 @@ def dense_outputs(model: PreTrainedModel, batches: list[TokenBatch]) -> list[Ten
     """What the last block gives in the model's own forward."""
     given: list[Tensor] = []
     last = list(find_blocks(model).values())[-1]
-    handle = last.register_forward_hook(lambda module, inputs, output: given.append(output[0] if isinstance(output, tuple) else output))
+    handle = last.register_forward_hook(
+        lambda module, inputs, output: given.append(output[0] if isinstance(output, tuple) else output)
+    )
     with torch.no_grad():
         for batch in batches:
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -53,7 +57,9 @@ def test_blocks_are_computed_for_a_few_tokens_only() -> None:
 def encoder() -> PreTrainedModel:
     """Its first block gives the others their position biases, beside its hidden states."""
     torch.manual_seed(0)
-    return T5EncoderModel(T5Config(vocab_size=int(IDS.max()) + 1, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)).eval()
+    return T5EncoderModel(
+        T5Config(vocab_size=int(IDS.max()) + 1, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ).eval()
 
 
 def chained() -> PreTrainedModel:
@@ -69,7 +75,9 @@ def chained() -> PreTrainedModel:
             return output
 
         block.forward = forward
-        block.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, "mean": told["mean"]}), with_kwargs=True)
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "mean": told["mean"]}), with_kwargs=True
+        )
     return model
 
 

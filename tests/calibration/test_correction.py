@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 
-from hf_lowrank.calibration import BlockBatch, DensePasses, TokenBatch, capture, output_grams, stage_sums, stages, stream_writers
+from hf_lowrank.calibration import (
+    BlockBatch,
+    DensePasses,
+    TokenBatch,
+    capture,
+    output_grams,
+    stage_sums,
+    stages,
+    stream_writers,
+)
 from hf_lowrank.calibration.correction import Sums
 from hf_lowrank.models.architectures import find_blocks, find_layers
 
@@ -27,7 +36,9 @@ def test_target_is_that_of_least_squares() -> None:
     torch.testing.assert_close(same.target(weight), weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("make", "plain"), [(tiny_models.llama, True), (tiny_models.opt, True), (tiny_models.gemma2, False)])
+@pytest.mark.parametrize(
+    ("make", "plain"), [(tiny_models.llama, True), (tiny_models.opt, True), (tiny_models.gemma2, False)]
+)
 def test_residual_streams_are_found_by_trying(make: object, plain: bool) -> None:
     model = make().eval()  # type: ignore[operator]
     blocks = find_blocks(model)
@@ -44,7 +55,7 @@ def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
     model = tiny_models.llama()
     blocks = find_blocks(model)
     batch = capture(model, blocks, [TokenBatch(tiny_models.token_ids(2, 16), None)])[0]
-    batch.shifted = BlockBatch(batch.hidden + 0.1, batch.calls)
+    batch.compressed_twin = BlockBatch(batch.hidden + 0.1, batch.calls)
     name, block = next(iter(blocks.items()))
     layers = {
         layer.name.removeprefix(f"{name}."): block.get_submodule(layer.name.removeprefix(f"{name}."))
@@ -56,7 +67,9 @@ def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
     dense = DensePasses(copy.deepcopy(block), 0, [batch], ["self_attn.q_proj", "mlp.down_proj"], whole="mlp.down_proj")
     sums = stage_sums(dense, block, 0, [batch], ["self_attn.q_proj"], None)
     assert sums is not None
-    x, x_hat = (block.input_layernorm(each).flatten(0, 1).double() for each in (batch.hidden, batch.shifted.hidden))  # type: ignore[operator]
+    x, x_hat = (
+        block.input_layernorm(each).flatten(0, 1).double() for each in (batch.hidden, batch.compressed_twin.hidden)
+    )  # type: ignore[operator]
     torch.testing.assert_close(sums.gram, x_hat.T @ x_hat, rtol=1e-5, atol=1e-4)  # float32 products
     torch.testing.assert_close(sums.shift, (x - x_hat).T @ x_hat, rtol=1e-5, atol=1e-4)
     output = stage_sums(dense, block, 0, [batch], ["mlp.down_proj"], "output")

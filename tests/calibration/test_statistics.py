@@ -41,7 +41,9 @@ def direct_inputs(model: PreTrainedModel, rows: list[Tensor]) -> dict[str, Tenso
     seen: dict[str, list[Tensor]] = {}
     handles = [
         model.get_submodule(layer.name).register_forward_pre_hook(
-            lambda module, inputs, name=layer.name: seen.setdefault(name, []).append(inputs[0].detach().flatten(0, -2).double())
+            lambda module, inputs, name=layer.name: seen.setdefault(name, []).append(
+                inputs[0].detach().flatten(0, -2).double()
+            )
         )
         for layer in find_layers(find_blocks(model))
     ]
@@ -74,7 +76,8 @@ def test_statistics_equal_a_direct_computation(name: str) -> None:
 
 # the base model of GPT-2 numbers positions from the padding on, so that left padding would change what it computes
 @pytest.mark.parametrize(
-    ("name", "side"), [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("gemma2", "right"), ("gemma2", "left")]
+    ("name", "side"),
+    [("llama", "right"), ("llama", "left"), ("gpt2", "right"), ("gemma2", "right"), ("gemma2", "left")],
 )
 def test_padding_leaves_no_trace_in_the_statistics(name: str, side: str) -> None:
     model = MODELS[name]()
@@ -92,7 +95,9 @@ def test_padding_leaves_no_trace_in_the_statistics(name: str, side: str) -> None
 
 
 def test_layers_with_one_input_share_one_gram() -> None:
-    found = all_statistics(tiny_models.llama(), [TokenBatch(tiny_models.token_ids(2, 16)), TokenBatch(tiny_models.token_ids(1, 16))])
+    found = all_statistics(
+        tiny_models.llama(), [TokenBatch(tiny_models.token_ids(2, 16)), TokenBatch(tiny_models.token_ids(1, 16))]
+    )
     for block in range(4):
         q, k, v, o, gate, up, down = (
             found[f"model.layers.{block}.{name}"]
@@ -162,6 +167,15 @@ def test_a_block_called_twice_is_an_error() -> None:
 def test_a_calibration_input_that_overflows_names_the_layer() -> None:
     model = tiny_models.llama()
     with torch.no_grad():
-        model.model.layers[2].input_layernorm.weight[5] = 3e38  # finite, unlike its product with a hidden state beyond ±1.13
-    with pytest.raises(NumericalError, match=r"model\.layers\.2\.self_attn\.[qkv]_proj: the calibration input is not finite in channel 5"):
-        compress(model, CompressionConfig(method="svd-llm", ratio=0.3, samples=2, sequence_length=16), calibration=[list(range(3, 19))] * 2)
+        model.model.layers[2].input_layernorm.weight[5] = (
+            3e38  # finite, unlike its product with a hidden state beyond ±1.13
+        )
+    with pytest.raises(
+        NumericalError,
+        match=r"model\.layers\.2\.self_attn\.[qkv]_proj: the calibration input is not finite in channel 5",
+    ):
+        compress(
+            model,
+            CompressionConfig(method="svd-llm", ratio=0.3, samples=2, sequence_length=16),
+            calibration=[list(range(3, 19))] * 2,
+        )

@@ -16,7 +16,10 @@ from hf_lowrank.calibration.texts import read_documents, token_stream, windows
 from ..support import tiny_models
 
 STORIES = "First story.\nIt has two lines.\n<|endoftext|>\n  Second story.\n\n<|endoftext|>\n<|endoftext|>\nThird.\n"
-WRITERS = {".txt": lambda path, data: path.write_bytes(data), ".gz": lambda path, data: path.write_bytes(gzip.compress(data))}
+WRITERS = {
+    ".txt": lambda path, data: path.write_bytes(data),
+    ".gz": lambda path, data: path.write_bytes(gzip.compress(data)),
+}
 WRITERS[".xz"] = lambda path, data: path.write_bytes(lzma.compress(data))
 
 
@@ -73,7 +76,9 @@ def test_a_dataset_without_network_is_an_error_with_the_cure(monkeypatch: pytest
         raise ConnectionError("cannot reach the Hub\nmore details")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(CompressionError, match=r"dataset 'wikitext2' cannot be loaded \(cannot reach the Hub\); without network") as raised:
+    with pytest.raises(
+        CompressionError, match=r"dataset 'wikitext2' cannot be loaded \(cannot reach the Hub\); without network"
+    ) as raised:
         read_documents("wikitext2")
     assert "\n" not in str(raised.value)
 
@@ -100,7 +105,13 @@ def test_datasets_are_loaded_with_their_real_names_and_splits(monkeypatch: pytes
 
 def test_every_document_starts_with_exactly_one_start_token() -> None:
     documents = ["ab", "c", ""]
-    expected = [1, *tiny_models.tokenizer(bos=False)("ab").input_ids, 1, *tiny_models.tokenizer(bos=False)("c").input_ids, 1]
+    expected = [
+        1,
+        *tiny_models.tokenizer(bos=False)("ab").input_ids,
+        1,
+        *tiny_models.tokenizer(bos=False)("c").input_ids,
+        1,
+    ]
     for adds_bos in (True, False):
         assert token_stream(tiny_models.tokenizer(adds_bos=adds_bos), documents).tolist() == expected
 

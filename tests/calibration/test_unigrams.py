@@ -11,12 +11,22 @@ from hf_lowrank.methods import make_method
 from tests.support import tiny_models
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 9), st.floats(0, 1), st.booleans(), st.integers(0, 3))
-def test_a_share_of_the_sequences_is_drawn_from_all(sizes: list[int], length: int, share: float, padded: bool, seed: int) -> None:
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_a_share_of_the_sequences_is_drawn_from_all(
+    sizes: list[int], length: int, share: float, padded: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for size in sizes:
-        mask = (torch.arange(length) <= torch.randint(length, (size, 1), generator=generator)).long() if padded else None
+        mask = (
+            (torch.arange(length) <= torch.randint(length, (size, 1), generator=generator)).long() if padded else None
+        )
         ids = torch.randint(5, 1000, (size, length), generator=generator)
         batches.append(TokenBatch(ids if mask is None else ids * mask, mask))
     found = with_unigram_sequences(batches, share, seed)

@@ -88,11 +88,19 @@ def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
     from hf_lowrank.runtime.content_checks import validate_contents
     from hf_lowrank.runtime.layers import SparseLowRankBinaryLinear
 
-    layer = SparseLowRankBinaryLinear(13, 5, "bitmask", kept=6, rank=2, weight_bits=3, weight_group=4, lowrank_bits=5, lowrank_group=4)
+    layer = SparseLowRankBinaryLinear(
+        13, 5, "bitmask", kept=6, rank=2, weight_bits=3, weight_group=4, lowrank_bits=5, lowrank_group=4
+    )
     spec: LayerSpec = layer.spec
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     validate_contents("layer", spec, 5, 13, tensors)
-    for name, last in (("weight_mask", 2**5), ("sign_bits", 2**7), ("weight", 2**2), ("lowrank_a", 2**1), ("lowrank_b", 2**2)):
+    for name, last in (
+        ("weight_mask", 2**5),
+        ("sign_bits", 2**7),
+        ("weight", 2**2),
+        ("lowrank_a", 2**1),
+        ("lowrank_b", 2**2),
+    ):
         bad = tensors[name].detach().clone()
         bad.view(bad.shape[0], -1)[1, -1] |= last
         if name == "weight_mask":
@@ -106,7 +114,9 @@ def test_a_value_that_changed_is_found_by_its_checksum(copy_of: Callable[[str], 
     change_tensor(folder, f"{Q_PROJ}.weight", lambda weight: weight + 1)
     (problem,) = verify_checkpoint(folder).problems
     assert problem.startswith("model.safetensors: sha256 is not the recorded")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: sha256 is .* delete its line under checksums in config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: sha256 is .* delete its line under checksums in config\.json"
+    ):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -119,7 +129,9 @@ def test_weights_changed_on_purpose_open_once_their_checksum_is_deleted(copy_of:
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_config_saved_beside_other_weights_does_not_speak_of_the_old_ones(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_config_saved_beside_other_weights_does_not_speak_of_the_old_ones(
+    copy_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(copy_of("slab"))
     model.config.save_pretrained(tmp_path)
     assert not json.loads((tmp_path / "config.json").read_text())["quantization_config"].get("checksums")
@@ -250,7 +262,9 @@ def test_the_checkpoints_code_never_runs_where_the_package_is(
     code(random.Random(0), folder)
     for arguments in ({}, {"trust_remote_code": True}):
         assert AutoConfig.from_pretrained(folder, **arguments).model_type == "llama"
-        assert type(AutoModelForCausalLM.from_pretrained(folder, **arguments)).__module__.startswith("transformers.models.llama")
+        assert type(AutoModelForCausalLM.from_pretrained(folder, **arguments)).__module__.startswith(
+            "transformers.models.llama"
+        )
     found = verify_checkpoint(folder)
     assert not (tmp_path / "canary").exists()
     assert found.runtime == "unknown"

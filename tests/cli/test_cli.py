@@ -46,7 +46,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compressed(dense: Path) -> Path:
     output = dense.parent / "compressed"
-    assert run("compress", dense, "--method", "slab", "--ratio", 0.4, "--set", "iterations=2", *QUICK, "-o", output).exit_code == 0
+    assert (
+        run(
+            "compress", dense, "--method", "slab", "--ratio", 0.4, "--set", "iterations=2", *QUICK, "-o", output
+        ).exit_code
+        == 0
+    )
     return output
 
 
@@ -100,7 +105,14 @@ def test_compress_writes_a_checkpoint_of_the_recipe(dense: Path, text: Path, tmp
     assert result.exit_code == 0, result.output
     assert f"wrote {output}" in result.stdout
     config = json.loads((output / "config.json").read_text())["quantization_config"]
-    wanted = {"method": "svd-llm", "ratio": 0.35, "seed": 3, "samples": 4, "sequence_length": 16, "calibration": str(text)}
+    wanted = {
+        "method": "svd-llm",
+        "ratio": 0.35,
+        "seed": 3,
+        "samples": 4,
+        "sequence_length": 16,
+        "calibration": str(text),
+    }
     assert {key: config[key] for key in wanted} == wanted
     assert len(config["layers"]) == 24
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -154,7 +166,10 @@ MISTAKES = {
     "negative ratio": ("ratio: found -0.5", ["--ratio", "-0.5"]),
     "ratio out of reach": ("ratio 0.99 is out of reach of svd", ["--method", "svd", "--ratio", "0.99"]),
     "unknown option": ("slab has no option 'iteration'; did you mean 'iterations'?", ["--set", "iteration=3"]),
-    "value of another type": ("option iterations is 'many', expected a value of type int", ["--set", "iterations=many"]),
+    "value of another type": (
+        "option iterations is 'many', expected a value of type int",
+        ["--set", "iterations=many"],
+    ),
     "no value": ("--set: found 'iterations', expected key=value", ["--set", "iterations"]),
     "unknown dtype": ("dtype: found 'int8', expected one of auto, float32, bfloat16, float16", ["--dtype", "int8"]),
     "unknown device": ("cannot be loaded", ["--device", "abacus"]),
@@ -169,7 +184,15 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_recipe_is_one_line(dense: Path, tmp_path: Path, mistake: str) -> None:
     message, arguments = MISTAKES[mistake]
-    fails(message, "compress", dense, "-o", tmp_path / "output", *(QUICK if "--sequence-length" not in arguments else []), *arguments)
+    fails(
+        message,
+        "compress",
+        dense,
+        "-o",
+        tmp_path / "output",
+        *(QUICK if "--sequence-length" not in arguments else []),
+        *arguments,
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,7 +200,9 @@ def test_a_text_shorter_than_one_sequence_is_one_line(dense: Path, tmp_path: Pat
     short = tmp_path / "short.txt"
     short.write_text("hello", encoding="utf-8")
     arguments = ["--calibration", short, "--sequence-length", 32]
-    fails("the text has 6 tokens, fewer than one window of 32", "compress", dense, "-o", tmp_path / "output", *arguments)
+    fails(
+        "the text has 6 tokens, fewer than one window of 32", "compress", dense, "-o", tmp_path / "output", *arguments
+    )
     assert list(tmp_path.iterdir()) == [short]
 
 
@@ -211,7 +236,9 @@ def test_what_cannot_be_measured_is_one_line(compressed: Path, text: Path, tmp_p
     fails("--repeats: found 0, expected at least 1", "benchmark", compressed, "--repeats", 0)
     fails("a context of 64 tokens", "benchmark", compressed, "--prompt", 60, "--new", 5)
     fails("rank: found -1, expected at least 1", "recompress", compressed, "--rank", -1, "-o", tmp_path / "output")
-    config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
     encoder = tiny_models.saved(BertForMaskedLM(config), tmp_path / "encoder")
     fails("BertForMaskedLM does not predict; use a causal model", "evaluate", encoder, "--text", text)
 
@@ -243,7 +270,17 @@ def test_an_empty_output_folder_may_be_used(dense: Path, tmp_path: Path, monkeyp
 def test_the_current_folder_is_not_replaced(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for options in ([], ["--overwrite"]):
-        fails("is the current folder, which cannot be replaced", "compress", dense, "--method", "svd", *QUICK, "-o", ".", *options)
+        fails(
+            "is the current folder, which cannot be replaced",
+            "compress",
+            dense,
+            "--method",
+            "svd",
+            *QUICK,
+            "-o",
+            ".",
+            *options,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,13 +289,17 @@ def test_a_full_disk_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:
-        fails("nothing was left behind", "compress", dense, "--method", "svd", *QUICK, "-o", tmp_path / "new" / "output")
+        fails(
+            "nothing was left behind", "compress", dense, "--method", "svd", *QUICK, "-o", tmp_path / "new" / "output"
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "output"
     assert run("compress", dense, "--method", "svd", *QUICK, "-o", output).exit_code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
@@ -267,7 +308,19 @@ def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(dense: Path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("shutil.copyfile", full)
-    fails("No space left on device", "compress", dense, "--method", "svd", "--ratio", 0.6, *QUICK, "-o", output, "--overwrite")
+    fails(
+        "No space left on device",
+        "compress",
+        dense,
+        "--method",
+        "svd",
+        "--ratio",
+        0.6,
+        *QUICK,
+        "-o",
+        output,
+        "--overwrite",
+    )
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
@@ -277,14 +330,28 @@ def test_memory_that_runs_out_is_one_line(dense: Path, tmp_path: Path, monkeypat
         raise MemoryError
 
     monkeypatch.setattr(blocks, "run_block", exhausted)
-    fails("out of memory; use fewer --samples", "compress", dense, "--method", "svd", *QUICK, "-o", tmp_path / "output")
+    fails(
+        "out of memory; use fewer --samples", "compress", dense, "--method", "svd", *QUICK, "-o", tmp_path / "output"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_nothing_but_the_work_folder(dense: Path, tmp_path: Path) -> None:
     """In a process of its own, interrupted in the middle of SoCo's training."""
     work = tmp_path / "work"
-    command = [sys.executable, "-m", "hf_lowrank", "compress", str(dense), "--method", "soco", "--ratio", "0.3", "--set", "steps=1000000"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_lowrank",
+        "compress",
+        str(dense),
+        "--method",
+        "soco",
+        "--ratio",
+        "0.3",
+        "--set",
+        "steps=1000000",
+    ]
     command += ["--work-dir", str(work), "-o", str(tmp_path / "new" / "output"), "--set", "batch_tokens=16", *QUICK]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

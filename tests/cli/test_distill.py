@@ -19,18 +19,38 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distill")
     tiny_models.saved(tiny_models.llama(num_hidden_layers=2), folder / "dense")
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(tiny_models.text(40)), encoding="utf-8")
-    arguments = ["compress", str(folder / "dense"), "-o", str(folder / "small"), "--samples", "4", "--sequence-length", "16"]
+    arguments = [
+        "compress",
+        str(folder / "dense"),
+        "-o",
+        str(folder / "small"),
+        "--samples",
+        "4",
+        "--sequence-length",
+        "16",
+    ]
     assert CliRunner().invoke(cli.app, [*arguments, "--dtype", "bfloat16"]).exit_code == 0
     return folder
 
 
 def run(home: Path, output: Path, *more: str) -> Result:
-    named = ["--teacher", str(home / "dense"), "--text", str(home / "text.txt"), "--steps", "10", "--sequence-length", "16"]
+    named = [
+        "--teacher",
+        str(home / "dense"),
+        "--text",
+        str(home / "text.txt"),
+        "--steps",
+        "10",
+        "--sequence-length",
+        "16",
+    ]
     return CliRunner().invoke(cli.app, ["distill", str(home / "small"), "-o", str(output), *named, *more])
 
 
 def divergence(home: Path, folder: Path) -> float:
-    dense, model = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (home / "dense", folder))
+    dense, model = (
+        AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (home / "dense", folder)
+    )
     ids = tiny_models.token_ids(8, 16, seed=5)
     with torch.no_grad():
         p, q = (each(ids).logits.log_softmax(dim=-1) for each in (dense, model))
@@ -55,7 +75,9 @@ def test_it_comes_nearer_and_keeps_masks_signs_and_dtype(home: Path, whole: Path
         assert tensor.dtype != torch.uint8 or torch.equal(after[name], tensor)
 
 
-def test_a_killed_training_goes_on_to_the_same_bytes(home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    home: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Kill(TrainerCallback):
         def on_step_end(self, args: object, state: object, control: object, **others: object) -> None:
             if state.global_step == 7:  # type: ignore[attr-defined]
@@ -73,7 +95,9 @@ def test_a_killed_training_goes_on_to_the_same_bytes(home: Path, whole: Path, tm
         assert run(home, tmp_path / "out", *work).exit_code == 9
     assert not (tmp_path / "out").exists()
     assert run(home, tmp_path / "out", *work).exit_code == 0
-    first, second = (hashlib.sha256((folder / "model.safetensors").read_bytes()).digest() for folder in (whole, tmp_path / "out"))
+    first, second = (
+        hashlib.sha256((folder / "model.safetensors").read_bytes()).digest() for folder in (whole, tmp_path / "out")
+    )
     assert first == second
     other = run(home, tmp_path / "other", *work, "--seed", "1")
     assert other.exit_code == 1

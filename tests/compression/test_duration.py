@@ -34,7 +34,9 @@ def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: 
     monkeypatch.setattr(duration, "_timed", lambda task: 0.01)
 
     def found(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> duration.Duration:
-        config = CompressionConfig(method=method, ratio=0.4, samples=samples, sequence_length=24, calibration="c4", options=options or {})
+        config = CompressionConfig(
+            method=method, ratio=0.4, samples=samples, sequence_length=24, calibration="c4", options=options or {}
+        )
         return duration.duration(tiny_models.llama(**shape), config)
 
     few = found()
@@ -53,7 +55,9 @@ def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch)
     seen: list[dict[str, float]] = []
     usual = duration._seen
     monkeypatch.setattr(duration, "_seen", lambda *arguments: seen.append(usual(*arguments)) or seen[-1])
-    duration.duration(tiny_models.mixtral(), CompressionConfig(method="wanda", ratio=0.4, calibration="c4", sequence_length=24))
+    duration.duration(
+        tiny_models.mixtral(), CompressionConfig(method="wanda", ratio=0.4, calibration="c4", sequence_length=24)
+    )
     assert seen[0]["model.layers.0.mlp.experts.3.gate_up"] == 0.5
     assert seen[0]["model.layers.0.self_attn.q_proj"] == 1.0
 

@@ -32,7 +32,13 @@ ONE_OF_EACH_STRATEGY = ["svd-llm", "sola", "lowrank"]
 
 
 def recipe(method: str, **changes: Any) -> CompressionConfig:
-    fields = {"ratio": RATIOS.get(method, 0.5), "options": OPTIONS.get(method, {}), "samples": 4, "sequence_length": 24, **changes}
+    fields = {
+        "ratio": RATIOS.get(method, 0.5),
+        "options": OPTIONS.get(method, {}),
+        "samples": 4,
+        "sequence_length": 24,
+        **changes,
+    }
     return CompressionConfig(method=method, **fields)
 
 
@@ -42,11 +48,17 @@ def report_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("method", registered_methods())
-def test_a_layer_that_never_comes_out_stays_dense_within_the_budget(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_a_layer_that_never_comes_out_stays_dense_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     dense = tiny_models.llama()
     weight = dense.get_submodule(BROKEN).weight.clone()
     breaking(monkeypatch, 100, BROKEN)
@@ -54,7 +66,9 @@ def test_a_layer_that_never_comes_out_stays_dense_within_the_budget(monkeypatch:
     report = report_of(model)
     assert torch.equal(model.get_submodule(BROKEN).weight, weight)  # type: ignore[arg-type]
     assert report["ratio_stored"] >= report["ratio_asked"] - 1e-6  # the others made up for it
-    assert report["dense"][BROKEN].startswith(f"{method} fails on it (a lowrank_a that is not finite in torch.float16)")
+    assert report["dense"][BROKEN].startswith(
+        f"{method} fails on it (a lowrank_a that is not finite in torch.float16)"
+    )
     assert sum(BROKEN in warning for warning in report["warnings"]) == 1
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
@@ -72,7 +86,9 @@ def test_a_layer_that_fails_once_is_made_again_and_said_so(monkeypatch: pytest.M
 
 def test_too_little_damping_no_longer_ends_the_run() -> None:
     config = recipe("gptq", ratio=0.8, options={"damping": 1e-30}, samples=1)
-    report = report_of(compress(tiny_models.llama(), config, calibration=IDS[:1]))  # 24 tokens for 32 channels and more
+    report = report_of(
+        compress(tiny_models.llama(), config, calibration=IDS[:1])
+    )  # 24 tokens for 32 channels and more
     assert "singular at damping=1e-30" in report["retried"]["model.layers.0.self_attn.q_proj"]
     assert all(layer["relative_error"] < 1 for layer in report["layers"])
 
@@ -105,7 +121,9 @@ def test_nothing_changes_where_nothing_is_bad() -> None:
 
 
 @pytest.mark.parametrize("method", ONE_OF_EACH_STRATEGY)
-def test_a_killed_run_with_bad_layers_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_a_killed_run_with_bad_layers_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     breaking(monkeypatch, 100, BROKEN)
     whole = compress(tiny_models.llama(), recipe(method), calibration=IDS)
     whole.save_pretrained(tmp_path / "whole" / "model")

@@ -12,7 +12,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_lowrank import CompressionConfig, CompressionError, NumericalError, SparseLowRankBinaryLinear, SparseLowRankLinear, compress
+from hf_lowrank import (
+    CompressionConfig,
+    CompressionError,
+    NumericalError,
+    SparseLowRankBinaryLinear,
+    SparseLowRankLinear,
+    compress,
+)
 from hf_lowrank.budget import Budget
 from hf_lowrank.methods import Decomposition, Method, Statistics, method_class
 from hf_lowrank.methods.spectral import factorize
@@ -61,7 +68,11 @@ def removed(dense: Path, compressed: Path, model: PreTrainedModel) -> float:
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file of a checkpoint."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -75,7 +86,9 @@ def test_the_files_hold_what_was_asked_for_and_never_more(tmp_path: Path, name: 
         compress(model, config(method, ratio), calibration=IDS).save_pretrained(compressed)
         found = removed(dense, compressed, linears)
         assert ratio <= found
-        assert found <= ratio + 0.005 or method == "auto"  # which stores less where eight bits per weight are all it can use
+        assert (
+            found <= ratio + 0.005 or method == "auto"
+        )  # which stores less where eight bits per weight are all it can use
         report = json.loads((compressed / "compression_report.json").read_text())
         assert report["ratio_stored"] == pytest.approx(removed(dense, compressed, linears), abs=1e-12)
 
@@ -105,13 +118,17 @@ def test_paper_accounting_leaves_the_mask_bits_out() -> None:
     assert report["ratio_paper"] - report["ratio_stored"] == pytest.approx(8 * masks / dense)
 
 
-@pytest.mark.parametrize("method", [method for method in RECIPES if method not in ("slab-gram", "auto")])  # those take minutes on it
+@pytest.mark.parametrize(
+    "method", [method for method in RECIPES if method not in ("slab-gram", "auto")]
+)  # those take minutes on it
 def test_the_bundled_model_compresses_and_reopens(tmp_path: Path, method: str) -> None:
     dense = AutoModelForCausalLM.from_pretrained(tiny_models.BUNDLED)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.BUNDLED)
     ratio = 0.5 if method == "slab" else 0.3
     recipe = config(method, ratio, sequence_length=64)
-    text = ["It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "] * 20
+    text = [
+        "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
+    ] * 20
     model = compress(copy.deepcopy(dense), recipe, tokenizer, text)
     model.save_pretrained(tmp_path)
     assert ratio <= removed(tiny_models.BUNDLED, tmp_path, dense) <= ratio + 0.005
@@ -125,14 +142,22 @@ def test_the_bundled_model_compresses_and_reopens(tmp_path: Path, method: str) -
 def test_same_seed_same_bytes(tmp_path: Path, method: str) -> None:
     for run in ("first", "second"):
         torch.manual_seed(17 if run == "first" else 18)  # the caller's random state has no say
-        compress(tiny_models.llama(), config(method), tiny_models.tokenizer()).save_pretrained(tmp_path / run / "model")
+        compress(tiny_models.llama(), config(method), tiny_models.tokenizer()).save_pretrained(
+            tmp_path / run / "model"
+        )
     assert digests(tmp_path / "first" / "model") == digests(tmp_path / "second" / "model")
-    compress(tiny_models.llama(), config(method, seed=1), tiny_models.tokenizer()).save_pretrained(tmp_path / "third" / "model")
+    compress(tiny_models.llama(), config(method, seed=1), tiny_models.tokenizer()).save_pretrained(
+        tmp_path / "third" / "model"
+    )
     differs = {
-        name for name, digest in digests(tmp_path / "third" / "model").items() if digest != digests(tmp_path / "first" / "model")[name]
+        name
+        for name, digest in digests(tmp_path / "third" / "model").items()
+        if digest != digests(tmp_path / "first" / "model")[name]
     }
     assert "config.json" in differs
-    assert ("model.safetensors" in differs) == (method != "svd")  # the only one here that never looks at the calibration
+    assert ("model.safetensors" in differs) == (
+        method != "svd"
+    )  # the only one here that never looks at the calibration
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -154,7 +179,12 @@ def test_every_linear_is_compressed_or_listed_with_a_reason(method: str) -> None
 def test_the_report_describes_what_is_stored(method: str) -> None:
     model = compress(tiny_models.llama(), config(method), calibration=IDS)
     report = model.save_pretrained.report
-    assert (report["method"], report["ratio_asked"], report["accounting"], report["warnings"]) == (method, 0.4, "bits", [])
+    assert (report["method"], report["ratio_asked"], report["accounting"], report["warnings"]) == (
+        method,
+        0.4,
+        "bits",
+        [],
+    )
     for entry in report["layers"]:
         layer = model.get_submodule(entry["name"])
         fields = ("kind", "sparse", "kept", "rank", "binary_rank", "pivoted", "weight_bits", "lowrank_bits")
@@ -171,13 +201,21 @@ def test_the_report_describes_what_is_stored(method: str) -> None:
     else:
         assert report["ratio_paper"] == pytest.approx(report["ratio_stored"])
     if method == "slab":
-        assert all(isinstance(model.get_submodule(entry["name"]), SparseLowRankBinaryLinear) for entry in report["layers"])
+        assert all(
+            isinstance(model.get_submodule(entry["name"]), SparseLowRankBinaryLinear) for entry in report["layers"]
+        )
 
 
 def test_the_config_records_the_recipe_and_where_it_came_from() -> None:
     model = compress(tiny_models.llama(), config("slab", seed=5), calibration=IDS)
     recorded = model.config.quantization_config
-    assert (recorded.method, recorded.ratio, recorded.seed, recorded.samples, recorded.sequence_length) == ("slab", 0.4, 5, 4, 24)
+    assert (recorded.method, recorded.ratio, recorded.seed, recorded.samples, recorded.sequence_length) == (
+        "slab",
+        0.4,
+        5,
+        4,
+        24,
+    )
     assert recorded.options["iterations"] == 2
     assert recorded.options["binary_rank"] == 1  # defaults too: a later version may have others
     assert recorded.provenance["calibration_tokens"] == 96
@@ -185,12 +223,22 @@ def test_the_config_records_the_recipe_and_where_it_came_from() -> None:
     assert set(recorded.provenance["versions"]) == {"hf_lowrank", "torch", "transformers"}
 
 
-@pytest.mark.parametrize("pattern", ["model.layers.1.mlp.down_proj", "down_proj", "self_attn", "model.layers.2", "*.layers.[03].*"])
+@pytest.mark.parametrize(
+    "pattern", ["model.layers.1.mlp.down_proj", "down_proj", "self_attn", "model.layers.2", "*.layers.[03].*"]
+)
 def test_modules_to_not_convert_stay_as_they_are(pattern: str) -> None:
     dense = tiny_models.llama()
     model = compress(tiny_models.llama(), config("svd", 0.3, modules_to_not_convert=[pattern]), calibration=IDS)
-    listed = {name for name, reason in model.save_pretrained.report["dense"].items() if "modules_to_not_convert" in reason}
-    counts = {"model.layers.1.mlp.down_proj": 1, "down_proj": 4, "self_attn": 16, "model.layers.2": 7, "*.layers.[03].*": 14}
+    listed = {
+        name for name, reason in model.save_pretrained.report["dense"].items() if "modules_to_not_convert" in reason
+    }
+    counts = {
+        "model.layers.1.mlp.down_proj": 1,
+        "down_proj": 4,
+        "self_attn": 16,
+        "model.layers.2": 7,
+        "*.layers.[03].*": 14,
+    }
     assert len(listed) == counts[pattern]
     for name in listed:
         assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
@@ -230,14 +278,21 @@ def test_what_is_no_model_or_no_recipe_is_refused() -> None:
 @pytest.mark.parametrize("method", RECIPES)
 def test_a_ratio_out_of_reach_is_an_error_that_leaves_the_model_as_it_was(method: str) -> None:
     model = tiny_models.llama()
-    with pytest.raises(CompressionError, match=rf"ratio 0.99 is out of reach of {method} .*can remove [\d.]+ to [\d.]+ of the stored bits"):
+    with pytest.raises(
+        CompressionError,
+        match=rf"ratio 0.99 is out of reach of {method} .*can remove [\d.]+ to [\d.]+ of the stored bits",
+    ):
         compress(model, config(method, 0.99), calibration=IDS)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in tiny_models.llama().state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[name]) for name, value in tiny_models.llama().state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("method", RECIPES)
 @pytest.mark.parametrize("calibration", ["ids", "self"])
-@pytest.mark.parametrize("damaged", ["model.layers.1.self_attn.k_proj", "model.layers.2.mlp.down_proj", "model.layers.0.input_layernorm"])
+@pytest.mark.parametrize(
+    "damaged", ["model.layers.1.self_attn.k_proj", "model.layers.2.mlp.down_proj", "model.layers.0.input_layernorm"]
+)
 def test_a_weight_that_is_not_finite_is_named(method: str, calibration: str, damaged: str) -> None:
     model = tiny_models.llama()
     with torch.no_grad():
@@ -262,7 +317,10 @@ def test_modes_and_gradients_of_the_caller_survive(method: str) -> None:
     compress(model, config(method), calibration=IDS)
     assert model.training
     assert all(module.training for module in model.modules())
-    assert all(parameter.requires_grad == (name != "model.embed_tokens.weight") for name, parameter in model.named_parameters())
+    assert all(
+        parameter.requires_grad == (name != "model.embed_tokens.weight")
+        for name, parameter in model.named_parameters()
+    )
     assert torch.is_grad_enabled()
 
 
@@ -317,9 +375,11 @@ def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
     with torch.no_grad():
         before = model(ids).logits
         for block in find_blocks(model).values():
-            ffn = {"llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}[
-                name
-            ]
+            ffn = {
+                "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+                "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+                "opt": ("fc1", "fc2"),
+            }[name]
             modules = [block.get_submodule(part) for part in ffn]
             neurons = modules[-1].in_features if name != "gpt2" else modules[-1].weight.shape[0]
             order = torch.randperm(neurons, generator=torch.Generator().manual_seed(3))
@@ -333,7 +393,9 @@ def test_prime_neurons_of_sola_are_kept_bit_for_bit() -> None:
     dense, model = tiny_models.llama(), compress(tiny_models.llama(), config("sola", 0.3), calibration=IDS)
     checked = 0
     for block in range(4):
-        gate, up, down = (model.get_submodule(f"model.layers.{block}.mlp.{name}_proj") for name in ("gate", "up", "down"))
+        gate, up, down = (
+            model.get_submodule(f"model.layers.{block}.mlp.{name}_proj") for name in ("gate", "up", "down")
+        )
         if not isinstance(down, SparseLowRankLinear):
             continue
         columns = dense.get_submodule(f"model.layers.{block}.mlp.down_proj").weight
@@ -342,7 +404,9 @@ def test_prime_neurons_of_sola_are_kept_bit_for_bit() -> None:
         assert len(neurons) == int(0.15 * 80)
         for layer, name in ((gate, "gate"), (up, "up")):
             if isinstance(layer, SparseLowRankLinear):
-                assert torch.equal(layer.weight, dense.get_submodule(f"model.layers.{block}.mlp.{name}_proj").weight[neurons])
+                assert torch.equal(
+                    layer.weight, dense.get_submodule(f"model.layers.{block}.mlp.{name}_proj").weight[neurons]
+                )
         checked += 1
     assert checked
 
@@ -361,7 +425,9 @@ def test_all_neurons_prime_reproduce_the_dense_network(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("method", ["slab", "svd-llm"])
-def test_sequential_methods_see_the_compressed_blocks_before_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequential_methods_see_the_compressed_blocks_before_them(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The query projection of a block reads what the blocks before it give: compressed ones in `slab`, dense ones in `svd-llm`."""
     seen: list[Statistics] = []
     usual = method_class(method).decompose
@@ -371,7 +437,9 @@ def test_sequential_methods_see_the_compressed_blocks_before_them(method: str, m
         return usual(self, weight, statistics, budget)
 
     monkeypatch.setattr(method_class(method), "decompose", recording)
-    monkeypatch.setattr("hf_lowrank.compression.run.at_once", lambda working_memory: 1)  # layer after layer, in order
+    monkeypatch.setattr(
+        "hf_lowrank.compression.run.parallel_slots", lambda working_memory: 1
+    )  # layer after layer, in order
     model = compress(tiny_models.llama(), config(method), calibration=IDS)
     queries = seen[::7]
     source = model if method == "slab" else tiny_models.llama()

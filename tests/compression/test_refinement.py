@@ -34,25 +34,31 @@ def test_every_block_comes_nearer_to_the_dense_one(name: str, method: str) -> No
     assert [each["name"] for each in report["refinement"]] == list(blocks)
     share = getattr(make_method(method), "unigram_share", 0.0)
     batch = capture(dense, blocks, with_unigram_sequences([TokenBatch(IDS)], share, seed=0))[0]
-    batch.shifted = BlockBatch(batch.hidden, batch.calls)
+    batch.compressed_twin = BlockBatch(batch.hidden, batch.calls)
     for index, each in enumerate(report["refinement"]):
         assert each["after"] < each["before"] or each["before"] < 1e-4
         with torch.no_grad():  # the same figure, counted here
             call = batch.calls[index]
             assert call is not None
-            assert batch.shifted is not None
+            assert batch.compressed_twin is not None
             wanted, found = (
                 block(x, *call.args, **call.kwargs)
-                for block, x in ((blocks[each["name"]], batch.hidden), (model.get_submodule(each["name"]), batch.shifted.hidden))
+                for block, x in (
+                    (blocks[each["name"]], batch.hidden),
+                    (model.get_submodule(each["name"]), batch.compressed_twin.hidden),
+                )
             )
             wanted, found = (value[0] if isinstance(value, tuple) else value for value in (wanted, found))
         assert each["after"] == pytest.approx(float((found - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
-        batch.hidden, batch.shifted.hidden = wanted, found
+        batch.hidden, batch.compressed_twin.hidden = wanted, found
 
 
 @pytest.mark.parametrize("method", ["slab", "auto", "sola"])
 def test_only_stored_values_of_compressed_layers_change(method: str) -> None:
-    plain, model = (refined(tiny_models.llama(dtype=torch.bfloat16), method, steps, 0.8 if method == "auto" else 0.45) for steps in (0, 20))
+    plain, model = (
+        refined(tiny_models.llama(dtype=torch.bfloat16), method, steps, 0.8 if method == "auto" else 0.45)
+        for steps in (0, 20)
+    )
     trained = {
         f"{name}.{key}"
         for name, layer in model.named_modules()

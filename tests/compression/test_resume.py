@@ -73,7 +73,9 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, complete: bool) -> list
     return written
 
 
-@pytest.mark.parametrize(("method", "steps"), [*((method, 0) for method in RECIPES), *((method, 3) for method in REFINED)])
+@pytest.mark.parametrize(
+    ("method", "steps"), [*((method, 0) for method in RECIPES), *((method, 3) for method in REFINED)]
+)
 def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int
 ) -> None:
@@ -83,7 +85,9 @@ def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     work = tmp_path / "work"
     kills = 0
     for complete in (False, True):
-        for _ in range(20):  # each attempt comes one block further than the one before: its next inputs, and then itself
+        for _ in range(
+            20
+        ):  # each attempt comes one block further than the one before: its next inputs, and then itself
             with monkeypatch.context() as patch:
                 killing(patch, 1 if complete else 2, complete)
                 try:
@@ -97,7 +101,9 @@ def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     assert kills >= 6
 
 
-def test_a_decoder_that_reads_a_compressed_encoder_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_reads_a_compressed_encoder_goes_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = FAMILIES["T5"]
     config = recipe("slab", sequence_length=12)
     expected = saved(compress(family.make(), config, calibration=family.batches()), tmp_path / "whole")
@@ -125,12 +131,22 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     [
         (tiny_models.llama(seed=1), recipe("slab"), IDS, "weights"),
         (tiny_models.llama(), recipe("slab", ratio=0.45), IDS, "config.ratio (then 0.4, now 0.45)"),
-        (tiny_models.llama(), recipe("slab", options={"iterations": 3}), IDS, "config.options.iterations (then 2, now 3)"),
+        (
+            tiny_models.llama(),
+            recipe("slab", options={"iterations": 3}),
+            IDS,
+            "config.options.iterations (then 2, now 3)",
+        ),
         (tiny_models.llama(), recipe("slab"), tiny_models.token_ids(4, 24, seed=1).tolist(), "calibration"),
     ],
 )
 def test_a_changed_input_is_refused_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, config: CompressionConfig, ids: list[list[int]], changed: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    ids: list[list[int]],
+    changed: str,
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, 3, complete=True)
@@ -184,12 +200,18 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path, monkeypatch
         save_file(tensors, file, metadata)
 
     work = tmp_path / "work"
-    with monkeypatch.context() as patch, pytest.raises(CompressionError, match=r"cannot be written \(No space left on device\)"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CompressionError, match=r"cannot be written \(No space left on device\)"),
+    ):
         patch.setattr(work_folder, "save_file", full)
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work)
     assert {file.name for file in work.iterdir()} == {"run.json", "built-00000.safetensors", "built-inputs-00001.safetensors",
                                                       "built-inputs-00002.safetensors"}  # fmt: skip
-    assert saved(compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work), tmp_path / "resumed") == expected
+    assert (
+        saved(compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work), tmp_path / "resumed")
+        == expected
+    )
 
 
 def one_bit(file: Path) -> None:
@@ -226,7 +248,10 @@ def test_a_missing_record_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "{"])
 def test_a_damaged_identity_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with WorkFolder(tmp_path) as work, pytest.raises(CompressionError, match=r"run\.json: cannot be read .* delete the folder"):
+    with (
+        WorkFolder(tmp_path) as work,
+        pytest.raises(CompressionError, match=r"run\.json: cannot be read .* delete the folder"),
+    ):
         work.claim({"weights": "a"})
 
 
@@ -236,13 +261,26 @@ def test_a_killed_command_leaves_no_output_and_goes_on_to_the_same_files(tmp_pat
     words.write_text("\n".join(tiny_models.text(40)))
 
     def command(output: str, *more: str) -> list[str]:
-        arguments = [str(dense), "-o", output, "--calibration", str(words), "--samples", "4", "--sequence-length", "24", *more]
+        arguments = [
+            str(dense),
+            "-o",
+            output,
+            "--calibration",
+            str(words),
+            "--samples",
+            "4",
+            "--sequence-length",
+            "24",
+            *more,
+        ]
         return [sys.executable, "-m", "hf_lowrank", "compress", *arguments]
 
     subprocess.run(command("result"), cwd=_folder(tmp_path / "whole"), check=True, capture_output=True)
     here, work = _folder(tmp_path / "killed"), tmp_path / "killed" / "work"
     options = ["--work-dir", "work"]
-    running = subprocess.Popen(command("result", *options), cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command("result", *options), cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (work / "built-00001.safetensors").exists():
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)

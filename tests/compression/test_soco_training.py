@@ -13,7 +13,7 @@ from hf_lowrank import CompressionConfig, NumericalError, compress
 from hf_lowrank.compression import pipeline
 from hf_lowrank.compression import soco_training as spectrum_training
 from hf_lowrank.compression.soco_training import SpectralLinear
-from hf_lowrank.methods.soco import SoCo, effective_score, gate, learned, polarisation, score
+from hf_lowrank.methods.soco import SoCo, effective_score, gate, learned, polarization, score
 from hf_lowrank.methods.spectral import Measurement, factorize
 from hf_lowrank.models.architectures import find_blocks, find_layers
 from hf_lowrank.runtime.quantizer import swap_module
@@ -33,8 +33,12 @@ def measurements_of(model: PreTrainedModel) -> dict[str, Measurement]:
     """Whitened by a random Gram matrix, which must not matter while nothing is cut."""
     found = {}
     for layer in find_layers(find_blocks(model)):
-        x = torch.randn(3 * layer.in_features, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        found[layer.name] = Measurement(layer, factorize(model.get_submodule(layer.name).weight.detach().double(), x.T @ x))
+        x = torch.randn(
+            3 * layer.in_features, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        found[layer.name] = Measurement(
+            layer, factorize(model.get_submodule(layer.name).weight.detach().double(), x.T @ x)
+        )
     return found
 
 
@@ -55,7 +59,7 @@ def test_scores_of_one_at_full_rank_store_the_dense_weight() -> None:
     model = tiny_models.llama(dtype=torch.float64)
     for name, measurement in measurements_of(model).items():
         weight = model.get_submodule(name).weight
-        made = learned(measurement, torch.ones_like(measurement.factorization.sigma), None).finish(min(weight.shape))
+        made = learned(measurement, torch.ones_like(measurement.factorization.sigma), None).truncate(min(weight.shape))
         torch.testing.assert_close(made.lowrank_b @ made.lowrank_a, weight.detach(), rtol=1e-9, atol=1e-9)
 
 
@@ -64,7 +68,7 @@ def test_phases_follow_each_other_and_cover_all_steps() -> None:
     phases = [method.phase(step) for step in range(100)]
     assert [phase.number for phase in phases] == sorted(phase.number for phase in phases)
     assert [sum(phase.number == number for phase in phases) for number in (1, 2, 3)] == [30, 40, 30]
-    assert all(not phase.hard and phase.polarisation == 0 for phase in phases[:70])
+    assert all(not phase.hard and phase.polarization == 0 for phase in phases[:70])
     assert all(phase.hard for phase in phases[70:])
     temperatures = [phase.temperature for phase in phases]
     assert all(later <= earlier + 1e-12 for earlier, later in zip(temperatures, temperatures[1:], strict=False))
@@ -82,9 +86,9 @@ def test_the_hard_mask_has_the_gradient_of_the_soft_one() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_polarisation_vanishes_exactly_when_all_is_decided() -> None:
-    assert float(polarisation(torch.tensor([0.0, 1.0, 1.0]))) == 0
-    assert float(polarisation(torch.tensor([0.5, 0.5]))) == 1
+def test_polarization_vanishes_exactly_when_all_is_decided() -> None:
+    assert float(polarization(torch.tensor([0.0, 1.0, 1.0]))) == 0
+    assert float(polarization(torch.tensor([0.5, 0.5]))) == 1
 
 
 def interrupting(after: int, steps_done: list[int]) -> Callable:
@@ -104,7 +108,9 @@ def interrupting(after: int, steps_done: list[int]) -> Callable:
 
 
 @pytest.mark.parametrize("after", [4, STEPS, STEPS + FINISH - 1])
-def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
     monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
     work = tmp_path / "work"
     compress(tiny_models.llama(), recipe(), calibration=IDS).save_pretrained(tmp_path / "whole")
@@ -113,7 +119,9 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline, "progress_bar", interrupting(after, []))
         compress(model, recipe(), calibration=IDS, work_dir=work)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in tiny_models.llama().state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[name]) for name, value in tiny_models.llama().state_dict().items()
+    )
 
     steps_done: list[int] = []
     with monkeypatch.context() as patch:
@@ -130,11 +138,15 @@ def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
 
 def test_the_training_lowers_the_divergence_it_ends_with() -> None:
     """After the cut, re-fitting what is left brings the model closer to the dense one."""
-    losses = compress(tiny_models.llama(), recipe(finish_steps=40), calibration=IDS).save_pretrained.report["curve"]["loss"]
+    losses = compress(tiny_models.llama(), recipe(finish_steps=40), calibration=IDS).save_pretrained.report["curve"][
+        "loss"
+    ]
     assert sum(losses[-8:]) < sum(losses[STEPS : STEPS + 8])
 
 
-@pytest.mark.parametrize("options", [{"base": "plain"}, {"deviation": False}, {"loss": "cross_entropy"}, {"finish_steps": 0}])
+@pytest.mark.parametrize(
+    "options", [{"base": "plain"}, {"deviation": False}, {"loss": "cross_entropy"}, {"finish_steps": 0}]
+)
 def test_every_option_meets_the_budget(tmp_path: Path, options: dict) -> None:
     model = compress(tiny_models.llama(), recipe(**options), calibration=IDS)
     report = model.save_pretrained.report

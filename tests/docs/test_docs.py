@@ -26,7 +26,9 @@ DOCUMENTS = sorted(
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}[^\n]*\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def named(document: Path) -> str:
@@ -35,14 +37,20 @@ def named(document: Path) -> str:
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=named)
 def test_python_blocks_run(document: Path, tmp_path: Path) -> None:
-    (tmp_path / "hf_lowrank").symlink_to(PROJECT / "hf_lowrank")  # documents name the bundled model by its path in the project
+    (tmp_path / "hf_lowrank").symlink_to(
+        PROJECT / "hf_lowrank"
+    )  # documents name the bundled model by its path in the project
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     code = "\n".join(blocks(document, "python"))
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("document", [d for d in [*DOCUMENTS, PROJECT / "CONTRIBUTING.md"] if blocks(d, "bash")], ids=named)
+@pytest.mark.parametrize(
+    "document", [d for d in [*DOCUMENTS, PROJECT / "CONTRIBUTING.md"] if blocks(d, "bash")], ids=named
+)
 def test_command_lines_are_understood(document: Path) -> None:
     """Verbs, options and arguments of `hf-lowrank` are those that it has; what `make` and `python -m` are told exists."""
     verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -72,7 +80,17 @@ def test_a_method_is_one_file_and_one_registration(tmp_path: Path) -> None:
     init = tmp_path / "hf_lowrank" / "methods" / "__init__.py"
     text = init.read_text(encoding="utf-8")
     init.write_text(text.replace("from . import asvd,", "from . import asvd, loudest,", 1), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/methods/test_contract.py", "-k", "loudest"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/methods/test_contract.py",
+        "-k",
+        "loudest",
+    ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]

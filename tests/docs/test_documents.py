@@ -18,7 +18,9 @@ def code_cells(notebook: Path) -> str:
 
 
 def run(code: str, folder: Path) -> None:
-    (folder / "hf_lowrank").symlink_to(ROOT / "hf_lowrank")  # README names the bundled model by its path in the project
+    (folder / "hf_lowrank").symlink_to(
+        ROOT / "hf_lowrank"
+    )  # README names the bundled model by its path in the project
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -43,7 +45,9 @@ def test_the_runtime_imports_only_torch_transformers_and_itself() -> None:
 def test_every_runtime_file_travels_with_a_checkpoint() -> None:
     from hf_lowrank.runtime.saving import RUNTIME_FILES
 
-    assert {file.name for file in (ROOT / "hf_lowrank" / "runtime").glob("*.py")} - {"__init__.py"} == set(RUNTIME_FILES)
+    assert {file.name for file in (ROOT / "hf_lowrank" / "runtime").glob("*.py")} - {"__init__.py"} == set(
+        RUNTIME_FILES
+    )
 
 
 def test_the_entry_names_every_runtime_file() -> None:

@@ -134,7 +134,9 @@ def test_training_that_broke_off_goes_on_in_its_folder(home: Path, monkeypatch: 
         (folders[-1] / str(len(folders))).touch()
         if failing:
             raise ProcessError("killed", explained=False)
-        shutil.copytree(home / "out" / "checkpoints" / Candidate("slab", RATIO, {"iterations": "2"}).file_name, arguments[3])
+        shutil.copytree(
+            home / "out" / "checkpoints" / Candidate("slab", RATIO, {"iterations": "2"}).file_name, arguments[3]
+        )
         return "", 1.0, None
 
     monkeypatch.setattr(comparison, "run", pretend)
@@ -152,7 +154,10 @@ def test_training_that_broke_off_goes_on_in_its_folder(home: Path, monkeypatch: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_no_child_is_left_by_a_signal(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in, started = tmp_path / "python", tmp_path / "started"
-    stand_in.write_text(f'#!/bin/sh\necho $$ > "{started}.partial"\nmv "{started}.partial" "{started}"\nexec sleep 60\n', encoding="utf-8")
+    stand_in.write_text(
+        f'#!/bin/sh\necho $$ > "{started}.partial"\nmv "{started}.partial" "{started}"\nexec sleep 60\n',
+        encoding="utf-8",
+    )
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
     before = signal.getsignal(signal.SIGTERM)
@@ -174,7 +179,10 @@ def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
     file = tmp_path / "one.json"
     said: list[str] = []
     comparison.write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
-    assert comparison.finished(file, {"model": "a", "texts": "b"}, said.append) == {"inputs": {"model": "a", "texts": "b"}, "value": 1}
+    assert comparison.finished(file, {"model": "a", "texts": "b"}, said.append) == {
+        "inputs": {"model": "a", "texts": "b"},
+        "value": 1,
+    }
     assert said == []
     assert comparison.finished(file, {"model": "a", "texts": "c"}, said.append) is None
     assert "texts changed" in said[-1]
@@ -225,7 +233,10 @@ def test_inputs_change_with_whatever_the_figures_depend_on(home: Path) -> None:
 
 def test_method_with_options_reads_back_from_its_label() -> None:
     """Labels are names again, and different candidates have different files."""
-    made = candidates(["slab", "slab[weighted=true,iterations=3]", "slab[refinement_steps=8]", "wanda[pattern=2:4]", "slab"], [0.3, 0.5])
+    made = candidates(
+        ["slab", "slab[weighted=true,iterations=3]", "slab[refinement_steps=8]", "wanda[pattern=2:4]", "slab"],
+        [0.3, 0.5],
+    )
     assert len(made) == 8
     assert len({each.file_name for each in made}) == 8
     for each in made:

@@ -21,7 +21,9 @@ from ..support.assets import asset_model, asset_text
 MODEL, OTHER = tiny_models.llama(), tiny_models.llama(seed=1)
 
 
-def plain(model: PreTrainedModel, stream: Tensor, window: int, stride: int, max_windows: int | None = None) -> tuple[float, int]:
+def plain(
+    model: PreTrainedModel, stream: Tensor, window: int, stride: int, max_windows: int | None = None
+) -> tuple[float, int]:
     """Mean nll and number of scored tokens, token by token: each is scored once, in the first window that predicts it."""
     total, scored, starts = 0.0, set(), range(0, len(stream) - window + 1, stride)
     for start in list(starts)[:max_windows]:
@@ -35,7 +37,12 @@ def plain(model: PreTrainedModel, stream: Tensor, window: int, stride: int, max_
 
 
 @settings(max_examples=25, deadline=None)
-@given(tokens=st.integers(24, 150), window=st.integers(2, 24), share=st.floats(0.05, 1), batch=st.sampled_from([24, 60, 4096]))
+@given(
+    tokens=st.integers(24, 150),
+    window=st.integers(2, 24),
+    share=st.floats(0.05, 1),
+    batch=st.sampled_from([24, 60, 4096]),
+)
 def test_perplexity_is_a_plain_mean_over_tokens(tokens: int, window: int, share: float, batch: int) -> None:
     stream = tiny_models.token_ids(1, tokens, seed=tokens)[0]
     stride = max(1, int(share * window))
@@ -53,7 +60,9 @@ def test_perplexity_is_a_plain_mean_over_tokens(tokens: int, window: int, share:
 
 def test_a_shorter_stride_scores_every_token_that_a_window_can_predict() -> None:
     stream = tiny_models.token_ids(1, 60)[0]
-    scored = {stride: evaluate_windows(MODEL, windows(stream, 12, stride), stride).scored_tokens for stride in (12, 6, 1)}
+    scored = {
+        stride: evaluate_windows(MODEL, windows(stream, 12, stride), stride).scored_tokens for stride in (12, 6, 1)
+    }
     assert scored == {12: 5 * 11, 6: 11 + 8 * 6, 1: 59}
 
 
@@ -70,12 +79,20 @@ def test_a_text_file_is_scored_as_its_token_stream(tmp_path: Path) -> None:
     assert (found.windows, found.text) == (5, write(tmp_path))
     assert found.nll == pytest.approx(plain(MODEL, stream, 16, 8, max_windows=5)[0], rel=1e-5)
     whole = evaluate_text(MODEL, tokenizer, write(tmp_path))
-    assert (whole.window, whole.stride, whole.windows) == (tiny_models.CONTEXT, tiny_models.CONTEXT, len(stream) // tiny_models.CONTEXT)
+    assert (whole.window, whole.stride, whole.windows) == (
+        tiny_models.CONTEXT,
+        tiny_models.CONTEXT,
+        len(stream) // tiny_models.CONTEXT,
+    )
     assert whole.kl is whole.nats_lost is whole.reference_nll is whole.top1_agreement is None
 
 
-@pytest.mark.parametrize(("window", "stride"), [(1, None), (-3, None), (tiny_models.CONTEXT + 1, None), (16, 17), (16, -1)])
-def test_impossible_windows_are_errors_that_say_what_is_possible(tmp_path: Path, window: int, stride: int | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "stride"), [(1, None), (-3, None), (tiny_models.CONTEXT + 1, None), (16, 17), (16, -1)]
+)
+def test_impossible_windows_are_errors_that_say_what_is_possible(
+    tmp_path: Path, window: int, stride: int | None
+) -> None:
     expected = "window: found .*, expected 2 to 64" if stride is None else "stride: found .*, expected 1 to 16"
     with pytest.raises(CompressionError, match=expected):
         evaluate_text(MODEL, tiny_models.tokenizer(), write(tmp_path), window=window, stride=stride)

@@ -32,7 +32,9 @@ def test_a_layout_stores_no_more_than_its_ratio_leaves(method: str, ratio: float
 
 def test_layers_are_measured_once_for_every_variant_with_their_stored_bytes() -> None:
     rows = speed.benchmark_layers([(48, 64)], tokens=[1, 20], threads=[1], repeats=1)
-    assert [(row.layout, row.tokens) for row in rows] == [(name, tokens) for tokens in (1, 20) for name in speed.PAPER_LAYOUTS]
+    assert [(row.layout, row.tokens) for row in rows] == [
+        (name, tokens) for tokens in (1, 20) for name in speed.PAPER_LAYOUTS
+    ]
     for row in rows:
         spec = speed.PAPER_LAYOUTS[row.layout](48, 64)
         assert row.stored_bytes * 8 == spec.stored_bits(48, 64, 16)
@@ -96,11 +98,15 @@ def test_linear_layers_are_the_yardstick_of_bytes() -> None:
 
 
 def test_a_watch_of_the_callers_measures_every_variant_with_all_its_copies() -> None:
-    rows = speed.benchmark_layers([(16, 24)], repeats=3, watch=lambda calls, x: lambda: float(len([call(x) for call in calls])))
+    rows = speed.benchmark_layers(
+        [(16, 24)], repeats=3, watch=lambda calls, x: lambda: float(len([call(x) for call in calls]))
+    )
     assert {(row.dense.median, row.compressed.median) for row in rows} == {(2.0, 2.0)}
 
 
-def test_the_yardstick_does_not_read_what_torchs_product_has_just_left_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_yardstick_does_not_read_what_torchs_product_has_just_left_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weights = []
 
     def dense_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,11 @@ def written(folder: Path, items: list[dict[str, Any]], name: str = "items.jsonl"
 def continuations(count: int = 12) -> list[dict[str, Any]]:
     words = tiny_models.text(3 * count)
     return [
-        {"ctx": words[i][:20].strip(), "choices": [words[i + 1][:9].strip(), words[i + 2][:14].strip()], "label": i % 2}
+        {
+            "ctx": words[i][:20].strip(),
+            "choices": [words[i + 1][:9].strip(), words[i + 2][:14].strip()],
+            "label": i % 2,
+        }
         for i in range(count)
     ]
 
@@ -64,7 +68,9 @@ def test_every_form_is_told_by_its_fields(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz"])
-def test_a_choice_is_the_continuation_of_the_highest_likelihood(model: PreTrainedModel, tmp_path: Path, name: str) -> None:
+def test_a_choice_is_the_continuation_of_the_highest_likelihood(
+    model: PreTrainedModel, tmp_path: Path, name: str
+) -> None:
     items = continuations()
     (found,) = evaluate_tasks(model, tiny_models.tokenizer(), [written(tmp_path, items, name)])
     right, right_per_character = 0, 0
@@ -82,7 +88,10 @@ def test_several_tasks_shots_a_limit_and_a_reference(model: PreTrainedModel, tmp
     words = written(tmp_path, [{"text": text[:30]} for text in tiny_models.text(6)], "words.jsonl")
     other = tiny_models.llama(seed=1)
     found = evaluate_tasks(model, tiny_models.tokenizer(), [choices, words], shots=1, limit=4, reference=other)
-    assert [(row.task.rpartition("/")[2], row.items, row.shots) for row in found] == [("choices.jsonl", 4, 1), ("words.jsonl", 4, 1)]
+    assert [(row.task.rpartition("/")[2], row.items, row.shots) for row in found] == [
+        ("choices.jsonl", 4, 1),
+        ("words.jsonl", 4, 1),
+    ]
     assert found[1].metrics.keys() == {"acc", "perplexity"}
     alone = evaluate_tasks(other, tiny_models.tokenizer(), [choices, words], shots=1, limit=4)
     assert [row.reference for row in found] == [row.metrics for row in alone]
@@ -120,7 +129,9 @@ def test_a_truncated_archive_is_an_error(tmp_path: Path) -> None:
         read_items(file)
 
 
-def test_what_cannot_be_run_is_said_before_anything_is(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_run_is_said_before_anything_is(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tiny_models.tokenizer()
     few = written(tmp_path, continuations(2))
     for arguments, message in (
@@ -136,7 +147,9 @@ def test_what_cannot_be_run_is_said_before_anything_is(model: PreTrainedModel, t
         evaluate_tasks(model, tokenizer, [few])
 
 
-def test_an_unknown_task_is_told_what_it_may_mean(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_is_told_what_it_may_mean(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Among the tasks of one folder: listing all that lm-eval brings takes seconds."""
     (tmp_path / "task.yaml").write_text("task: continuations\ndataset_path: json\n")
     manager = lm_eval.tasks.TaskManager(include_path=tmp_path, include_defaults=False)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hf_lowrank.execution.process_group import ALONE, balanced, launched_rank, present_team
+from hf_lowrank.execution.process_group import SINGLE_PROCESS, balanced, current_process_group, torchrun_rank
 from tests.support.assets import PROJECT
 from tests.support.processes import RECIPES
 
@@ -29,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-m", "tests.support.processes", str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     assert (folder / "process-1.pt").exists(), done.stderr[-5000:]
     return folder
@@ -89,17 +91,17 @@ def test_the_other_of_a_killed_process_says_so_in_one_line(folder: Path) -> None
 
 
 def test_one_process_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert present_team() is ALONE
-    assert ALONE.leads
+    assert current_process_group() is SINGLE_PROCESS
+    assert SINGLE_PROCESS.is_main
     sums = {"gram": torch.ones(2, 2)}
-    assert ALONE.summed(sums) is sums
-    assert ALONE.share([1, 2, 3]) == [1, 2, 3]
+    assert SINGLE_PROCESS.all_reduce(sums) is sums
+    assert SINGLE_PROCESS.split([1, 2, 3]) == [1, 2, 3]
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    assert launched_rank() is None
+    assert torchrun_rank() is None
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert launched_rank() is None
+    assert torchrun_rank() is None
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 5))

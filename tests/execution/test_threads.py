@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import CompressionConfig, compress
-from hf_lowrank.execution.threads import TOGETHER, at_once, solved_apart
+from hf_lowrank.execution.threads import TOGETHER, parallel_slots, solve_in_threads
 from hf_lowrank.methods import make_method, method_class, registered_methods
-from hf_lowrank.methods.base import ChoosingMethod
+from hf_lowrank.methods.base import MixedMethod
 from hf_lowrank.methods.spectral import SpectralMethod
 from tests.methods.problems import budget_of, problem
 from tests.methods.test_contract import parts_of
@@ -39,7 +39,7 @@ def test_same_bytes_whatever_the_number_of_threads(name: str) -> None:
     found = {}
     for count in (1, 3):
         torch.set_num_threads(count)
-        found[count] = dict(solved_apart(dict.fromkeys(SHAPES, 1.0), solve, at_once(0)))
+        found[count] = dict(solve_in_threads(dict.fromkeys(SHAPES, 1.0), solve, parallel_slots(0)))
         assert torch.get_num_threads() == count
     assert [*found[1]] == [*found[3]] == [*SHAPES]
     for each in SHAPES:
@@ -52,12 +52,24 @@ def test_same_bytes_whatever_the_number_of_threads(name: str) -> None:
 def test_every_strategy_solves_with_one_thread(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a matrix takes so much memory that it is solved alone; if it takes more, it gets all threads."""
     cls: Any = method_class(name)
-    steps = ["measure"] if issubclass(cls, SpectralMethod) else ["choices", "build"] if issubclass(cls, ChoosingMethod) else ["decompose"]
+    steps = (
+        ["measure"]
+        if issubclass(cls, SpectralMethod)
+        else ["choices", "build"]
+        if issubclass(cls, MixedMethod)
+        else ["decompose"]
+    )
     seen = set()
 
     def noted(original: Callable[..., Any]) -> Callable[..., Any]:
         def step(*arguments: Any) -> Any:
-            seen.add((torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread() is threading.main_thread()))
+            seen.add(
+                (
+                    torch.get_num_threads(),
+                    torch.is_grad_enabled(),
+                    threading.current_thread() is threading.main_thread(),
+                )
+            )
             return original(*arguments)
 
         return step
@@ -83,5 +95,5 @@ def test_the_first_error_in_order_is_raised() -> None:
 
     for count in (1, 2):
         with pytest.raises(ValueError, match="first"):
-            dict(solved_apart({"first": 1.0, "second": 2.0}, solve, count))
+            dict(solve_in_threads({"first": 1.0, "second": 2.0}, solve, count))
         assert torch.get_num_threads() == 2

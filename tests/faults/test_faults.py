@@ -42,7 +42,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     assert zygote.stdin is not None and zygote.stdout is not None
 
     def ask(*command: object, **case: object) -> Ending:
-        print(json.dumps({"command": [str(part) for part in command], "errors": errors, **case}), file=zygote.stdin, flush=True)
+        print(
+            json.dumps({"command": [str(part) for part in command], "errors": errors, **case}),
+            file=zygote.stdin,
+            flush=True,
+        )
         ending: Ending = json.loads(zygote.stdout.readline())
         return ending
 
@@ -61,7 +65,9 @@ def undisturbed(run: Run, dense: Path, tmp_path_factory: pytest.TempPathFactory)
 def contents(folder: Path) -> dict[str, bytes]:
     """The files that a seed decides: all but the report and the card, which name the output folder."""
     return {
-        file.name: file.read_bytes() for file in folder.glob("*") if file.suffix in (".safetensors", ".py") or file.name == "config.json"
+        file.name: file.read_bytes()
+        for file in folder.glob("*")
+        if file.suffix in (".safetensors", ".py") or file.name == "config.json"
     }
 
 
@@ -86,7 +92,9 @@ STAGES = {
 
 
 @pytest.mark.parametrize(("stage", "fault"), [(stage, fault) for stage, faults in STAGES.items() for fault in faults])
-def test_every_fault_in_every_stage(run: Run, dense: Path, undisturbed: dict[str, bytes], tmp_path: Path, stage: str, fault: str) -> None:
+def test_every_fault_in_every_stage(
+    run: Run, dense: Path, undisturbed: dict[str, bytes], tmp_path: Path, stage: str, fault: str
+) -> None:
     code, line = FAULTS[fault]
     command = ("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "new" / "output")
     ending = run(*command, stage=stage, fault=fault, call=3 if stage == "decomposition" else 1)
@@ -142,7 +150,18 @@ def test_faults_while_pushing(run: Run, dense: Path, tmp_path: Path, fault: str)
     assert contents(output) == before
 
 
-SOCO = ["--method", "soco", "--ratio", "0.3", "--set", "steps=52", "--set", "finish_steps=4", "--set", "batch_tokens=16"]
+SOCO = [
+    "--method",
+    "soco",
+    "--ratio",
+    "0.3",
+    "--set",
+    "steps=52",
+    "--set",
+    "finish_steps=4",
+    "--set",
+    "batch_tokens=16",
+]
 
 
 def test_a_training_killed_at_any_time_ends_in_the_same_bytes(run: Run, dense: Path, tmp_path: Path) -> None:
@@ -207,5 +226,7 @@ sys.meta_path.insert(0, Interruption())
 import hf_lowrank_command
 hf_lowrank_command.main()
 """
-    ended = subprocess.run([sys.executable, "-c", interruption], cwd=PROJECT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", interruption], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
     assert (ended.returncode, ended.stderr) == (FAULTS[fault][0], f"{word}; nothing was left behind\n")

@@ -23,7 +23,11 @@ def read(content: bytes) -> None:
     """Treat bytes as weights, as an index, and as a config."""
     (PLACE / "model.safetensors.index.json").write_bytes(content)
     (PLACE / "one.safetensors").write_bytes(content)
-    for parse in (lambda: read_header(str(PLACE / "one.safetensors")), lambda: weight_files(str(PLACE)), lambda: _config(content)):
+    for parse in (
+        lambda: read_header(str(PLACE / "one.safetensors")),
+        lambda: weight_files(str(PLACE)),
+        lambda: _config(content),
+    ):
         try:
             parse()
         except CheckpointError as error:

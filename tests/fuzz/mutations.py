@@ -59,9 +59,9 @@ def change_json(rng: random.Random, value: Any) -> Any:
     elif kind == 4:
         parent[key] = [parent[key]]
     elif kind == 5 and isinstance(parent, dict):
-        parent[rng.choice(("new", "quantization_config", "num_hidden_layers", "transformers_weights", "rope_scaling"))] = rng.choice(
-            ODD_VALUES
-        )
+        parent[
+            rng.choice(("new", "quantization_config", "num_hidden_layers", "transformers_weights", "rope_scaling"))
+        ] = rng.choice(ODD_VALUES)
     else:
         parent[key] = rng.choice(ODD_VALUES)
     return value
@@ -113,7 +113,14 @@ def header_text(rng: random.Random, folder: Path) -> None:
     length = int.from_bytes(content[:8], "little")
     text = content[8 : 8 + length]
     for found, other in rng.sample(
-        [(b"F32", b"I32"), (b"F32", b"BF16"), (b"U8", b"I8"), (b"weight_mask", b"sign_bits"), (b"layers.0", b"layers.1")], 2
+        [
+            (b"F32", b"I32"),
+            (b"F32", b"BF16"),
+            (b"U8", b"I8"),
+            (b"weight_mask", b"sign_bits"),
+            (b"layers.0", b"layers.1"),
+        ],
+        2,
     ):
         text = text.replace(found, other, rng.choice((1, -1)))
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
@@ -158,7 +165,13 @@ def overwrite(rng: random.Random, folder: Path) -> None:
 
 def bomb(rng: random.Random, folder: Path) -> None:
     nested = rng.choice(
-        ("[" * 200_000, '{"a":' * 100_000, '{"model_type": ' + "9" * 100_000 + "}", '"' + "a" * 3_000_000 + '"', "[" + "0," * 10**6 + "0]")
+        (
+            "[" * 200_000,
+            '{"a":' * 100_000,
+            '{"model_type": ' + "9" * 100_000 + "}",
+            '"' + "a" * 3_000_000 + '"',
+            "[" + "0," * 10**6 + "0]",
+        )
     )
     rng.choice(sorted(folder.glob("*.json"))).write_text(nested)
 
@@ -227,7 +240,9 @@ def copy_mutated(seed: int, sources: list[Path], target: Path) -> str:
 
 def _places(value: Any) -> Any:
     """(container, key) of everything inside a JSON value."""
-    for key, inner in list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []:
+    for key, inner in (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    ):
         yield value, key
         yield from _places(inner)
 

@@ -78,7 +78,11 @@ def command(*arguments: str) -> str:
 def command_line(folder: Path) -> str:
     """`inspect`, `verify` and `dense`, one after the other."""
     outcomes = []
-    for arguments in (["inspect", str(folder)], ["verify", str(folder)], ["dense", str(folder), "-o", f"{folder}-dense"]):
+    for arguments in (
+        ["inspect", str(folder)],
+        ["verify", str(folder)],
+        ["dense", str(folder), "-o", f"{folder}-dense"],
+    ):
         try:
             outcomes.append(command(*arguments))
         except CompressionError as error:
@@ -86,7 +90,9 @@ def command_line(folder: Path) -> str:
     return "; ".join(outcomes)
 
 
-ROUTES: dict[str, Callable[[Path], str]] = {route.__name__: route for route in (plugin, trusting, config, verify, inspect, command_line)}
+ROUTES: dict[str, Callable[[Path], str]] = {
+    route.__name__: route for route in (plugin, trusting, config, verify, inspect, command_line)
+}
 
 
 def attempt(route: Callable[[Path], str], folder: Path) -> Outcome:

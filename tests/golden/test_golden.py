@@ -30,4 +30,6 @@ def test_nobody_has_changed_it(folder: Path) -> None:
 
 
 def test_every_version_is_there() -> None:
-    assert {folder.parent.name for folder in FOLDERS} == {f"format_{version}" for version in range(1, FORMAT_VERSION + 1)}
+    assert {folder.parent.name for folder in FOLDERS} == {
+        f"format_{version}" for version in range(1, FORMAT_VERSION + 1)
+    }

@@ -20,9 +20,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of several shards."""
     folder = tmp_path_factory.mktemp("whole") / "model"
     config = CompressionConfig(method="svd", ratio=0.4, samples=4, sequence_length=16)
-    compress(tiny_models.llama(), config, tiny_models.tokenizer(), tiny_models.text(8), progress=False).save_pretrained(
-        folder, max_shard_size="60KB"
-    )
+    compress(
+        tiny_models.llama(), config, tiny_models.tokenizer(), tiny_models.text(8), progress=False
+    ).save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model-00002-of-00003.safetensors").is_file()
     return folder
 
@@ -69,7 +69,9 @@ def test_a_damaged_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
     last = str(error.value).strip().splitlines()[-1]
     assert file in last and cure in last
     for verb, arguments in VERBS.items():
-        result = CliRunner().invoke(cli.app, [verb, str(folder), *(argument.format(folder=folder) for argument in arguments)])
+        result = CliRunner().invoke(
+            cli.app, [verb, str(folder), *(argument.format(folder=folder) for argument in arguments)]
+        )
         assert result.exit_code == 1, verb
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: ") and file in line and cure in line, line
@@ -77,14 +79,18 @@ def test_a_damaged_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["packing.py", "modeling_hf_lowrank.py"])
-def test_a_missing_runtime_file_is_not_pushed_and_comes_back_with_a_save(whole: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_runtime_file_is_not_pushed_and_comes_back_with_a_save(
+    whole: Path, tmp_path: Path, name: str
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     (folder / name).unlink()
     result = CliRunner().invoke(cli.app, ["push", str(folder), "me/model"])
     (line,) = result.stderr.splitlines()
     assert name in line and "save the model again" in line
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")  # the plugin needs none of these files
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
+        tmp_path / "again"
+    )  # the plugin needs none of these files
     assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -94,7 +100,9 @@ def test_a_missing_tokenizer(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, folder)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: missing, .* save that of the model it was compressed from"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_config.json: missing, .* save that of the model it was compressed from"
+    ):
         AutoTokenizer.from_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: missing"):
         pipeline("text-generation", str(folder))
@@ -110,7 +118,9 @@ def test_a_missing_tokenizer(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = type("ConnectError", (Exception,), {"__module__": "httpx"})  # which of its versions is installed depends on huggingface_hub
+    refused = type(
+        "ConnectError", (Exception,), {"__module__": "httpx"}
+    )  # which of its versions is installed depends on huggingface_hub
 
     def unreachable(*arguments: object, **options: object) -> None:
         raise refused("connection refused")
@@ -118,14 +128,17 @@ def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("hf_lowrank.publishing.hub.push_folder", unreachable)
     result = CliRunner().invoke(cli.app, ["push", str(whole), "me/model"])
     (line,) = result.stderr.splitlines()
-    assert line == "error: me/model: the Hub cannot be reached (connection refused); push again when there is a connection"
+    assert (
+        line
+        == "error: me/model: the Hub cannot be reached (connection refused); push again when there is a connection"
+    )
 
 
 def test_a_model_that_gives_no_likelihoods(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)).save_pretrained(
-        tmp_path
-    )
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tasks score text by its likelihood, which BertModel does not give"):
         evaluate_tasks(load_model(str(tmp_path)), tiny_models.tokenizer(), ["items.jsonl"])

@@ -36,7 +36,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A compressed checkpoint in shards, and beside it the logits that it must give."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config)
     compress(
@@ -131,11 +136,22 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
     """
     hub.client(PUSH_MODEL, "plugin", folder, "tester/first", home=tmp_path / "a", token=WRITE_TOKEN)
     hub.client(PUSH_MODEL, "remote code", "tester/first", "tester/second", home=tmp_path / "b", token=WRITE_TOKEN)
-    expected = {*RUNTIME_FILES, "README.md", REPORT_FILE, "config.json", "generation_config.json", "model.safetensors", ".gitattributes"}
+    expected = {
+        *RUNTIME_FILES,
+        "README.md",
+        REPORT_FILE,
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        ".gitattributes",
+    }
     first, second = (Repository(hub.root / name).read_commit("main") for name in ("tester/first", "tester/second"))
     assert first is not None and set(first.files) == expected
     assert second is not None and set(second.files) >= expected
-    for name, commit in (("tester/first", first), ("tester/second", second)):  # what is pushed is what was finished on disk
+    for name, commit in (
+        ("tester/first", first),
+        ("tester/second", second),
+    ):  # what is pushed is what was finished on disk
         config = json.loads(Repository(hub.root / name).content_path(commit.files["config.json"]).read_text())
         assert "model.safetensors" in config["quantization_config"]["checksums"]
     card = ModelCard.load(Repository(hub.root / "tester/first").content_path(first.files["README.md"]))
@@ -163,12 +179,20 @@ def test_an_incomplete_checkpoint_is_not_pushed(folder, damage, message):
 
 def test_the_hub_accepts_the_card(folder):
     record(
-        folder, quality=[{**QUALITY, "dense": 58.88, "compressed": 61.5}], speed=[SPEED], command="hf-lowrank compress ...", license="mit"
+        folder,
+        quality=[{**QUALITY, "dense": 58.88, "compressed": 61.5}],
+        speed=[SPEED],
+        command="hf-lowrank compress ...",
+        license="mit",
     )
     card = ModelCard.load(folder / "README.md")
     assert check_card(str(card)) == ([], [])
     assert {"hf_lowrank", "slab", "sparse", "binary"} <= set(card.data.tags)
-    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == ("transformers", "text-generation", "mit")
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
+        "transformers",
+        "text-generation",
+        "mit",
+    )
     [result] = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type, result.dataset_split) == (
         "perplexity",
@@ -181,7 +205,10 @@ def test_the_hub_accepts_the_card(folder):
 def test_each_measurement_keeps_its_text(folder):
     """The model index groups results by data set; two local texts are two data sets."""
     texts = {"a.txt": 10.0, "b.txt": 20.0}
-    record(folder, quality=[{"metric": "perplexity", "dataset": text, "compressed": value} for text, value in texts.items()])
+    record(
+        folder,
+        quality=[{"metric": "perplexity", "dataset": text, "compressed": value} for text, value in texts.items()],
+    )
     results = ModelCard.load(folder / "README.md").data.eval_results
     assert {result.dataset_name: result.metric_value for result in results} == texts
 
@@ -195,15 +222,37 @@ def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
     record(folder, speed=[SPEED], command="hf-lowrank compress BASE --method slab")
     text = (folder / "README.md").read_text()
     assert "Not measured." not in text
-    for fact in ("58.88 | 61.5 | +2.62", "256 \\| tokens", "101.2 tokens/s | 202.5 tokens/s", "hf-lowrank compress BASE --method slab"):
+    for fact in (
+        "58.88 | 61.5 | +2.62",
+        "256 \\| tokens",
+        "101.2 tokens/s | 202.5 tokens/s",
+        "hf-lowrank compress BASE --method slab",
+    ):
         assert fact in text
-    assert json.loads((folder / REPORT_FILE).read_text())["method"] == "slab"  # what the compression reported is still there
+    assert (
+        json.loads((folder / REPORT_FILE).read_text())["method"] == "slab"
+    )  # what the compression reported is still there
 
 
 def test_an_evaluation_becomes_rows_of_the_card(folder):
     """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by the end of its path."""
-    figures = {"windows": 3, "window": 8, "stride": 8, "perplexity": 4.0, "reference_nll": 1.0, "kl": 0.5, "top1_agreement": 0.75}
-    record(folder, quality=[row for text in ("wikitext2", "/home/me/private/text.txt") for row in text_quality({**figures, "text": text})])
+    figures = {
+        "windows": 3,
+        "window": 8,
+        "stride": 8,
+        "perplexity": 4.0,
+        "reference_nll": 1.0,
+        "kl": 0.5,
+        "top1_agreement": 0.75,
+    }
+    record(
+        folder,
+        quality=[
+            row
+            for text in ("wikitext2", "/home/me/private/text.txt")
+            for row in text_quality({**figures, "text": text})
+        ],
+    )
     card = ModelCard.load(folder / "README.md")
     assert [(result.dataset_type, result.metric_type, result.metric_value) for result in card.data.eval_results] == [
         (dataset, metric, value)

@@ -82,7 +82,11 @@ def stored(hub: HubServer) -> dict[str, bytes]:
     repository = Repository(hub.root / "tester/model")
     commit = repository.read_commit("main")
     assert commit is not None
-    return {name: repository.content_path(file).read_bytes() for name, file in commit.files.items() if name != ".gitattributes"}
+    return {
+        name: repository.content_path(file).read_bytes()
+        for name, file in commit.files.items()
+        if name != ".gitattributes"
+    }
 
 
 def outcomes(hub: HubServer, *statements: str, home: Path, token: str | None = None) -> list[str]:
@@ -149,7 +153,9 @@ for revision in sys.argv[1:]:
     print(snapshot_download("tester/model", revision=revision))
 """
     snapshots = hub.client(pull, first, "v1", "stable", "main", first[:8], home=home("b")).split()
-    new = {name: content for name, content in old.items() if name not in ("empty.txt", "code/deep/file.py")} | {"config.json": b"[1]"}
+    new = {name: content for name, content in old.items() if name not in ("empty.txt", "code/deep/file.py")} | {
+        "config.json": b"[1]"
+    }
     assert [contents(Path(snapshot)) for snapshot in snapshots] == [old, old, old, new, old]
 
 
@@ -188,7 +194,9 @@ def test_a_private_repo_is_for_its_owner(hub, home):
         False: ["done", "RepositoryNotFoundError", "RepositoryNotFoundError"],
         "hf_wrong": ["HfHubHTTPError", "HfHubHTTPError", "HfHubHTTPError"],
     }
-    statements = [f(token, name) for token in expected for f, name in ((read, "open"), (read, "closed"), (write, "closed"))]
+    statements = [
+        f(token, name) for token in expected for f, name in ((read, "open"), (read, "closed"), (write, "closed"))
+    ]
     found = outcomes(hub, *statements, home=home("a"))
     assert dict(zip(expected, (found[i : i + 3] for i in range(0, 15, 3)), strict=True)) == expected
     for token in (OTHER_TOKEN, False):
@@ -205,7 +213,10 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, home):
         hub.faults.append(Fault("GET", "resolve/.*/model.safetensors", after=11_000_000))
         snapshot = Path(hub.client(PULL, "tester/model", "main", home=home("b")))
         assert contents(snapshot) == contents(tmp_path / "folder")
-        assert [exchange.range for exchange in hub.served("GET", "model.safetensors")] == [None, f"bytes={10 * 2**20}-"]
+        assert [exchange.range for exchange in hub.served("GET", "model.safetensors")] == [
+            None,
+            f"bytes={10 * 2**20}-",
+        ]
 
 
 def test_a_broken_upload_is_sent_again(hub, folder, home):
@@ -216,7 +227,9 @@ def test_a_broken_upload_is_sent_again(hub, folder, home):
     assert stored(hub) == contents(folder)
 
 
-@pytest.mark.parametrize(("method", "path"), [("PUT", "^/lfs/.*/2"), ("POST", "/commit/main")], ids=["upload", "commit"])
+@pytest.mark.parametrize(
+    ("method", "path"), [("PUT", "^/lfs/.*/2"), ("POST", "/commit/main")], ids=["upload", "commit"]
+)
 def test_a_killed_push_leaves_nothing_half_done(hub, folder, home, method, path):
     """A client that dies in the middle has committed nothing; the next push completes the repo."""
     fault = Fault(method, path, "stall", after=300)
@@ -242,7 +255,10 @@ def test_a_push_that_fails_at_the_commit_does_not_send_the_weights_again(hub, fo
 
     assert upload_bytes(hub) == sent
     assert stored(hub) == contents(folder)
-    assert [commit.title for commit in Repository(hub.root / "tester/model").history("main")] == ["push", "initial commit"]
+    assert [commit.title for commit in Repository(hub.root / "tester/model").history("main")] == [
+        "push",
+        "initial commit",
+    ]
 
 
 def test_content_that_is_not_what_was_announced_is_refused(hub):
@@ -251,7 +267,9 @@ def test_content_that_is_not_what_was_announced_is_refused(hub):
     batch = {"objects": [{"oid": hashlib.sha256(announced).hexdigest(), "size": len(announced)}]}
 
     def ask(method: str, url: str, body: bytes) -> dict:
-        request = urllib.request.Request(url, data=body, method=method, headers={"Authorization": f"Bearer {WRITE_TOKEN}"})
+        request = urllib.request.Request(
+            url, data=body, method=method, headers={"Authorization": f"Bearer {WRITE_TOKEN}"}
+        )
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             return json.load(answer)
 

@@ -17,7 +17,9 @@ from tests.support.lm_eval_task import accuracy, write_task
 @pytest.fixture(scope="module")
 def autoload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that, on the path, is an installed package with this project's entry points for torch."""
-    declared = re.search(r'\[project\.entry-points\."torch\.backends"\]\n((?:\w+ = .*\n)+)', (PROJECT / "pyproject.toml").read_text())
+    declared = re.search(
+        r'\[project\.entry-points\."torch\.backends"\]\n((?:\w+ = .*\n)+)', (PROJECT / "pyproject.toml").read_text()
+    )
     assert declared is not None
     site = tmp_path_factory.mktemp("site")
     metadata = site / "hf_lowrank_in_tests-0.dist-info"
@@ -37,7 +39,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(arguments: list[str], home: Path, path: list[Path]) -> subprocess.Popen[str]:
-    environment = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment = os.environ | {
+        "HF_HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *arguments], cwd=home, env=environment, text=True, **pipes)
 
@@ -73,6 +79,8 @@ PROGRAMS = {
 
 
 def test_programs_that_never_heard_of_the_package(checkpoint: Path, autoload: Path, tmp_path: Path) -> None:
-    running = [start(["-c", code.format(folder=str(checkpoint))], tmp_path, [PROJECT, autoload]) for code in PROGRAMS.values()]
+    running = [
+        start(["-c", code.format(folder=str(checkpoint))], tmp_path, [PROJECT, autoload]) for code in PROGRAMS.values()
+    ]
     for process in running:
         output(process)

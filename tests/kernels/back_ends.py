@@ -76,7 +76,9 @@ def instruction_sets() -> tuple[str, ...]:
 NAMES = [
     *(pytest.param(name) for name in instruction_sets()),
     *(["direct"] if native.module() else []),
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")),
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+    ),
 ]
 
 
@@ -105,7 +107,9 @@ def in_use(name: str) -> Iterator[BackEnd]:
     try:
         with nullcontext() if device == "cuda" else multiplying_bfloat16():
             exact = products.VECTOR_TOKENS
-            yield BackEnd(products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=products.FACTOR_TOKENS)
+            yield BackEnd(
+                products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=products.FACTOR_TOKENS
+            )
     finally:
         ops.unregister_kernels()
         kernels.load()

@@ -22,7 +22,28 @@ from .layers import FORMS, operation_of, random_layer
 from .test_direct import misaligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NUMBERS = (-1, 0, 1, 2, 8, 9, 2**31 - 1, 2**31, 2**32 + 4, 2**61, 2**63 - 1, 2**63, -(2**63), 10**40, 1.5, True, None, "4", [], object())
+NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    8,
+    9,
+    2**31 - 1,
+    2**31,
+    2**32 + 4,
+    2**61,
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    10**40,
+    1.5,
+    True,
+    None,
+    "4",
+    [],
+    object(),
+)
 
 
 class Named(Tensor):
@@ -122,11 +143,17 @@ def main() -> int:
         operation = operation_of(form)
         direct = getattr(module, operation)
         sets = native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(native.best_instruction_set()) + 1]
-        with torch.inference_mode(rng.random() < 0.5), torch.no_grad(), native.forced_instruction_set(rng.choice(sets)):
+        with (
+            torch.inference_mode(rng.random() < 0.5),
+            torch.no_grad(),
+            native.forced_instruction_set(rng.choice(sets)),
+        ):
             found = direct(*arguments)
             counts["ordinary, answered" if found is not None else "ordinary, left to torch"] += 1
             if found is not None and not torch.equal(found, products.KERNELS[operation](*arguments)):
-                print(f"{form}, {[getattr(part, 'shape', part) for part in arguments]}: other bits than the general kernel's")
+                print(
+                    f"{form}, {[getattr(part, 'shape', part) for part in arguments]}: other bits than the general kernel's"
+                )
                 return 1
             for _ in range(8):
                 spoiled = spoil(rng, arguments)

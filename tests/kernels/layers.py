@@ -73,8 +73,20 @@ class PackedLayer:
             "bitmask_binary_linear": (*self.bitmask, *self.binary),
             "lowrank_linear": self.lowrank,
             "pivoted_linear": (*self.lowrank, packing.pack_bits(self.pivots), len(self.pivots)),
-            "quantized_linear": (pack_codes(codes.codes, codes.bits), codes.scale, None, codes.bits, codes.group, codes.shape[1]),
-            "quantized_linear, bitmask": (pack_codes(kept.codes, kept.bits), kept.scale, self.weight_mask, *form_of_kept),
+            "quantized_linear": (
+                pack_codes(codes.codes, codes.bits),
+                codes.scale,
+                None,
+                codes.bits,
+                codes.group,
+                codes.shape[1],
+            ),
+            "quantized_linear, bitmask": (
+                pack_codes(kept.codes, kept.bits),
+                kept.scale,
+                self.weight_mask,
+                *form_of_kept,
+            ),
         }
         return parts[form]
 
@@ -86,7 +98,9 @@ class PackedLayer:
         binary = magnitudes * packing.signs_to_values(self.sign_bits, columns, torch.float64)
         a, b = self.lowrank_a.double(), self.lowrank_b.double()
         unpivoted = pivoting.unpivot(b, self.pivots)
-        quantized, kept = (Quantized(q.codes, q.scale.double(), q.bits, q.group).dequantize() for q in (self.codes, self.kept_codes))
+        quantized, kept = (
+            Quantized(q.codes, q.scale.double(), q.bits, q.group).dequantize() for q in (self.codes, self.kept_codes)
+        )
         kept = packing.unpack_values(kept, packing.unpack_bits(self.weight_mask, columns))
         return {
             "bitmask_linear": (sparse, sparse.abs()),

@@ -52,7 +52,14 @@ def tolerance(y: Tensor, x: Tensor, magnitudes: Tensor, rounded: bool) -> Tensor
     form=st.sampled_from(FORMS),
 )
 def test_every_kernel_agrees_with_the_float64_oracle(
-    name: str, data: st.DataObject, density: float, binary_rank: int, dtype: torch.dtype, bits: int, group: int, form: str
+    name: str,
+    data: st.DataObject,
+    density: float,
+    binary_rank: int,
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    form: str,
 ) -> None:
     with in_use(name) as back_end, small_tiles():
         rows, columns, tokens = (data.draw(st.integers(1, most)) for most in back_end.largest)
@@ -68,8 +75,12 @@ def test_every_kernel_agrees_with_the_float64_oracle(
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
-@given(data=st.data(), density=st.floats(0, 1), dtype=st.sampled_from(DTYPES), form=st.sampled_from(sorted(TRANSPOSED)))
-def test_gradients_agree_with_the_float64_oracle(name: str, data: st.DataObject, density: float, dtype: torch.dtype, form: str) -> None:
+@given(
+    data=st.data(), density=st.floats(0, 1), dtype=st.sampled_from(DTYPES), form=st.sampled_from(sorted(TRANSPOSED))
+)
+def test_gradients_agree_with_the_float64_oracle(
+    name: str, data: st.DataObject, density: float, dtype: torch.dtype, form: str
+) -> None:
     with in_use(name) as back_end, small_tiles():
         rows, columns, tokens = (data.draw(st.integers(1, most)) for most in back_end.largest)
         layer = random_layer(rows, columns, round(density * columns), dtype)
@@ -84,7 +95,9 @@ def test_gradients_agree_with_the_float64_oracle(name: str, data: st.DataObject,
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("dtype", "x_dtype"), permutations(DTYPES, 2))
-def test_input_and_weights_may_differ_in_dtype(back_end: BackEnd, form: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+def test_input_and_weights_may_differ_in_dtype(
+    back_end: BackEnd, form: str, dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
     layer = random_layer(9, 77, 30, dtype)
     x = torch.randn(2, 77, generator=torch.Generator().manual_seed(1)).to(x_dtype)
     y = back_end.kernel(form, x, layer)
@@ -103,9 +116,13 @@ def test_rows_and_columns_without_values_contribute_nothing(back_end: BackEnd, f
     assert bool((y[:, 3] == 0).all()) and torch.equal(y, moved)
 
 
-@pytest.mark.parametrize(("tokens", "value"), [(1, math.inf), (1, math.nan), (5, -math.inf), (40, math.inf), (40, math.nan)])
+@pytest.mark.parametrize(
+    ("tokens", "value"), [(1, math.inf), (1, math.nan), (5, -math.inf), (40, math.inf), (40, math.nan)]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_infinities_and_nans_come_out_as_dense_gives_them(back_end: BackEnd, form: str, value: float, tokens: int) -> None:
+def test_infinities_and_nans_come_out_as_dense_gives_them(
+    back_end: BackEnd, form: str, value: float, tokens: int
+) -> None:
     layer = random_layer(12, 64, 20, torch.float32, rank=2)
     x = torch.randn(tokens, 64)
     x[tokens // 2, 11] = value

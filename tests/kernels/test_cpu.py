@@ -58,7 +58,12 @@ def test_values_and_signs_of_wide_rows_agree_with_the_oracle(instruction_set: st
     y = multiplied("bitmask_binary_linear", x, *layer.arguments("bitmask_binary_linear"))
     dense, magnitudes = layer.dense("bitmask_binary_linear")
     # Each entry rounded once, and the result.
-    assert bool(((y.double() - x.double() @ dense.T).abs() <= 2**-8 * (y.double().abs() + x.double().abs() @ magnitudes.T / 2)).all())
+    assert bool(
+        (
+            (y.double() - x.double() @ dense.T).abs()
+            <= 2**-8 * (y.double().abs() + x.double().abs() @ magnitudes.T / 2)
+        ).all()
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16])

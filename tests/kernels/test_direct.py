@@ -16,7 +16,9 @@ from hf_lowrank.runtime import ops
 from .back_ends import DIRECT
 from .layers import FORMS, operation_of, random_layer
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason="the C++ library is not built, or torch has no C functions for DLPack")
+pytestmark = pytest.mark.skipif(
+    native.module() is None, reason="the C++ library is not built, or torch has no C functions for DLPack"
+)
 M, N = 40, 70
 
 
@@ -68,7 +70,15 @@ def test_tensors_that_do_not_fit_are_left_to_torch(form: str) -> None:
     arguments = random_layer(M, N, 20, torch.bfloat16).arguments(form)
     tensors = [index for index, argument in enumerate(arguments) if isinstance(argument, Tensor)]
     assert kernel(inputs(1), *arguments) is not None
-    for x in (inputs(17), inputs(0), inputs(1)[:, 9:], inputs(1).double(), inputs(1).to("meta"), torch.tensor(1.0), None):
+    for x in (
+        inputs(17),
+        inputs(0),
+        inputs(1)[:, 9:],
+        inputs(1).double(),
+        inputs(1).to("meta"),
+        torch.tensor(1.0),
+        None,
+    ):
         assert kernel(x, *arguments) is None
     for index in tensors:
         part = arguments[index]
@@ -99,7 +109,8 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("position", "number"), [(3, 2**32 + 4), (3, 2**70), (3, 4.0), (4, 0), (4, 2**31), (4, 2**63 - 1), (5, -1), (5, 2**61), (5, None)]
+    ("position", "number"),
+    [(3, 2**32 + 4), (3, 2**70), (3, 4.0), (4, 0), (4, 2**31), (4, 2**63 - 1), (5, -1), (5, 2**61), (5, None)],
 )
 def test_numbers_of_a_quantised_layer_that_do_not_fit(position: int, number: object) -> None:
     """Bits, group and count are what a caller says; no product of them may overflow to one that fits."""
@@ -151,7 +162,9 @@ def test_nothing_is_remembered_of_a_layer(answered: list[bool]) -> None:
             change(layer)
             x = x.to(layer.weight.dtype)
             after = layer(x)
-            expected = products.bitmask_binary_linear(x, layer.weight, layer.weight_mask, layer.sign_bits, layer.scale_in, layer.scale_out)
+            expected = products.bitmask_binary_linear(
+                x, layer.weight, layer.weight_mask, layer.sign_bits, layer.scale_in, layer.scale_out
+            )
         assert expected is not None and torch.equal(after, expected) and not torch.equal(after, before.to(after.dtype))
         x = x.bfloat16()
     assert all(answered) and len(answered) == 2 * len(changes)
@@ -168,7 +181,9 @@ def test_gradients_wrappers_and_autocast_go_their_own_way(answered: list[bool]) 
     assert torch.equal(narrow, deepcopy(layer)(x.bfloat16())) and narrow.dtype == torch.bfloat16
     with torch.no_grad():
         kept = layer(x.as_subclass(Named))
-        doubled = torch.func.functional_call(layer, {"scale_out": 2 * layer.scale_out, "weight": 2 * layer.weight}, (x,))
+        doubled = torch.func.functional_call(
+            layer, {"scale_out": 2 * layer.scale_out, "weight": 2 * layer.weight}, (x,)
+        )
     assert type(kept) is Named and torch.equal(doubled, 2 * expected)
     assert answered == [True, False, False, True]
 

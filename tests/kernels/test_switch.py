@@ -33,7 +33,9 @@ print(json.dumps([after_import, ops.registered_kernels("bitmask_linear", "cpu")]
 def in_a_fresh_process(switch: str | None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != kernels.ENVIRONMENT_VARIABLE}
     environment |= {"PYTHONPATH": str(PROJECT)} | ({} if switch is None else {kernels.ENVIRONMENT_VARIABLE: switch})
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @built
@@ -45,7 +47,11 @@ def test_the_first_product_loads_them_unless_the_environment_says_off(switch: st
 
 def test_another_word_in_the_environment_is_refused_in_one_line() -> None:
     done = in_a_fresh_process("maybe")
-    assert done.stderr.strip().splitlines()[-1].endswith("HF_LOWRANK_KERNELS='maybe', expected on or off; unset it to have the kernels on")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("HF_LOWRANK_KERNELS='maybe', expected on or off; unset it to have the kernels on")
+    )
 
 
 def computed(**options: Any) -> torch.Tensor:

@@ -22,7 +22,9 @@ from tests.support.fresh_process import PROJECT
 from .back_ends import in_use
 from .layers import random_layer
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
 
 
 @pytest.fixture
@@ -53,7 +55,9 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 @needs_triton
 @pytest.mark.usefixtures("gpu", "_registered_again")
 @pytest.mark.parametrize(("switch", "registered"), [(None, []), ("off", []), ("on", ["triton"])])
-def test_what_no_gpu_has_run_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, switch: str | None, registered: list[str]) -> None:
+def test_what_no_gpu_has_run_is_off_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, switch: str | None, registered: list[str]
+) -> None:
     kernels.unload()
     monkeypatch.delenv(kernels.ENVIRONMENT_VARIABLE)
     if switch is not None:
@@ -67,13 +71,21 @@ def test_what_no_gpu_has_run_is_off_unless_asked_for(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
-    [(back_end, "find_spec", "the package triton is not installed"), (torch.cuda, "get_device_capability", "compute capability 7.5")],
+    [
+        (back_end, "find_spec", "the package triton is not installed"),
+        (torch.cuda, "get_device_capability", "compute capability 7.5"),
+    ],
 )
-def test_a_gpu_without_what_the_kernels_need_means_a_warning(monkeypatch: pytest.MonkeyPatch, name: Any, value: str, reason: str) -> None:
+def test_a_gpu_without_what_the_kernels_need_means_a_warning(
+    monkeypatch: pytest.MonkeyPatch, name: Any, value: str, reason: str
+) -> None:
     monkeypatch.setattr(name, value, lambda *_: None if value == "find_spec" else (7, 5))
     with pytest.warns(UserWarning, match=reason):
         back_end.register()
-    assert all(name == "torch" and reason in why for name, why in (back_end.describe(operation) for operation in kernels.OPERATIONS))
+    assert all(
+        name == "torch" and reason in why
+        for name, why in (back_end.describe(operation) for operation in kernels.OPERATIONS)
+    )
 
 
 @needs_triton
@@ -106,7 +118,9 @@ def kept_by_ptx(byte: int, memory: list[int]) -> list[int]:
         if not name or name == ".reg" or (predicate and not registers[predicate]):
             continue
         target, *sources = (operand.strip(" []") for operand in operands.split(","))
-        registers[target] = act[name](*(registers[source] if source in registers else int(source) for source in sources))
+        registers[target] = act[name](
+            *(registers[source] if source in registers else int(source) for source in sources)
+        )
     return [registers[f"${column}"] for column in range(8)]
 
 
@@ -122,7 +136,9 @@ def test_the_instructions_in_ptx_spread_the_values_of_a_byte() -> None:
 @needs_triton
 @pytest.mark.parametrize(("spans", "tokens"), [(1, 1), (2, 2), (4, 1), (1, 3)])
 @pytest.mark.parametrize("form", ["bitmask_binary_linear", "quantized_linear", "quantized_linear, bitmask"])
-def test_matrices_of_many_columns_are_summed_by_spans(monkeypatch: pytest.MonkeyPatch, form: str, spans: int, tokens: int) -> None:
+def test_matrices_of_many_columns_are_summed_by_spans(
+    monkeypatch: pytest.MonkeyPatch, form: str, spans: int, tokens: int
+) -> None:
     from hf_lowrank.kernels.triton import products
 
     fitting = [each for each in products._multiply_vectors.configurations if each.kwargs["SPANS"] == spans]
@@ -141,15 +157,15 @@ def test_a_shape_that_is_new_in_a_captured_graph_is_refused(monkeypatch: pytest.
     from hf_lowrank.kernels.triton import factors, tuning
 
     kernel = tuning.TunedKernel(factors.multiply, [None], ["rows"])
-    launched: list[int] = []
-    kernel.tuned = defaultdict(lambda: lambda rows: launched.append(rows))
+    torchrun_group: list[int] = []
+    kernel.tuned = defaultdict(lambda: lambda rows: torchrun_group.append(rows))
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     for rows, capturing[0] in ((3, False), (3, True)):
         kernel.launch(torch.device("cpu"), lambda _: (1,), rows=rows)
     with pytest.raises(CompressionError, match="new shape while a CUDA graph is captured"):
         kernel.launch(torch.device("cpu"), lambda _: (1,), rows=4)
-    assert launched == [3, 3]
+    assert torchrun_group == [3, 3]
 
 
 @needs_triton

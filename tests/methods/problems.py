@@ -25,29 +25,33 @@ def correlated_tokens(tokens: int, features: int, seed: int = 0) -> Tensor:
     return (gaussian(tokens, features, seed=seed + 2) @ mixing + 0.3 * gaussian(features, seed=seed + 3)) * spread
 
 
-def shifted_tokens(x: Tensor, seed: int = 0) -> Tensor:
+def compressed_tokens(x: Tensor, seed: int = 0) -> Tensor:
     """What the compressed layers before make of the inputs x (T, n)."""
     return 0.9 * x + 0.1 * x.abs().mean() * gaussian(*x.shape, seed=seed + 4)
 
 
 def statistics_of(x: Tensor, shifted: Tensor | None = None, squared_gradients: Tensor | None = None) -> Statistics:
     """All statistics of the tokens x (T, n)."""
-    shifted = shifted_tokens(x) if shifted is None else shifted
+    shifted = compressed_tokens(x) if shifted is None else shifted
     return Statistics(
         tokens=x.shape[0],
         column_norms=x.norm(dim=0),
         mean=x.mean(dim=0),
         mean_abs=x.abs().mean(dim=0),
         gram=x.T @ x,
-        squared_gradients=torch.linspace(0.1, 1, x.shape[1], dtype=torch.float64) if squared_gradients is None else squared_gradients,
-        shifted_gram=shifted.T @ shifted,
+        squared_gradients=torch.linspace(0.1, 1, x.shape[1], dtype=torch.float64)
+        if squared_gradients is None
+        else squared_gradients,
+        compressed_input_gram=shifted.T @ shifted,
         cross_gram=x.T @ shifted,
     )
 
 
 def problem(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Statistics]:
     """A weight (m, n) and statistics of four tokens per channel."""
-    return gaussian(out_features, in_features, seed=seed + 5), statistics_of(correlated_tokens(4 * in_features, in_features, seed))
+    return gaussian(out_features, in_features, seed=seed + 5), statistics_of(
+        correlated_tokens(4 * in_features, in_features, seed)
+    )
 
 
 def budget_of(out_features: int, in_features: int, ratio: float, accounting: str = "bits") -> Budget:

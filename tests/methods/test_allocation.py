@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from hf_lowrank import CompressionError, LayerSpec
 from hf_lowrank.budget import Layer, ModelBudget
 from hf_lowrank.methods import make_method
-from hf_lowrank.methods.allocation import cheapest_choices, check_reachable, fitted_ranks, greedy_ranks, uniform_budgets
+from hf_lowrank.methods.allocation import (
+    cheapest_choices,
+    check_reachable,
+    fitted_ranks,
+    greedy_ranks,
+    uniform_budgets,
+)
 
 SHAPES = [(64, 64), (32, 64), (172, 64), (64, 172), (352, 128), (128, 352), (48, 96)]
 METHODS = [("svd", {}), ("svd-llm", {}), ("slab", {}), ("slab", {"binary_rank": 2})]
@@ -20,7 +26,9 @@ def layers_of(shapes: list[tuple[int, int]]) -> list[Layer]:
     return [Layer(f"layers.{i}", i, len(shapes), "other", m, n) for i, (m, n) in enumerate(shapes)]
 
 
-def budget_of(layers: list[Layer], ratio: float, value_bits: int = 16, bias: bool = False, accounting: str = "bits") -> ModelBudget:
+def budget_of(
+    layers: list[Layer], ratio: float, value_bits: int = 16, bias: bool = False, accounting: str = "bits"
+) -> ModelBudget:
     return ModelBudget(
         ratio,
         {layer.name: value_bits for layer in layers},
@@ -55,12 +63,12 @@ def test_uniform_budgets_stay_within_one_step_below_the_budget(
     assert spent <= available
 
     def step(layer: Layer) -> int:
-        smallest = chosen.smallest(layer)
-        return budget.stored_bits(layer, chosen.grown(layer, smallest)) - budget.stored_bits(layer, smallest)
+        smallest = chosen.min_spec(layer)
+        return budget.stored_bits(layer, chosen.next_spec(layer, smallest)) - budget.stored_bits(layer, smallest)
 
     def is_full(layer: Layer) -> bool:
-        smallest = budget.stored_bits(layer, chosen.smallest(layer))
-        return budgets[layer.name].bits >= smallest + step(layer) * chosen.growth_limit(layer)
+        smallest = budget.stored_bits(layer, chosen.min_spec(layer))
+        return budgets[layer.name].bits >= smallest + step(layer) * chosen.max_steps(layer)
 
     growable = [step(layer) for layer in compressed if not is_full(layer)]
     assert not growable or available - spent < min(growable)  # no layer could take one more
@@ -68,15 +76,19 @@ def test_uniform_budgets_stay_within_one_step_below_the_budget(
 
 @settings(max_examples=60, deadline=None)
 @given(ratio=st.floats(0.1, 0.8), count=st.integers(1, 12), method=st.sampled_from(METHODS))
-def test_layers_of_one_shape_get_budgets_one_step_apart_at_most(ratio: float, count: int, method: tuple[str, dict]) -> None:
+def test_layers_of_one_shape_get_budgets_one_step_apart_at_most(
+    ratio: float, count: int, method: tuple[str, dict]
+) -> None:
     layers = layers_of([(172, 64)] * count)
     chosen, budget = make_method(*method), budget_of(layers, ratio)
     try:
         bits = [each.bits for each in uniform_budgets(chosen, layers, [], budget).values()]
     except CompressionError:
         return
-    smallest = chosen.smallest(layers[0])
-    step = budget.stored_bits(layers[0], chosen.grown(layers[0], smallest)) - budget.stored_bits(layers[0], smallest)
+    smallest = chosen.min_spec(layers[0])
+    step = budget.stored_bits(layers[0], chosen.next_spec(layers[0], smallest)) - budget.stored_bits(
+        layers[0], smallest
+    )
     assert max(bits) - min(bits) <= step
 
 
@@ -111,7 +123,9 @@ problems = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(problem=problems, available=st.integers(0, 40), equal_price=st.booleans())
-def test_greedy_ranks_lose_the_least_energy(problem: list[tuple[list[int], int]], available: int, equal_price: bool) -> None:
+def test_greedy_ranks_lose_the_least_energy(
+    problem: list[tuple[list[int], int]], available: int, equal_price: bool
+) -> None:
     energies = {str(i): sorted(map(float, energy), reverse=True) for i, (energy, _) in enumerate(problem)}
     price = {str(i): 2 if equal_price else each for i, (_, each) in enumerate(problem)}
     ranks = greedy_ranks(energies, price, dict.fromkeys(energies, 10**6), dict.fromkeys(energies, 0), available)
@@ -123,13 +137,20 @@ def test_greedy_ranks_lose_the_least_energy(problem: list[tuple[list[int], int]]
         return sum(sum(energies[name][:rank]) for name, rank in choice.items())
 
     names = list(energies)
-    options = (dict(zip(names, counts, strict=True)) for counts in itertools.product(*(range(len(energies[name]) + 1) for name in names)))
-    best = max(kept(choice) for choice in options if sum(rank * price[name] for name, rank in choice.items()) <= available)
+    options = (
+        dict(zip(names, counts, strict=True))
+        for counts in itertools.product(*(range(len(energies[name]) + 1) for name in names))
+    )
+    best = max(
+        kept(choice) for choice in options if sum(rank * price[name] for name, rank in choice.items()) <= available
+    )
     found = kept(ranks)  # type: ignore[arg-type]
     if equal_price:
         assert found == best
     # with unequal prices it is optimal up to the one component that no longer fits
-    assert best - found <= max((energies[name][rank] for name, rank in ranks.items() if rank < len(energies[name])), default=0.0)  # type: ignore[index, operator]
+    assert best - found <= max(
+        (energies[name][rank] for name, rank in ranks.items() if rank < len(energies[name])), default=0.0
+    )  # type: ignore[index, operator]
 
 
 def test_a_layer_whose_rank_costs_as_much_as_dense_stays_dense() -> None:
@@ -153,14 +174,23 @@ def test_fitted_ranks_never_exceed_the_budget(wanted: list[float | None], share:
     dense = sum(dense_price[name] for name, rank in zip(names, wanted, strict=True) if rank is None)
     available = dense + int(share * sum(64 * 64 for rank in wanted if rank is not None))
     ranks = fitted_ranks(dict(zip(names, wanted, strict=True)), price, dense_price, fixed, limit, available)
-    spent = sum(dense_price[name] if rank is None else fixed[name] + rank * price[name] for name, rank in ranks.items())
+    spent = sum(
+        dense_price[name] if rank is None else fixed[name] + rank * price[name] for name, rank in ranks.items()
+    )
     assert spent <= available
     assert all(ranks[name] is None for name, rank in zip(names, wanted, strict=True) if rank is None)
 
 
 @settings(max_examples=100, deadline=None)
-@given(shape=st.sampled_from(SHAPES), bits=st.integers(0, 2_000_000), value_bits=st.sampled_from([16, 32]), kept=st.booleans())
-def test_a_layer_budget_buys_the_largest_thing_that_fits(shape: tuple[int, int], bits: int, value_bits: int, kept: bool) -> None:
+@given(
+    shape=st.sampled_from(SHAPES),
+    bits=st.integers(0, 2_000_000),
+    value_bits=st.sampled_from([16, 32]),
+    kept=st.booleans(),
+)
+def test_a_layer_budget_buys_the_largest_thing_that_fits(
+    shape: tuple[int, int], bits: int, value_bits: int, kept: bool
+) -> None:
     layer = Layer("layer", 0, 1, "other", *shape)
     budget = ModelBudget(0.5, {"layer": value_bits}, {"layer": 0}).layer_budget(layer, bits)
     if kept:
@@ -177,7 +207,9 @@ def test_a_layer_budget_buys_the_largest_thing_that_fits(shape: tuple[int, int],
 def test_chosen_options_fit_and_no_others_on_the_hulls_lose_less(data: st.DataObject) -> None:
     """Against all combinations: within the bits; and optimal whenever the bits are those of a greedy solution."""
     pair = st.tuples(st.integers(1, 50), st.floats(0, 100))
-    options = {str(each): data.draw(st.lists(pair, min_size=1, max_size=4), label=f"layer {each}") for each in range(3)}
+    options = {
+        str(each): data.draw(st.lists(pair, min_size=1, max_size=4), label=f"layer {each}") for each in range(3)
+    }
     least = sum(min(bits for bits, _ in each) for each in options.values())
     available = least + data.draw(st.integers(0, 100), label="spare")
     chosen = cheapest_choices(options, available)
@@ -186,7 +218,9 @@ def test_chosen_options_fit_and_no_others_on_the_hulls_lose_less(data: st.DataOb
     assert bits <= available
     for combination in itertools.product(*options.values()):
         if sum(each for each, _ in combination) <= bits:
-            assert loss <= sum(each for _, each in combination) + max(each for pairs in options.values() for _, each in pairs)
+            assert loss <= sum(each for _, each in combination) + max(
+                each for pairs in options.values() for _, each in pairs
+            )
     again = cheapest_choices(options, bits)
     assert sum(options[name][index][1] for name, index in again.items()) == pytest.approx(loss)
 

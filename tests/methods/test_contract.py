@@ -36,8 +36,19 @@ def variants() -> list[tuple[str, dict[str, str | bool]]]:
     return found
 
 
-VARIANTS = [pytest.param(name, options, id="-".join([name, *map(str, options.values())])) for name, options in variants()]
-CASES = ["few tokens", "one token", "dead channels", "no token", "zero weight", "zero rows", "rank one weight", "repeated channel"]
+VARIANTS = [
+    pytest.param(name, options, id="-".join([name, *map(str, options.values())])) for name, options in variants()
+]
+CASES = [
+    "few tokens",
+    "one token",
+    "dead channels",
+    "no token",
+    "zero weight",
+    "zero rows",
+    "rank one weight",
+    "repeated channel",
+]
 every_variant = pytest.mark.parametrize(("name", "options"), VARIANTS)
 every_method = pytest.mark.parametrize("name", registered_methods())
 
@@ -96,16 +107,18 @@ def compressed(method: Method, weight: Tensor, statistics: Statistics, budget: B
 def smallest_budget(method: Method, out_features: int, in_features: int) -> Budget:
     """The budget of the smallest thing that the method makes of a layer of no special role and that says anything about its weight."""
     layer = Layer("layer", 0, 1, "other", out_features, in_features)
-    spec = method.smallest(layer)
+    spec = method.min_spec(layer)
     if not (spec.kept or spec.rank or spec.binary_rank):
-        spec = method.grown(layer, spec)
+        spec = method.next_spec(layer, spec)
     return Budget(spec.stored_bits(out_features, in_features, VALUE_BITS), out_features, in_features, VALUE_BITS)
 
 
 @every_variant
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("accounting", ["bits", "paper"])
-def test_budget_is_kept_and_used(name: str, options: dict[str, str | bool], shape: tuple[int, int], accounting: str) -> None:
+def test_budget_is_kept_and_used(
+    name: str, options: dict[str, str | bool], shape: tuple[int, int], accounting: str
+) -> None:
     """Stored bits never exceed the budget, and less than one rank's, or one step's, price of it is left unused.
 
     An N:M part, or eight bits for every weight, may be all that a method can use.
@@ -119,7 +132,9 @@ def test_budget_is_kept_and_used(name: str, options: dict[str, str | bool], shap
         stored = stored_bits(layer, accounting)
         assert stored <= budget.bits
         if "pattern" not in options and layer.spec.weight_bits < BITS[-1]:
-            step = method.grown(Layer("layer", 0, 1, "other", *shape), layer.spec).stored_bits(*shape, VALUE_BITS) - stored_bits(layer)
+            step = method.next_spec(Layer("layer", 0, 1, "other", *shape), layer.spec).stored_bits(
+                *shape, VALUE_BITS
+            ) - stored_bits(layer)
             assert budget.bits - stored < max(sum(shape) * VALUE_BITS, step)
 
 
@@ -140,7 +155,9 @@ def test_more_budget_never_hurts(name: str, options: dict[str, str | bool], shap
 @every_variant
 def test_same_input_same_bytes(name: str, options: dict[str, str | bool]) -> None:
     weight, statistics = problem(48, 100)
-    first, second = (parts_of(make_method(name, options).decompose(weight, statistics, budget_of(48, 100, 0.5))) for _ in range(2))
+    first, second = (
+        parts_of(make_method(name, options).decompose(weight, statistics, budget_of(48, 100, 0.5))) for _ in range(2)
+    )
     assert first.keys() == second.keys()
     for part in first:
         assert torch.equal(first[part], second[part]), part
@@ -187,7 +204,9 @@ def test_scales_do_not_matter(name: str, options: dict[str, str | bool], factor:
 @every_variant
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", [(40, 48), (24, 65)], ids=str)
-def test_degenerate_input_gives_finite_output(name: str, options: dict[str, str | bool], case: str, shape: tuple[int, int]) -> None:
+def test_degenerate_input_gives_finite_output(
+    name: str, options: dict[str, str | bool], case: str, shape: tuple[int, int]
+) -> None:
     m, n = shape
     weight, x = gaussian(m, n, seed=2), correlated_tokens(4 * n, n)
     if case == "few tokens":
@@ -220,18 +239,24 @@ def test_degenerate_input_gives_finite_output(name: str, options: dict[str, str 
 @every_variant
 @hypothesis_settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_any_layer_gives_a_legal_result_or_an_error(name: str, options: dict[str, str | bool], data: st.DataObject) -> None:
+def test_any_layer_gives_a_legal_result_or_an_error(
+    name: str, options: dict[str, str | bool], data: st.DataObject
+) -> None:
     """For any shape, budget, number of tokens and scale: within the budget and finite, or a CompressionError."""
     m, n = data.draw(st.integers(1, 40), label="m"), data.draw(st.integers(1, 40), label="n")
     ratio = data.draw(st.floats(0.01, 0.99), label="ratio")
     tokens = data.draw(st.integers(1, 80), label="tokens")
     seed = data.draw(st.integers(0, 1000), label="seed")
-    weight_scale, input_scale = (10.0 ** data.draw(st.integers(-12, 12), label=label) for label in ("weight scale", "input scale"))
+    weight_scale, input_scale = (
+        10.0 ** data.draw(st.integers(-12, 12), label=label) for label in ("weight scale", "input scale")
+    )
     x = correlated_tokens(tokens, n, seed) * input_scale
     x = x * (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < data.draw(st.floats(0, 1), label="alive"))
     budget = budget_of(m, n, ratio)
     try:
-        decomposition = make_method(name, options).decompose(gaussian(m, n, seed=seed) * weight_scale, statistics_of(x), budget)
+        decomposition = make_method(name, options).decompose(
+            gaussian(m, n, seed=seed) * weight_scale, statistics_of(x), budget
+        )
     except CompressionError:
         return
     layer = decomposition.to_layer(m, n, dtype=torch.float32)
@@ -256,12 +281,12 @@ def test_smallest_budget_is_enough_and_less_is_an_error(name: str, shape: tuple[
 
 @every_method
 def test_growth_is_monotone_and_bounded(name: str) -> None:
-    """Each step of `grown` costs bits, and `growth_limit` of them end below twice the dense layer: budgets can be spread in steps."""
+    """Each step of `grown` costs bits, and `max_steps` of them end below twice the dense layer: budgets can be spread in steps."""
     m, n = 48, 100
     method, layer = make_method(name), Layer("layer", 0, 1, "other", 48, 100)
-    spec = method.smallest(layer)
-    for _ in range(method.growth_limit(layer)):
-        larger = method.grown(layer, spec)
+    spec = method.min_spec(layer)
+    for _ in range(method.max_steps(layer)):
+        larger = method.next_spec(layer, spec)
         assert larger.stored_bits(m, n, VALUE_BITS) > spec.stored_bits(m, n, VALUE_BITS)
         spec = larger
     spec.validate(name, m, n)
@@ -272,8 +297,8 @@ def test_growth_is_monotone_and_bounded(name: str) -> None:
 def test_what_a_method_needs_and_lacks_is_an_error(name: str) -> None:
     weight, statistics = problem(40, 48)
     method = make_method(name)
-    bare = replace(statistics, gram=None, squared_gradients=None, shifted_gram=None, cross_gram=None)
-    if method.needs_gram or method.needs_gradients or method.needs_shifted:
+    bare = replace(statistics, gram=None, squared_gradients=None, compressed_input_gram=None, cross_gram=None)
+    if method.needs_gram or method.needs_gradients or method.needs_compressed_inputs:
         with pytest.raises(CompressionError, match=name):
             method.decompose(weight, bare, budget_of(40, 48, 0.5))
     else:
@@ -300,5 +325,7 @@ def test_statistics_are_selected_as_tokens_are(name: str) -> None:
     selected = statistics_of(x, shifted, gradients).select(order)
     direct = statistics_of(x[:, order], shifted[:, order], gradients[order])
     method, budget = make_method(name), budget_of(40, 33, 0.5)
-    first, second = (compressed(method, weight[:, order], each, budget).to_dense(torch.float64) for each in (selected, direct))
+    first, second = (
+        compressed(method, weight[:, order], each, budget).to_dense(torch.float64) for each in (selected, direct)
+    )
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)

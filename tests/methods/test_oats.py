@@ -28,14 +28,19 @@ def alternation(scaled: Tensor, rank: int, kept: int, iterations: int) -> Tensor
 def test_objective_is_that_of_the_full_alternation(hidden_rank: int) -> None:
     """Both are local searches and may part on the way: each ends within two percent of the other, all together within half a percent."""
     quotients = []
-    for seed, (m, n, ratio) in enumerate([(40, 72, 0.3), (72, 40, 0.3), (40, 72, 0.5), (72, 40, 0.5), (56, 56, 0.5), (56, 56, 0.7)]):
+    for seed, (m, n, ratio) in enumerate(
+        [(40, 72, 0.3), (72, 40, 0.3), (40, 72, 0.5), (72, 40, 0.5), (56, 56, 0.5), (56, 56, 0.7)]
+    ):
         weight, statistics = problem(m, n, seed)
         if hidden_rank:
             weight = weight + gaussian(m, hidden_rank, seed=20) @ gaussian(hidden_rank, n, seed=21)
         method, budget = OATS(), budget_of(m, n, ratio)
         scaled = weight * statistics.column_norms
         full = alternation(scaled, *method.split(budget), method.iterations)
-        ours = method.decompose(weight, statistics, budget).to_layer(m, n).to_dense(torch.float64) * statistics.column_norms
+        ours = (
+            method.decompose(weight, statistics, budget).to_layer(m, n).to_dense(torch.float64)
+            * statistics.column_norms
+        )
         quotients.append(float((scaled - ours).norm() / (scaled - full).norm()))
     assert all(0.98 < quotient < 1.02 for quotient in quotients)
     assert sum(quotients) / len(quotients) == pytest.approx(1, abs=0.005)

@@ -18,7 +18,11 @@ def problem(m: int = 24, n: int = 100, seed: int = 0) -> tuple[torch.Tensor, Sta
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, dtype=torch.float64, generator=generator)
     mixing = torch.randn(n, n, dtype=torch.float64, generator=generator) + 2
-    x = torch.randn(4 * n, n, dtype=torch.float64, generator=generator) @ mixing * torch.logspace(-1, 1, n, dtype=torch.float64)
+    x = (
+        torch.randn(4 * n, n, dtype=torch.float64, generator=generator)
+        @ mixing
+        * torch.logspace(-1, 1, n, dtype=torch.float64)
+    )
     x[:, 7] = 0
     return weight, Statistics(len(x), x.norm(dim=0), x.mean(dim=0), x.abs().mean(dim=0), gram=x.T @ x)
 
@@ -62,7 +66,9 @@ def test_gptq_is_its_definition(bits):
     weight, statistics = problem(m=6, n=40)
     keep = [j for j in range(40) if j != 7]
     weight, gram = weight[:, keep], statistics.gram[keep][:, keep]
-    torch.testing.assert_close(compensated(weight, gram, bits, group=8).dequantize(), loop(weight, gram, bits, group=8))
+    torch.testing.assert_close(
+        compensated(weight, gram, bits, group=8).dequantize(), loop(weight, gram, bits, group=8)
+    )
 
 
 def test_gptq_does_not_depend_on_how_columns_are_blocked(monkeypatch):
@@ -78,12 +84,17 @@ def test_gptq_does_not_depend_on_how_columns_are_blocked(monkeypatch):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_compensation_beats_rounding(bits):
     weight, statistics = problem()
-    assert loss(weight, restored("gptq", bits), statistics.gram) < 0.7 * loss(weight, restored("rtn", bits), statistics.gram)
+    assert loss(weight, restored("gptq", bits), statistics.gram) < 0.7 * loss(
+        weight, restored("rtn", bits), statistics.gram
+    )
 
 
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
     weight, _ = problem()
-    assert torch.equal(compensated(weight, torch.eye(100, dtype=torch.float64), 3, 32).codes, quantize(weight, 3, 32, search=True).codes)
+    assert torch.equal(
+        compensated(weight, torch.eye(100, dtype=torch.float64), 3, 32).codes,
+        quantize(weight, 3, 32, search=True).codes,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,7 +112,11 @@ def test_the_budget_is_kept_and_used(method, group):
         for spare in (0, 1000):
             exact = budget_for(bits, group)
             budget = Budget(exact.bits + spare, 24, 100, 16)
-            layer = make_method(method, {"group_size": group}).decompose(weight, statistics, budget).to_layer(24, 100, dtype=torch.bfloat16)
+            layer = (
+                make_method(method, {"group_size": group})
+                .decompose(weight, statistics, budget)
+                .to_layer(24, 100, dtype=torch.bfloat16)
+            )
             assert layer.stored_bits() == exact.bits
             assert layer.spec.weight_bits == bits
 
@@ -119,13 +134,13 @@ def test_the_checkpoint_holds_what_the_method_made(method):
 def test_growth_is_in_bits(method):
     layer = Layer("layer", 0, 1, "other", 24, 100)
     free, fixed = make_method(method), make_method(method, {"bits": "4"})
-    spec = free.smallest(layer)
+    spec = free.min_spec(layer)
     assert spec.weight_bits == 2
-    assert free.growth_limit(layer) == 6
-    assert fixed.smallest(layer).weight_bits == 4
-    assert fixed.growth_limit(layer) == 0
-    for _ in range(free.growth_limit(layer)):
-        spec = free.grown(layer, spec)
+    assert free.max_steps(layer) == 6
+    assert fixed.min_spec(layer).weight_bits == 4
+    assert fixed.max_steps(layer) == 0
+    for _ in range(free.max_steps(layer)):
+        spec = free.next_spec(layer, spec)
     spec.validate("layer", 24, 100)
     assert spec.weight_bits == 8
 

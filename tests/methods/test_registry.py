@@ -34,7 +34,9 @@ def test_a_far_miss_suggests_nothing() -> None:
 
 
 def test_an_unknown_option_names_the_known_ones() -> None:
-    with pytest.raises(CompressionError, match=r"slab has no option 'iteration'; did you mean 'iterations'\?.*binary_rank"):
+    with pytest.raises(
+        CompressionError, match=r"slab has no option 'iteration'; did you mean 'iterations'\?.*binary_rank"
+    ):
         make_method("slab", {"iteration": 3})
     with pytest.raises(CompressionError, match="its options: none"):
         make_method("svd", {"rank": 3})

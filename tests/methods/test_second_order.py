@@ -10,7 +10,15 @@ from hf_lowrank.budget import Layer
 from hf_lowrank.methods import make_method
 from hf_lowrank.methods.lowrank import output_root
 from hf_lowrank.methods.rounding import compensated_both, rounded_values
-from hf_lowrank.methods.second_order import admm_support, damped, eigenvectors, refit_scales, refit_values, row_errors, sign_descent
+from hf_lowrank.methods.second_order import (
+    admm_support,
+    damped,
+    eigenvectors,
+    refit_scales,
+    refit_values,
+    row_errors,
+    sign_descent,
+)
 from hf_lowrank.methods.slab_gram import first_guess, fit
 from hf_lowrank.methods.sparsity import largest_per_row
 from hf_lowrank.methods.spectral import inverse_cholesky
@@ -36,7 +44,9 @@ def test_damped_gram_has_a_unit_diagonal_and_its_scale() -> None:
     x = correlated_tokens(100, 20)
     C, d = damped(x.T @ x)
     torch.testing.assert_close(C.diagonal(), torch.ones(20, dtype=torch.float64))
-    torch.testing.assert_close((C * torch.outer(d, d) - x.T @ x).abs().sum(), (1e-3 * x.square().sum() / 20) * 20, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        (C * torch.outer(d, d) - x.T @ x).abs().sum(), (1e-3 * x.square().sum() / 20) * 20, rtol=1e-6, atol=0
+    )
 
 
 def test_refitted_values_are_those_of_least_squares() -> None:
@@ -91,7 +101,9 @@ def test_admm_finds_a_better_support_than_magnitudes() -> None:
     start = refit_values(weight, C, mask)
     found = admm_support(weight, C, eigenvectors(C), 16, start)
     assert bool((found.sum(dim=1) == 16).all())
-    assert float(row_errors(weight - refit_values(weight, C, found), C).sum()) < float(row_errors(weight - start, C).sum())
+    assert float(row_errors(weight - refit_values(weight, C, found), C).sum()) < float(
+        row_errors(weight - start, C).sum()
+    )
 
 
 def test_lowrank_loses_the_tail_of_the_two_sided_spectrum() -> None:
@@ -104,9 +116,13 @@ def test_lowrank_loses_the_tail_of_the_two_sided_spectrum() -> None:
     for choice in method.choices(layer, weight, statistics, VALUE_BITS)[::5]:  # type: ignore[attr-defined]
         made = method.build(weight, statistics, choice.spec).to_layer(30, 22)  # type: ignore[attr-defined]
         difference = root @ (weight - made.to_dense(torch.float64))
-        assert float(row_errors(difference, statistics.gram).sum()) / statistics.tokens == pytest.approx(choice.loss, rel=1e-6)
+        assert float(row_errors(difference, statistics.gram).sum()) / statistics.tokens == pytest.approx(
+            choice.loss, rel=1e-6
+        )
         rank = choice.spec.rank
-        assert made.stored_bits() == rank * (30 + 22 - rank) * 64 + 32  # float64 values here, and a bitmap of 30 rows in 4 bytes
+        assert (
+            made.stored_bits() == rank * (30 + 22 - rank) * 64 + 32
+        )  # float64 values here, and a bitmap of 30 rows in 4 bytes
 
 
 def test_two_sided_rounding_is_its_definition() -> None:
@@ -132,7 +148,10 @@ def test_two_sided_rounding_beats_nearest(bits: int) -> None:
     G = output_gram(40)
     made = compensated_both(weight, inverse_cholesky(statistics.gram, 0.01), inverse_cholesky(G, 0.01), bits, 16)
     nearest = quantize(weight, bits, 16, search=True)
-    losses = [float(((D @ statistics.gram) * (G @ D)).sum()) for D in (weight - made.dequantize(), weight - nearest.dequantize())]
+    losses = [
+        float(((D @ statistics.gram) * (G @ D)).sum())
+        for D in (weight - made.dequantize(), weight - nearest.dequantize())
+    ]
     assert losses[0] < 0.8 * losses[1]
 
 
@@ -142,5 +161,9 @@ def test_rounded_values_are_their_codes_and_descend() -> None:
     values, unscale = refit_values(weight, C, mask), torch.linspace(0.5, 2, weight.shape[1], dtype=torch.float64)
     quantised, dense = rounded_values(weight, C, mask, values, unscale, bits=4, group=8)
     torch.testing.assert_close((dense * unscale)[mask].view(-1, 10), quantised.dequantize())
-    nearest = torch.zeros_like(weight).masked_scatter(mask, quantize((values * unscale)[mask].view(-1, 10), 4, 8, search=True).dequantize())
-    assert float(row_errors(weight - dense, C).sum()) <= float(row_errors(weight - nearest / unscale, C).sum()) * (1 + 1e-9)
+    nearest = torch.zeros_like(weight).masked_scatter(
+        mask, quantize((values * unscale)[mask].view(-1, 10), 4, 8, search=True).dequantize()
+    )
+    assert float(row_errors(weight - dense, C).sum()) <= float(row_errors(weight - nearest / unscale, C).sum()) * (
+        1 + 1e-9
+    )

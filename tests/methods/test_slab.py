@@ -19,7 +19,9 @@ def column_statistics(c: Tensor) -> Statistics:
 def weighted_error(weight: Tensor, c: Tensor, ratio: float, **options: object) -> float:
     """‖(W − Ŵ) diag(c)‖_F / ‖W diag(c)‖_F at a compression ratio that, as the paper's, does not count the mask."""
     m, n = weight.shape
-    decomposition = make_method("slab", options).decompose(weight, column_statistics(c), budget_of(m, n, ratio, "paper"))
+    decomposition = make_method("slab", options).decompose(
+        weight, column_statistics(c), budget_of(m, n, ratio, "paper")
+    )
     dense = decomposition.to_layer(m, n).to_dense(torch.float64).detach()
     return float(((weight - dense) * c).norm() / (weight * c).norm())
 
@@ -95,13 +97,17 @@ def test_loss_never_rises(ratio: float, weighted: bool, kind: str) -> None:
 @pytest.mark.parametrize("ratio", [0.5, 0.7, 0.8])
 def test_weighted_and_unweighted_fits_end_close(ratio: float) -> None:
     weight, c = gaussian(256, 256, seed=0), spread(256)
-    assert weighted_error(weight, c, ratio, weighted=False) == pytest.approx(weighted_error(weight, c, ratio, weighted=True), rel=0.05)
+    assert weighted_error(weight, c, ratio, weighted=False) == pytest.approx(
+        weighted_error(weight, c, ratio, weighted=True), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("shape", [(64, 172), (40, 57)], ids=str)
-def test_patterns_are_legal_and_cost_no_more_than_the_budget(pattern: str, ratio: float, shape: tuple[int, int]) -> None:
+def test_patterns_are_legal_and_cost_no_more_than_the_budget(
+    pattern: str, ratio: float, shape: tuple[int, int]
+) -> None:
     m, n = shape
     n_of, m_of = map(int, pattern.split(":"))
     weight, statistics = problem(m, n)
@@ -112,7 +118,9 @@ def test_patterns_are_legal_and_cost_no_more_than_the_budget(pattern: str, ratio
     assert not bool(mask[:, whole:].any())
 
 
-@pytest.mark.parametrize(("shape", "ratio", "density"), [((512, 512), 0.5, 0.4336), ((288, 768), 0.6, 0.3327), ((64, 172), 0.8, 0.1161)])
+@pytest.mark.parametrize(
+    ("shape", "ratio", "density"), [((512, 512), 0.5, 0.4336), ((288, 768), 0.6, 0.3327), ((64, 172), 0.8, 0.1161)]
+)
 def test_density_of_the_sparse_part(shape: tuple[int, int], ratio: float, density: float) -> None:
     """§3.4: k / (m n) = (1 − CR) − 1/b − r (1/m + 1/n), to within the one value per row and the padding of sign bits to bytes."""
     m, n = shape

@@ -23,7 +23,10 @@ def surgeon(weight: Tensor, gram: Tensor, kept: int, spans: list[tuple[int, int]
     W, mask = weight.clone(), torch.zeros(weight.shape, dtype=torch.bool)
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(n)]
     ends = dict(spans)
-    first = [costs.argsort(descending=True)[:kept].tolist() for costs in W**2 / torch.stack([each[0, 0] for each in inverses])]
+    first = [
+        costs.argsort(descending=True)[:kept].tolist()
+        for costs in W**2 / torch.stack([each[0, 0] for each in inverses])
+    ]
     for j in range(n):
         if j in ends:
             cost = torch.stack([W[:, c] ** 2 / inverses[c][0, 0] for c in range(j, ends[j])], dim=1)
@@ -55,7 +58,9 @@ def test_full_pattern_is_the_surgeon_group_by_group(pattern: str, kept: int, gro
     decomposition = make_method("sparsegpt", {"pattern": pattern}).decompose(weight, statistics, budget_of(20, n, 0.4))
     assert decomposition.weight is not None
     assert statistics.gram is not None
-    torch.testing.assert_close(decomposition.weight, surgeon(weight, statistics.gram, 0, spans, kept), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        decomposition.weight, surgeon(weight, statistics.gram, 0, spans, kept), rtol=1e-8, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "2:5"])
@@ -74,7 +79,9 @@ def test_patterns_are_legal(pattern: str, ratio: float) -> None:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_compensation_beats_the_same_mask_without_it(ratio: float, pattern: str) -> None:
     weight, statistics = problem(64, 192)
-    decomposition = make_method("sparsegpt", {"pattern": pattern}).decompose(weight, statistics, budget_of(64, 192, ratio))
+    decomposition = make_method("sparsegpt", {"pattern": pattern}).decompose(
+        weight, statistics, budget_of(64, 192, ratio)
+    )
     assert decomposition.weight is not None
     assert decomposition.mask is not None
     assert statistics.gram is not None

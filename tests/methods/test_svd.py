@@ -9,7 +9,7 @@ from hf_lowrank.methods import Statistics, make_method
 from hf_lowrank.methods.spectral import factorize, leading_components
 from hf_lowrank.methods.svd_llm import refit_left
 
-from .problems import budget_of, correlated_tokens, gaussian, problem, relative_error, shifted_tokens, statistics_of
+from .problems import budget_of, compressed_tokens, correlated_tokens, gaussian, problem, relative_error, statistics_of
 
 SHAPES = [(64, 64), (172, 64), (64, 172), (33, 57)]
 
@@ -22,7 +22,12 @@ def best_projection(weight: Tensor, metric: Tensor, rank: int) -> Tensor:
 
 def dense(name: str, weight: Tensor, statistics: Statistics, ratio: float, **options: object) -> Tensor:
     m, n = weight.shape
-    result = make_method(name, options).decompose(weight, statistics, budget_of(m, n, ratio)).to_layer(m, n).to_dense(torch.float64)
+    result = (
+        make_method(name, options)
+        .decompose(weight, statistics, budget_of(m, n, ratio))
+        .to_layer(m, n)
+        .to_dense(torch.float64)
+    )
     return result.detach()
 
 
@@ -41,7 +46,9 @@ def test_each_is_the_best_projection_in_its_norm(name: str, shape: tuple[int, in
         "fwsvd": torch.diag(statistics.squared_gradients),  # Σ_i F_ij
         "svd-llm": statistics.gram,
     }[name]
-    torch.testing.assert_close(dense(name, weight, statistics, ratio), best_projection(weight, metric, rank), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        dense(name, weight, statistics, ratio), best_projection(weight, metric, rank), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,7 +79,9 @@ def test_loss_on_the_tokens_is_the_tail_energy(shape: tuple[int, int], tokens_pe
     for rank in (1, min(m, n) // 2, min(m, n) - 1):
         a, b = factorization.truncate(rank)
         measured = float(((weight - b @ a) @ x.T).square().sum())
-        assert measured == pytest.approx(float(energy[rank:].sum()), rel=1e-6, abs=1e-9 * float(energy.sum()))  # what the jitter costs
+        assert measured == pytest.approx(
+            float(energy[rank:].sum()), rel=1e-6, abs=1e-9 * float(energy.sum())
+        )  # what the jitter costs
 
 
 def test_fewer_tokens_than_channels_lose_nothing_at_their_rank() -> None:
@@ -95,7 +104,7 @@ def test_update_is_the_least_squares_fit_of_the_left_factor(shape: tuple[int, in
     """B Aᵀ-regression on explicit tokens: B = argmin ‖W X − B A X̂‖_F; A is that of the method without the update."""
     m, n = shape
     weight, x = gaussian(m, n, seed=1), correlated_tokens(4 * n, n)
-    shifted = shifted_tokens(x)
+    shifted = compressed_tokens(x)
     statistics, budget = statistics_of(x, shifted), budget_of(m, n, 0.5)
     plain = make_method("svd-llm").decompose(weight, statistics, budget)
     updated = make_method("svd-llm", {"update": True}).decompose(weight, statistics, budget)
@@ -110,7 +119,9 @@ def test_update_is_the_least_squares_fit_of_the_left_factor(shape: tuple[int, in
 def test_update_on_unshifted_inputs_changes_nothing() -> None:
     weight, x = gaussian(48, 64, seed=1), correlated_tokens(300, 64)
     statistics = statistics_of(x, shifted=x)
-    torch.testing.assert_close(dense("svd-llm", weight, statistics, 0.5, update=True), dense("svd-llm", weight, statistics, 0.5))
+    torch.testing.assert_close(
+        dense("svd-llm", weight, statistics, 0.5, update=True), dense("svd-llm", weight, statistics, 0.5)
+    )
 
 
 def test_refit_with_too_few_tokens_is_the_shortest_solution() -> None:

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
-from hf_lowrank.models.architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
+from hf_lowrank.models.architectures import (
+    FeedForward,
+    find_blocks,
+    find_feed_forwards,
+    find_layers,
+    fused_experts,
+    separate_experts,
+)
 
 from ..support import tiny_models
 from ..support.model_families import FAMILIES
@@ -36,7 +43,13 @@ OPT = {
 MIXTRAL = {name: entry for name, entry in LLAMA.items() if name.startswith("self_attn")}
 
 CASES = {
-    "llama": (tiny_models.llama, "model.layers", 4, LLAMA, [FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")]),
+    "llama": (
+        tiny_models.llama,
+        "model.layers",
+        4,
+        LLAMA,
+        [FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")],
+    ),
     "gpt2": (tiny_models.gpt2, "transformer.h", 3, GPT2, [FeedForward(("mlp.c_fc",), "mlp.c_proj")]),
     "opt": (tiny_models.opt, "model.decoder.layers", 2, OPT, [FeedForward(("fc1",), "fc2")]),
     "mixtral": (tiny_models.mixtral, "model.layers", 2, MIXTRAL, []),
@@ -100,7 +113,9 @@ def test_separated_experts_are_layers_with_networks_of_their_own() -> None:
     experts = {f"mlp.experts.{index}.gate_up": ("other", 128, 32) for index in range(4)}
     experts |= {f"mlp.experts.{index}.down": ("ffn_out", 32, 64) for index in range(4)}
     assert roles == MIXTRAL | experts
-    networks = [FeedForward((f"mlp.experts.{index}.gate_up",), f"mlp.experts.{index}.down", fused=True) for index in range(4)]
+    networks = [
+        FeedForward((f"mlp.experts.{index}.gate_up",), f"mlp.experts.{index}.down", fused=True) for index in range(4)
+    ]
     assert find_feed_forwards(blocks["model.layers.1"]) == networks
 
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForTextEncoding, PreTrainedModel, T5Config, T5EncoderModel
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AutoModelForTextEncoding,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 from hf_lowrank.budget import Budget
@@ -19,7 +26,13 @@ from hf_lowrank.calibration import block_statistics, calibration_batches, captur
 from hf_lowrank.checkpoints.inspect import inspect_checkpoint
 from hf_lowrank.methods import Decomposition, Statistics
 from hf_lowrank.methods.svd_llm import SVDLLM
-from hf_lowrank.models.architectures import find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
+from hf_lowrank.models.architectures import (
+    find_blocks,
+    find_feed_forwards,
+    find_layers,
+    fused_experts,
+    separate_experts,
+)
 from hf_lowrank.models.linears import dense_weight, permute_inputs, permute_outputs
 from hf_lowrank.models.loading import load_model
 
@@ -36,7 +49,9 @@ OPTIONS = {"slab": {"iterations": 2}}
 
 
 def recipe(method: str = "slab", ratio: float = 0.5, **options: Any) -> CompressionConfig:
-    return CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=12, options=OPTIONS.get(method, {}) | options)
+    return CompressionConfig(
+        method=method, ratio=ratio, samples=4, sequence_length=12, options=OPTIONS.get(method, {}) | options
+    )
 
 
 def answers(model: PreTrainedModel, batches: Batches) -> list[Tensor]:
@@ -63,12 +78,17 @@ def test_it_is_compressed_saved_opened_and_runs(name: str, tmp_path: Path) -> No
     family = FAMILIES[name]
     batches, model = family.batches(), family.make()
     dense = answers(model, batches)
-    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    tied = (
+        model.get_output_embeddings() is not None
+        and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
     compress(model, recipe(), calibration=batches, progress=False)
     report = model.save_pretrained.report
     assert 0.5 <= report["ratio_stored"] <= 0.505
     model.save_pretrained(tmp_path)
-    by_card = re.search(r"^model = (\w+)\.from_pretrained", (tmp_path / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    by_card = re.search(
+        r"^model = (\w+)\.from_pretrained", (tmp_path / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert by_card is not None
     for loaded in (getattr(transformers, by_card[1]).from_pretrained(tmp_path), load_model(str(tmp_path))):
         opened = in_fresh_memory(loaded)
@@ -110,7 +130,9 @@ def seen_by_layers(model: PreTrainedModel, layers: Iterable[str], batches: Batch
     """The input of every layer, (..., n) per batch, in the model's own forward."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
-        model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs, name=layer: seen.setdefault(name, []).append(inputs[0]))
+        model.get_submodule(layer).register_forward_pre_hook(
+            lambda module, inputs, name=layer: seen.setdefault(name, []).append(inputs[0])
+        )
         for layer in layers
     ]
     answers(model, batches)
@@ -123,7 +145,11 @@ def counted(name: str, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The tokens of a layer's input that are no padding, by the names of the layers, which the package does not look at."""
     mask = batch.get("attention_mask")
     cross = any(part in name for part in ("EncDecAttention", "encoder_attn"))
-    if "decoder" in name and "decoder_input_ids" in batch and not (cross and name.endswith(("k", "v", "k_proj", "v_proj"))):
+    if (
+        "decoder" in name
+        and "decoder_input_ids" in batch
+        and not (cross and name.endswith(("k", "v", "k_proj", "v_proj")))
+    ):
         mask = batch.get("decoder_attention_mask")
     x = x.double()
     return x.flatten(0, -2) if mask is None else x.reshape(*mask.shape, -1)[mask.bool()]
@@ -146,7 +172,9 @@ def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
             assert found is not None
             assert found.tokens == len(x)
             assert found.gram is not None
-            torch.testing.assert_close(found.gram, x.T @ x, rtol=1e-4, atol=1e-5)  # block by block rounds otherwise than the whole model
+            torch.testing.assert_close(
+                found.gram, x.T @ x, rtol=1e-4, atol=1e-5
+            )  # block by block rounds otherwise than the whole model
 
 
 def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
@@ -161,7 +189,9 @@ def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
             output = block.get_submodule(network.output)
             order = torch.randperm(dense_weight(output).shape[1], generator=torch.Generator().manual_seed(1))
             for part in network.inputs:
-                permute_outputs(block.get_submodule(part), torch.cat([order, order + len(order)]) if network.fused else order)
+                permute_outputs(
+                    block.get_submodule(part), torch.cat([order, order + len(order)]) if network.fused else order
+                )
             permute_inputs(output, order)
             networks += 1
             assert network.fused == (name in FUSED or ".experts." in network.output)
@@ -190,7 +220,9 @@ def test_low_rank_methods_work_on_representatives(family: str, method: str, tmp_
 
 def test_prime_neurons_of_a_fused_network_are_those_of_both_halves() -> None:
     dense, model = FAMILIES["Phi-3"].make(), FAMILIES["Phi-3"].make()
-    config = CompressionConfig(method="sola", ratio=0.1, options={"skip_blocks": 0}, modules_to_not_convert=["gate_up_proj"])
+    config = CompressionConfig(
+        method="sola", ratio=0.1, options={"skip_blocks": 0}, modules_to_not_convert=["gate_up_proj"]
+    )
     compress(model, config, calibration=text(4).tolist(), progress=False)
     for before, after in zip(dense.model.layers, model.model.layers, strict=True):
         columns, kept = before.mlp.down_proj.weight, after.mlp.down_proj.weight
@@ -216,7 +248,9 @@ def test_a_decoder_is_calibrated_on_the_compressed_encoder(family: str) -> None:
         lost = weight - model.get_submodule(key).to_dense(weight.dtype)
         errors = []
         for seen in (now, before):
-            norms = torch.cat([counted(key, x, batch) for x, batch in zip(seen[key], batches, strict=True)]).norm(dim=0)
+            norms = torch.cat([counted(key, x, batch) for x, batch in zip(seen[key], batches, strict=True)]).norm(
+                dim=0
+            )
             errors.append(float((lost * norms).norm() / (weight * norms).norm()))
         assert reported[key] == pytest.approx(errors[0], rel=1e-5)
         assert reported[key] != pytest.approx(errors[1], rel=1e-5)
@@ -237,15 +271,17 @@ def test_shifted_statistics_of_a_decoder_see_the_compressed_encoder(monkeypatch:
     now, before = (seen_by_layers(each, keys, batches) for each in (model, original))
     for key in keys:
         weight = original.get_submodule(key).weight.double()
-        (statistics,) = (found for dense, found in measured if dense.shape == weight.shape and torch.equal(dense, weight))
+        (statistics,) = (
+            found for dense, found in measured if dense.shape == weight.shape and torch.equal(dense, weight)
+        )
         compressed, dense = (counted(key, seen[key][0], batches[0]) for seen in (now, before))
         for found, expected in (
             (statistics.gram, dense.T @ dense),
-            (statistics.shifted_gram, compressed.T @ compressed),
+            (statistics.compressed_input_gram, compressed.T @ compressed),
             (statistics.cross_gram, dense.T @ compressed),
         ):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(statistics.gram, statistics.shifted_gram, rtol=1e-2)
+        assert not torch.allclose(statistics.gram, statistics.compressed_input_gram, rtol=1e-2)
 
 
 @pytest.mark.parametrize("batch", [{}, {"labels": text(4, seed=1)}], ids=["text", "labels"])
@@ -264,7 +300,9 @@ def test_a_decoder_without_inputs_reads_labels_or_the_text_one_token_late(batch:
 def test_labels_that_do_not_count_are_padding_for_the_decoder() -> None:
     labels = text(4, seed=1)
     labels[2, 5:] = -100
-    (batch,) = calibration_batches(FAMILIES["T5"].make(), recipe(), calibration=[{"input_ids": text(4), "labels": labels}])
+    (batch,) = calibration_batches(
+        FAMILIES["T5"].make(), recipe(), calibration=[{"input_ids": text(4), "labels": labels}]
+    )
     ids, mask = batch.others["decoder_input_ids"], batch.others["decoder_attention_mask"]
     assert torch.equal(ids[:2, 1:], labels[:2, :-1])
     assert mask.sum(dim=1).tolist() == [12, 12, 6, 12]
@@ -272,7 +310,9 @@ def test_labels_that_do_not_count_are_padding_for_the_decoder() -> None:
     assert "labels" not in batch.others
 
 
-def test_a_vision_tower_that_calibration_never_reaches_stays_dense_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vision_tower_that_calibration_never_reaches_stays_dense_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     family = FAMILIES["LLaVA"]
     model = compress(family.make(), recipe(ratio=0.3), calibration=text(4).tolist(), progress=False)
     report = model.save_pretrained.report
@@ -328,7 +368,9 @@ def test_subclasses_of_linear_stay_dense_with_a_warning() -> None:
     model.model.layers[1].mlp.up_proj = Gain(32, 80, bias=False)
     report = compress(model, recipe(), calibration=text(4).tolist(), progress=False).save_pretrained.report
     assert type(model.model.layers[1].mlp.up_proj) is Gain
-    assert report["warnings"] == ["model.layers.1.mlp.up_proj stays dense: Gain may compute something else than nn.Linear"]
+    assert report["warnings"] == [
+        "model.layers.1.mlp.up_proj stays dense: Gain may compute something else than nn.Linear"
+    ]
 
 
 def refusals() -> Iterator[tuple[str, str, Any, str, str]]:
@@ -337,14 +379,22 @@ def refusals() -> Iterator[tuple[str, str, Any, str, str]]:
     yield "ViT", "slab", "self", "cannot generate text", "calibrate on itself"
     yield "Whisper", "slab", "self", "cannot calibrate on itself", "give calibration="
     yield "ViT", "slab", text(2).tolist(), "reads pixel_values", "found input_ids"
-    yield "Whisper", "slab", [{"input_features": sounds_and_texts()[0]["input_features"]}], "decoder_input_ids or labels", "Whisper"
+    yield (
+        "Whisper",
+        "slab",
+        [{"input_features": sounds_and_texts()[0]["input_features"]}],
+        "decoder_input_ids or labels",
+        "Whisper",
+    )
     yield "Llama", "slab", pictures(), "reads, such as input_ids", "fields pixel_values"
     yield "T5", "soco", pairs_of_texts(), "loss of the next token", "T5ForConditionalGeneration"
     yield "BERT", "fwsvd", text(2).tolist(), "loss of the next token", "BertForMaskedLM"
 
 
 @pytest.mark.parametrize(("family", "method", "calibration", "what", "where"), refusals())
-def test_what_cannot_be_is_refused_before_any_work(family: str, method: str, calibration: Any, what: str, where: str) -> None:
+def test_what_cannot_be_is_refused_before_any_work(
+    family: str, method: str, calibration: Any, what: str, where: str
+) -> None:
     model, untouched = FAMILIES[family].make(), FAMILIES[family].make().state_dict()
     with pytest.raises(CompressionError, match=what) as raised:
         compress(model, recipe(method, 0.3), calibration=calibration, progress=False)
@@ -362,7 +412,9 @@ def test_a_block_that_runs_more_than_once_is_refused_by_name() -> None:
 def test_a_model_of_no_common_task_keeps_its_class(tmp_path: Path) -> None:
     """Not `AutoModel`'s, whose decoder would be filled with random weights; the names of its layers would be others, too."""
     config = T5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=1, num_heads=4)
-    compress(T5EncoderModel(config), recipe("magnitude"), calibration=text(2).tolist(), progress=False).save_pretrained(tmp_path)
+    compress(
+        T5EncoderModel(config), recipe("magnitude"), calibration=text(2).tolist(), progress=False
+    ).save_pretrained(tmp_path)
     assert type(load_model(str(tmp_path))) is T5EncoderModel
     assert 0.5 <= inspect_checkpoint(tmp_path).ratio_stored <= 0.505
     opened = AutoModelForTextEncoding.from_pretrained(tmp_path)
@@ -379,9 +431,13 @@ def test_checkpoints_open_without_the_package(tmp_path: Path) -> None:
         family = FAMILIES[name]
         model = compress(family.make(), recipe(), calibration=family.batches(), progress=False)
         model.save_pretrained(tmp_path / name)
-        tasks.append({"folder": str(tmp_path / name), "auto_class": auto_class, "arguments": {"trust_remote_code": True}})
+        tasks.append(
+            {"folder": str(tmp_path / name), "auto_class": auto_class, "arguments": {"trust_remote_code": True}}
+        )
         expected += answers(model, [{"input_ids": torch.tensor(INPUT_IDS)}])
-    for name, logits, found in zip(classes, expected, open_elsewhere(tasks, tmp_path, installed=False, imported=False), strict=True):
+    for name, logits, found in zip(
+        classes, expected, open_elsewhere(tasks, tmp_path, installed=False, imported=False), strict=True
+    ):
         assert "error" not in found, found
         assert found["class"].rpartition(".")[2] == FAMILIES[name].model
         assert all(module.startswith("transformers_modules.") for module in found["layers"])

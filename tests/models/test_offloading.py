@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
-from hf_lowrank.calibration.activations import Shelf
+from hf_lowrank.calibration.activations import ActivationCache
 from hf_lowrank.compression import from_disk as disk_to_disk
 from hf_lowrank.compression.estimate import forecast
 from hf_lowrank.compression.from_disk import compress_checkpoint, whole_model_reason
@@ -24,7 +24,11 @@ from hf_lowrank.models.offloading import LARGEST_SHARD, SMALLEST_SHARD, shard_si
 from ..support import tiny_models
 
 MODELS = {"llama": tiny_models.llama, "gpt2": tiny_models.gpt2, "opt": tiny_models.opt, "mixtral": tiny_models.mixtral}
-OPTIONS: dict[str, dict[str, Any]] = {"slab": {"iterations": 2}, "svd-llm": {"update": True}, "sola": {"skip_blocks": 0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "slab": {"iterations": 2},
+    "svd-llm": {"update": True},
+    "sola": {"skip_blocks": 0},
+}
 
 
 @pytest.fixture
@@ -40,7 +44,11 @@ def recipe(method: str, calibration: str, **changes: Any) -> CompressionConfig:
 
 
 def files(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -77,7 +85,14 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
     def compressed_layer(self: Run, *arguments: Any) -> Any:
         most.append(
-            len({name for name in self.blocks for tensor in self.model.get_submodule(name).parameters() if tensor.device.type != "meta"})
+            len(
+                {
+                    name
+                    for name in self.blocks
+                    for tensor in self.model.get_submodule(name).parameters()
+                    if tensor.device.type != "meta"
+                }
+            )
         )
         return usual(self, *arguments)
 
@@ -125,7 +140,9 @@ def test_a_killed_run_goes_on_from_disk_too(tmp_path: Path, monkeypatch: pytest.
         work, written = tmp_path / method / "work", []
         usual = WorkFolder.write
 
-        def write(self: WorkFolder, name: str, record: Record, usual: Any = usual, written: list[str] = written) -> None:
+        def write(
+            self: WorkFolder, name: str, record: Record, usual: Any = usual, written: list[str] = written
+        ) -> None:
             usual(self, name, record)
             written.append(name)
             if name == "built-00001":
@@ -150,7 +167,13 @@ def test_a_killed_run_goes_on_from_disk_too(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_what_needs_the_whole_model_says_so_and_gets_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, words: str, model: PreTrainedModel, method: str, calibration: str, reason: str
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    words: str,
+    model: PreTrainedModel,
+    method: str,
+    calibration: str,
+    reason: str,
 ) -> None:
     assert reason in (whole_model_reason(recipe(method, calibration), model, "cpu") or "")
     offloaded = load_model(str(tiny_models.saved(model, tmp_path / "opened")), offload_folder=tmp_path / "offloaded")
@@ -177,19 +200,21 @@ def test_a_damaged_weight_is_found_before_the_work(tmp_path: Path, words: str) -
 def test_what_waits_in_files_comes_back_bit_for_bit_and_leaves_nothing(tmp_path: Path) -> None:
     makes = enumerate((torch.float32, torch.bfloat16))
     tensors = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed, dtype in makes]
-    shelf = Shelf(tmp_path, limit=3 * 5 * 7 * 4)
-    waiting = [shelf.put(tensor) for tensor in tensors * 2]
-    assert shelf.held == 3 * 5 * 7 * 4
+    cache = ActivationCache(tmp_path, limit=3 * 5 * 7 * 4)
+    waiting = [cache.put(tensor) for tensor in tensors * 2]
+    assert cache.held == 3 * 5 * 7 * 4
     assert len(list(tmp_path.iterdir())) == 3
     assert all(torch.equal(each.tensor, tensor) for each, tensor in zip(waiting, tensors * 2, strict=True))
     waiting.clear()
-    assert shelf.held == 0
+    assert cache.held == 0
     assert not list(tmp_path.iterdir())
 
 
 def test_files_of_the_output_are_as_large_as_what_a_block_takes_within_limits() -> None:
     def size(width: int, inner: int) -> int:
-        config = LlamaConfig(num_hidden_layers=1, vocab_size=64, dtype="bfloat16", hidden_size=width, intermediate_size=inner)
+        config = LlamaConfig(
+            num_hidden_layers=1, vocab_size=64, dtype="bfloat16", hidden_size=width, intermediate_size=inner
+        )
         return shard_size(skeleton(config))
 
     assert size(64, 128) == SMALLEST_SHARD

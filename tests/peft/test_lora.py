@@ -53,7 +53,11 @@ def test_a_merge_is_exact(compressed: Compressed, dtype: torch.dtype) -> None:
     assert relative(logits(merged), unmerged) < ROUNDING[dtype]
     for name, spec in specs(merged).items():
         assert spec.rank == ranks[name].rank + RANK
-        assert (spec.sparse, spec.kept, spec.binary_rank) == (ranks[name].sparse, ranks[name].kept, ranks[name].binary_rank)
+        assert (spec.sparse, spec.kept, spec.binary_rank) == (
+            ranks[name].sparse,
+            ranks[name].kept,
+            ranks[name].binary_rank,
+        )
     now = stored(merged)
     for name, tensor in before.items():
         assert torch.equal(now[name][tuple(slice(side) for side in tensor.shape)], tensor), name
@@ -135,7 +139,9 @@ def test_a_bias_of_the_adapter_becomes_one_of_the_layer(compressed: Compressed, 
 # --- training and travelling ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj", "c_attn", "c_proj"]], ids=["all-linear", "names"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "down_proj", "c_attn", "c_proj"]], ids=["all-linear", "names"]
+)
 def test_only_the_adapter_trains(compressed: Compressed, targets: str | list[str]) -> None:
     config = LoraConfig(target_modules=targets, r=RANK, lora_dropout=0.1, use_rslora=True, task_type="CAUSAL_LM")
     model = get_peft_model(compressed.model(), config)
@@ -148,7 +154,9 @@ def test_only_the_adapter_trains(compressed: Compressed, targets: str | list[str
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_adapters_and_merged_models_open_in_another_process(sola: Compressed, slab: Compressed, tmp_path: Path) -> None:
+def test_adapters_and_merged_models_open_in_another_process(
+    sola: Compressed, slab: Compressed, tmp_path: Path
+) -> None:
     """With the package and by remote code without it; transformers opens the folder of an adapter on its base model by itself."""
     tasks, expected = [], []
     for compressed in (sola, slab):
@@ -247,8 +255,14 @@ def test_the_adapters_of_transformers_itself(slab: Compressed, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True, "init_lora_weights": True}, r"Dora: this variant of LoRA cannot be merged exactly .*; use plain LoRA"),
-        ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' needs the dense weight, .*; expected one of True, "),
+        (
+            {"use_dora": True, "init_lora_weights": True},
+            r"Dora: this variant of LoRA cannot be merged exactly .*; use plain LoRA",
+        ),
+        (
+            {"init_lora_weights": "pissa"},
+            r"init_lora_weights='pissa' needs the dense weight, .*; expected one of True, ",
+        ),
         ({"init_lora_weights": "olora"}, r"init_lora_weights='olora' needs the dense weight"),
         ({"init_lora_weights": "orthogonal"}, r"init_lora_weights='orthogonal' needs the dense weight"),
     ],
@@ -263,14 +277,18 @@ def test_variants_that_need_the_dense_weight_are_refused(sola: Compressed, chang
 
 def test_the_same_variants_are_welcome_on_dense_layers(sola: Compressed) -> None:
     modules = sola.saved.named_modules()
-    dense = next(name for name, module in modules if name.endswith("v_proj") and not isinstance(module, CompressedLinear))
+    dense = next(
+        name for name, module in modules if name.endswith("v_proj") and not isinstance(module, CompressedLinear)
+    )
     get_peft_model(sola.model(), LoraConfig(target_modules=[dense], use_dora=True))
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+        peft.IA3Config(
+            target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+        ),
         peft.VeraConfig(target_modules=["q_proj"], r=2),
         peft.AdaLoraConfig(target_modules=["q_proj", "down_proj"], total_step=10),
         peft.RoadConfig(target_modules=["q_proj"], group_size=4, init_weights=False),
@@ -301,7 +319,9 @@ def test_other_adapters_work_beside_a_layer_and_refuse_to_merge(slab: Compressed
     ids=lambda config: config.peft_type.value,
 )
 def test_adapters_on_the_weight_are_refused(slab: Compressed, config: peft.PeftConfig) -> None:
-    with pytest.raises(CompressionError, match=rf"{config.peft_type.value} adapters work on the dense weight .*; use LoRA"):
+    with pytest.raises(
+        CompressionError, match=rf"{config.peft_type.value} adapters work on the dense weight .*; use LoRA"
+    ):
         get_peft_model(slab.model(), config)
 
 
@@ -313,7 +333,13 @@ def test_a_model_under_an_adapter_is_not_saved_as_if_it_were_whole(slab: Compres
 
 
 def test_an_offloaded_model_refuses_to_merge(sola: Compressed, tmp_path: Path) -> None:
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers": "disk",
+    }
     model = AutoModelForCausalLM.from_pretrained(sola.folder, device_map=places, offload_folder=tmp_path / "offload")
     model = get_peft_model(model, lora(sola))
     with pytest.raises(CompressionError, match="offloaded"):
@@ -331,7 +357,9 @@ def test_an_untested_version_is_refused(slab: Compressed, monkeypatch: pytest.Mo
 
 def test_dense_models_do_not_notice() -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear", use_dora=True))
-    assert {type(module) for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)} == {peft.tuners.lora.Linear}
+    assert {type(module) for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)} == {
+        peft.tuners.lora.Linear
+    }
     assert model.peft_config["default"]._custom_modules is None
 
 

@@ -40,7 +40,9 @@ BESIDE = {
     "pivoted": LayerSpec(rank=4, pivoted=True),
     "pivoted and bitmask": LayerSpec(sparse="bitmask", kept=9, rank=4, pivoted=True, bias=True),
     "quantised factors": LayerSpec(rank=4, **QUANTISED_FACTORS),
-    "all quantised": LayerSpec(sparse="bitmask", kept=9, rank=4, pivoted=True, **QUANTISED_VALUES, **QUANTISED_FACTORS),
+    "all quantised": LayerSpec(
+        sparse="bitmask", kept=9, rank=4, pivoted=True, **QUANTISED_VALUES, **QUANTISED_FACTORS
+    ),
     "full rank": LayerSpec(rank=M),
 }
 """Layers where it is stored beside them."""
@@ -56,7 +58,9 @@ def layer_of(name: str, dtype: torch.dtype = torch.float32) -> CompressedLinear:
     return layer
 
 
-def product(rank: int, dtype: torch.dtype = torch.float32, seed: int = 5, shape: tuple[int, int] = (M, N)) -> tuple[Tensor, Tensor]:
+def product(
+    rank: int, dtype: torch.dtype = torch.float32, seed: int = 5, shape: tuple[int, int] = (M, N)
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
     return a.to(dtype), b.to(dtype)
@@ -194,7 +198,10 @@ def test_what_is_not_finite_is_refused(part: int, broken: float) -> None:
 def test_more_than_the_format_takes_is_refused() -> None:
     layer = layer_of("rows")
     add_lowrank(layer, *product(M + N))
-    with pytest.raises(CompressionError, match=r"layer: merged adapters of rank 48 in a 20 × 27 layer, expected at most 47; merge fewer"):
+    with pytest.raises(
+        CompressionError,
+        match=r"layer: merged adapters of rank 48 in a 20 × 27 layer, expected at most 47; merge fewer",
+    ):
         add_lowrank(layer, *product(1))
 
 

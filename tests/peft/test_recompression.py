@@ -47,28 +47,40 @@ def test_the_result_is_the_nearest_that_fits_what_the_layer_stored(name: str) ->
 
 
 @pytest.mark.parametrize("recipe", ["sola", "soco", "pivoted"])
-def test_a_merged_model_goes_back_to_its_size(recipe: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_a_merged_model_goes_back_to_its_size(
+    recipe: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
     compressed = compressed_model(recipe, tmp_path_factory)
     merged = adapted(compressed).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    done = CliRunner().invoke(cli.app, ["recompress", str(tmp_path / "merged"), "-o", str(tmp_path / "small"), "--json"])
+    done = CliRunner().invoke(
+        cli.app, ["recompress", str(tmp_path / "merged"), "-o", str(tmp_path / "small"), "--json"]
+    )
     assert done.exit_code == 0, done.output
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert specs(again) == specs(compressed.saved)
-    sizes = [inspect_checkpoint(folder).block_bytes for folder in (compressed.folder, tmp_path / "merged", tmp_path / "small")]
+    sizes = [
+        inspect_checkpoint(folder).block_bytes
+        for folder in (compressed.folder, tmp_path / "merged", tmp_path / "small")
+    ]
     assert sizes[0] == sizes[2] < sizes[1]
     printed = {layer["name"]: layer for layer in json.loads(done.stdout)}
     assert printed.keys() == specs(again).keys()
     for name, layer in printed.items():
         change = (again.get_submodule(name).to_dense() - merged.get_submodule(name).to_dense()).norm()
-        assert layer["relative_error"] == pytest.approx(float(change / merged.get_submodule(name).to_dense().norm()), rel=1e-3)
+        assert layer["relative_error"] == pytest.approx(
+            float(change / merged.get_submodule(name).to_dense().norm()), rel=1e-3
+        )
 
 
 def test_an_adapter_within_the_layers_own_span_costs_nothing(sola: Compressed) -> None:
     """B A + B C = B (A + C): the rank did not really grow."""
     model = sola.model()
     for name, layer in ((name, model.get_submodule(name)) for name in specs(model)):
-        covering = layer.spec.lowrank_shape(layer.out_features, layer.in_features) == (layer.out_features, layer.in_features)
+        covering = layer.spec.lowrank_shape(layer.out_features, layer.in_features) == (
+            layer.out_features,
+            layer.in_features,
+        )
         b = layer.lowrank_b[:, :2].detach() if covering else torch.zeros(layer.out_features, 2)
         add_lowrank(layer, torch.randn(2, layer.in_features), b, name=name)
     before = logits(model)

@@ -65,14 +65,30 @@ def made(folder: Path, model: Any, method: str, ratio: float = 0.4, **options: A
 @pytest.fixture(scope="module")
 def slab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = made(tmp_path_factory.mktemp("pages") / "slab", tiny_models.llama(), "slab", iterations=2)
-    quality = [{"metric": "perplexity", "dataset": "books/<b>.txt", "settings": "3 windows", "dense": 10.0, "compressed": 11.5}]
+    quality = [
+        {
+            "metric": "perplexity",
+            "dataset": "books/<b>.txt",
+            "settings": "3 windows",
+            "dense": 10.0,
+            "compressed": 11.5,
+        }
+    ]
     record(folder, quality=quality, command="hf-lowrank compress MODEL")
     return folder
 
 
 @pytest.fixture(scope="module")
 def soco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("pages") / "soco", tiny_models.llama(), "soco", 0.3, steps=8, finish_steps=2, batch_tokens=32)
+    return made(
+        tmp_path_factory.mktemp("pages") / "soco",
+        tiny_models.llama(),
+        "soco",
+        0.3,
+        steps=8,
+        finish_steps=2,
+        batch_tokens=32,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +137,9 @@ def page(folder: Path, out: Path, **options: Any) -> tuple[str, Page]:
 def heat_maps(text: str) -> dict[str, list[list[str]]]:
     """Content of the cells by row, for each map by its title."""
     found = re.findall(r"<h3>([^<]+)</h3>\s*<figcaption>.*?<tbody>(.*?)</tbody>", text, flags=re.DOTALL)
-    return {title: [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in body.split("</tr>")[:-1]] for title, body in found}
+    return {
+        title: [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in body.split("</tr>")[:-1]] for title, body in found
+    }
 
 
 def test_the_page_needs_nothing_but_itself(slab_page: tuple[str, Page]) -> None:
@@ -162,7 +180,9 @@ def test_it_says_what_the_files_say(slab: Path, slab_page: tuple[str, Page]) -> 
     assert maps.keys() == {"Density", "Bits per weight", "Relative error"}  # no low-rank part, no map of ranks
     blocks = [[layer for layer in found.layers if f".layers.{block}." in layer.name] for block in range(4)]
     assert maps["Density"] == [[f"{100 * layer.density:.0f}" for layer in row] for row in zip(*blocks, strict=True)]
-    assert maps["Bits per weight"] == [[f"{layer.bits_per_weight:.1f}" for layer in row] for row in zip(*blocks, strict=True)]
+    assert maps["Bits per weight"] == [
+        [f"{layer.bits_per_weight:.1f}" for layer in row] for row in zip(*blocks, strict=True)
+    ]
     assert "books/<b>.txt, 3 windows" in shown and "<b>" not in text
     assert "+1.5" in shown and "hf-lowrank compress MODEL" in shown
 

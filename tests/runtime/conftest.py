@@ -28,8 +28,16 @@ class Checkpoint:
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True, **(sizes | changes))
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True, **(sizes | changes)
+    )
     return LlamaForCausalLM(config).eval()
 
 

@@ -24,7 +24,9 @@ recipes = st.builds(
     CompressionConfig,
     method=st.sampled_from(["slab", "sola", "soco"]),
     ratio=st.floats(0.01, 0.99),
-    options=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.none()), max_size=3),
+    options=st.dictionaries(
+        st.text(max_size=5), st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.none()), max_size=3
+    ),
     samples=st.integers(1, 1000),
     sequence_length=st.none() | st.integers(1, 4096),
     seed=st.integers(0, 2**32),
@@ -150,11 +152,17 @@ def test_an_unknown_field_of_a_layer_is_named() -> None:
         ("kept", 8, "from 0 to 7 in a 6 × 8 layer"),
         ("rank", 7, "from 0 to 6 in a 6 × 8 layer"),
         ("binary_rank", 1, "0 for sparse_lowrank"),
-        *[(field, value, "an integer from 0") for field in ("kept", "rank", "binary_rank") for value in (-1, 1.0, True, "1", None, 10**30)],
+        *[
+            (field, value, "an integer from 0")
+            for field in ("kept", "rank", "binary_rank")
+            for value in (-1, 1.0, True, "1", None, 10**30)
+        ],
         ("bias", 1, "true or false"),
     ],
 )
-def test_a_bad_field_of_a_layer_is_one_line_with_layer_field_found_and_expected(field: str, value: Any, expected: str) -> None:
+def test_a_bad_field_of_a_layer_is_one_line_with_layer_field_found_and_expected(
+    field: str, value: Any, expected: str
+) -> None:
     with pytest.raises(CheckpointError) as error:
         LayerSpec.from_dict(LAYER, {**SPEC, field: value}).validate(LAYER, out_features=6, in_features=8)
     assert_one_line(error, LAYER, f"{field} is {value!r}", expected)
@@ -169,7 +177,9 @@ def test_at_least_one_row_or_column_is_not_kept(sparse: str, most: int) -> None:
 
 @given(case=layer_cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, max_examples=60)
-def test_stored_bits_are_those_of_the_file(tmp_path_factory: pytest.TempPathFactory, case: tuple, dtype: torch.dtype) -> None:
+def test_stored_bits_are_those_of_the_file(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple, dtype: torch.dtype
+) -> None:
     spec, m, n = case
     file = tmp_path_factory.mktemp("bits") / "layer.safetensors"
     save_file(random_layer(spec, m, n, dtype).state_dict(), file)

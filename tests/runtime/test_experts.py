@@ -39,7 +39,9 @@ def recipe(method: str = "slab", ratio: float = 0.4, **options: Any) -> Compress
 
 
 def made(family: str, config: CompressionConfig | None = None) -> PreTrainedModel:
-    return compress(FAMILIES[family].make(), config or recipe(), calibration=FAMILIES[family].batches(), progress=False)
+    return compress(
+        FAMILIES[family].make(), config or recipe(), calibration=FAMILIES[family].batches(), progress=False
+    )
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -54,7 +56,10 @@ def test_a_bank_computes_what_the_fused_module_does(family: str, dtype: torch.dt
     bank = ExpertBank(fused)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, fused.down_proj.shape[1], generator=generator).to(dtype)
-    indices, weights = torch.rand(9, EXPERTS, generator=generator).argsort(dim=1)[:, :2], torch.rand(9, 2, generator=generator)
+    indices, weights = (
+        torch.rand(9, EXPERTS, generator=generator).argsort(dim=1)[:, :2],
+        torch.rand(9, 2, generator=generator),
+    )
     with torch.no_grad():
         eager = inspect.unwrap(type(fused).forward)(fused, x, indices, weights)
         assert torch.equal(bank(x, indices, weights), eager)
@@ -103,7 +108,10 @@ def test_statistics_are_those_of_the_tokens_that_come_to_an_expert_and_are_no_pa
         found = block_statistics(block, index, captured, layers if index else {}, needs_gram=True, move=True)
     for index in range(EXPERTS):
         seen = [
-            states[(chosen == index).any(dim=1) & batch.get("attention_mask", torch.ones(states.shape[0])).flatten().bool()]
+            states[
+                (chosen == index).any(dim=1)
+                & batch.get("attention_mask", torch.ones(states.shape[0])).flatten().bool()
+            ]
             for (states, chosen, _), batch in zip(calls, batches, strict=True)
         ]
         x, statistics = torch.cat(seen).double(), found[str(index)]
@@ -129,7 +137,11 @@ def test_experts_that_see_no_token_are_compressed_without_data_and_counted(metho
     model = compress(FAMILIES["Qwen3-MoE"].make(), config, calibration=[[5]], progress=False)
     report = model.save_pretrained.report
     unseen = [entry["name"] for entry in report["layers"] if not entry["tokens"]]
-    said = [f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data"] if unseen else []
+    said = (
+        [f"{len(unseen)} layers saw no calibration token, such as {unseen[0]}; they are compressed without data"]
+        if unseen
+        else []
+    )
     assert unseen or method in ("sola", "auto")  # which leave them dense, as what has data is then cheap to describe
     assert all(".experts." in name for name in unseen)
     assert report["warnings"][:-1] == said
@@ -140,14 +152,19 @@ def test_experts_that_see_no_token_are_compressed_without_data_and_counted(metho
 def test_prime_neurons_of_an_expert_are_its_own() -> None:
     dense = FAMILIES["Mixtral"].make()
     separate_experts(find_blocks(dense))
-    model = made("Mixtral", CompressionConfig(method="sola", ratio=0.1, options={"skip_blocks": 0}, modules_to_not_convert=["gate_up"]))
+    model = made(
+        "Mixtral",
+        CompressionConfig(method="sola", ratio=0.1, options={"skip_blocks": 0}, modules_to_not_convert=["gate_up"]),
+    )
     orders = set()
     for before, after in zip(dense.get_submodule(BANK), model.get_submodule(BANK), strict=True):
         neurons = [int((before.down.weight == column[:, None]).all(dim=0).nonzero()) for column in after.down.weight.T]
         assert len(neurons) == 12
         orders.add(tuple(neurons))
         for half in (0, 80):
-            assert torch.equal(after.gate_up.weight[half : half + 12], before.gate_up.weight[half : half + 80][neurons])
+            assert torch.equal(
+                after.gate_up.weight[half : half + 12], before.gate_up.weight[half : half + 80][neurons]
+            )
     assert len(orders) == EXPERTS
 
 
@@ -163,7 +180,9 @@ def test_what_fails_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("method", ["sola", "soco"])
-def test_a_killed_run_goes_on_to_the_same_weights(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = recipe(method, **({"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}))
     monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
     family, expected, written = FAMILIES["Mixtral"], made("Mixtral", config).state_dict(), []
@@ -212,7 +231,10 @@ def test_a_mixture_opens_as_its_base_model_and_is_saved_from_there(saved: Path, 
     with torch.no_grad():
         assert torch.equal(base(text(2))[0], whole.model(text(2))[0])
     base.save_pretrained(tmp_path)
-    assert AutoModel.from_pretrained(tmp_path).config.quantization_config.experts == ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+    assert AutoModel.from_pretrained(tmp_path).config.quantization_config.experts == [
+        "layers.0.mlp.experts",
+        "layers.1.mlp.experts",
+    ]
 
 
 def test_dense_mixtures_have_the_names_of_their_family(saved: Path, tmp_path: Path) -> None:

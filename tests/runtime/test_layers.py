@@ -57,7 +57,9 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("binary_rank", [0, 1, 2])
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("sparse", LAYOUTS)
-def test_forward_is_the_dense_product(sparse: str, rank: int, binary_rank: int, bias: bool, dtype: torch.dtype) -> None:
+def test_forward_is_the_dense_product(
+    sparse: str, rank: int, binary_rank: int, bias: bool, dtype: torch.dtype
+) -> None:
     layer = random_layer(make_spec(sparse, 7, rank, binary_rank, bias), 20, 27, dtype)
     x = tokens(5, 27, dtype=dtype)
     y = layer(x)
@@ -162,7 +164,9 @@ def test_compiles_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_equal_and_independent(spec: LayerSpec, copied) -> None:  # type: ignore[no-untyped-def]
     layer = random_layer(spec, 12, 11)
     twin = copied(layer)
@@ -191,7 +195,9 @@ def test_state_goes_through_safetensors_into_a_meta_skeleton(spec: LayerSpec, dt
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
 def test_a_dtype_change_leaves_masks_and_signs_alone(spec: LayerSpec) -> None:
     layer = random_layer(spec, 12, 11)
-    bits = {name: buffer.clone() for name, buffer in layer.named_buffers() if buffer.numel()}  # an absent sparse part has none
+    bits = {
+        name: buffer.clone() for name, buffer in layer.named_buffers() if buffer.numel()
+    }  # an absent sparse part has none
     layer.to(torch.bfloat16)
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
     for name, before in bits.items():
@@ -216,7 +222,16 @@ def test_it_is_an_nn_linear_of_the_dense_shape(spec: LayerSpec) -> None:
 
 def test_repr_says_what_is_stored() -> None:
     text = repr(random_layer(FULL, 16, 16))
-    for part in ("in_features=16", "out_features=16", "bitmask", "5 of 16", "rank=5", "adapter_rank=2", "binary_rank=1", "bias=True"):
+    for part in (
+        "in_features=16",
+        "out_features=16",
+        "bitmask",
+        "5 of 16",
+        "rank=5",
+        "adapter_rank=2",
+        "binary_rank=1",
+        "bias=True",
+    ):
         assert part in text
     assert "\n" not in text
 
@@ -228,7 +243,11 @@ def test_stored_bits_are_the_bytes_of_the_state(spec: LayerSpec) -> None:
 
 
 @given(
-    m=st.integers(1, 9), n=st.integers(2, 12), density=st.floats(0, 0.9), bias=st.booleans(), dtype=st.sampled_from(list(RELATIVE_ERROR))
+    m=st.integers(1, 9),
+    n=st.integers(2, 12),
+    density=st.floats(0, 0.9),
+    bias=st.booleans(),
+    dtype=st.sampled_from(list(RELATIVE_ERROR)),
 )
 @settings(deadline=None)
 def test_from_dense_is_exact(m: int, n: int, density: float, bias: bool, dtype: torch.dtype) -> None:

@@ -53,7 +53,9 @@ def test_saved_loaded_and_saved_again(checkpoint: Checkpoint, tmp_path: Path) ->
     assert_same(checkpoint.load().from_pretrained(tmp_path / "again"), checkpoint)
     for name in ("model.safetensors", *RUNTIME_FILES):
         assert (tmp_path / "again" / name).read_bytes() == (checkpoint.folder / name).read_bytes()
-    first, second = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint.folder, tmp_path / "again"))
+    first, second = (
+        json.loads((folder / "config.json").read_text()) for folder in (checkpoint.folder, tmp_path / "again")
+    )
     assert first == second
 
 
@@ -94,7 +96,9 @@ def test_two_checkpoints_in_one_process(slab: Checkpoint, sola: Checkpoint, gpt2
         assert_same(model, checkpoint)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_the_model_saves_itself_completely(slab: Checkpoint, copied, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     twin = copied(slab.load())
     with torch.no_grad():
@@ -143,7 +147,9 @@ def test_dense_experts_are_saved_under_the_names_of_their_family(tmp_path: Path)
     dense = tiny_models.mixtral()
     dense.save_pretrained(tmp_path / "dense")
     config = CompressionConfig(method="svd", ratio=0.3, samples=2, sequence_length=16)
-    compress(dense, config, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False).save_pretrained(tmp_path / "compressed")
+    compress(dense, config, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False).save_pretrained(
+        tmp_path / "compressed"
+    )
     AutoModelForCausalLM.from_pretrained(tmp_path / "compressed").dequantize().save_pretrained(tmp_path / "again")
     names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("dense", "compressed", "again")]
     assert names[0] == names[2] != names[1]
@@ -173,8 +179,14 @@ def test_the_file_holds_what_the_config_says_and_nothing_else(slab: Checkpoint) 
     assert "lm_head.weight" not in stored
     for name, spec in compressed_layers(slab.model).items():
         module = slab.model.get_submodule(name)
-        found = {key.removeprefix(f"{name}."): tuple(tensor.shape) for key, tensor in stored.items() if key.startswith(f"{name}.")}
-        assert found == {key: shape for key, (shape, _) in spec.tensors(module.out_features, module.in_features).items()}
+        found = {
+            key.removeprefix(f"{name}."): tuple(tensor.shape)
+            for key, tensor in stored.items()
+            if key.startswith(f"{name}.")
+        }
+        assert found == {
+            key: shape for key, (shape, _) in spec.tensors(module.out_features, module.in_features).items()
+        }
 
 
 def edit(slab: Checkpoint, folder: Path, **changes: object) -> Path:
@@ -186,7 +198,9 @@ def edit(slab: Checkpoint, folder: Path, **changes: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("changes", [{"format_version": 2}, {"format_version": None}, {"entropy_coding": "rans"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"format_version": 2}, {"format_version": None}, {"entropy_coding": "rans"}], ids=str
+)
 def test_an_unknown_format_is_refused_before_a_model_is_built(
     slab: Checkpoint, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +252,9 @@ def test_a_fresh_process_gives_equal_logits_and_never_holds_a_dense_copy(
 ) -> None:
     dense_bytes = large_checkpoint(tmp_path / "large")
     checkpoints = (slab, sola, svd, gpt2)
-    tasks = [{"folder": str(folder)} for folder in (slab.folder, tmp_path / "large", *(c.folder for c in checkpoints[1:]))]
+    tasks = [
+        {"folder": str(folder)} for folder in (slab.folder, tmp_path / "large", *(c.folder for c in checkpoints[1:]))
+    ]
     answers = open_elsewhere(tasks, tmp_path, installed=True, imported=True)
     large = answers.pop(1)
     assert large["memory"] < dense_bytes / 8
@@ -260,7 +276,13 @@ def checkpoint_of_one_process(slab: Checkpoint, monkeypatch: pytest.MonkeyPatch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
         monkeypatch.setenv(name, str(value))
     yield slab.folder
     if torch.distributed.is_initialized():

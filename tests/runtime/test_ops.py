@@ -64,7 +64,9 @@ def test_declarations_of_gradients_pass_torchs_own_check() -> None:
 def test_tiles_do_not_change_the_result(name: str, rows: int, small_tiles: Callable, kernels: dict) -> None:
     def results() -> list[Tensor]:
         x = inputs(4, N, dtype=torch.float64).requires_grad_()
-        parts = [part.detach().double().requires_grad_() if part.is_floating_point() else part for part in OPERATIONS[name]]
+        parts = [
+            part.detach().double().requires_grad_() if part.is_floating_point() else part for part in OPERATIONS[name]
+        ]
         y = getattr(ops, name)(x, *parts)
         floats = [x, *(part for part in parts if part.is_floating_point())]
         return [y, *torch.autograd.grad(y.square().sum(), floats)]
@@ -111,7 +113,9 @@ def test_nothing_larger_than_a_tile_or_the_activations_is_made(name: str, tokens
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_unpacked_matrix_waits_for_the_backward_pass(name: str) -> None:
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         getattr(ops, name)(inputs(2, N).requires_grad_(), *OPERATIONS[name])
     assert max(tensor.numel() for tensor in saved) < M * N
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_lowrank import CheckpointError
-from hf_lowrank.runtime.packing import pack_bits, pack_values, packed_width, signs_to_values, unpack_bits, unpack_values
+from hf_lowrank.runtime.packing import (
+    pack_bits,
+    pack_values,
+    packed_width,
+    signs_to_values,
+    unpack_bits,
+    unpack_values,
+)
 
 shapes = st.tuples(st.integers(0, 5), st.integers(0, 40))
 
@@ -57,7 +64,9 @@ def test_leading_dimensions_are_free() -> None:
     seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_kept_values_come_back_where_they_were(rows: int, columns: int, share: float, seed: int, dtype: torch.dtype) -> None:
+def test_kept_values_come_back_where_they_were(
+    rows: int, columns: int, share: float, seed: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn(rows, columns, generator=generator).to(dtype)
     kept = round(share * columns)

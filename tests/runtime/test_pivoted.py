@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, LayerSpec, NumericalError, SparseLowRankLinear
+from hf_lowrank import (
+    CheckpointError,
+    CompressionConfig,
+    CompressionError,
+    LayerSpec,
+    NumericalError,
+    SparseLowRankLinear,
+)
 from hf_lowrank.budget import Budget
 from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.packing import pack_bits
@@ -95,9 +102,13 @@ def layer_of(sparse: str, dtype: torch.dtype = torch.float64) -> tuple[SparseLow
     a, b = factors(m, n, 6)
     weight = mask = None
     if sparse != "none":
-        weight = torch.randn({"rows": (4, 20), "columns": (15, 5)}.get(sparse, (15, 20)), dtype=torch.float64, generator=generator)
+        weight = torch.randn(
+            {"rows": (4, 20), "columns": (15, 5)}.get(sparse, (15, 20)), dtype=torch.float64, generator=generator
+        )
     if sparse == "bitmask":
-        mask = torch.zeros(15, 20, dtype=torch.bool).scatter_(1, torch.rand(15, 20, generator=generator).argsort(1)[:, :3], True)
+        mask = torch.zeros(15, 20, dtype=torch.bool).scatter_(
+            1, torch.rand(15, 20, generator=generator).argsort(1)[:, :3], True
+        )
     bias = torch.randn(15, dtype=torch.float64, generator=generator)
     common = {"sparse": sparse, "weight": weight, "mask": mask, "bias": bias, "dtype": dtype}
     a2, b2, pivots = pivot(a, b)
@@ -147,7 +158,9 @@ def test_compiles_copies_and_is_built_on_meta():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     skeleton = build_layer(layer.spec, 20, 15, device="meta", dtype=torch.float32)
-    assert {name: tensor.shape for name, tensor in skeleton.state_dict().items()} == {n: t.shape for n, t in layer.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in skeleton.state_dict().items()} == {
+        n: t.shape for n, t in layer.state_dict().items()
+    }
     skeleton.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(skeleton(x), layer(x))
 
@@ -170,10 +183,19 @@ def test_full_rank_stores_the_matrix_itself():
 
 
 @pytest.mark.parametrize(
-    ("change", "field"), [({"rank": 0}, "rank"), ({"rank": 12, "sparse": "rows", "kept": 4}, "rank"), ({"pivoted": 1}, "pivoted")]
+    ("change", "field"),
+    [({"rank": 0}, "rank"), ({"rank": 12, "sparse": "rows", "kept": 4}, "rank"), ({"pivoted": 1}, "pivoted")],
 )
 def test_impossible_specs_are_refused(change, field):
-    values = {"kind": "sparse_lowrank", "sparse": "none", "kept": 0, "rank": 3, "binary_rank": 0, "pivoted": True, **change}
+    values = {
+        "kind": "sparse_lowrank",
+        "sparse": "none",
+        "kept": 0,
+        "rank": 3,
+        "binary_rank": 0,
+        "pivoted": True,
+        **change,
+    }
     with pytest.raises(CheckpointError, match=f"layer: {field} is"):
         LayerSpec.from_dict("layer", values).validate("layer", 15, 20)
 

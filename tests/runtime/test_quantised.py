@@ -42,7 +42,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @settings(deadline=None)
 @given(st.sampled_from(BITS), st.integers(0, 9), st.integers(0, 70), st.integers(0, 1000))
 def test_packing_keeps_every_code_in_the_fewest_bytes(bits, rows, columns, seed):
-    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(
+        0, 2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     packed = pack_codes(codes, bits)
     assert packed.shape == packed_shape(rows, columns, bits)
     assert packed.dtype == torch.uint8
@@ -55,7 +57,9 @@ def test_packing_by_hand():
     assert pack_codes(torch.tensor([[1, 2, 3]]), 8).tolist() == [[[1], [2], [3]]]
     assert pack_codes(torch.tensor([[1, 2, 15]]), 4).tolist() == [[[0x21], [0x0F]]]
     assert pack_codes(torch.tensor([[1, 2, 3, 0, 3]]), 2).tolist() == [[[0b00111001], [0b11]]]
-    assert pack_codes(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]]), 3).tolist() == [[[0b11010001], [0b01011000], [0b00011111]]]
+    assert pack_codes(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]]), 3).tolist() == [
+        [[0b11010001], [0b01011000], [0b00011111]]
+    ]
     assert pack_codes(torch.tensor([[1, 2, 3]]), 3).tolist() == [[[0b11010001], [0]]]
 
 
@@ -100,7 +104,9 @@ def test_scales_are_exact_in_every_dtype(dtype):
 @given(st.integers(0, 4), st.integers(1, 9), st.integers(0, 30), st.integers(0, 1000))
 def test_group_sums_are_the_transpose_of_spreading(rows, group, columns, seed):
     values, scale = random(rows, columns, seed=seed), random(rows, math.ceil(columns / group), seed=seed + 1)
-    torch.testing.assert_close((values * spread_scale(scale, group, columns)).sum(), (group_sums(values, group) * scale).sum())
+    torch.testing.assert_close(
+        (values * spread_scale(scale, group, columns)).sum(), (group_sums(values, group) * scale).sum()
+    )
 
 
 def test_more_bits_never_hurt():
@@ -113,7 +119,16 @@ def test_more_bits_never_hurt():
 # --- the layer ----------------------------------------------------------------------------------------------------
 
 M, N = 15, 20
-COMBINATIONS = ["full", "full+lowrank", "rows+pivoted", "columns+lowrank", "bitmask", "bitmask+binary", "lowrank", "pivoted"]
+COMBINATIONS = [
+    "full",
+    "full+lowrank",
+    "rows+pivoted",
+    "columns+lowrank",
+    "bitmask",
+    "bitmask+binary",
+    "lowrank",
+    "pivoted",
+]
 
 
 def layer_of(
@@ -133,7 +148,9 @@ def layer_of(
         parts |= {"weight": part, "mask": mask}
         dense[mask] = part.dequantize().flatten()
     elif sparse != "none":
-        part = parts["weight"] = quantize(random(*{"rows": (4, N), "columns": (M, 5), "full": (M, N)}[sparse]), bits, group)
+        part = parts["weight"] = quantize(
+            random(*{"rows": (4, N), "columns": (M, 5), "full": (M, N)}[sparse]), bits, group
+        )
         dense[: part.shape[0], : part.shape[1]] = part.dequantize()
     if other in ("lowrank", "pivoted"):
         a, b, pivots = random(3, columns, seed=1), random(rows, 3, seed=2), None
@@ -216,13 +233,17 @@ def test_compiles_copies_and_is_built_on_meta(combination):
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     skeleton = build_layer(layer.spec, N, M, device="meta", dtype=torch.float32)
-    assert {name: tensor.shape for name, tensor in skeleton.state_dict().items()} == {n: t.shape for n, t in layer.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in skeleton.state_dict().items()} == {
+        n: t.shape for n, t in layer.state_dict().items()
+    }
     skeleton.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(skeleton(x), layer(x))
 
 
 def test_a_fresh_layer_is_valid_and_of_the_usual_scale():
-    spec = LayerSpec(sparse="bitmask", kept=8, rank=3, pivoted=True, weight_bits=4, weight_group=4, lowrank_bits=8, lowrank_group=4)
+    spec = LayerSpec(
+        sparse="bitmask", kept=8, rank=3, pivoted=True, weight_bits=4, weight_group=4, lowrank_bits=8, lowrank_group=4
+    )
     layer = build_layer(spec, N, M)
     assert float(layer.to_dense().abs().max()) < 1
     assert bool(layer(torch.ones(1, N)).isfinite().all())
@@ -230,7 +251,9 @@ def test_a_fresh_layer_is_valid_and_of_the_usual_scale():
 
 def test_a_pivoted_part_of_full_rank_has_no_other_rows():
     a, b, pivots = pivot(random(6, 9), torch.eye(6, dtype=torch.float64))
-    layer = SparseLowRankLinear.from_parts(9, 6, lowrank_a=quantize(a, 8, 4), lowrank_b=quantize(b, 8, 4), pivots=pivots)
+    layer = SparseLowRankLinear.from_parts(
+        9, 6, lowrank_a=quantize(a, 8, 4), lowrank_b=quantize(b, 8, 4), pivots=pivots
+    )
     x = random(2, 9)
     torch.testing.assert_close(layer(x), x @ quantize(a, 8, 4).dequantize().T)
     layer(x).sum().backward()
@@ -333,7 +356,11 @@ def compressed(model: LlamaForCausalLM) -> LlamaForCausalLM:
     for index, name in enumerate(names):
         module = model.get_submodule(name)
         layer = SparseLowRankLinear.from_parts(
-            module.in_features, module.out_features, **parts_of(module.weight, index), bias=module.bias, dtype=model.dtype
+            module.in_features,
+            module.out_features,
+            **parts_of(module.weight, index),
+            bias=module.bias,
+            dtype=model.dtype,
         )
         swap_module(model, name, layer)
         layers[name] = layer.spec
@@ -361,7 +388,9 @@ def test_a_load_without_the_plugin_raises(tmp_path, monkeypatch):
     model = tiny_model(torch.float32)
     name = "model.layers.0.self_attn.q_proj"
     module = model.get_submodule(name)  # square, in 8 bits: as many codes as weights
-    layer = SparseLowRankLinear.from_parts(32, 32, sparse="full", weight=quantize(module.weight.detach(), 8, 32), bias=module.bias)
+    layer = SparseLowRankLinear.from_parts(
+        32, 32, sparse="full", weight=quantize(module.weight.detach(), 8, 32), bias=module.bias
+    )
     swap_module(model, name, layer)
     attach(model, CompressionQuantizer(CompressionConfig(method="rtn", layers={name: layer.spec}), pre_quantized=True))
     model.save_pretrained(tmp_path)
@@ -393,7 +422,9 @@ def test_a_lora_trains_on_top():
     model = compressed(tiny_model(torch.bfloat16))
     tokens = torch.randint(0, 64, (2, 9))
     logits = model(tokens).logits
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=True))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=True)
+    )
     assert torch.equal(adapted(tokens).logits, logits)
     adapted(tokens, labels=tokens).loss.backward()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]

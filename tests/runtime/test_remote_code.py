@@ -38,15 +38,22 @@ def test_every_layer_stores_a_weight_that_no_dense_layer_can_take(method: str, r
     model = request.getfixturevalue(method).model
     for name in model.config.quantization_config.layers:
         layer = model.get_submodule(name)
-        assert layer.weight.shape not in ((layer.out_features, layer.in_features), (layer.in_features, layer.out_features))
+        assert layer.weight.shape not in (
+            (layer.out_features, layer.in_features),
+            (layer.in_features, layer.out_features),
+        )
 
 
-def test_without_the_package(slab: Checkpoint, sola: Checkpoint, svd: Checkpoint, gpt2: Checkpoint, tmp_path: Path) -> None:
+def test_without_the_package(
+    slab: Checkpoint, sola: Checkpoint, svd: Checkpoint, gpt2: Checkpoint, tmp_path: Path
+) -> None:
     """One process: first nothing knows the format, then two checkpoints bring their code, then they are saved and opened again."""
     checkpoints = (slab, sola, svd, gpt2)
     unprepared = [{"folder": str(checkpoint.folder)} for checkpoint in checkpoints]
     config = {"folder": str(slab.folder), "auto_class": "AutoConfig", "arguments": REMOTE}
-    remote = [{"folder": str(c.folder), "arguments": REMOTE, "save_to": str(tmp_path / c.folder.name)} for c in (slab, gpt2)]
+    remote = [
+        {"folder": str(c.folder), "arguments": REMOTE, "save_to": str(tmp_path / c.folder.name)} for c in (slab, gpt2)
+    ]
     base = {"folder": str(slab.folder), "auto_class": "AutoModel", "arguments": REMOTE}
     again = [{"folder": task["save_to"], "arguments": REMOTE} for task in remote]
     home = tmp_path / "home"
@@ -70,7 +77,9 @@ def test_without_the_package(slab: Checkpoint, sola: Checkpoint, svd: Checkpoint
 
 
 @pytest.mark.parametrize("imported", [False, True], ids=["found", "imported"])
-def test_the_package_is_used_where_it_is_installed(slab: Checkpoint, gpt2: Checkpoint, tmp_path: Path, imported: bool) -> None:
+def test_the_package_is_used_where_it_is_installed(
+    slab: Checkpoint, gpt2: Checkpoint, tmp_path: Path, imported: bool
+) -> None:
     tasks = [{"folder": str(checkpoint.folder), "arguments": REMOTE} for checkpoint in (slab, gpt2)]
     answers = open_elsewhere(tasks, tmp_path, installed=True, imported=imported)
     for found, checkpoint in zip(answers, (slab, gpt2), strict=True):
@@ -81,13 +90,28 @@ def test_the_package_is_used_where_it_is_installed(slab: Checkpoint, gpt2: Check
 
 def test_importing_the_package_imports_no_more_than_it_needs() -> None:
     """Beyond torch and transformers themselves: nothing that only compressing, training or the command line uses."""
-    heavy = ["accelerate", "datasets", "lm_eval", "matplotlib", "pandas", "peft", "rich", "scipy", "sklearn", "triton", "trl", "typer"]
+    heavy = [
+        "accelerate",
+        "datasets",
+        "lm_eval",
+        "matplotlib",
+        "pandas",
+        "peft",
+        "rich",
+        "scipy",
+        "sklearn",
+        "triton",
+        "trl",
+        "typer",
+    ]
     code = (
         "import sys, torch, transformers\n"
         "before = set(sys.modules)\n"
         "import hf_lowrank\n"
         f"print(sorted({{name.partition('.')[0] for name in set(sys.modules) - before}} & set({heavy!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "[]"
     assert importlib.util.find_spec("datasets") is not None

@@ -77,7 +77,9 @@ def test_a_tensor_of_another_shape(folder: Path, name: str) -> None:
     assert_refused(folder, f"{Q_PROJ}.{name}", "model.safetensors has", "expected")
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("weight", torch.int32), ("weight_mask", torch.bool), ("sign_bits", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("weight", torch.int32), ("weight_mask", torch.bool), ("sign_bits", torch.float32)]
+)
 def test_a_tensor_of_another_kind(folder: Path, name: str, dtype: torch.dtype) -> None:
     change_tensors(folder, lambda state: state.update({f"{Q_PROJ}.{name}": state[f"{Q_PROJ}.{name}"].to(dtype)}))
     assert_refused(folder, f"{Q_PROJ}.{name}", "model.safetensors has", "expected")
@@ -128,7 +130,8 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory,
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "w"]), inner, max_size=4)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "w"]), inner, max_size=4)
     ),
     max_leaves=8,
 )
@@ -152,7 +155,9 @@ def test_any_header_is_refused_or_read(tmp_path_factory: pytest.TempPathFactory,
 def test_headers_are_those_of_the_tensors(slab: Checkpoint) -> None:
     file = slab.folder / "model.safetensors"
     names = {torch.float32: "F32", torch.uint8: "U8"}
-    assert read_header(str(file)) == {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in load_file(file).items()}
+    assert read_header(str(file)) == {
+        name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ from tests.support import tiny_models
 from tests.support.assets import PROJECT
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed; its wheels want a torch and a transformers of their own", allow_module_level=True)
+    pytest.skip(
+        "vLLM is not installed; its wheels want a torch and a transformers of their own", allow_module_level=True
+    )
 if not torch.cuda.is_available():
     os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
@@ -70,8 +72,13 @@ class PlainAttention(nn.Module):
         self.heads, self.groups = attention.num_heads, attention.num_kv_heads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [x.unflatten(-1, (count, -1)).transpose(0, 1) for x, count in ((q, self.heads), (k, self.groups), (v, self.groups))]
-        y = nn.functional.scaled_dot_product_attention(*(part[None] for part in parts), is_causal=True, enable_gqa=True)
+        parts = [
+            x.unflatten(-1, (count, -1)).transpose(0, 1)
+            for x, count in ((q, self.heads), (k, self.groups), (v, self.groups))
+        ]
+        y = nn.functional.scaled_dot_product_attention(
+            *(part[None] for part in parts), is_causal=True, enable_gqa=True
+        )
         return y[0].transpose(0, 1).flatten(1)
 
 
@@ -80,13 +87,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of every layout."""
     root, made = tmp_path_factory.mktemp("served"), {}
     for number, (layout, (method, ratio, changes)) in enumerate(LAYOUTS.items()):
-        dense = tiny_models.opt() if layout == "OPT" else tiny_models.llama(num_hidden_layers=2, attention_bias=layout == "biases")
+        dense = (
+            tiny_models.opt()
+            if layout == "OPT"
+            else tiny_models.llama(num_hidden_layers=2, attention_bias=layout == "biases")
+        )
         config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=32, **changes)
-        model = compress(dense, config, tokenizer=tiny_models.tokenizer(), calibration=tiny_models.text(8), progress=False)
+        model = compress(
+            dense, config, tokenizer=tiny_models.tokenizer(), calibration=tiny_models.text(8), progress=False
+        )
         if "adapters" in layout:
             for name in config_layers(model):
                 layer = model.get_submodule(name)
-                add_lowrank(layer, torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3) / 9, name=name)
+                add_lowrank(
+                    layer, torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3) / 9, name=name
+                )
         made[layout] = root / str(number)
         model.save_pretrained(made[layout])
     return made
@@ -146,9 +161,13 @@ def test_the_logits_are_those_of_transformers(layout: str, folders: dict[str, Pa
         wanted = reference(tokens).logits[0]
     torch.testing.assert_close(found[:, : wanted.shape[1]], wanted, rtol=0, atol=1e-5)
     methods = [
-        module.quant_method for module in model.modules() if isinstance(getattr(module, "quant_method", None), CompressedLinearMethod)
+        module.quant_method
+        for module in model.modules()
+        if isinstance(getattr(module, "quant_method", None), CompressedLinearMethod)
     ]
-    assert sorted(name for method in methods for name, spec in method.specs.items() if spec) == sorted(config_layers(reference))
+    assert sorted(name for method in methods for name, spec in method.specs.items() if spec) == sorted(
+        config_layers(reference)
+    )
 
 
 MASK = "model.layers.0.self_attn.k_proj.weight_mask"
@@ -177,7 +196,9 @@ def test_a_damaged_checkpoint_is_not_served(change: Any, message: str, folders: 
 def test_what_cannot_be_served_is_one_line() -> None:
     spec = LayerSpec(rank=2)
     checkpoint = CompressedCheckpoint({"block.experts.0.up_proj": spec, "block.o_proj": replace(spec, bias=True)})
-    with pytest.raises(CompressionError, match=r"^block\.experts\.0\.up_proj: vLLM puts it into a ModuleList.*hf-lowrank dense.*$"):
+    with pytest.raises(
+        CompressionError, match=r"^block\.experts\.0\.up_proj: vLLM puts it into a ModuleList.*hf-lowrank dense.*$"
+    ):
         checkpoint.get_quant_method(nn.ModuleList(), "block.experts")
     assert checkpoint.get_quant_method(nn.ModuleList(), "block.attn") is None
     with pytest.raises(CompressionError, match=r"^block\.o_proj: stores a bias.*$"):

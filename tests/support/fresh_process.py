@@ -17,7 +17,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 INPUT_IDS = [[1, 5, 9, 2, 60, 33, 7, 4], [3, 3, 8, 41, 12, 0, 63, 11]]
 
 
-def open_elsewhere(tasks: Sequence[dict[str, Any]], home: Path, *, installed: bool, imported: bool) -> list[dict[str, Any]]:
+def open_elsewhere(
+    tasks: Sequence[dict[str, Any]], home: Path, *, installed: bool, imported: bool
+) -> list[dict[str, Any]]:
     """What a new process answers to each task.
 
     Args:
@@ -28,9 +30,19 @@ def open_elsewhere(tasks: Sequence[dict[str, Any]], home: Path, *, installed: bo
         imported: whether it is, before the first task.
     """
     request = json.dumps({"tasks": list(tasks), "installed": installed, "imported": imported})
-    environment = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "2", "PYTHONPATH": str(PROJECT) if installed else ""}
+    environment = os.environ | {
+        "HF_HOME": str(home),
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": str(PROJECT) if installed else "",
+    }
     done = subprocess.run(
-        [sys.executable, __file__, request], cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, __file__, request],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
@@ -57,7 +69,9 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
     arguments = dict(task.get("arguments", {}))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        opened = getattr(transformers, task.get("auto_class", "AutoModelForCausalLM")).from_pretrained(task["folder"], **arguments)
+        opened = getattr(transformers, task.get("auto_class", "AutoModelForCausalLM")).from_pretrained(
+            task["folder"], **arguments
+        )
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     answer = {
@@ -65,7 +79,9 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024,
     }
     if isinstance(opened, transformers.PreTrainedModel):
-        answer["layers"] = sorted({type(module).__module__ for module in opened.modules() if "SparseLowRank" in type(module).__name__})
+        answer["layers"] = sorted(
+            {type(module).__module__ for module in opened.modules() if "SparseLowRank" in type(module).__name__}
+        )
         with torch.no_grad():
             output = opened(torch.tensor(INPUT_IDS))
         answer["logits"] = output[0].float().flatten().tolist()
@@ -80,7 +96,9 @@ def _merge_error(model: Any, adapter: str) -> str:
     """What PEFT says when a new adapter of a kind is merged into the model; nothing if it does."""
     import peft
 
-    config = getattr(peft, adapter)(target_modules=["q_proj"], **({"feedforward_modules": []} if adapter == "IA3Config" else {}))
+    config = getattr(peft, adapter)(
+        target_modules=["q_proj"], **({"feedforward_modules": []} if adapter == "IA3Config" else {})
+    )
     try:
         peft.get_peft_model(model, config).merge_and_unload()
     except Exception as error:

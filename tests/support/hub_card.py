@@ -62,7 +62,9 @@ def index_fields(card: str) -> dict[str, Any]:
     tags += [f"dataset:{name}" for name in _as_list(metadata.get("datasets"))]
     tags += [f"license:{name}" for name in _as_list(metadata.get("license"))]
     fields = {"cardData": metadata, "tags": list(dict.fromkeys(tags))}
-    return fields | {name: metadata[name] for name in ("library_name", "pipeline_tag", "model-index") if name in metadata}
+    return fields | {
+        name: metadata[name] for name in ("library_name", "pipeline_tag", "model-index") if name in metadata
+    }
 
 
 def _model_index_errors(index: Any) -> list[str]:

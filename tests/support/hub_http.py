@@ -47,7 +47,9 @@ class Exchange:
 class HubError(Exception):
     """An answer other than success. The client chooses its exception by the status and by the X-Error-Code, `code`."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
@@ -76,7 +78,9 @@ class HttpHandler(BaseHTTPRequestHandler):
     """One connection. Its server has `exchanges`, `fault_for(method, path)` and the event `stopping`."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # header and body leave in two writes; the second must not wait for an acknowledgement
+    disable_nagle_algorithm = (
+        True  # header and body leave in two writes; the second must not wait for an acknowledgement
+    )
     timeout = 60
 
     def handle_request(self) -> None:
@@ -113,7 +117,11 @@ class HttpHandler(BaseHTTPRequestHandler):
         except HubError as error:
             for _ in self.unread:  # a client that is still sending would not read the answer
                 pass
-            headers = error.headers | {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+            headers = (
+                error.headers
+                | {"X-Error-Message": error.message}
+                | ({"X-Error-Code": error.code} if error.code else {})
+            )
             self.answer_json({"error": error.message}, status=error.status, headers=headers)
 
     # --- the request's body
@@ -157,7 +165,9 @@ class HttpHandler(BaseHTTPRequestHandler):
 
     # --- the answer
 
-    def answer(self, pieces: Iterator[bytes], size: int, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    def answer(
+        self, pieces: Iterator[bytes], size: int, *, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         """Send `size` bytes, given in pieces; for HEAD only the headers."""
         if self.fault and self.fault.action == "lose answer":
             self._strike(self.fault)
@@ -178,7 +188,12 @@ class HttpHandler(BaseHTTPRequestHandler):
 
     def answer_json(self, value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
         content = json.dumps(value).encode()
-        self.answer(iter([content]), len(content), status=status, headers={"Content-Type": "application/json"} | (headers or {}))
+        self.answer(
+            iter([content]),
+            len(content),
+            status=status,
+            headers={"Content-Type": "application/json"} | (headers or {}),
+        )
 
     def _record(self, status: int) -> None:
         """Note the exchange before its answer leaves, so that a client that has the answer finds it noted."""

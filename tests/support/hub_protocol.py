@@ -61,7 +61,9 @@ class HubHandler(HttpHandler):
 
     def require_write(self, namespace: str) -> None:
         if self.require_user() != namespace or self.role != "write":
-            raise HubError(403, f"You don't have the rights to write under the namespace {namespace!r}, or the token is read-only")
+            raise HubError(
+                403, f"You don't have the rights to write under the namespace {namespace!r}, or the token is read-only"
+            )
 
     def commit_of(self, repository: Repository, revision: str) -> Commit:
         commit = repository.read_commit(revision)
@@ -89,7 +91,9 @@ class HubHandler(HttpHandler):
         with self.server.lock:
             if (self.server.root / repo_id).exists():
                 return self.answer_json(answer | {"error": "You already created this model repo"}, status=409)
-            Repository.create(self.server.root / repo_id, private=request.get("visibility") == "private", author=namespace)
+            Repository.create(
+                self.server.root / repo_id, private=request.get("visibility") == "private", author=namespace
+            )
         self.answer_json(answer)
 
     @route("POST", "/api/validate-yaml")
@@ -100,7 +104,9 @@ class HubHandler(HttpHandler):
             text = "\n".join(errors + warnings).encode()
             return self.answer(iter([text]), len(text), status=status)
         lists = {"errors": errors, "warnings": warnings}
-        self.answer_json({name: [{"message": message} for message in messages] for name, messages in lists.items()}, status=status)
+        self.answer_json(
+            {name: [{"message": message} for message in messages] for name, messages in lists.items()}, status=status
+        )
 
     # --- reading
 
@@ -109,7 +115,13 @@ class HubHandler(HttpHandler):
         repository = self.repository(namespace, name)
         commit = self.commit_of(repository, revision or "main")
         repo_id, settings = f"{namespace}/{name}", repository.settings
-        about: dict[str, Any] = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "author": namespace, "sha": commit.id}
+        about: dict[str, Any] = {
+            "_id": repo_id,
+            "id": repo_id,
+            "modelId": repo_id,
+            "author": namespace,
+            "sha": commit.id,
+        }
         about |= {"createdAt": settings["created"], "lastModified": commit.date, "private": settings["private"]}
         about |= {"gated": False, "disabled": False, "tags": []}
         siblings = []
@@ -150,7 +162,10 @@ class HubHandler(HttpHandler):
         refs = self.repository(namespace, name).refs
         listed: dict[str, list[dict[str, str]]] = {"converts": [], "pullRequests": []}
         for kind, plural in (("heads", "branches"), ("tags", "tags")):
-            listed[plural] = [{"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": commit} for ref, commit in refs[kind].items()]
+            listed[plural] = [
+                {"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": commit}
+                for ref, commit in refs[kind].items()
+            ]
         self.answer_json(listed)
 
     @route("GET", "/api/models/{repo}/commits/{revision}")
@@ -181,7 +196,9 @@ class HubHandler(HttpHandler):
             start = int(first) if first else max(file.size - int(last), 0)
             stop = min(int(last) + 1, file.size) if first and last else file.size
             if start >= stop:
-                raise HubError(416, "Range not satisfiable", headers=headers | {"Content-Range": f"bytes */{file.size}"})
+                raise HubError(
+                    416, "Range not satisfiable", headers=headers | {"Content-Range": f"bytes */{file.size}"}
+                )
             headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{file.size}"}
             status = 206
         self.answer(_read(repository.content_path(file), start, stop), stop - start, status=status, headers=headers)
@@ -303,11 +320,15 @@ class HubHandler(HttpHandler):
                 raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             head = self.commit_of(repository, revision)
             if not head.id.startswith(header.get("parentCommit", "")):
-                raise HubError(412, f"A commit has happened since {header['parentCommit']}. Please refresh and try again.")
+                raise HubError(
+                    412, f"A commit has happened since {header['parentCommit']}. Please refresh and try again."
+                )
             files = dict(head.files)
             for key, value in operations:
                 _apply(repository, files, key, value)
-            new = repository.commit(revision, files, title=header["summary"], message=header["description"], author=self.require_user())
+            new = repository.commit(
+                revision, files, title=header["summary"], message=header["description"], author=self.require_user()
+            )
         url = f"{self.server.url}/{namespace}/{name}/commit/{new.id}"
         self.answer_json({"success": True, "commitUrl": url, "commitOid": new.id, "hookOutput": ""})
 
@@ -329,7 +350,11 @@ def _apply(repository: Repository, files: dict[str, StoredFile], key: str, value
             raise HubError(400, f"{path} points to the LFS object {value['oid']}, which was not uploaded")
         files[path] = StoredFile.from_lfs(value["oid"], content.stat().st_size)
     elif key in ("deletedFile", "deletedFolder"):
-        gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))]
+        gone = [
+            name
+            for name in files
+            if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))
+        ]
         if not gone:
             raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
         for name in gone:
@@ -340,7 +365,9 @@ def _apply(repository: Repository, files: dict[str, StoredFile], key: str, value
 
 def _describe(file: StoredFile) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "oid": file.oid, "size": file.size}
-    return entry | ({"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}} if file.sha256 else {})
+    return entry | (
+        {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}} if file.sha256 else {}
+    )
 
 
 def _read(path: Path, start: int, stop: int) -> Iterator[bytes]:

@@ -94,7 +94,9 @@ class HubServer(ThreadingHTTPServer):
             AssertionError: the process failed; the message is its traceback.
         """
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        finished = subprocess.run(command, env=self.environment(home, token), capture_output=True, text=True, timeout=300)
+        finished = subprocess.run(
+            command, env=self.environment(home, token), capture_output=True, text=True, timeout=300
+        )
         assert finished.returncode == 0, finished.stderr
         return finished.stdout.strip()
 
@@ -112,7 +114,9 @@ class HubServer(ThreadingHTTPServer):
 
     def served(self, method: str, path: str) -> list[Exchange]:
         """The exchanges so far with this method in whose path the regular expression `path` is found."""
-        return [exchange for exchange in self.exchanges if exchange.method == method and re.search(path, exchange.path)]
+        return [
+            exchange for exchange in self.exchanges if exchange.method == method and re.search(path, exchange.path)
+        ]
 
     def part_path(self, ticket: str, part: int) -> Path:
         """Where part 1, 2, ... of an upload is kept until all are there; 0 is the whole."""
@@ -125,7 +129,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     arguments = parser.parse_args()
     server = HubServer(arguments.folder, port=arguments.port)
-    print(f"export HF_ENDPOINT={server.url} HF_TOKEN={WRITE_TOKEN} HF_HUB_DISABLE_XET=1 NO_PROXY=127.0.0.1", flush=True)
+    print(
+        f"export HF_ENDPOINT={server.url} HF_TOKEN={WRITE_TOKEN} HF_HUB_DISABLE_XET=1 NO_PROXY=127.0.0.1", flush=True
+    )
     try:
         server.serve_forever()
     except KeyboardInterrupt:

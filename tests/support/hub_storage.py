@@ -114,7 +114,13 @@ class Repository:
 
     def commit(self, branch: str, files: dict[str, StoredFile], *, title: str, message: str, author: str) -> Commit:
         """Make `files` the complete content of `branch` and return the new commit."""
-        about = {"parent": self.refs["heads"].get(branch), "title": title, "message": message, "author": author, "date": now()}
+        about = {
+            "parent": self.refs["heads"].get(branch),
+            "title": title,
+            "message": message,
+            "author": author,
+            "date": now(),
+        }
         fields = {**about, "files": {path: asdict(files[path]) for path in sorted(files)}}
         name = hashlib.sha1(json.dumps(fields).encode()).hexdigest()
         self._write(f"commits/{name}.json", {"id": name, **fields})

@@ -30,7 +30,12 @@ def write_task(folder: Path) -> Path:
     """Ten items of two choices, for the tokenizer of `tiny_models`."""
     words = tiny_models.text(30)
     items = [
-        {"ctx": words[i][:20].strip(), "choices": [words[i + 1][:9].strip(), words[i + 2][:14].strip()], "label": i % 2} for i in range(10)
+        {
+            "ctx": words[i][:20].strip(),
+            "choices": [words[i + 1][:9].strip(), words[i + 2][:14].strip()],
+            "label": i % 2,
+        }
+        for i in range(10)
     ]
     (folder / "items.jsonl").write_text("\n".join(json.dumps(item) for item in items))
     (folder / "task.yaml").write_text(TASK.format(items=folder / "items.jsonl"))
@@ -40,5 +45,7 @@ def write_task(folder: Path) -> Path:
 def accuracy(model_args: str, task: Path) -> float:
     """By lm-eval's own class for transformers' models; listing the tasks that it brings takes seconds, so it does not know them."""
     tasks = TaskManager(include_defaults=False)
-    found = simple_evaluate("hf", model_args, tasks=[str(task)], device="cpu", batch_size=4, task_manager=tasks, log_samples=False)
+    found = simple_evaluate(
+        "hf", model_args, tasks=[str(task)], device="cpu", batch_size=4, task_manager=tasks, log_samples=False
+    )
     return float(found["results"]["continuations"]["acc,none"])

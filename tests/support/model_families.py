@@ -10,7 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.models.architectures import FeedForward, find_blocks, find_feed_forwards, find_layers, fused_experts, separate_experts
+from hf_lowrank.models.architectures import (
+    FeedForward,
+    find_blocks,
+    find_feed_forwards,
+    find_layers,
+    fused_experts,
+    separate_experts,
+)
 
 VOCABULARY = 64
 LENGTH = 12
@@ -36,7 +43,14 @@ def pairs_of_texts() -> Batches:
     read, written = torch.ones(2, 4, LENGTH, dtype=torch.long)
     read[1, 7:] = 0
     written[2, 4:] = 0
-    return [{"input_ids": text(4), "attention_mask": read, "decoder_input_ids": text(4, seed=1), "decoder_attention_mask": written}]
+    return [
+        {
+            "input_ids": text(4),
+            "attention_mask": read,
+            "decoder_input_ids": text(4, seed=1),
+            "decoder_attention_mask": written,
+        }
+    ]
 
 
 def sounds_and_texts() -> Batches:
@@ -84,12 +98,24 @@ class Family:
         return model.to(dtype)
 
 
-COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
 SIZES = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 T5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 BART = {
     "d_model": 32,
@@ -135,12 +161,16 @@ FAMILIES = {
     "OPT": Family("OPTForCausalLM", {**SIZES, "ffn_dim": 80, "word_embed_proj_dim": 32}),
     "GPT-NeoX, Pythia": Family("GPTNeoXForCausalLM", SIZES),
     "GPT-2": Family("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "Falcon": Family("FalconForCausalLM", {**SIZES, "ffn_hidden_size": 80, "alibi": False}, "its own class of linear layer"),
+    "Falcon": Family(
+        "FalconForCausalLM", {**SIZES, "ffn_hidden_size": 80, "alibi": False}, "its own class of linear layer"
+    ),
     "OLMo 2": Family("Olmo2ForCausalLM", GROUPED),
     "SmolLM3": Family("SmolLM3ForCausalLM", GROUPED),
     "Cohere": Family("CohereForCausalLM", GROUPED, "attention and feed-forward network read the same input"),
     "StarCoder 2": Family("Starcoder2ForCausalLM", GROUPED),
-    "BitNet": Family("BitNetForCausalLM", GROUPED, "a norm over the neurons: SoLA compresses them as they lie, without prime ones"),
+    "BitNet": Family(
+        "BitNetForCausalLM", GROUPED, "a norm over the neurons: SoLA compresses them as they lie, without prime ones"
+    ),
     "Mixtral": Family("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, EXPERTS, outside=ROUTER),
     "Qwen2-MoE": Family(
         "Qwen2MoeForCausalLM",
@@ -158,22 +188,33 @@ FAMILIES = {
     ),
     "DeepSeek-V2": Family("DeepseekV2ForCausalLM", {**SIZES, **LATENT, **DEEPSEEK}, SHARED_EXPERTS, outside=ROUTER),
     "DeepSeek-V3": Family(
-        "DeepseekV3ForCausalLM", {**SIZES, **LATENT, **DEEPSEEK, "n_group": 2, "topk_group": 1}, SHARED_EXPERTS, outside=ROUTER
+        "DeepseekV3ForCausalLM",
+        {**SIZES, **LATENT, **DEEPSEEK, "n_group": 2, "topk_group": 1},
+        SHARED_EXPERTS,
+        outside=ROUTER,
     ),
     "BERT": Family("BertForMaskedLM", SIZES),
     "RoBERTa": Family("RobertaForMaskedLM", SIZES),
     "ModernBERT": Family(
-        "ModernBertForMaskedLM", {**SIZES, "num_hidden_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
+        "ModernBertForMaskedLM",
+        {**SIZES, "num_hidden_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
     ),
     "T5": Family("T5ForConditionalGeneration", {**T5, "d_ff": 64}, SHIFTED_TEXT, pairs_of_texts, BIAS_TABLE),
     "T5 1.1, FLAN-T5": Family(
-        "T5ForConditionalGeneration", {**T5, "d_ff": 80, "feed_forward_proj": "gated-gelu"}, SHIFTED_TEXT, pairs_of_texts, BIAS_TABLE
+        "T5ForConditionalGeneration",
+        {**T5, "d_ff": 80, "feed_forward_proj": "gated-gelu"},
+        SHIFTED_TEXT,
+        pairs_of_texts,
+        BIAS_TABLE,
     ),
     "BART": Family("BartForConditionalGeneration", BART, SHIFTED_TEXT, pairs_of_texts),
     "Whisper": Family("WhisperForConditionalGeneration", {**BART, **WHISPER}, "encoder and decoder", sounds_and_texts),
     "ViT": Family("ViTForImageClassification", {**SIZES, **PICTURE}, "", pictures),
     "LLaVA": Family(
-        "LlavaForConditionalGeneration", LLAVA, "both towers; with texts alone the vision tower stays dense, and says so", pictures_in_texts
+        "LlavaForConditionalGeneration",
+        LLAVA,
+        "both towers; with texts alone the vision tower stays dense, and says so",
+        pictures_in_texts,
     ),
 }
 
@@ -219,12 +260,25 @@ def _row(name: str, family: Family) -> str:
     blocks = find_blocks(model)
     banks = separate_experts(blocks)
     linears = list(dict.fromkeys(f"`{layer.name.rpartition('.')[2]}`" for layer in find_layers(blocks)))
-    networks = [(f"{name}.{network.output}", network) for name, block in blocks.items() for network in find_feed_forwards(block)]
-    kinds = dict.fromkeys("experts" if output.rsplit(".", 2)[0] in banks else _kind(network) for output, network in networks)
+    networks = [
+        (f"{name}.{network.output}", network)
+        for name, block in blocks.items()
+        for network in find_feed_forwards(block)
+    ]
+    kinds = dict.fromkeys(
+        "experts" if output.rsplit(".", 2)[0] in banks else _kind(network) for output, network in networks
+    )
     if fused_experts(model, blocks):
         kinds["fused experts"] = None
     conv1d = " (`Conv1D`)" if any(isinstance(module, Conv1D) for module in model.modules()) else ""
-    cells = (name, f"`{family.model}`", ", ".join(linears) + conv1d, ", ".join(kinds) or "–", READS[family.batches], family.note)
+    cells = (
+        name,
+        f"`{family.model}`",
+        ", ".join(linears) + conv1d,
+        ", ".join(kinds) or "–",
+        READS[family.batches],
+        family.note,
+    )
     return f"| {' | '.join(cells)} |\n"
 
 

@@ -26,12 +26,16 @@ class Prepared:
         self.errors = home / "errors"
         environment = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-m", __name__], cwd=PROJECT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], cwd=PROJECT, env=environment, text=True, **pipes
+        )  # type: ignore[call-overload]
 
     def __enter__(self) -> "Prepared":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.process.kill()
         self.process.communicate()
 
@@ -43,7 +47,12 @@ class Prepared:
             folder: the working directory.
             processes: how many run it together, with the variables that torchrun sets.
         """
-        job = {"program": [str(part) for part in program], "folder": str(folder), "processes": processes, "errors": str(self.errors)}
+        job = {
+            "program": [str(part) for part in program],
+            "folder": str(folder),
+            "processes": processes,
+            "errors": str(self.errors),
+        }
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -133,7 +142,11 @@ def _main() -> None:
         if job["processes"] > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(job["processes"])}
+                world = {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(free.getsockname()[1]),
+                    "WORLD_SIZE": str(job["processes"]),
+                }
             world["LOCAL_WORLD_SIZE"] = world["WORLD_SIZE"]
             together = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(job["processes"])]
         print(json.dumps(_ended([_forked(job, variables) for variables in together])), file=answers, flush=True)

@@ -48,14 +48,23 @@ def recipe(method: str, **changes: Any) -> CompressionConfig:
 
 def models() -> dict[str, dict[str, Tensor]]:
     """The weights of compressed models; of T5, whose decoder starts anew, with a single batch."""
-    found = {method: compress(tiny_models.llama(num_hidden_layers=2), recipe(method), calibration=IDS).state_dict() for method in RECIPES}
-    found["refined"] = compress(tiny_models.llama(num_hidden_layers=2), recipe("slab", refinement_steps=4), calibration=IDS).state_dict()
+    found = {
+        method: compress(tiny_models.llama(num_hidden_layers=2), recipe(method), calibration=IDS).state_dict()
+        for method in RECIPES
+    }
+    found["refined"] = compress(
+        tiny_models.llama(num_hidden_layers=2), recipe("slab", refinement_steps=4), calibration=IDS
+    ).state_dict()
     family = FAMILIES["T5"]
     with pytest.MonkeyPatch.context() as patch:  # a layer that never comes out, one that does the second time
         breaking(patch, 100, "model.layers.0.self_attn.q_proj")
         breaking(patch, 1, "model.layers.1.self_attn.q_proj")
-        found["broken"] = compress(tiny_models.llama(num_hidden_layers=2), recipe("svd-llm"), calibration=IDS).state_dict()
-    found["T5"] = compress(family.make(), recipe("slab", sequence_length=12), calibration=family.batches()).state_dict()
+        found["broken"] = compress(
+            tiny_models.llama(num_hidden_layers=2), recipe("svd-llm"), calibration=IDS
+        ).state_dict()
+    found["T5"] = compress(
+        family.make(), recipe("slab", sequence_length=12), calibration=family.batches()
+    ).state_dict()
     return found
 
 
@@ -128,7 +137,13 @@ def run(act: Callable[[], None], size: int = 2) -> list[int]:
         processes.append(os.fork())
         if processes[-1] == 0:
             if size > 1:
-                os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": str(size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
             try:
                 act()
             except SystemExit as end:

@@ -54,7 +54,10 @@ def text(documents: int = 40, seed: int = 0) -> list[str]:
     """Documents of random words, which tokenize to about a hundred tokens each."""
     generator = torch.Generator().manual_seed(seed)
     words = ["the", "cat", "dog", "sat", "ran", "on", "mat", "and", "then", "slept", "red", "blue", "over", "tree"]
-    return [" ".join(words[i] for i in torch.randint(len(words), (25,), generator=generator).tolist()) for _ in range(documents)]
+    return [
+        " ".join(words[i] for i in torch.randint(len(words), (25,), generator=generator).tolist())
+        for _ in range(documents)
+    ]
 
 
 def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -64,7 +67,13 @@ def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """Four blocks with grouped-query attention (four heads over two) and a gated feed-forward network of 80 neurons."""
-    fields = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return _made(LlamaForCausalLM, LlamaConfig, seed, dtype, {**fields, "max_position_embeddings": CONTEXT, **changes})
 
 
@@ -76,20 +85,48 @@ def gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def opt(seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Two blocks with biases everywhere and a plain feed-forward network."""
-    fields = {"hidden_size": 32, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
-    return _made(OPTForCausalLM, OPTConfig, seed, dtype, {**fields, "max_position_embeddings": CONTEXT, "pad_token_id": 0})
+    fields = {
+        "hidden_size": 32,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    return _made(
+        OPTForCausalLM, OPTConfig, seed, dtype, {**fields, "max_position_embeddings": CONTEXT, "pad_token_id": 0}
+    )
 
 
 def gemma2(seed: int = 0) -> PreTrainedModel:
     """Four blocks that are called with different arguments: every other one attends only to a window of 8 tokens."""
-    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return _made(Gemma2ForCausalLM, Gemma2Config, seed, torch.float32, {**fields, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0})
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return _made(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        seed,
+        torch.float32,
+        {**fields, "head_dim": 8, "sliding_window": 8, "pad_token_id": 0},
+    )
 
 
 def mixtral(seed: int = 0) -> PreTrainedModel:
     """Two blocks whose feed-forward networks are fused experts."""
-    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return _made(MixtralForCausalLM, MixtralConfig, seed, torch.float32, {**fields, "num_local_experts": 4, "pad_token_id": 0})
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return _made(
+        MixtralForCausalLM, MixtralConfig, seed, torch.float32, {**fields, "num_local_experts": 4, "pad_token_id": 0}
+    )
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:

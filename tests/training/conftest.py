@@ -39,7 +39,13 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 def settings(folder: Path, **changes: Any) -> TrainingArguments:
     """Two steps of four windows, saved after each."""
-    fields: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_steps": 1, "logging_steps": 1}
+    fields: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_steps": 1,
+        "logging_steps": 1,
+    }
     fields |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "seed": 1}
     return TrainingArguments(str(folder), **fields | changes)
 

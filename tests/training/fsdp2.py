@@ -42,7 +42,9 @@ def allow_fsdp_on_cpus() -> None:
 
 def with_trainer(folder: str, output: Path, **changes: Any) -> list[float]:
     """The losses of stock `Trainer` under accelerate's FSDP2; it saves the full state dict."""
-    arguments = settings(output, max_steps=STEPS, save_steps=2, per_device_train_batch_size=4, fsdp=True, fsdp_config=dict(FSDP))
+    arguments = settings(
+        output, max_steps=STEPS, save_steps=2, per_device_train_batch_size=4, fsdp=True, fsdp_config=dict(FSDP)
+    )
     trainer = Trainer(AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=Windows())
     trainer.train(**changes)
     trainer.save_model()

@@ -25,9 +25,13 @@ class Kill(TrainerCallback):
 
 def main(folder: str, output: str, *told: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    arguments = settings(Path(output), max_steps=STEPS, save_steps=2, gradient_accumulation_steps=2, lr_scheduler_type="cosine")
+    arguments = settings(
+        Path(output), max_steps=STEPS, save_steps=2, gradient_accumulation_steps=2, lr_scheduler_type="cosine"
+    )
     callbacks = [Kill()] if "kill" in told else []
-    Trainer(model, arguments, train_dataset=Windows(), callbacks=callbacks).train(resume_from_checkpoint="resume" in told)
+    Trainer(model, arguments, train_dataset=Windows(), callbacks=callbacks).train(
+        resume_from_checkpoint="resume" in told
+    )
 
 
 if __name__ == "__main__":

@@ -70,11 +70,16 @@ def main() -> None:
         eval_dataset=grouped["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        compute_metrics=lambda predictions: {"accuracy": float((predictions.predictions[:, :-1] == predictions.label_ids[:, 1:]).mean())},
+        compute_metrics=lambda predictions: {
+            "accuracy": float((predictions.predictions[:, :-1] == predictions.label_ids[:, 1:]).mean())
+        },
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
     )
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or get_last_checkpoint(training_args.output_dir))
+        result = trainer.train(
+            resume_from_checkpoint=training_args.resume_from_checkpoint
+            or get_last_checkpoint(training_args.output_dir)
+        )
         trainer.save_model()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

@@ -18,11 +18,15 @@ from .conftest import LAYOUTS, Windows, dense, pattern, same, settings, weights
 SLAB = "bitmask and signs"
 
 
-def distiller(folder: Path, output: Path, teacher: PreTrainedModel | None = None, **changes: Any) -> DistillationTrainer:
+def distiller(
+    folder: Path, output: Path, teacher: PreTrainedModel | None = None, **changes: Any
+) -> DistillationTrainer:
     own = {name: changes.pop(name) for name in ("temperature", "lm_weight") if name in changes}
     student = AutoModelForCausalLM.from_pretrained(folder)
     teacher = teacher or dense(SLAB)
-    return DistillationTrainer(student, settings(output, **changes), train_dataset=Windows(), teacher_model=teacher, **own)
+    return DistillationTrainer(
+        student, settings(output, **changes), train_dataset=Windows(), teacher_model=teacher, **own
+    )
 
 
 def batch(labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -36,7 +40,9 @@ def test_the_loss_is_the_formula(checkpoints: dict[str, Path], tmp_path: Path) -
     inputs["labels"][:, :9] = -100  # a prompt: positions 8 to 22 predict a label
     loss = trainer.compute_loss(trainer.model, inputs)
     with torch.no_grad():
-        student, teacher = (model(inputs["input_ids"]).logits[:, 8:-1].double() for model in (trainer.model, trainer.teacher_model))
+        student, teacher = (
+            model(inputs["input_ids"]).logits[:, 8:-1].double() for model in (trainer.model, trainer.teacher_model)
+        )
     p, q = (F.softmax(logits / 2, dim=-1) for logits in (teacher, student))
     divergence = 4 * (p * (p / q).log()).sum(-1).mean()
     labels = F.cross_entropy(student.flatten(0, 1), inputs["labels"][:, 9:].flatten())
@@ -51,7 +57,9 @@ def test_the_dense_model_has_nothing_to_learn_from_itself(tmp_path: Path) -> Non
 
 
 def test_labels_alone_are_the_trainer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    distilled = distiller(checkpoints[SLAB], tmp_path, lm_weight=1.0, gradient_accumulation_steps=2, save_strategy="no")
+    distilled = distiller(
+        checkpoints[SLAB], tmp_path, lm_weight=1.0, gradient_accumulation_steps=2, save_strategy="no"
+    )
     plain = Trainer(
         AutoModelForCausalLM.from_pretrained(checkpoints[SLAB]),
         settings(tmp_path, gradient_accumulation_steps=2, save_strategy="no"),
@@ -64,7 +72,9 @@ def test_labels_alone_are_the_trainer(checkpoints: dict[str, Path], tmp_path: Pa
 
 def test_accumulated_batches_are_one_batch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     whole = distiller(checkpoints[SLAB], tmp_path, save_strategy="no")
-    parts = distiller(checkpoints[SLAB], tmp_path, save_strategy="no", gradient_accumulation_steps=4, per_device_train_batch_size=1)
+    parts = distiller(
+        checkpoints[SLAB], tmp_path, save_strategy="no", gradient_accumulation_steps=4, per_device_train_batch_size=1
+    )
     for trainer in (whole, parts):
         trainer.train()
     for name, tensor in weights(whole.model).items():
@@ -73,7 +83,9 @@ def test_accumulated_batches_are_one_batch(checkpoints: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "Conv1D"])
 def test_every_layout_comes_nearer_to_the_teacher(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    trainer = distiller(checkpoints[layout], tmp_path, max_steps=20, save_steps=20, learning_rate=3e-4, gradient_checkpointing=True)
+    trainer = distiller(
+        checkpoints[layout], tmp_path, max_steps=20, save_steps=20, learning_rate=3e-4, gradient_checkpointing=True
+    )
     before, masks, teacher = trainer.evaluate(Windows(8)), pattern(trainer.model), weights(trainer.teacher_model)
     trainer.train()
     assert trainer.evaluate(Windows(8))["eval_loss"] < before["eval_loss"]
@@ -83,7 +95,9 @@ def test_every_layout_comes_nearer_to_the_teacher(layout: str, checkpoints: dict
 
 
 def test_classes_are_not_shifted(tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3
+    )
     student, teacher = BertForSequenceClassification(config).eval(), BertForSequenceClassification(config)
     trainer = DistillationTrainer(student, settings(tmp_path), teacher_model=teacher)
     inputs = {"input_ids": torch.randint(50, (4, 7)), "labels": torch.tensor([0, 1, 2, -100])}
@@ -93,7 +107,9 @@ def test_classes_are_not_shifted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("own", "message"), [({"temperature": 0}, "temperature"), ({"lm_weight": 1.5}, "lm_weight")])
-def test_settings_out_of_range(own: dict[str, float], message: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_settings_out_of_range(
+    own: dict[str, float], message: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(CompressionError, match=message):
         distiller(checkpoints[SLAB], tmp_path, **own)
 

@@ -41,8 +41,28 @@ print(accuracy(f"pretrained={folder},trust_remote_code=True", Path(task)))
 def command(folder: Path, text: Path, output: Path, *more: str) -> list[str]:
     """The script with its arguments."""
     options = ["--model_name_or_path", folder, "--train_file", text, "--validation_file", text, "--output_dir", output]
-    options += ["--do_train", "--do_eval", "--max_steps", "4", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
-    options += ["--per_device_train_batch_size", "4", "--learning_rate", "1e-3", "--use_cpu", "--report_to", "none", *more]
+    options += [
+        "--do_train",
+        "--do_eval",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "2",
+    ]
+    options += [
+        "--per_device_train_batch_size",
+        "4",
+        "--learning_rate",
+        "1e-3",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        *more,
+    ]
     return [str(part) for part in (SCRIPT, *options)]
 
 
@@ -57,16 +77,28 @@ def runs(
     task = write_task(root)
     with HubServer(root / "hub") as hub:
         environment = hub.environment(root / "home", WRITE_TOKEN) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-        remote = [sys.executable, "-c", REMOTE, str(PROJECT), str(task), *command(folder, text_file, root / "remote", *pushing)]
-        done = subprocess.run(remote, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        remote = [
+            sys.executable,
+            "-c",
+            REMOTE,
+            str(PROJECT),
+            str(task),
+            *command(folder, text_file, root / "remote", *pushing),
+        ]
+        done = subprocess.run(
+            remote, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return root, hub, task, float(done.stdout.splitlines()[-1])
 
 
-def test_both_routes_train_alike_and_leave_whole_folders(runs: tuple[Path, HubServer, Path, float], checkpoints: dict[str, Path]) -> None:
+def test_both_routes_train_alike_and_leave_whole_folders(
+    runs: tuple[Path, HubServer, Path, float], checkpoints: dict[str, Path]
+) -> None:
     root, *_ = runs
     results = [
-        [json.loads((root / route / f"{of}_results.json").read_text()) for of in ("train", "eval")] for route in ("plugin", "remote")
+        [json.loads((root / route / f"{of}_results.json").read_text()) for of in ("train", "eval")]
+        for route in ("plugin", "remote")
     ]
     assert results[0][0]["train_loss"] == results[1][0]["train_loss"]
     assert results[0][1]["perplexity"] == results[1][1]["perplexity"] > 1
@@ -84,7 +116,9 @@ def test_every_commit_of_the_training_opens_by_remote_code(runs: tuple[Path, Hub
     commits = [commit for commit in repository.history("main") if commit.title != "initial commit"]
     assert any(commit.title.startswith("Training in progress") for commit in commits)
     for commit in commits:
-        assert {"config.json", "model.safetensors", "tokenizer.json", *RUNTIME_FILES} <= commit.files.keys(), commit.title
+        assert {"config.json", "model.safetensors", "tokenizer.json", *RUNTIME_FILES} <= commit.files.keys(), (
+            commit.title
+        )
     assert "hf_lowrank" in ModelCard.load(root / "remote" / "README.md").data.tags
 
 

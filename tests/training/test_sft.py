@@ -20,7 +20,13 @@ CHATS = [
 
 
 def fine_tuned(folder: Path, output: Path, data: Dataset, **changes: Any) -> SFTTrainer:
-    fields: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "bf16": True, "max_length": 48}
+    fields: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_steps": 1,
+        "bf16": True,
+        "max_length": 48,
+    }
     fields |= {"use_cpu": True, "report_to": [], "disable_tqdm": True}
     trainer = SFTTrainer(model=str(folder), args=SFTConfig(str(output), **fields | changes), train_dataset=data)
     before, start = pattern(trainer.model), weights(trainer.model)

@@ -43,7 +43,12 @@ def test_every_float_moves_and_the_pattern_stays(layout: str, checkpoints: dict[
     before = opened(checkpoints[layout])
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     model, _ = trained(
-        checkpoints[layout], tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2, weight_decay=0.1, **evaluation
+        checkpoints[layout],
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_accumulation_steps=2,
+        weight_decay=0.1,
+        **evaluation,
     )
     assert same(pattern(model), pattern(before))
     start = weights(before)
@@ -81,7 +86,12 @@ def test_bfloat16_autocast_follows_float32(layout: str, checkpoints: dict[str, P
 def test_compiled_training_is_training(tmp_path: Path) -> None:
     """Traced forward and backward whole; the code generator behind it is torch's own business."""
     config = CompressionConfig(method="slab", ratio=0.4, samples=4, sequence_length=32)
-    model = compress(tiny_models.llama(num_hidden_layers=1), config, calibration=tiny_models.token_ids(4, 32).tolist(), progress=False)
+    model = compress(
+        tiny_models.llama(num_hidden_layers=1),
+        config,
+        calibration=tiny_models.token_ids(4, 32).tolist(),
+        progress=False,
+    )
     model.save_pretrained(tmp_path / "compressed")
     _, losses = trained(tmp_path / "compressed", tmp_path, save_strategy="no")
     model, found = trained(tmp_path / "compressed", tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
@@ -120,7 +130,9 @@ def test_figures_of_other_weights_are_not_kept(
     opened(folder).save_pretrained(tmp_path / "again", max_shard_size="40KB")
     model, _ = trained(folder, tmp_path / "run", max_steps=1)
     model.save_pretrained(tmp_path / "trained")
-    again, *changed = (ModelCard.load(tmp_path / name / "README.md") for name in ("again", "run/checkpoint-1", "trained"))
+    again, *changed = (
+        ModelCard.load(tmp_path / name / "README.md") for name in ("again", "run/checkpoint-1", "trained")
+    )
     assert again.data.eval_results is not None and "61.53" in again.text
     for card in changed:
         assert card.data.eval_results is None and card.data.license == "mit"
@@ -159,7 +171,11 @@ def test_casts_after_loading(layout: str, checkpoints: dict[str, Path]) -> None:
     model = opened(checkpoints[layout])
     tokens, masks = Windows(2)[0]["input_ids"][None], pattern(model)
     expected = model(tokens).logits
-    for made in (model.half(), copy.deepcopy(model).float().to(torch.bfloat16), pickle.loads(pickle.dumps(model)).float()):
+    for made in (
+        model.half(),
+        copy.deepcopy(model).float().to(torch.bfloat16),
+        pickle.loads(pickle.dumps(model)).float(),
+    ):
         assert same(pattern(made), masks)
         torch.testing.assert_close(made(tokens).logits.float(), expected, rtol=0, atol=0.1)
     assert model.dtype == torch.float16
@@ -174,5 +190,7 @@ def test_preparing_for_kbit_training_freezes_and_widens(checkpoints: dict[str, P
     model = opened(checkpoints["quantised"], dtype=torch.bfloat16)
     masks = pattern(model)
     prepared = prepare_model_for_kbit_training(model)
-    assert {(parameter.dtype, parameter.requires_grad) for parameter in prepared.parameters()} == {(torch.float32, False)}
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in prepared.parameters()} == {
+        (torch.float32, False)
+    }
     assert same(pattern(prepared), masks)

@@ -11,17 +11,17 @@ from ...calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums,
 from ...execution.work_folder import Record
 from ...methods import Statistics
 from ...methods.allocation import cheapest_choices
-from ...methods.base import Choice, ChoosingMethod
+from ...methods.base import Choice, MixedMethod
 from ...runtime.configuration import LayerSpec
-from ..fallback import Built, Shares, carefully
+from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import relative_error
-from ..run import Run, Visit
+from ..run import BlockVisit, Run
 
 STATISTICS_IN_MEMORY = 2**28
 """Bytes of Gram matrices that are kept from the survey to the building; those of other blocks are summed once more."""
 
 
-def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch]) -> None:
+def mixed_strategy(run: Run, method: MixedMethod, batches: list[BlockBatch]) -> None:
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
     choices: dict[str, list[Choice]] = {}
     surveyed: dict[str, dict[str, Statistics]] = {}  # by block, as far as they fit
@@ -45,18 +45,18 @@ def choose_then_build(run: Run, method: ChoosingMethod, batches: list[BlockBatch
     shares = run.shares(_choose(run, choices, run.available), bits, spread)
     for batch in batches:
         batch.start()
-        batch.shift()
+        batch.track_compressed()
     for visit in run.walk("built", batches):
         dense = copy.deepcopy(visit.block)
         known = surveyed.pop(visit.name, None) or _regathered(run, visit, batches)
         outputs = _build_block(run, method, visit, dense, batches, shares, known)
         for batch, hidden in zip(batches, outputs, strict=True):
-            assert batch.shifted is not None
-            batch.shifted.hidden = run_block(visit.block, visit.index, batch.shifted)
+            assert batch.compressed_twin is not None
+            batch.compressed_twin.hidden = run_block(visit.block, visit.index, batch.compressed_twin)
             batch.hidden = hidden
 
 
-def _regathered(run: Run, visit: Visit, batches: list[BlockBatch]) -> dict[str, Statistics]:
+def _regathered(run: Run, visit: BlockVisit, batches: list[BlockBatch]) -> dict[str, Statistics]:
     """The statistics of the survey once more, where they were not kept."""
     inputs = [batch.hidden for batch in batches]
     statistics = run.gather(visit, batches)
@@ -65,7 +65,7 @@ def _regathered(run: Run, visit: Visit, batches: list[BlockBatch]) -> dict[str, 
     return statistics
 
 
-def _choices(run: Run, method: ChoosingMethod, statistics: dict[str, Statistics], layer: Layer) -> Record:
+def _choices(run: Run, method: MixedMethod, statistics: dict[str, Statistics], layer: Layer) -> Record:
     found = method.choices(layer, run.weight(layer), statistics[layer.name], run.budget.value_bits[layer.name])
     return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in found]})
 
@@ -74,7 +74,8 @@ def _choose(run: Run, choices: dict[str, list[Choice]], available: int) -> dict[
     """One choice per layer within the budget; None for a layer that stays dense."""
     layers = {layer.name: layer for layer in run.compressed}
     options = {
-        name: [(run.budget.stored_bits(layers[name], choice.spec), choice.loss) for choice in each] + [(run.dense_bits(layers[name]), 0.0)]
+        name: [(run.budget.stored_bits(layers[name], choice.spec), choice.loss) for choice in each]
+        + [(run.dense_bits(layers[name]), 0.0)]
         for name, each in choices.items()
     }
     taken = cheapest_choices(options, available)
@@ -83,23 +84,25 @@ def _choose(run: Run, choices: dict[str, list[Choice]], available: int) -> dict[
 
 def _build_block(
     run: Run,
-    method: ChoosingMethod,
-    visit: Visit,
+    method: MixedMethod,
+    visit: BlockVisit,
     dense: nn.Module,
     batches: list[BlockBatch],
-    shares: Shares[LayerSpec | None],
+    shares: BudgetShares[LayerSpec | None],
     statistics: dict[str, Statistics],
 ) -> list[Tensor]:
     """Make the layers of a block in the order of the data's way; its outputs as it was, of which `dense` is a copy."""
     index, block = visit.index, visit.block
     local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
-    writers = run.team.told(lambda: _stream_writers(visit, batches[0]))
-    order = run.team.told(lambda: stages(block, index, batches[0], {name: block.get_submodule(name) for name in local}))
+    writers = run.group.broadcast(lambda: _stream_writers(visit, batches[0]))
+    order = run.group.broadcast(
+        lambda: stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
+    )
     last = next((name for names in reversed(order) for name in reversed(names) if name in writers), None)
     passes = DensePasses(dense, index, batches, [names[0] for names in order], whole=last)
     for names in order:
         writer = None if names[0] not in writers else "output" if names[0] == last else "input"
-        sums = stage_sums(passes, block, index, batches, names, writer, run.team)
+        sums = stage_sums(passes, block, index, batches, names, writer, run.group)
         layers = [local[name] for name in names]
         left = [layer.name for layer in layers if shares[layer.name] is None]
         run.reasons |= dict.fromkeys(left, f"{method.name} finds that its bytes are best spent on the dense layer")
@@ -110,18 +113,18 @@ def _build_block(
 
 def _fitted(
     run: Run,
-    method: ChoosingMethod,
+    method: MixedMethod,
     sums: Sums | None,
-    shares: Shares[LayerSpec | None],
+    shares: BudgetShares[LayerSpec | None],
     statistics: dict[str, Statistics],
     layer: Layer,
-) -> Built:
+) -> BuildResult:
     """A layer fitted to the inputs that the layers before it give; to those of the dense model if no token reaches it."""
     spec, weight, known = shares[layer.name], run.weight(layer), statistics[layer.name]
     assert spec is not None
     target = weight if sums is None else sums.target(weight)
     fitted = known if sums is None else sums.statistics(known)
-    return carefully(
+    return build_with_fallback(
         fitted,
         lambda each: run.compressed_layer(layer, method.build(target, each, spec)),
         lambda made: run.layer_report(layer, made, weight, known),
@@ -129,7 +132,7 @@ def _fitted(
     )
 
 
-def _stream_writers(visit: Visit, batch: BlockBatch) -> list[str]:
+def _stream_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
     """The two layers of a block that write to the residual stream, named within it; none if the block is not made that way."""
     writing = [layer for layer in visit.layers if layer.role in ("output", "ffn_out")]
     found = {layer.role: layer.name.removeprefix(f"{visit.name}.") for layer in writing}

@@ -11,7 +11,7 @@ from ...methods.allocation import fitted_ranks
 from ...methods.soco import SoCo
 from ...methods.spectral import Factorization, Measurement, SpectralMethod, prices
 from ...runtime.layers import CompressedLinear
-from ..fallback import Built, carefully
+from ..fallback import BuildResult, build_with_fallback
 from ..report import sampled_spectrum
 from ..run import Run
 from ..soco_training import learn_spectrum
@@ -19,7 +19,7 @@ from ..soco_training import learn_spectrum
 STAGE = "measured"
 
 
-def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBatch]) -> None:
+def spectral_strategy(run: Run, method: SpectralMethod, batches: list[BlockBatch]) -> None:
     """Compress every layer to the rank that the spectra of all of them give it."""
     measurements: dict[str, Measurement] = {}
     for visit in run.walk(STAGE, batches, surveys=True):
@@ -27,12 +27,14 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
             statistics = run.gather(visit, batches)
             visit.found = run.survey(visit.layers, partial(_measured, run, method, statistics))
         found = _unpacked(visit.found, visit.layers)
-        measurements |= found if run.offloaded is None else {name: _spectrum_alone(each) for name, each in found.items()}
+        measurements |= (
+            found if run.offloaded is None else {name: _spectrum_alone(each) for name, each in found.items()}
+        )
     spectra = {name: sampled_spectrum(measurement.factorization.sigma) for name, measurement in measurements.items()}
     if isinstance(method, SoCo):
         measurements, ranks, curve = learn_spectrum(
             run.model, method, measurements, run.tokens, run.budget, run.available, run.config.seed, run.work,
-            lambda done, total: run.step("learning the spectrum", done, total), run.team,
+            lambda done, total: run.step("learning the spectrum", done, total), run.group,
         )  # fmt: skip
         run.curve = curve.__dict__
     else:
@@ -57,7 +59,9 @@ def measure_then_decide(run: Run, method: SpectralMethod, batches: list[BlockBat
             assert record is not None, "written by the survey"
             measurements |= _unpacked(Record(record.tensors, record.facts["found"]), visit.layers)
         full = [layer for layer in visit.layers if shares[layer.name] is None]
-        run.reasons |= {layer.name: f"{method.name} gives it a rank that would cost as much as the dense layer" for layer in full}
+        run.reasons |= {
+            layer.name: f"{method.name} gives it a rank that would cost as much as the dense layer" for layer in full
+        }
         cut = {layer.name: rank for layer in visit.layers if (rank := shares[layer.name]) is not None}
         make = partial(_truncated, run, method, measurements, statistics, cut, spectra)
         run.build([layer for layer in visit.layers if layer.name in cut], make, shares)
@@ -84,24 +88,31 @@ def _truncated(
     ranks: dict[str, int],
     spectra: dict[str, list[float]],
     layer: Layer,
-) -> Built:
+) -> BuildResult:
     """A layer at its rank. A spectrum that was learned is fitted to the model's outputs, not the layer's, so its error is no fault."""
     name, weight, known = layer.name, run.weight(layer), statistics[layer.name]
 
     def make(each: Statistics) -> CompressedLinear:
         measurement = measurements[name] if each is known else method.measure(layer, weight, each)
-        return run.compressed_layer(layer, measurement.finish(ranks[name]))
+        return run.compressed_layer(layer, measurement.truncate(ranks[name]))
 
     learned = measurements[name].scores is not None
-    return carefully(
-        known, make, lambda made: run.layer_report(layer, made, weight, known, spectra[name]), (lambda made: 0.0) if learned else None
+    return build_with_fallback(
+        known,
+        make,
+        lambda made: run.layer_report(layer, made, weight, known, spectra[name]),
+        (lambda made: 0.0) if learned else None,
     )
 
 
 def _spectrum_alone(measurement: Measurement) -> Measurement:
     """The measurement without its vectors, which a model that does not fit into memory leaves in their record."""
     spectrum = measurement.factorization
-    return replace(measurement, weight=None, factorization=Factorization(spectrum.left[:0, :0], spectrum.sigma, spectrum.right[:0, :0]))
+    return replace(
+        measurement,
+        weight=None,
+        factorization=Factorization(spectrum.left[:0, :0], spectrum.sigma, spectrum.right[:0, :0]),
+    )
 
 
 def _unpacked(record: Record, layers: list[Layer]) -> dict[str, Measurement]:

@@ -37,7 +37,10 @@ class Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "code_scale")),
         ("group", ctypes.c_int64),
         ("code_bits", ctypes.c_int32),
-        *((name, ctypes.c_int32) for name in ("x_dtype", "values_dtype", "scale_dtype", "lowrank_dtype", "code_scale_dtype")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("x_dtype", "values_dtype", "scale_dtype", "lowrank_dtype", "code_scale_dtype")
+        ),
         *((name, ctypes.c_int32) for name in ("threads", "instruction_set")),
     ]
 

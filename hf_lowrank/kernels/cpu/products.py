@@ -38,7 +38,9 @@ def bitmask_binary_linear(
     return _linear(x, sign_bits.shape[0], values=weight, mask=weight_mask, kept=weight.shape[1], **binary)
 
 
-def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor | None:
+def quantized_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int
+) -> Tensor | None:
     return _linear(x, codes.shape[0], codes=codes, code_scale=scale, mask=mask, code_bits=bits, group=group, kept=kept)
 
 
@@ -47,9 +49,13 @@ def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | 
     return _multiply_few(x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b)
 
 
-def pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor | None:
+def pivoted_linear(
+    x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int
+) -> Tensor | None:
     """P [I; B'] (A' x); None for many tokens."""
-    return _multiply_few(x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=lowrank_pivots, outputs=rows)
+    return _multiply_few(
+        x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=lowrank_pivots, outputs=rows
+    )
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -95,7 +101,12 @@ KERNELS = {kernel.__name__: kernel for kernel in _OPERATIONS}
 
 
 def _linear(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
-    bfloat16 = "codes" not in parts and "mask" in parts and x.dtype == torch.bfloat16 and native.instruction_set_in_use() == "avx512"
+    bfloat16 = (
+        "codes" not in parts
+        and "mask" in parts
+        and x.dtype == torch.bfloat16
+        and native.instruction_set_in_use() == "avx512"
+    )
     few = FEW_TOKENS_BY_BFLOAT16 if bfloat16 else FEW_TOKENS
     return _multiply(x, rows, **parts) if _tokens(x) <= few else _multiply_tiles(x, rows, **parts)
 
@@ -194,7 +205,12 @@ def _product(tokens: int, columns: int, rows: int, dtype: torch.dtype, parts: di
     return product
 
 
-_DTYPE_FIELDS = {"values": "values_dtype", "scale_in": "scale_dtype", "lowrank_b": "lowrank_dtype", "code_scale": "code_scale_dtype"}
+_DTYPE_FIELDS = {
+    "values": "values_dtype",
+    "scale_in": "scale_dtype",
+    "lowrank_b": "lowrank_dtype",
+    "code_scale": "code_scale_dtype",
+}
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -25,7 +25,10 @@ def register() -> None:
         for operation, kernel in import_module(f"{__name__}.products").KERNELS.items():
             register_kernel(operation, "cuda", NAME, kernel)
     elif torch.cuda.is_available():
-        warnings.warn(f"hf_lowrank: {reason}; compressed layers compute with plain torch on the GPU, and are slower", stacklevel=2)
+        warnings.warn(
+            f"hf_lowrank: {reason}; compressed layers compute with plain torch on the GPU, and are slower",
+            stacklevel=2,
+        )
 
 
 def describe(operation: str) -> tuple[str, str]:

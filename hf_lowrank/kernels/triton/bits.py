@@ -21,7 +21,9 @@ def _ptx_of_kept_values() -> str:
         result = f"${column}"
         lines.append(f"and.b32 bit, $8, {1 << column}; setp.ne.u32 kept, bit, 0;")
         lines.append(f"mov.b32 {result}, 0; @kept ld.global.u16 {result}, [address]; shl.b32 {result}, {result}, 16;")
-        twice = "shl.b32 bit, bit, 1;" if column == 0 else f"shr.u32 bit, bit, {column - 1};"  # two bytes if the bit is set
+        twice = (
+            "shl.b32 bit, bit, 1;" if column == 0 else f"shr.u32 bit, bit, {column - 1};"
+        )  # two bytes if the bit is set
         lines.append(f"{twice} cvt.u64.u32 step, bit; add.u64 address, address, step;")
     return "\n".join([*lines, "}"])
 
@@ -110,4 +112,6 @@ def fetch_rows(packed, row_bytes, first_row, count, LINES: tl.constexpr):
     size = count * row_bytes
     for first in range(0, size, LINES * 128):
         line = start + tl.minimum(first + tl.arange(0, LINES) * 128, size - 1)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+        )

@@ -30,7 +30,9 @@ def _kept_values(values, code_scale, place, wanted, row, stride, groups, BITS: t
         byte = (place * BITS) >> 3
         code = tl.load(values + row * stride + byte, mask=wanted, other=0).to(tl.int32)
         if 8 % BITS != 0:  # a code may begin in one byte and end in the next
-            code |= tl.load(values + row * stride + byte + 1, mask=wanted & (byte + 1 < stride), other=0).to(tl.int32) << 8
+            code |= (
+                tl.load(values + row * stride + byte + 1, mask=wanted & (byte + 1 < stride), other=0).to(tl.int32) << 8
+            )
         code = (code >> ((place * BITS) & 7)) & (2**BITS - 1)
         scale = tl.load(code_scale + row * groups + place // GROUP, mask=wanted, other=0.0).to(tl.float32)
         kept = (code.to(tl.float32) - (2**BITS - 1) / 2) * scale
@@ -91,14 +93,18 @@ def _coded_tile(
     else:
         for part in tl.static_range(BITS):
             byte = eighth * BITS + part
-            codes |= tl.load(values + row * stride + byte, mask=inside & (byte < stride), other=0).to(tl.int64) << (8 * part)
+            codes |= tl.load(values + row * stride + byte, mask=inside & (byte < stride), other=0).to(tl.int64) << (
+                8 * part
+            )
     if GROUP % 8 == 0:
         scale = tl.load(code_scale + row * groups + eighth * 8 // GROUP, mask=inside, other=0.0).to(tl.float32)
     entries = ()
     for column in tl.static_range(8):
         if GROUP % 8 != 0:
             group = (eighth * 8 + column) // GROUP
-            scale = tl.load(code_scale + row * groups + group, mask=inside & (group < groups), other=0.0).to(tl.float32)
+            scale = tl.load(code_scale + row * groups + group, mask=inside & (group < groups), other=0.0).to(
+                tl.float32
+            )
         code = ((codes >> (column * BITS)) & (2**BITS - 1)).to(tl.int32)
         entries += ((code.to(tl.float32) - (2**BITS - 1) / 2) * scale,)
     return side_by_side(entries, BLOCK_ROWS, SPANS)
@@ -163,17 +169,38 @@ def _sum(
                 bits, shift = bytes_of(kept, quarter, BLOCK_ROWS, SPANS)
                 earlier, shift = bytes_of(before, quarter, BLOCK_ROWS, SPANS)
                 place = earlier + ones(bits & ((1 << shift) - 1), COMPILED)
-                tile = _kept_tile(values, code_scale, place, bits >> shift, row, stride, groups, COMPILED, BITS, GROUP, BLOCK_ROWS, SPANS)
+                tile = _kept_tile(
+                    values,
+                    code_scale,
+                    place,
+                    bits >> shift,
+                    row,
+                    stride,
+                    groups,
+                    COMPILED,
+                    BITS,
+                    GROUP,
+                    BLOCK_ROWS,
+                    SPANS,
+                )
             elif HAS_VALUES:
-                eighth = (first_word * 4 + span * (SPAN // 8) + quarter * LANES)[None, :, None] + tl.arange(0, LANES)[None, None, :]
-                tile = _coded_tile(values, code_scale, eighth, row, rows, columns, stride, groups, BITS, GROUP, BLOCK_ROWS, SPANS)
+                eighth = (first_word * 4 + span * (SPAN // 8) + quarter * LANES)[None, :, None] + tl.arange(0, LANES)[
+                    None, None, :
+                ]
+                tile = _coded_tile(
+                    values, code_scale, eighth, row, rows, columns, stride, groups, BITS, GROUP, BLOCK_ROWS, SPANS
+                )
             if BINARY_RANK > 0:
                 bits, shift = bytes_of(signs_of_words, quarter, BLOCK_ROWS, SPANS)
                 positive = sign_bits(bits >> shift, BLOCK_ROWS, SPANS)
                 tile = _add_binary_tile(tile, positive, scale_in, scale_out, row, column, rows, columns, BINARY_RANK)
             if x is None:
                 inside = (row < rows) & (column < columns)[None, :, :]
-                tl.store(dense + (row - first_row) * columns + column[None, :, :], tile.to(dense.dtype.element_ty), mask=inside)
+                tl.store(
+                    dense + (row - first_row) * columns + column[None, :, :],
+                    tile.to(dense.dtype.element_ty),
+                    mask=inside,
+                )
             elif TENSOR_CORES:
                 column = tl.reshape(column, (TILE,))
                 wanted = (token < tokens)[:, None] & (column < columns)[None, :]
@@ -185,7 +212,9 @@ def _sum(
                 total = tl.fma(tile, tl.broadcast_to(inputs[None, :, :], tile.shape), total)
             else:
                 wanted = (token < tokens)[:, None, None] & (column < columns)[None, :, :]
-                inputs = tl.load(x + token[:, None, None] * columns + column[None, :, :], mask=wanted, other=0.0).to(tl.float32)
+                inputs = tl.load(x + token[:, None, None] * columns + column[None, :, :], mask=wanted, other=0.0).to(
+                    tl.float32
+                )
                 entries = tl.broadcast_to(tile[None, :, :, :], total.shape)
                 total = tl.fma(entries, tl.broadcast_to(inputs[:, None, :, :], total.shape), total)
     if TENSOR_CORES:
@@ -243,7 +272,22 @@ def multiply(
     token = tl.arange(0, TOKENS)
     layer = (values, code_scale, mask, signs, scale_in, scale_out, rows, columns, stride, groups)
     products = _sum(
-        x, None, layer, row, 0, tokens, HAS_VALUES, HAS_MASK, BITS, GROUP, BINARY_RANK, COMPILED, TOKENS, TENSOR_CORES, BLOCK_ROWS, SPANS
+        x,
+        None,
+        layer,
+        row,
+        0,
+        tokens,
+        HAS_VALUES,
+        HAS_MASK,
+        BITS,
+        GROUP,
+        BINARY_RANK,
+        COMPILED,
+        TOKENS,
+        TENSOR_CORES,
+        BLOCK_ROWS,
+        SPANS,
     )
     inside = (token < tokens)[:, None] & (row < rows)[None, :]
     tl.store(y + token[:, None] * rows + row[None, :], products.to(y.dtype.element_ty), mask=inside)
@@ -275,4 +319,21 @@ def unpack(
     """The rows from `first_row` to `rows` in full, rounded to the dtype of `dense` (rows − first_row, columns)."""
     row = first_row + tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     layer = (values, code_scale, mask, signs, scale_in, scale_out, rows, columns, stride, groups)
-    _sum(None, dense, layer, row, first_row, 0, HAS_VALUES, HAS_MASK, BITS, GROUP, BINARY_RANK, COMPILED, 1, False, BLOCK_ROWS, SPANS)
+    _sum(
+        None,
+        dense,
+        layer,
+        row,
+        first_row,
+        0,
+        HAS_VALUES,
+        HAS_MASK,
+        BITS,
+        GROUP,
+        BINARY_RANK,
+        COMPILED,
+        1,
+        False,
+        BLOCK_ROWS,
+        SPANS,
+    )

@@ -24,7 +24,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def _configurations(*sizes: tuple[int, int, int], second: str, **further: Any) -> list[triton.Config]:
     """From the rows of a program, its columns or spans, and its warps."""
-    return [triton.Config({"BLOCK_ROWS": rows, second: width, **further}, num_warps=warps) for rows, width, warps in sizes]
+    return [
+        triton.Config({"BLOCK_ROWS": rows, second: width, **further}, num_warps=warps) for rows, width, warps in sizes
+    ]
 
 
 _COMPILED = isinstance(packed.multiply, triton.JITFunction)
@@ -103,7 +105,9 @@ def bitmask_binary_linear(
     return _linear(x, Parts(weight, None, weight_mask, sign_bits, scale_in, scale_out))
 
 
-def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int) -> Tensor | None:
+def quantized_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, bits: int, group: int, kept: int
+) -> Tensor | None:
     return _linear(x, Parts(codes, scale, mask, bits=bits, group=group))
 
 
@@ -112,7 +116,9 @@ def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | 
     return _lowrank(x, lowrank_a, lowrank_b, None, lowrank_b.shape[0])
 
 
-def pivoted_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int) -> Tensor | None:
+def pivoted_linear(
+    x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int
+) -> Tensor | None:
     """P [I; B'] (A' x); None for more than `FACTOR_TOKENS`."""
     return _lowrank(x, lowrank_a, lowrank_b, lowrank_pivots, rows)
 
@@ -243,5 +249,7 @@ def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:
 def _readable(x: Tensor, *parts: Tensor | None) -> bool:
     """Whether all are of a dtype and a layout in memory that the kernels read, and x is not empty."""
     stored = [part for part in parts if part is not None]
-    readable = all(part.is_contiguous() and part.device == x.device and part.dtype in (*DTYPES, torch.uint8) for part in stored)
+    readable = all(
+        part.is_contiguous() and part.device == x.device and part.dtype in (*DTYPES, torch.uint8) for part in stored
+    )
     return readable and x.dtype in DTYPES and x.numel() > 0

@@ -38,9 +38,15 @@ class TunedKernel:
         if self.tuned is None:
             self.kernel[grid](**arguments, **self.configurations[0].kwargs)
             return
-        shape = (device, *(arguments[name] for name in self.key), *(part.dtype for part in arguments.values() if hasattr(part, "dtype")))
+        shape = (
+            device,
+            *(arguments[name] for name in self.key),
+            *(part.dtype for part in arguments.values() if hasattr(part, "dtype")),
+        )
         if shape not in self.seen and torch.cuda.is_current_stream_capturing():
-            raise CompressionError("a compressed layer met a new shape while a CUDA graph is captured; run it once before, as PyTorch asks")
+            raise CompressionError(
+                "a compressed layer met a new shape while a CUDA graph is captured; run it once before, as PyTorch asks"
+            )
         with _current(device):
             self.tuned[grid](**arguments)
         self.seen.add(shape)

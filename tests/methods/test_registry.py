@@ -20,6 +20,16 @@ def test_the_published_rivals_are_registered() -> None:
     assert published <= set(registered_methods())
 
 
+def test_every_method_declares_its_strategy_and_whether_it_learns_from_the_loss() -> None:
+    strategies = {name: method_class(name).strategy for name in registered_methods()}
+    assert {name for name, strategy in strategies.items() if strategy == "spectral"} == {"soco", "sola"}
+    assert {name for name, strategy in strategies.items() if strategy == "mixed"} == {"auto", "lowrank", "slab-gram"}
+    assert set(strategies.values()) == {"layerwise", "spectral", "mixed"}
+    assert [name for name in registered_methods() if method_class(name).trains] == ["soco"]
+    learning = {name for name in registered_methods() if make_method(name).learns_from_loss}
+    assert learning == {"auto", "fwsvd", "lowrank", "slab-gram", "soco"}
+
+
 @pytest.mark.parametrize("name", registered_methods())
 def test_a_near_miss_suggests_the_name(name: str) -> None:
     with pytest.raises(CompressionError, match="unknown method") as raised:

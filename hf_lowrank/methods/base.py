@@ -144,6 +144,10 @@ class Method:
         needs_gram: whether `Statistics.gram` is needed.
         needs_gradients: whether `Statistics.squared_gradients` is needed.
         needs_output_gram: whether `Statistics.output_gram` is needed.
+        strategy: how `compress()` walks a model with this method (`compression/strategies/`). "layerwise" gives every layer its budget
+            first and decomposes block by block, "spectral" measures the spectra of all layers before it decides on their ranks, "mixed"
+            lets every layer become one of several things, chosen from one budget.
+        trains: whether the method learns by training through the whole model.
         sequential: whether a block sees the compressed blocks before it (else the dense ones).
         factorizes: whether its work grows with the third power of a layer's side, or, entry by entry, with the second.
         source: where it was published.
@@ -154,6 +158,8 @@ class Method:
     needs_gram: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_output_gram: ClassVar[bool] = False
+    strategy: ClassVar[str] = "layerwise"
+    trains: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     factorizes: ClassVar[bool] = True
 
@@ -161,6 +167,11 @@ class Method:
     def needs_compressed_inputs(self) -> bool:
         """Whether `Statistics.compressed_input_gram` and `cross_gram` are needed, beside the statistics of the dense model."""
         return False
+
+    @property
+    def learns_from_loss(self) -> bool:
+        """Whether the method uses the loss of the next token, by its gradients or by training; the model must then predict one."""
+        return self.needs_gradients or self.needs_output_gram or self.trains
 
     def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
         """Why the method leaves a layer dense at this ratio; None if it compresses it."""
@@ -233,6 +244,7 @@ class MixedMethod(Method):
         },
     )
 
+    strategy: ClassVar[str] = "mixed"
     needs_gram: ClassVar[bool] = True
     needs_output_gram: ClassVar[bool] = True
 

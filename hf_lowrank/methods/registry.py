@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from ..runtime.configuration import canonical_method_name
 from ..runtime.errors import CompressionError
 from .base import Method
 
@@ -14,11 +15,14 @@ _methods: dict[str, type[Method]] = {}
 def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: make a method known under `name`."""
 
+    canonical = canonical_method_name(name)
+
     def register(method: type[Method]) -> type[Method]:
-        if name in _methods:
-            raise CompressionError(f"a method named {name!r} is registered already: {_methods[name].__module__}")
-        method.name = name
-        _methods[name] = method
+        if canonical in _methods:
+            taken_by = _methods[canonical].__module__
+            raise CompressionError(f"a method named {canonical!r} is registered already: {taken_by}")
+        method.name = canonical
+        _methods[canonical] = method
         return method
 
     return register
@@ -35,11 +39,12 @@ def method_class(name: str) -> type[Method]:
     Raises:
         CompressionError: for an unknown name, with the nearest known one.
     """
-    if name not in _methods:
+    canonical = canonical_method_name(name)
+    if canonical not in _methods:
         raise CompressionError(
-            f"unknown method {name!r}{_suggestion(name, registered_methods())} (hf-lowrank methods lists all)"
+            f"unknown method {name!r}{_suggestion(canonical, registered_methods())} (hf-lowrank methods lists all)"
         )
-    return _methods[name]
+    return _methods[canonical]
 
 
 def make_method(name: str, options: dict[str, Any] | None = None) -> Method:

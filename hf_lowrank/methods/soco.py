@@ -63,7 +63,7 @@ class SoCo(SpectralMethod):
 
     source: ClassVar[str] = "SoCo, arXiv 2502.15092"
     needs_gram: ClassVar[bool] = True
-    learns_spectrum: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, choices in (("base", ("whitened", "plain")), ("loss", ("kl", "cross_entropy"))):

@@ -5,6 +5,7 @@ With C = Σ x xᵀ = S Sᵀ and the SVD  W S = U Σ Vᵀ, keeping r components o
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -179,6 +180,8 @@ class Measurement:
 
 class SpectralMethod(Method):
     """A method that measures the spectra of all layers first and decides on their ranks after."""
+
+    strategy: ClassVar[str] = "spectral"
 
     def measure(self, layer: Layer, weight: Tensor, statistics: Statistics) -> Measurement:
         """Factorize one weight (m, n), float64; by default whitened, all of it."""

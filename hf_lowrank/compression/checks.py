@@ -103,7 +103,9 @@ def check_finite(session: Session) -> None:
             raise CompressionError(f"{name}: has no values (it is on the meta device); load the weights first")
         # Buffers may be infinite on purpose, such as masks.
         if name not in buffers and not is_finite(tensor):
-            raise NumericalError(f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow")
+            raise NumericalError(
+                f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow"
+            )
 
 
 def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:

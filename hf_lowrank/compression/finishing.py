@@ -101,10 +101,12 @@ def make_report(session: Session) -> Report:
     for layer in layers:
         layer_dense_bits = plan.budget.dense_bits(layer)
         module = session.model.get_submodule(layer.name)
-        is_compressed = isinstance(module, CompressedLinear)
         dense_bits += layer_dense_bits
         stored_bits += stored.get(layer.name, layer_dense_bits)
-        bits_without_masks += module.stored_bits("paper") if is_compressed else layer_dense_bits
+        if isinstance(module, CompressedLinear):
+            bits_without_masks += module.stored_bits("paper")
+        else:
+            bits_without_masks += layer_dense_bits
     warnings = [
         *log.warnings,
         *scarce_tokens(log.reports, plan.expert_banks),

@@ -22,7 +22,6 @@ from ..calibration import (
     output_grams,
     passes,
     squared_gradients,
-    with_unigram_sequences,
 )
 from ..execution.process_group import current_process_group
 from ..execution.progress import progress_bar
@@ -119,8 +118,7 @@ def calibrate(session: Session, tokenizer: Any, calibration: Any) -> None:
     check_finite(session)
     session.tokens = _token_batches(session, tokenizer, calibration)
     check_predicts_next_token(model, method, session.tokens)
-    if method.unigram_share:
-        session.tokens = with_unigram_sequences(session.tokens, method.unigram_share, config.seed)
+    session.tokens = strategy_of(method).adapt_tokens(method, session.tokens, config.seed)
 
 
 def _token_batches(session: Session, tokenizer: Any, calibration: Any) -> list[TokenBatch]:

@@ -12,13 +12,15 @@ from ..calibration import ActivationCache, TokenBatch
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.progress import Step
 from ..execution.work_folder import Record, WorkFolder
-from ..methods import Method
+from ..methods import Decomposition, Method
 from ..methods.allocation import check_reachable
 from ..models.architectures import find_blocks, find_layers, separate_experts
-from ..models.linears import dense_weight
+from ..models.linears import dense_weight, is_finite
 from ..models.offloading import OffloadedBlocks, is_offloaded
 from ..runtime.configuration import CompressionConfig
+from ..runtime.errors import NumericalError
 from ..runtime.experts import ExpertBank
+from ..runtime.layers import CompressedLinear
 from .report import BlockRefinement, LayerReport
 from .selection import left_out, select_layers, uncalled_layers
 
@@ -209,6 +211,21 @@ class Session:
         """Return the weight of a layer that is still dense, (m, n) float64."""
         return dense_weight(self.model.get_submodule(layer.name)).double()
 
+    def compressed_layer(self, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
+        """Return the layer that stores a decomposition, rounded once to the dtype of the dense weight.
+
+        Raises:
+            NumericalError: if a stored value is not finite.
+        """
+        dense = self.model.get_submodule(layer.name)
+        assert isinstance(dense.weight, Tensor)
+        bias = dense.bias if isinstance(dense.bias, Tensor) else None
+        compressed = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
+        for name, parameter in compressed.named_parameters():
+            if not is_finite(parameter):
+                raise NumericalError(f"a {name} that is not finite in {parameter.dtype}; a wider dtype may hold it")
+        return compressed
+
     def leave_uncalled_dense(self, called: set[str]) -> None:
         """Change the plan, and the log with it, for the layers that calibration never called; see `Plan.without_uncalled`."""
         self.plan = self.plan.without_uncalled(called)
@@ -272,6 +289,6 @@ def model_budget(model: PreTrainedModel, layers: list[Layer], config: Compressio
     for layer in layers:
         module = model.get_submodule(layer.name)
         value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
-        has_bias = isinstance(module.bias, Tensor)
-        bias_bits[layer.name] = module.bias.numel() * module.bias.itemsize * 8 if has_bias else 0
+        bias = module.bias
+        bias_bits[layer.name] = bias.numel() * bias.itemsize * 8 if isinstance(bias, Tensor) else 0
     return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)

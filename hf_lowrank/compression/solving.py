@@ -7,10 +7,8 @@ from torch import Tensor
 from ..budget import Layer
 from ..execution.threads import parallel_slots
 from ..execution.work_folder import Record
-from ..methods import Decomposition, Statistics
-from ..models.linears import is_finite
+from ..methods import Statistics
 from ..models.offloading import return_memory
-from ..runtime.errors import NumericalError
 from ..runtime.layers import CompressedLinear
 from .fallback import BuildResult
 from .report import LayerReport, layer_report
@@ -60,22 +58,6 @@ def solving_costs(layers: list[Layer]) -> dict[str, float]:
         m, n = layer.out_features, layer.in_features
         costs[layer.name] = m * n * min(m, n)
     return costs
-
-
-def compressed_layer(session: Session, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
-    """Return the layer that stores a decomposition, rounded once to the dtype of the dense weight.
-
-    Raises:
-        NumericalError: if a stored value is not finite.
-    """
-    dense = session.model.get_submodule(layer.name)
-    assert isinstance(dense.weight, Tensor)
-    bias = dense.bias if isinstance(dense.bias, Tensor) else None
-    compressed = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
-    for name, parameter in compressed.named_parameters():
-        if not is_finite(parameter):
-            raise NumericalError(f"a {name} that is not finite in {parameter.dtype}; a wider dtype may hold it")
-    return compressed
 
 
 def report_on(

@@ -112,7 +112,9 @@ def install(session: Session, shares: BudgetShares[Any], layer: Layer, result: B
         log.reasons[name] = f"{method} fails on it ({result.fault}); layers after it pay for leaving it dense"
         return
     if result.layer is None or result.report is None:
-        raise NumericalError(f"{name}: {method} fails ({result.fault}); leave the layer dense (modules_to_not_convert)")
+        raise NumericalError(
+            f"{name}: {method} fails ({result.fault}); leave the layer dense (modules_to_not_convert)"
+        )
     if result.remedy is not None:
         error = result.report.relative_error
         log.retried[name] = f"{result.fault}; now {error:.3g}, on {result.remedy}"

@@ -18,7 +18,7 @@ STAGES = {
     "loading": ("hf_lowrank.models.loading", "load_config"),
     "inspecting": ("hf_lowrank.checkpoints.inspect", "load_config"),
     "calibration": ("hf_lowrank.compression.pipeline", "capture"),
-    "decomposition": ("hf_lowrank.compression.run", "Run.compressed_layer"),
+    "decomposition": ("hf_lowrank.compression.session", "Session.compressed_layer"),
     "training": ("hf_lowrank.compression.soco_training", "_Run.save"),
     "saving": ("hf_lowrank.runtime.saving", "CompleteSave.write_companions"),
     "saved": ("hf_lowrank.runtime.saving", "record_checksums"),
@@ -110,9 +110,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import hf_lowrank.checkpoints.inspect
     import hf_lowrank.cli.demo
     import hf_lowrank.publishing.hub
-    import hf_lowrank.checkpoints.inspect
     import hf_lowrank.publishing.model_card  # noqa: F401
 
     for line in sys.stdin:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ...budget import Layer
-from ...calibration import BlockBatch
+from ...calibration import BlockBatch, TokenBatch
 from ...methods import Method
 from ..session import Session
 
@@ -24,6 +24,11 @@ class Passes:
 
 class Strategy(ABC):
     """How a method treats the model as a whole."""
+
+    @staticmethod
+    def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:
+        """Return the calibration batches as the strategy wants them."""
+        return tokens
 
     @staticmethod
     @abstractmethod

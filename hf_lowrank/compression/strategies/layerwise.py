@@ -12,7 +12,7 @@ from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import LayerReport, compressed_input_error
 from ..session import BlockVisit, Session
-from ..solving import compressed_layer, report_on, solve_layers
+from ..solving import report_on, solve_layers
 from ..walk import Stage, walk
 from .base import Passes, Strategy
 
@@ -78,7 +78,7 @@ class _Decompose(Stage[dict[str, Statistics]]):
         budget = self.shares[layer.name]
 
         def build(damped: Statistics) -> CompressedLinear:
-            return compressed_layer(session, layer, method.decompose(weight, damped, budget))
+            return session.compressed_layer(layer, method.decompose(weight, damped, budget))
 
         def report(compressed: CompressedLinear) -> LayerReport:
             return report_on(session, layer, compressed, weight, statistics)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ...budget import Layer
-from ...calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums, stages, stream_writers
+from ...calibration import (
+    BlockBatch,
+    DensePasses,
+    Sums,
+    TokenBatch,
+    run_block,
+    stage_sums,
+    stages,
+    stream_writers,
+    with_unigram_sequences,
+)
 from ...execution.work_folder import Record
 from ...methods import Method, Statistics
 from ...methods.allocation import cheapest_choices
@@ -20,7 +30,7 @@ from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import LayerReport, relative_error
 from ..session import BlockVisit, Session
-from ..solving import compressed_layer, report_on, solve_layers, survey_layers
+from ..solving import report_on, solve_layers, survey_layers
 from ..walk import Stage, walk
 from .base import Passes, Strategy
 
@@ -30,6 +40,11 @@ STATISTICS_IN_MEMORY = 2**28
 
 class Mixed(Strategy):
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
+
+    @staticmethod
+    def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:
+        """Draw the tokens of some sequences anew, so that text unlike the calibration text is met, too."""
+        return with_unigram_sequences(tokens, cast(MixedMethod, method).unigram_share, seed)
 
     @staticmethod
     def compress(session: Session, batches: list[BlockBatch]) -> None:
@@ -207,7 +222,7 @@ class _Fit(Stage[dict[str, Statistics]]):
             target, fitted_statistics = sums.target(weight), sums.statistics(statistics)
 
         def build(damped: Statistics) -> CompressedLinear:
-            return compressed_layer(session, layer, self.method.build(target, damped, spec))
+            return session.compressed_layer(layer, self.method.build(target, damped, spec))
 
         def report(compressed: CompressedLinear) -> LayerReport:
             return report_on(session, layer, compressed, weight, statistics)

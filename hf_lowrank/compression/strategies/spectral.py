@@ -7,11 +7,11 @@ from typing import cast
 
 from ...budget import Layer
 from ...calibration import BlockBatch
+from ...execution.work_folder import Record
 from ...methods import Method, Statistics
 from ...methods.allocation import fitted_ranks
 from ...methods.soco import SoCo
 from ...methods.spectral import Factorization, Measurement, SpectralMethod, prices
-from ...execution.work_folder import Record
 from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
@@ -19,7 +19,7 @@ from ..report import LayerReport, sampled_spectrum
 from ..resume import record_name
 from ..session import BlockVisit, Session
 from ..soco_training import learn_spectrum
-from ..solving import compressed_layer, report_on, solve_layers, survey_layers
+from ..solving import report_on, solve_layers, survey_layers
 from ..walk import Stage, walk
 from .base import Passes, Strategy
 
@@ -181,9 +181,7 @@ class _Truncate(Stage[dict[str, Statistics]]):
 
     def _spread(self, layers: list[Layer], available_bits: int) -> dict[str, int | None]:
         wanted: dict[str, float | None] = {layer.name: self.ranks[layer.name] for layer in layers}
-        return fitted_ranks(
-            wanted, self._price, self._dense_price, self._fixed, self._largest_ranks, available_bits
-        )
+        return fitted_ranks(wanted, self._price, self._dense_price, self._fixed, self._largest_ranks, available_bits)
 
     def _recorded_measurements(self, visit: BlockVisit) -> dict[str, Measurement]:
         work = self.session.work
@@ -200,7 +198,7 @@ class _Truncate(Stage[dict[str, Statistics]]):
             # The measurement was made on the statistics as they are.
             is_measured = damped is statistics
             measurement = self.measurements[name] if is_measured else self.method.measure(layer, weight, damped)
-            return compressed_layer(session, layer, measurement.truncate(ranks[name]))
+            return session.compressed_layer(layer, measurement.truncate(ranks[name]))
 
         def report(compressed: CompressedLinear) -> LayerReport:
             return report_on(session, layer, compressed, weight, statistics, self.spectra[name])

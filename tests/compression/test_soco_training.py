@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_lowrank import CompressionConfig, NumericalError, compress
 from hf_lowrank.compression import pipeline
 from hf_lowrank.compression import soco_training as spectrum_training
-from hf_lowrank.compression.soco_training import SpectralLinear
+from hf_lowrank.compression.spectral_linear import SpectralLinear
 from hf_lowrank.methods.soco import SoCo, effective_score, gate, learned, polarization, score
 from hf_lowrank.methods.spectral import Measurement, factorize
 from hf_lowrank.models.architectures import find_blocks, find_layers

@@ -19,7 +19,7 @@ STAGES = {
     "inspecting": ("hf_lowrank.checkpoints.inspect", "load_config"),
     "calibration": ("hf_lowrank.compression.pipeline", "capture"),
     "decomposition": ("hf_lowrank.compression.session", "Session.compressed_layer"),
-    "training": ("hf_lowrank.compression.soco_training", "_Run.save"),
+    "training": ("hf_lowrank.compression.soco_training", "SoCoTraining.save"),
     "saving": ("hf_lowrank.runtime.saving", "CompleteSave.write_companions"),
     "saved": ("hf_lowrank.runtime.saving", "record_checksums"),
     "pushing": ("huggingface_hub", "HfApi.upload_folder"),

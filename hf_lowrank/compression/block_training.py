@@ -1,4 +1,4 @@
-"""The training of one compressed block: a few optimizer steps on its stored values towards the outputs of the dense block."""
+"""The training of one compressed block: some optimizer steps on its values towards the outputs of the dense block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,10 @@ from ..runtime.errors import NumericalError
 from ..runtime.layers import CompressedLinear
 
 LEARNING_RATE = 0.05
-"""Adam's learning rate, relative to the block's relative error and to the root mean square of each tensor. It falls linearly to zero."""
+"""Adam's learning rate, in units of the root of the block's error times the root mean square of the tensor.
+
+It falls linearly to zero.
+"""
 BETAS = (0.9, 0.95)
 """Adam's decay rates. The second moment forgets quickly, as there are few steps."""
 
@@ -27,9 +30,12 @@ def train_block(
     steps: int,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[float, float]:
-    """Train the float tensors of a block's compressed layers, in place: min ‖f(ĥ) − f_dense(h)‖² over the calibration tokens.
+    """Train the float tensors of a block's compressed layers, in place.
 
-    Training is in float32. The result is rounded once to the block's dtype. A block that does not come nearer stays as it was.
+    The objective is min ‖f(ĥ) − f_dense(h)‖² over the calibration tokens.
+
+    Training is in float32. The result is rounded once to the block's dtype. A block that does not come nearer stays as
+    it was.
 
     Args:
         batches: this process's batches, with the inputs ĥ that the block sees in the compressed model.
@@ -64,7 +70,7 @@ def train_block(
 
 
 class _Objective:
-    """The error ‖f(ĥ) − f_dense(h)‖² of a block, relative to ‖f_dense(h)‖² over the calibration tokens of all processes.
+    """The error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² of a block, over the calibration tokens of all processes.
 
     Attributes:
         schedule: the batches that come through the block, in turn: position at its process, and rank of the process.
@@ -108,7 +114,8 @@ def _descend(objective: _Objective, parameters: list[nn.Parameter], steps: int, 
     """Take the steps of Adam.
 
     Args:
-        error: the relative error at the start, by whose root the learning rates are scaled: a near block takes small steps.
+        error: the relative error at the start, by whose root the learning rates are scaled: a near block takes small
+            steps.
     """
     group = objective.group
     parameter_groups = []
@@ -170,7 +177,10 @@ def _counted_outputs(output: Tensor, batch: BlockBatch, index: int) -> Tensor:
 
 @contextmanager
 def _in_float32(block: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Let the block compute in float32. Afterwards what was trained is rounded to its dtype, and all else is as it was."""
+    """Let the block compute in float32.
+
+    Afterwards the trained tensors are rounded to their dtype, and all others are as they were.
+    """
     tensors = [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.is_floating_point()]
     original_data = [tensor.data for tensor in tensors]
     required_grad = [parameter.requires_grad for parameter in block.parameters()]

@@ -1,4 +1,4 @@
-"""What is refused before any work is done, in one line each."""
+"""Checks that refuse a run before any work is done, in one line each."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,13 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
     """Raise CompressionError for what is no recipe, no tokenizer, or no plain and dense model of transformers."""
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
-            f"config: found {type(config).__name__}, expected a CompressionConfig, such as CompressionConfig(method='slab')"
+            f"config: found {type(config).__name__}, expected a CompressionConfig, "
+            "such as CompressionConfig(method='slab')"
         )
     if tokenizer is not None and not callable(tokenizer):
         raise CompressionError(
-            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; texts to calibrate on are calibration="
+            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; "
+            "texts to calibrate on are calibration="
         )
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise CompressionError(
@@ -42,7 +44,7 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
 def whole_model_reason(
     config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None
 ) -> str | None:
-    """Return why the whole model must be in memory; None if one block at a time is enough.
+    """Return why the whole model must be in memory, or None if one block at a time is enough.
 
     Args:
         dense: the model, or its skeleton.
@@ -79,14 +81,14 @@ def check_block_by_block(
 
 
 def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: Sequence[TokenBatch] = ()) -> None:
-    """Raise CompressionError if a method learns from the loss of the next token, and that is not what the model is for."""
+    """Raise CompressionError if a method learns from the loss of the next token, which the model does not predict."""
     if not method.learns_from_loss:
         return
     reads_other_inputs = any(batch.others for batch in batches)
     if not model.can_generate() or model.config.is_encoder_decoder or reads_other_inputs:
         raise CompressionError(
-            f"{method.name} learns from the loss of the next token of a text, which is not what {type(model).__name__} "
-            "is given; use a method without training, such as slab or sola"
+            f"{method.name} learns from the loss of the next token of a text, which is not what "
+            f"{type(model).__name__} is given; use a method without training, such as slab or sola"
         )
 
 
@@ -114,7 +116,8 @@ def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:
 
     if any(isinstance(parameter, DTensor) for parameter in session.model.parameters()):
         raise CompressionError(
-            f"{type(session.model).__name__}: its weights are sharded over the processes; compress it before it is sharded"
+            f"{type(session.model).__name__}: its weights are sharded over the processes; "
+            "compress it before it is sharded"
         )
     identities = session.group.gather(identity)
     for rank, other in enumerate(identities):

@@ -17,7 +17,8 @@ from .session import BlockVisit, Session
 def collect_statistics(session: Session, visit: BlockVisit, batches: list[BlockBatch]) -> dict[str, Statistics]:
     """Return the statistics of the layers of a block, by name.
 
-    The batches move on to the dense outputs of the block, unless the method is sequential. Neurons get the order that the method wants.
+    The batches move on to the dense outputs of the block, unless the method is sequential. Neurons get the order that
+    the method wants.
     """
     index, block, method = visit.index, visit.block, session.method
     modules = {layer.name: session.model.get_submodule(layer.name) for layer in visit.layers}

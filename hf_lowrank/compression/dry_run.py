@@ -1,4 +1,4 @@
-"""What `--dry-run` says: the memory, the disk and the time that a compression takes."""
+"""The text of `--dry-run`: the memory, the disk and the time that a compression takes."""
 
 from transformers import PreTrainedModel
 
@@ -23,8 +23,8 @@ def _whole_model(dense: PreTrainedModel, config: CompressionConfig, reason: str)
     curvature = curvature_bytes(dense, config)
     more = f", {_gigabytes(curvature)} for the curvature of all outputs" if curvature else ""
     return (
-        f"the whole model must be in memory, {_gigabytes(model_bytes)}{more}, and statistics and working space beside it: "
-        f"{reason}"
+        f"the whole model must be in memory, {_gigabytes(model_bytes)}{more}, and statistics and working space "
+        f"beside it: {reason}"
     )
 
 
@@ -36,8 +36,8 @@ def _block_by_block(dense: PreTrainedModel, config: CompressionConfig) -> list[s
         f"  the largest block: {_gigabytes(needs.block)}",
         f"  activations: {_gigabytes(needs.activations)}",
         f"  statistics and working space: {_gigabytes(needs.working)}",
-        f"disk: {_gigabytes(needs.output)} for the result, and until it is done {_gigabytes(needs.work_folder)} in the "
-        "work folder",
+        f"disk: {_gigabytes(needs.output)} for the result, and until it is done {_gigabytes(needs.work_folder)} "
+        "in the work folder",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What memory and disk a compression takes, by formula, before it starts. The time is in `time_estimate.py`."""
+"""Estimate of the memory and the disk that a compression takes, by formula. `time_estimate.py` estimates the time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class Estimate:
     """Memory and disk of a compression from disk to disk, in bytes.
 
     Attributes:
-        resident: what stays in memory: embeddings and norms, and the libraries beside torch.
+        resident: memory that is never freed: embeddings and norms, and the libraries beside torch.
         block: the weights of the largest block.
         activations: hidden states that wait in memory, and those of the batch that is in the block.
-        working: the statistics of a block, and what the method needs for the layer that needs most.
+        working: the statistics of a block, and the memory that the method needs for the layer that needs most.
         shard: the largest file of the output, which is in memory while it is written.
-        work_folder: what the work folder holds at most.
+        work_folder: the work folder at its largest.
         output: the compressed checkpoint.
     """
 
@@ -90,7 +90,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
 
 
 def curvature_bytes(dense: PreTrainedModel, config: CompressionConfig) -> int:
-    """Return the bytes of the Gram matrices of output gradients, of all layers at once; 0 for methods that need none."""
+    """Return the bytes of the Gram matrices of output gradients of all layers, or 0 if the method needs none."""
     blocks = find_blocks(dense)
     separate_experts(blocks)
     if not make_method(config.method, config.options).needs_output_gram:
@@ -130,9 +130,9 @@ def _largest_working_memory(method: Method, layers: list[Layer], blocks: int) ->
 def _working_memory(method: Method, layers: list[Layer]) -> int:
     """Return the memory that the statistics and the decompositions of one block take at most.
 
-    First all Gram matrices of the block are there, once they are summed. Then each layer in its turn needs its own working memory,
-    its Gram matrix, and those of layers that are not done yet, of which large ones wait in files. Small layers are solved several
-    at a time.
+    First all Gram matrices of the block are there, once they are summed. Then each layer in its turn needs its own
+    working memory, its Gram matrix, and those of layers that are not done yet, of which large ones wait in files.
+    Small layers are solved several at a time.
     """
     grams = {}
     if method.needs_gram:

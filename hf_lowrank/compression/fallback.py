@@ -1,4 +1,6 @@
-"""What happens to a layer that comes out worse than zeros: it is built again on damped statistics, or stays dense where that can be paid.
+"""The fallback for a layer that comes out worse than zeros: it is built again, or stays dense.
+
+It is built again on damped statistics. It stays dense where the layers after it can pay for that.
 
 A budget is shared by all layers. A layer that stays dense against the plan takes bits from the layers of later blocks.
 """
@@ -16,11 +18,17 @@ from ..runtime.layers import CompressedLinear
 from .report import LayerReport
 
 MAX_RELATIVE_ERROR = 1.01
-"""Largest relative error of a useful layer. Zeros in its place err by 1 and are the least that a layer may store; the rest is rounding."""
+"""Largest relative error of a useful layer. Zeros in its place, the least that a layer may store, err by 1."""
 DAMPINGS = (0.1, 100.0)
-"""Damping of the second and the third attempt. After 0.1 no direction is nearly free; after 100 all inputs count nearly alike."""
+"""Damping of the statistics in the second and the third attempt, in units of their mean.
+
+With 0.1 no direction is nearly free any more. With 100 all inputs count nearly alike.
+"""
 MAX_DIVERTED_SHARE = 0.1
-"""Largest share of their bits that layers give to failed layers before them. Where more fails, the method is at its end, not a layer."""
+"""Largest share of their bits that layers give up for failed layers before them.
+
+Where more layers fail, the recipe is at fault, not a layer.
+"""
 MAX_NAMES = 8
 """Number of layers that a warning names."""
 
@@ -29,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What became of a layer.
+    """The outcome of building a layer.
 
     Attributes:
         layer: the best compressed layer of all attempts, by relative error; None if none gave finite values.
@@ -51,12 +59,13 @@ def build_with_fallback(
     report: Callable[[CompressedLinear], LayerReport],
     fitted_error: Callable[[CompressedLinear], float] | None = None,
 ) -> BuildResult:
-    """Build a layer. If that fails, or the layer errs by more than `MAX_RELATIVE_ERROR`, build it again on damped statistics.
+    """Build a layer. If it fails or errs by more than `MAX_RELATIVE_ERROR`, build it again on damped statistics.
 
     Args:
         build: builds the layer from statistics, as they are or damped.
         report: measures a layer.
-        fitted_error: gives the relative error towards what the layer was fitted to, where `report` measures something else.
+        fitted_error: gives the relative error towards what the layer was fitted to, where `report` measures something
+            else.
     """
     fault: str | None = None
     best: BuildResult | None = None
@@ -86,14 +95,15 @@ def build_with_fallback(
 
 
 class BudgetShares(Generic[T]):
-    """What each layer may become under one budget, and how that shrinks when an earlier layer stays dense against the plan.
+    """The shares of the layers in one budget. They shrink when an earlier layer stays dense against the plan.
 
-    `T` is what a strategy decides for a layer: a budget, a rank, or the spec of the layer.
+    A share is of the type `T`: a budget, a rank, or the spec of the layer, as the strategy decides.
 
     Args:
         layers: the layers to compress, in order.
-        shares: what each may become, by name.
-        kept_dense: names of the layers that stayed dense so far. It belongs to the log of the run, and is extended here.
+        shares: the share of each layer, by name.
+        kept_dense: names of the layers that stayed dense so far. It belongs to the log of the run, and is extended
+            here.
         bits: the bits of a layer with this share, without the layer's own bias.
         dense_bits: the bits of a layer that stays dense, likewise.
         spread: spreads so many bits over layers; raises CompressionError if they are too few for anything.
@@ -119,7 +129,7 @@ class BudgetShares(Generic[T]):
         """Extra bits of each layer that stays dense, which later layers gave up."""
 
     def __getitem__(self, name: str) -> T:
-        """Return what a layer may become, after all that was diverted before it."""
+        """Return the share of a layer, after all that was diverted before it."""
         # A resumed run restores the names of `kept_dense` from its records, but not yet what they cost.
         for layer in self.layers:
             if layer.name in self.kept_dense and layer.name not in self._diverted:
@@ -158,7 +168,7 @@ class BudgetShares(Generic[T]):
 
 
 def fallback_warnings(retried: dict[str, str], failed: dict[str, str], kept_dense: list[str]) -> list[str]:
-    """Return what the user must know about layers that came out bad.
+    """Return warnings about layers that came out bad.
 
     Args:
         retried, failed, kept_dense: as in `RunLog`.

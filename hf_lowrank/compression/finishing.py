@@ -23,7 +23,7 @@ def finish(session: Session, calibration: Any, tokenizer: Any) -> None:
     """Attach the config, the quantizer and the report to the model, so that every save writes a complete checkpoint.
 
     Args:
-        calibration: what was calibrated on, as the config records it.
+        calibration: the text or the data that was calibrated on, as the config records it.
         tokenizer: saved with the model; None if there is none.
     """
     model, log = session.model, session.log
@@ -76,7 +76,7 @@ def describe_calibration(calibration: Any) -> str:
 
 
 def release_fused_experts(session: Session) -> None:
-    """Give experts that stay dense memory of their own, so that the fused tensors, of which they are slices, can go."""
+    """Give experts that stay dense memory of their own, so that the fused tensors they are slices of can go."""
     for bank in session.plan.expert_banks.values():
         for layer in filter(is_linear, bank.modules()):
             for parameter in layer.parameters():

@@ -1,4 +1,7 @@
-"""From a dense checkpoint to a compressed one: block by block from disk where that can be, else with the whole model in memory."""
+"""The way from a dense checkpoint to a compressed one.
+
+It goes block by block from disk where that can be, else with the whole model in memory.
+"""
 
 import logging
 import shutil
@@ -69,7 +72,7 @@ def compress_checkpoint(
 
 
 def _make_folders(stack: ExitStack, output: Path, work_dir: Path | None, group: ProcessGroup) -> tuple[Path, Path]:
-    """Return the work folder, a temporary one beside the output if none is named, and the folder of weights that are converted.
+    """Return the work folder and the folder for converted weights in it. Without a name the work folder is temporary.
 
     Raises:
         CompressionError: if they cannot be written.

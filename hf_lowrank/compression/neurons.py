@@ -1,4 +1,4 @@
-"""The order of the neurons of a feed-forward network. A permutation of them leaves the function of the block unchanged."""
+"""The order of the neurons of a feed-forward network. A permutation leaves the function of the block unchanged."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .session import BlockVisit, Session
 
 
 def order_neurons(session: Session, visit: BlockVisit, statistics: dict[str, Statistics]) -> None:
-    """Permute the neurons of the block's feed-forward networks as the method wants, once; `statistics` follow, in place."""
+    """Permute the neurons of the block's feed-forward networks once, as the method wants. `statistics` follow."""
     for network in find_feed_forwards(visit.block):
         output_name = f"{visit.name}.{network.output}"
         if output_name in session.log.neuron_orders or output_name not in statistics:
@@ -28,7 +28,7 @@ def order_neurons(session: Session, visit: BlockVisit, statistics: dict[str, Sta
 
 
 def apply_neuron_order(session: Session, visit: BlockVisit, network: FeedForward, order: Tensor) -> None:
-    """Permute the neurons of a feed-forward network of the block, (f,) indices; those of the dense copy, too."""
+    """Permute the neurons of a feed-forward network of the block by (f,) indices, in the dense copy, too."""
     # A fused input matrix holds the gates of all neurons first, and then their values.
     input_order = torch.cat([order, order + len(order)]) if network.fused else order
     models = [session.model]

@@ -1,4 +1,4 @@
-"""`compress()`: check the recipe, calibrate, compress the blocks by the strategy of the method, and make the result a checkpoint's model.
+"""`compress()`: check the recipe, calibrate, compress the blocks by the strategy of the method, finish the model.
 
 The work on the blocks is in `walk.py`, the one loop over them; `strategies/` says what happens to a block in it.
 """
@@ -58,17 +58,18 @@ def compress(
 ) -> PreTrainedModel:
     """Compress the linear layers of a model's blocks, in place.
 
-    Where torch.distributed has a process group of several processes, all of them call this with the same arguments and share the
-    work. Every one ends with the whole compressed model.
+    Where torch.distributed has a process group of several processes, all of them call this with the same arguments and
+    share the work. Every one ends with the whole compressed model.
 
     Args:
         model: any dense transformers model with a list of blocks of `nn.Linear` or `Conv1D` layers.
         config: the recipe. By default SLaB at half of the stored bits.
         tokenizer: needed to calibrate on text. It is saved with the compressed model.
-        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a file of texts (plain, or
-            `.jsonl` or `.parquet` with a column `text`), or an iterable of texts, token ids, chats, rows of a dataset, or batches.
-        work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to the same bytes.
-            Delete it, or use it for another run, once the model is saved.
+        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a file of texts
+            (plain, or `.jsonl` or `.parquet` with a column `text`), or an iterable of texts, token ids, chats, rows of
+            a dataset, or batches.
+        work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to
+            the same bytes. Delete it, or use it for another run, once the model is saved.
         progress: whether to show the progress.
 
     Returns:
@@ -127,7 +128,8 @@ def _token_batches(session: Session, tokenizer: Any, calibration: Any) -> list[T
     def read() -> list[TokenBatch]:
         return calibration_batches(session.model, session.plan.config, tokenizer, calibration)
 
-    # Only the main process downloads a named text, or samples one from the model. The others have the rows that they were given.
+    # Only the main process downloads a named text, or samples one from the model. The others have the rows that they
+    # were given.
     is_named = calibration is None or isinstance(calibration, str)
     return session.group.broadcast(read) if is_named else read()
 
@@ -155,7 +157,7 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
 
 
 def compress_blocks(session: Session) -> None:
-    """Capture the inputs of the blocks, compress these by the strategy of the method, and refine them where that is asked for."""
+    """Capture the inputs of the blocks, compress them by the strategy of the method, and refine them if asked."""
     batches = capture_inputs(session)
     measure_loss(session)
     strategy_of(session.method).compress(session, batches)
@@ -176,7 +178,7 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
 
 
 def measure_loss(session: Session) -> None:
-    """Measure what the method needs of the gradients of the loss, through the whole dense model."""
+    """Measure the gradients of the loss that the method needs, through the whole dense model."""
     model, method, plan = session.model, session.method, session.plan
     names = [layer.name for layer in plan.compressed]
     if method.needs_gradients:
@@ -190,11 +192,13 @@ def measure_loss(session: Session) -> None:
 def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
     """Compress a model that `from_pretrained(dense, quantization_config=config)` has just loaded.
 
-    Text named in `config.calibration` needs the tokenizer beside the model. Without one the model calibrates on itself.
+    Text named in `config.calibration` needs the tokenizer beside the model. Without one the model calibrates on
+    itself.
     """
     if config.calibration == "self":
         logger.warning(
-            "compressing on load: calibrating on text sampled from the model itself; name a text in calibration= to use that"
+            "compressing on load: calibrating on text sampled from the model itself; "
+            "name a text in calibration= to use that"
         )
         compress(model, config)
         return
@@ -203,7 +207,8 @@ def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     except (OSError, ValueError) as error:
         logger.warning(
-            "compressing on load: no tokenizer beside the model (%s); calibrating on text sampled from the model itself",
+            "compressing on load: no tokenizer beside the model (%s); "
+            "calibrating on text sampled from the model itself",
             error,
         )
     compress(model, config, tokenizer, calibration=None if tokenizer else "self")

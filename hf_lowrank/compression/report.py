@@ -27,8 +27,8 @@ class LayerReport:
         relative_error: ‖(W − Ŵ) X‖ / ‖W X‖ on the calibration tokens, with the values as they are stored.
         metric: "gram" if the error is exact, "column_norms" if only the norms ‖X_j‖ were measured.
         tokens: calibration tokens that the layer saw.
-        spectrum: the singular values in the calibration metric of the part of the dense weight that becomes low rank, before the
-            rank was decided (see `sampled_spectrum`). None if the method needs none.
+        spectrum: the singular values in the calibration metric of the part of the dense weight that becomes low rank,
+            before the rank was decided (see `sampled_spectrum`). None if the method needs none.
     """
 
     name: str
@@ -53,7 +53,7 @@ class LayerReport:
 
 @dataclass
 class BlockRefinement:
-    """The error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² of a block on the calibration tokens, before and after its refinement."""
+    """The error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² of a block before and after its refinement."""
 
     name: str
     before: float
@@ -73,7 +73,8 @@ class Report:
         layers: one entry per compressed layer.
         dense: reason of each layer that stays dense, by name.
         retried: by name, what was wrong with a layer at first, and how it was built again.
-        bad: by name, what is wrong with a layer that was no better then, and that the others could not pay for leaving dense.
+        bad: by name, what is wrong with a layer that was no better then, and that the others could not pay for leaving
+            dense.
         warnings: what the user must know.
         curve: SoCo's loss, ratio and phase per step.
         refinement: one entry per block, if blocks were refined. The errors of the layers are then those after it.
@@ -149,7 +150,11 @@ def layer_report(
 
 
 def sampled_spectrum(sigma: Tensor) -> list[float]:
-    """Return falling singular values (k,) at no more than 48 evenly spaced places, in units of the largest, with four digits."""
+    """Return singular values in units of the largest, with four digits.
+
+    Args:
+        sigma: falling singular values (k,), of which at most `SPECTRUM_POINTS` evenly spaced ones are returned.
+    """
     if not len(sigma):
         return []
     count = min(len(sigma), SPECTRUM_POINTS)
@@ -160,7 +165,7 @@ def sampled_spectrum(sigma: Tensor) -> list[float]:
 
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
-    """Return ‖(W − Ŵ) X‖ / ‖W X‖ in the metric of the statistics; 0 if the layer's output is always zero and stays so."""
+    """Return ‖(W − Ŵ) X‖ / ‖W X‖ in the metric of the statistics, or 0 if ‖W X‖ is zero."""
     lost = whole = weight.new_zeros(())
     for rows in row_chunks(weight):
         lost = lost + _energy(weight[rows] - approximation[rows], statistics)
@@ -169,7 +174,7 @@ def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics
 
 
 def compressed_input_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
-    """Return ‖W X − Ŵ X̂‖ / ‖W X‖, where X̂ are the inputs in the compressed model; 0 if W X is zero."""
+    """Return ‖W X − Ŵ X̂‖ / ‖W X‖, where X̂ are the inputs in the compressed model, or 0 if ‖W X‖ is zero."""
     C, M, C_hat = statistics.gram, statistics.cross_gram, statistics.compressed_input_gram
     assert C is not None and M is not None and C_hat is not None, "methods that need compressed inputs have them"
     whole = ((weight @ C) * weight).sum()

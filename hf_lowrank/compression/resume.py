@@ -1,7 +1,8 @@
-"""How a killed run goes on: what identifies it, and the records of its finished blocks in the work folder.
+"""The way a killed run goes on: its identity, and the records of its finished blocks in the work folder.
 
-Each stage of a run records every block that it finished, with what the run logged about it, and the inputs of the next block. A run
-that is started again reads these records in place of the work: a bug in resuming is here, in `RunLog.restore`, or in `work_folder.py`.
+Each stage of a run records every block that it finished, with what the run logged about it, and the inputs of the next
+block. A run that is started again reads these records in place of the work: a bug in resuming is here, in
+`RunLog.restore`, or in `work_folder.py`.
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from .session import BlockVisit, LogPosition, Session
 
 
 def run_identity(session: Session) -> dict[str, Any]:
-    """Return what the result of a run follows from. A work folder goes on with a run of the same identity only."""
+    """Return all that the result of a run depends on. A work folder goes on with a run of the same identity only."""
     return {
         "weights": weights_fingerprint(session.model, session.offloaded),
         "calibration": fingerprint(session.tokens),
@@ -73,7 +74,7 @@ class StageRecords:
         self._previous_was_recorded = False
 
     def read(self, visit: BlockVisit) -> Record | None:
-        """Return the record of a block; None if it is not finished.
+        """Return the record of a block, or None if it is not finished.
 
         At the first block that is not finished, the batches get the inputs that the last finished block left for it.
         """
@@ -88,7 +89,7 @@ class StageRecords:
         return record
 
     def restore(self, visit: BlockVisit, record: Record) -> None:
-        """Make the block, the log and the findings what they were when the block was finished."""
+        """Bring the block, the log and the findings into the state that was recorded with the block."""
         session = self.session
         session.log.restore(record.facts["log"])
         if not self.surveys:
@@ -136,7 +137,7 @@ class StageRecords:
 
 
 def block_record(block: nn.Module, log_entries: dict[str, Any]) -> Record:
-    """Return all that a block holds, which of its layers are compressed and how, and what was logged about it."""
+    """Return the tensors of a block, which of its layers are compressed and how, and the log entries about it."""
     specs = {}
     for name, module in block.named_modules():
         if isinstance(module, CompressedLinear):
@@ -145,7 +146,7 @@ def block_record(block: nn.Module, log_entries: dict[str, Any]) -> Record:
 
 
 def restore_block(block: nn.Module, record: Record, values: bool = True) -> None:
-    """Make a block what it was when it was recorded.
+    """Bring a block into the state that was recorded.
 
     Args:
         values: whether to restore the values, too, or only which layers are compressed and how.
@@ -205,7 +206,7 @@ def merge_records(records: Iterable[Record]) -> Record:
 
 
 def inputs_record(batches: Iterable[BlockBatch], count: int, group: ProcessGroup, cache: ActivationCache) -> Record:
-    """Return the inputs of the next block for all `count` batches of the group; at the main process only.
+    """Return the inputs of the next block for all `count` batches of the group, on the main process only.
 
     Inputs of other processes are put into the cache, as they do not fit into the memory of one.
     """

@@ -1,4 +1,4 @@
-"""Which linear layers are compressed, and why the others are not."""
+"""The choice of the linear layers to compress, and the reasons of those that stay dense."""
 
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -53,9 +53,12 @@ def select_layers(
 
 
 def uncalled_layers(blocks: dict[str, nn.Module], layers: list[Layer], called: set[str]) -> dict[str, str]:
-    """Return the reason of each layer that calibration never calls, by name: the model may read its weight in another way.
+    """Return the reason of each layer that calibration never calls, by name.
 
-    Experts (layers in a list inside a block) are called only for some tokens. Those without any are compressed without data.
+    The model may not use such a layer, or read its weight in another way.
+
+    Experts (layers in a list inside a block) are called only for some tokens. Those without any are compressed without
+    data.
     """
     reached_blocks = {layer.block for layer in layers if layer.name in called}
     reasons = {}
@@ -89,7 +92,7 @@ def left_out(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a module name is the pattern, ends with it after a dot, lies under it, or fits it as a shell pattern."""
+    """Return whether a module name is the pattern, ends with it, lies under it, or fits it as a shell pattern."""
     return (
         name == pattern
         or name.endswith(f".{pattern}")

@@ -1,4 +1,4 @@
-"""One run of `compress`: what it decides beforehand (`Plan`), what it has done so far (`RunLog`), what it works with (`Session`)."""
+"""The state of one run of `compress`: its plan, its log, and the session with everything that it works with."""
 
 import copy
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +27,7 @@ from .selection import left_out, select_layers, uncalled_layers
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before the first block is touched.
+    """The decisions that are taken before the first block is touched.
 
     Attributes:
         config: the recipe.
@@ -37,9 +37,9 @@ class Plan:
         compressed: the layers to compress, in order.
         dense: the linear layers of the blocks that stay dense.
         reasons: why a layer stays dense, by name.
-        budget: what a layer takes, dense and compressed.
+        budget: counts the bits of a layer, dense and compressed.
         available_bits: the bits that the compressed layers may take together.
-        warnings: what the user must know before anything is done.
+        warnings: warnings about the plan.
     """
 
     config: CompressionConfig
@@ -54,7 +54,7 @@ class Plan:
     warnings: list[str]
 
     def dense_bits(self, layer: Layer) -> int:
-        """Return the bits of a layer that stays dense, without its bias, which `available_bits` does not count either."""
+        """Return the bits of a layer that stays dense. `available_bits` does not count its bias, nor does this."""
         return self.budget.dense_bits(layer) - self.budget.bias_bits[layer.name]
 
     def without_uncalled(self, called: set[str]) -> "Plan":
@@ -94,16 +94,19 @@ class LogPosition:
 
 @dataclass
 class RunLog:
-    """What a run has done so far. A block's part of it is recorded with the block, and restored when the run is resumed.
+    """The log of what a run has done so far.
+
+    A work folder records the entries about a block with the block. A resumed run restores them from there.
 
     Attributes:
         reports: one entry per compressed layer.
-        warnings: what the user must know.
+        warnings: warnings so far.
         reasons: why a layer stays dense, by name.
         retried: by name, what was wrong with a layer at first, and how it was built again.
         failed: by name, what is wrong with a layer that was no better then, and that had to be used all the same.
         kept_dense: names of the layers that stay dense as no attempt gave anything of use, in order.
-        neuron_orders: how the neurons of feed-forward networks were permuted, by the name of the layer that reads them.
+        neuron_orders: how the neurons of feed-forward networks were permuted, by the name of the layer that reads
+            them.
         curve: SoCo's loss, ratio and phase per step.
         refinement: one entry per refined block.
     """
@@ -157,7 +160,7 @@ class BlockVisit:
         name: its module name.
         block: the module.
         layers: those of its layers that are to be compressed.
-        findings: what a survey of it gave, to be recorded; None for a stage that replaces layers.
+        findings: the result of a survey of the block, to be recorded. None for a stage that replaces layers.
     """
 
     index: int
@@ -173,13 +176,13 @@ class BlockVisit:
 
 @dataclass
 class Session:
-    """What a run works with.
+    """Everything that a run works with.
 
     Attributes:
         model: the model, which is compressed in place.
-        plan: what was decided beforehand.
-        log: what was done so far.
-        show: shows what is being done, and how far it is.
+        plan: the decisions that were taken beforehand.
+        log: the log of what was done so far.
+        show: shows the user which block or layer is being worked on.
         group: the processes that work on the run.
         offloaded: the blocks of a model that has them on disk; None if they are in memory.
         dense_copy: a copy of the dense model, if blocks are to be refined.
@@ -227,7 +230,7 @@ class Session:
         return compressed
 
     def leave_uncalled_dense(self, called: set[str]) -> None:
-        """Change the plan, and the log with it, for the layers that calibration never called; see `Plan.without_uncalled`."""
+        """Leave the layers dense that calibration never called, in the plan and in the log."""
         self.plan = self.plan.without_uncalled(called)
         self.log.reasons = dict(self.plan.reasons)
         self.log.warnings = list(self.plan.warnings)
@@ -260,7 +263,7 @@ def make_plan(
     blocks: dict[str, nn.Module],
     expert_banks: dict[str, ExpertBank],
 ) -> Plan:
-    """Decide which layers are compressed, and what they may take together.
+    """Decide which layers are compressed, and how many bits they may take together.
 
     Args:
         blocks: the blocks of the model, their fused experts separated into `expert_banks`.

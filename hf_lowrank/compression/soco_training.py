@@ -1,4 +1,7 @@
-"""The training that SoCo needs: scores of all singular components, learned end to end against the dense model (arXiv 2502.15092)."""
+"""The training of SoCo: scores of all singular components, learned end to end against the dense model.
+
+arXiv 2502.15092; `methods/soco.py` has the formulas of the scores, the gates and the losses.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +62,8 @@ def learn_spectrum(
         available: bits that these layers may take together.
         work: where to record the state, so that a killed run goes on from it.
         on_step: called with the number of steps done and of all.
-        group: the processes that share the rows of every step. What is trained is small, and every process holds all of it.
+        group: the processes that share the rows of every step. What is trained is small, and every process holds all
+            of it.
 
     Returns:
         The measurements with learned spectra, the rank of each layer (None: dense), and the loss curve.
@@ -90,7 +94,7 @@ class SoCoTraining:
     """The state of one training.
 
     Attributes:
-        curve: what the report shows.
+        curve: the course of the training, for the report.
         kept: after the final cut, which components of each layer stay, (k,) bool.
         ranks: after the final cut, the rank of each layer; None for one that becomes the dense layer.
         first_removed: ρ at the first step, from which its target rises.
@@ -154,7 +158,7 @@ class SoCoTraining:
         self.curve.phase.append(phase.number if self.kept is None else FINAL_PHASE)
 
     def backward(self, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return L_inc of a step's rows, of which every process takes some, and leave its gradients at the parameters."""
+        """Return L_inc of a step's rows, which the processes share, and leave its gradients at the parameters."""
         total, own_rows = self.counted_tokens(rows), self.group.split(rows)
         own_tokens = self.counted_tokens(own_rows)
         tensors = {}
@@ -198,7 +202,7 @@ class SoCoTraining:
         return divergence[counted].mean()
 
     def removed_ratio(self, scores: dict[str, Tensor], phase: Phase) -> Tensor:
-        """Return ρ, the removed fraction of the layers' budget that the gates stand for. It is not clamped: a gradient is everywhere."""
+        """Return ρ, the fraction of the layers' budget that the gates remove, without a clamp, for its gradient."""
         kept_bits = []
         for name, s in scores.items():
             kept_bits.append(self.fixed[name] + self.price[name] * gate(s, phase.temperature).sum())
@@ -208,7 +212,8 @@ class SoCoTraining:
     def add_decrease(self, step: int, phase: Phase) -> float:
         """Add the gradients of L_dec and L_pol to those of L_inc, and return ρ.
 
-        L_dec is active while ρ is below its target. Its gradient is scaled to λ_d times the norm of L_inc's, that of L_pol to λ_p times.
+        L_dec is active while ρ is below its target. Its gradient is scaled to λ_d times the norm of L_inc's, that of
+        L_pol to λ_p times.
         """
         scores = {name: score(layer.a) for name, layer in self.layers.items()}
         removed = self.removed_ratio(scores, phase)
@@ -233,7 +238,10 @@ class SoCoTraining:
         return removed.item()
 
     def cut(self) -> None:
-        """Make the final cut: the largest scores within the budget stay. A layer that costs as much as the dense one becomes that."""
+        """Make the final cut: the largest scores within the budget stay.
+
+        A layer that would cost as much as the dense one becomes the dense one.
+        """
         scored = {}
         for name, layer in self.layers.items():
             scored[name] = learned(self.measurements[name], score(layer.a.detach()), layer.d)
@@ -247,7 +255,7 @@ class SoCoTraining:
             self.kept[name] = kept
 
     def learned_measurements(self) -> dict[str, Measurement]:
-        """Return the measurements with the learned scores. Components that were cut come last, by a score below all others."""
+        """Return the measurements with the learned scores. Components that were cut get a score below all others."""
         assert self.kept is not None, "cut before"
         measurements = {}
         for name, layer in self.layers.items():
@@ -270,7 +278,7 @@ class SoCoTraining:
         return [self.rows[int(position)] for position in order[index * count : (index + 1) * count]]
 
     def padded(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None]:
-        """Return rows as a batch on the model's device, with the mask of the tokens that are no padding (None: all)."""
+        """Return rows as a batch on the model's device, with the mask of the tokens that count (None: all)."""
         input_ids = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
         mask = nn.utils.rnn.pad_sequence([mask for _, mask in rows], batch_first=True)
         device = self.model.device
@@ -295,7 +303,7 @@ class SoCoTraining:
         work.write(STATE, Record(tensors, facts))
 
     def load(self, work: WorkFolder | None) -> int:
-        """Restore a recorded state, and return the number of steps that it had done; 0 without one."""
+        """Restore a recorded state, and return the number of steps that it had done (0 without one)."""
         record = None if work is None else work.read(STATE)
         if record is None:
             return 0

@@ -1,4 +1,4 @@
-"""Linear layers whose singular spectrum is trained, in the place of the dense ones while SoCo trains (arXiv 2502.15092)."""
+"""Linear layers whose singular spectrum is trained. They replace the dense ones while SoCo trains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from ..runtime.quantizer import swap_module
 
 
 class SpectralLinear(nn.Module):
-    """A linear layer as y = U ((σ ⊙ s̃) ⊙ (Vᵀ S⁻¹ x)) + d, or the dense layer that it came from, whichever is asked for.
+    """A linear layer as y = U ((σ ⊙ s̃) ⊙ (Vᵀ S⁻¹ x)) + d, or as the dense layer, whichever is asked for.
 
     Args:
         dense: the layer to learn, which is frozen.

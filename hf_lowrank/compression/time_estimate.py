@@ -1,4 +1,4 @@
-"""How long a compression takes on this machine: its operations are counted, and small pieces of the same work are timed."""
+"""Estimate of the time that a compression takes: its operations are counted, and small pieces of it are timed."""
 
 import hashlib
 import itertools
@@ -28,13 +28,13 @@ from .strategies import strategy_of
 SECONDS_FOR_SHAPES = 2.0
 """Seconds to spend on trial layers, all shapes together."""
 SMALLEST_SIDE = 64
-"""Longer side of the first trial layer. Each next one is twice as large, until the time is spent or the real size is reached."""
+"""Longer side of the first trial layer. Each next one is twice as large, until the time is spent."""
 WARM_UP_SECONDS = 0.05
 """Seconds of trials after which the pace is that of a long run."""
 PROBE_SIDE = 1024
 """Side of the matrix product whose pace is measured."""
 TOUCHES = 3
-"""How often each input and output of a linear layer is read or written beside its product: in norms, activations, residuals."""
+"""Reads and writes of each input and output of a linear layer beside its product: in norms, activations, residuals."""
 EXPERT = re.compile(r"\.experts\.\d+\.")
 PASSES_WITH_GRADIENT = 3
 """Cost of one pass forward and backward, in forward passes."""
@@ -134,7 +134,7 @@ def _solving_seconds(method: Method, layers: list[Layer], ratio: float, value_bi
 
 
 def _layer_seconds(method: Method, shape: tuple[int, int], ratio: float, value_bits: int, limit: float) -> float:
-    """Return the time for a layer (m, n), from smaller layers of the same proportions, up to what `limit` seconds allow."""
+    """Return the time for a layer (m, n), from smaller layers of its proportions that take about `limit` seconds."""
     scales: list[float] = []
     seconds: list[float] = []
     for doublings in itertools.count():
@@ -160,8 +160,8 @@ def _layer_seconds(method: Method, shape: tuple[int, int], ratio: float, value_b
 def extrapolated(sides: list[float], seconds: list[float], powers: tuple[int, ...]) -> float:
     """Return the time at side 1, extrapolated from those at smaller sides.
 
-    The time is a sum of at most two of the powers of the side, with no negative term, of least relative squares. More terms would
-    follow the noise of the times.
+    The time is a sum of at most two of the powers of the side, with no negative term, of least relative squares. More
+    terms would follow the noise of the times.
     """
     best, least_error = seconds[-1] / sides[-1] ** powers[-1], float("inf")
     for count in range(1, min(len(sides), 2) + 1):

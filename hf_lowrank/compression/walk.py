@@ -1,4 +1,7 @@
-"""The loop over the blocks of a model. Every strategy runs it once or twice, each time with a `Stage` that says what happens to a block."""
+"""The loop over the blocks of a model.
+
+Every strategy runs it once or twice, each time with a `Stage` that says what happens to a block.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,14 +20,14 @@ S = TypeVar("S")
 
 
 class Stage(ABC, Generic[S]):
-    """What one walk over the blocks does with each of them. `S` is what it collects of a block before it solves it.
+    """The work of one walk on each block. `S` is the type of the statistics that it collects before it solves.
 
     A stage either *replaces* layers, or *surveys* the dense model: then it leaves its findings in `visit.findings`.
 
     Attributes:
         name: names the records of finished blocks in the work folder.
         surveys: whether the stage only surveys.
-        shares: what each layer may become; only for a stage that replaces layers.
+        shares: the share of each layer in the budget; only for a stage that replaces layers.
     """
 
     name: str
@@ -33,11 +36,11 @@ class Stage(ABC, Generic[S]):
 
     @abstractmethod
     def collect(self, visit: BlockVisit) -> S:
-        """Collect what the layers of a block are solved from: their statistics, on the batches as they are before the block."""
+        """Collect the statistics that the layers of a block are solved from, on the inputs of the block."""
 
     @abstractmethod
     def solve(self, visit: BlockVisit, statistics: S) -> Iterable[tuple[Layer, BuildResult]]:
-        """Yield each layer with what became of it. A layer is installed before the next one is asked for."""
+        """Yield each layer with its outcome. A layer is installed before the next one is asked for."""
 
     def propagate(self, visit: BlockVisit) -> None:
         """Carry the batches through the block as it is now, where `collect` has not done so."""
@@ -95,13 +98,13 @@ def load(session: Session, visit: BlockVisit) -> None:
 
 
 def unload(session: Session, visit: BlockVisit) -> None:
-    """Let go of the weights of a block that is on disk; its compressed ones are in its record."""
+    """Let go of the weights of a block that is on disk. Its compressed weights are in its record."""
     if session.offloaded is not None:
         session.offloaded.empty(visit.name)
 
 
 def install(session: Session, shares: BudgetShares[Any], layer: Layer, result: BuildResult) -> None:
-    """Put a compressed layer in the place of the dense one and log its report; a layer that failed stays dense if it can.
+    """Put a compressed layer in the place of the dense one, and log its report. A failed layer stays dense if it can.
 
     Raises:
         NumericalError: if no attempt gave finite values, and the layers of later blocks cannot pay for a dense layer.
@@ -127,8 +130,8 @@ def install(session: Session, shares: BudgetShares[Any], layer: Layer, result: B
 def enter_block_list(session: Session, visit: BlockVisit, batches: list[BlockBatch]) -> None:
     """Bring the batches to a block that does not continue the one before it, such as the first one of a decoder.
 
-    A decoder also reads the states of the encoder. They are those of the compressed encoder for a sequential method, and for the
-    compressed twin of a batch: the partly compressed model is then run once more to capture them.
+    A decoder also reads the states of the encoder. They are those of the compressed encoder for a sequential method,
+    and for the compressed twin of a batch: the partly compressed model is then run once more to capture them.
 
     Raises:
         CompressionError: if the blocks are on disk, as running the model would need all of it.

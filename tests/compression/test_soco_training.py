@@ -111,7 +111,7 @@ def interrupting(after: int, steps_done: list[int]) -> Callable:
 def test_a_killed_training_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
     work = tmp_path / "work"
     compress(tiny_models.llama(), recipe(), calibration=IDS).save_pretrained(tmp_path / "whole")
 

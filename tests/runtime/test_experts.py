@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = recipe(method, **({"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}))
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
     family, expected, written = FAMILIES["Mixtral"], made("Mixtral", config).state_dict(), []
     usual = WorkFolder.write
 

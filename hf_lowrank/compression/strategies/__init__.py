@@ -1,8 +1,10 @@
-"""How a method treats the model as a whole. A method names its strategy (`Method.strategy`); each strategy has a file here.
+"""The strategies: ways of treating the model as a whole. A method names its own (`Method.strategy`).
 
 - `layerwise`: every layer has its budget beforehand, and is solved as soon as its statistics are there.
-- `spectral`: the spectra of all layers are measured first, then one budget decides on all ranks, then the layers are truncated.
-- `mixed`: what each layer could become is measured first, then one budget chooses, then the layers are fitted one after the other.
+- `spectral`: the spectra of all layers are measured first, then one budget decides on all ranks, then the layers are
+  truncated.
+- `mixed`: what each layer could become is measured first, then one budget chooses, then the layers are fitted one
+  after the other.
 """
 
 from ...methods import Method

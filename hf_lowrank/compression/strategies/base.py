@@ -1,4 +1,4 @@
-"""What every strategy offers: it compresses the blocks, and says beforehand what that takes."""
+"""The base of every strategy: it compresses the blocks, and says beforehand how much work that is."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Passes:
 
 
 class Strategy(ABC):
-    """How a method treats the model as a whole."""
+    """A way of treating the model as a whole."""
 
     @staticmethod
     def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:

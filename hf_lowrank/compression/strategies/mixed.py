@@ -1,4 +1,7 @@
-"""What each layer could become first, measured in the dense model; then one budget for all; then each layer fitted to corrected targets."""
+"""A survey of what each layer could become, one choice for all within the budget, and then the layers.
+
+The survey measures the dense model. Each layer is then fitted to targets that are corrected for the layers before it.
+"""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -65,7 +68,7 @@ class Mixed(Strategy):
 def choose(
     session: Session, choices: dict[str, list[Choice]], layers: Iterable[Layer], available_bits: int
 ) -> dict[str, LayerSpec | None]:
-    """Return one choice per layer within the budget; None for a layer that stays dense."""
+    """Return one choice per layer within the budget, or None for a layer that stays dense."""
     options = {}
     for layer in layers:
         stored = [(session.plan.budget.stored_bits(layer, choice.spec), choice.loss) for choice in choices[layer.name]]
@@ -121,7 +124,7 @@ class _Survey(Stage[dict[str, Statistics]]):
 
 
 class _Fit(Stage[dict[str, Statistics]]):
-    """Build the layers of each block in the order of the data flow, each fitted to the inputs that those before it give.
+    """Build the layers of each block in the order of the data flow, each fitted to its inputs in the compressed model.
 
     Args:
         choices: what each layer could become, by name.
@@ -162,7 +165,7 @@ class _Fit(Stage[dict[str, Statistics]]):
         self._outputs: list[Tensor] = []
 
     def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
-        """Return the statistics of the survey; where they were not kept, collect them once more."""
+        """Return the statistics of the survey, or collect them once more where they were not kept."""
         if visit.name in self.surveyed:
             return self.surveyed.pop(visit.name)
         inputs = [batch.hidden for batch in self.batches]
@@ -213,7 +216,7 @@ class _Fit(Stage[dict[str, Statistics]]):
         return to_build
 
     def _build(self, sums: Sums | None, all_statistics: dict[str, Statistics], layer: Layer) -> BuildResult:
-        """Fit a layer to the inputs that the layers before it give; to those of the dense model if no token reaches it."""
+        """Fit a layer to its inputs in the compressed model, or in the dense one if no token reaches it."""
         session = self.session
         spec, weight, statistics = self.shares[layer.name], session.dense_weight(layer), all_statistics[layer.name]
         assert spec is not None
@@ -243,7 +246,7 @@ def _last_writer(order: list[list[str]], writers: list[str]) -> str | None:
 
 
 def _stream_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
-    """Return the two layers of a block that write to the residual stream, by their names in it; none if it is made otherwise."""
+    """Return the two layers that write to the residual stream, by their names in the block, or none if others do."""
     writing = [layer for layer in visit.layers if layer.role in ("output", "ffn_out")]
     by_role = {layer.role: visit.local_name(layer) for layer in writing}
     if len(by_role) != 2 or len(writing) != 2:

@@ -1,4 +1,4 @@
-"""The spectra of all layers in the dense model first, then the ranks of all, then the layers."""
+"""The spectra of all layers in the dense model, then the ranks of all layers, then the layers."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -61,7 +61,7 @@ class Spectral(Strategy):
 def decide_ranks(
     session: Session, method: SpectralMethod, measurements: dict[str, Measurement]
 ) -> tuple[dict[str, Measurement], dict[str, int | None]]:
-    """Return the measurements, with their learned scores if the method trains, and the rank of each layer (None: dense)."""
+    """Return the measurements, with learned scores if the method trains, and the rank of each layer (None: dense)."""
     plan = session.plan
     if not method.trains:
         return measurements, method.allocate(measurements, plan.budget, plan.available_bits)
@@ -117,7 +117,9 @@ class _Measure(Stage[dict[str, Statistics]]):
 
 
 class _Truncate(Stage[dict[str, Statistics]]):
-    """Truncate every layer to its rank. Statistics are collected anew, as those of all blocks together would not fit into memory.
+    """Truncate every layer to its rank.
+
+    Statistics are collected anew, as those of all blocks together would not fit into memory.
 
     Args:
         spectra: the spectrum of each layer as its report shows it.
@@ -203,7 +205,8 @@ class _Truncate(Stage[dict[str, Statistics]]):
         def report(compressed: CompressedLinear) -> LayerReport:
             return report_on(session, layer, compressed, weight, statistics, self.spectra[name])
 
-        # A learned spectrum is fitted to the outputs of the model, not of the layer: the error of the layer is no fault.
+        # A learned spectrum is fitted to the outputs of the model, not of the layer: the error of the layer is no
+        # fault.
         was_learned = self.measurements[name].scores is not None
         return build_with_fallback(
             statistics,

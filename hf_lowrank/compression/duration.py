@@ -17,7 +17,7 @@ from ..calibration.batches import sequence_length
 from ..calibration.curvature import ENOUGH_TOKENS
 from ..calibration.statistics import TOKENS_AT_ONCE
 from ..methods import Method, Statistics, make_method
-from ..methods.base import MixedMethod
+from ..methods.mixed import MixedMethod
 from ..methods.spectral import SpectralMethod
 from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..runtime.configuration import CompressionConfig

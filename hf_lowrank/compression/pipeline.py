@@ -27,7 +27,7 @@ from ..execution.process_group import current_process_group
 from ..execution.progress import progress_bar
 from ..execution.work_folder import difference, tensors_checksum
 from ..methods import make_method
-from ..methods.base import MixedMethod
+from ..methods.mixed import MixedMethod
 from ..methods.soco import SoCo
 from ..methods.spectral import SpectralMethod
 from ..models.architectures import find_blocks

@@ -14,7 +14,7 @@ from ..budget import ModelBudget
 from ..calibration import TokenBatch
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.work_folder import Record, WorkFolder
-from ..methods.soco import Phase, SoCo, effective_score, gate, learned, polarization, score
+from ..methods.soco import Phase, SoCo, effective_score, gate, polarization, score, with_learned_scores
 from ..methods.spectral import Measurement, prices
 from ..runtime.errors import NumericalError
 from ..runtime.quantizer import swap_module
@@ -114,7 +114,7 @@ def learn_spectrum(
         for name, layer in layers.items():
             final = torch.where(run.kept[name], score(layer.a.detach()), -1.0).double()
             bias = layer.d.detach().double() if layer.d is not None else None
-            result[name] = learned(measurements[name], final, bias)
+            result[name] = with_learned_scores(measurements[name], final, bias)
         return result, run.ranks, run.curve
 
 
@@ -250,7 +250,7 @@ class _Run:
     def cut(self) -> None:
         """The final cut: the largest scores within the budget stay; a layer that costs as much as the dense one becomes it."""
         scored = {
-            name: learned(self.measurements[name], score(layer.a.detach()), layer.d)
+            name: with_learned_scores(self.measurements[name], score(layer.a.detach()), layer.d)
             for name, layer in self.layers.items()
         }
         self.ranks = self.method.allocate(scored, self.budget, self.available)

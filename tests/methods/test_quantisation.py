@@ -5,8 +5,8 @@ import torch
 
 from hf_lowrank import CompressionError
 from hf_lowrank.methods import Budget, Layer, Statistics, make_method
+from hf_lowrank.methods.factorization import inverse_cholesky
 from hf_lowrank.methods.gptq import compensated
-from hf_lowrank.methods.spectral import inverse_cholesky
 from hf_lowrank.runtime.configuration import LayerSpec
 from hf_lowrank.runtime.quantization import Quantized, group_scales, quantize, spread_scale
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_lowrank.budget import Layer
 from hf_lowrank.methods import make_method
+from hf_lowrank.methods.factorization import inverse_cholesky
 from hf_lowrank.methods.lowrank import output_root
 from hf_lowrank.methods.rounding import compensated_both, rounded_values
 from hf_lowrank.methods.second_order import (
@@ -21,7 +22,6 @@ from hf_lowrank.methods.second_order import (
 )
 from hf_lowrank.methods.slab_gram import first_guess, fit
 from hf_lowrank.methods.sparsity import largest_per_row
-from hf_lowrank.methods.spectral import inverse_cholesky
 from hf_lowrank.runtime.quantization import levels, nearest_codes, quantize, spread_scale
 
 from .problems import VALUE_BITS, correlated_tokens, gaussian, problem

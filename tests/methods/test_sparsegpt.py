@@ -14,9 +14,11 @@ from .problems import budget_of, correlated_tokens, gaussian, problem, relative_
 def surgeon(weight: Tensor, gram: Tensor, kept: int, spans: list[tuple[int, int]], quota: int | None = None) -> Tensor:
     """Removes entries from left to right; a mask is chosen at the start of every span of columns.
 
-    Each row keeps `quota` entries of a span, or as many as the `kept` that cost most in the whole row, before any is removed, lie in it.
+    Each row keeps `quota` entries of a span, or as many as the `kept` that cost most in the whole row, before any is
+    removed, lie in it.
 
-    Removing w_j changes the columns F = {j, j+1, ...} by −w_j / [H_FF⁻¹]_jj · H_FF⁻¹[:, j], and costs w_j² / [H_FF⁻¹]_jj.
+    Removing w_j changes the columns F = {j, j+1, ...} by −w_j / [H_FF⁻¹]_jj · H_FF⁻¹[:, j], and costs w_j² /
+    [H_FF⁻¹]_jj.
     """
     n = weight.shape[1]
     H = gram + 0.01 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.methods import Statistics, make_method
-from hf_lowrank.methods.spectral import factorize, leading_components
+from hf_lowrank.methods.factorization import factorize, leading_components
 from hf_lowrank.methods.svd_llm import refit_left
 
 from .problems import budget_of, compressed_tokens, correlated_tokens, gaussian, problem, relative_error, statistics_of

@@ -11,7 +11,7 @@ from ...calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums,
 from ...execution.work_folder import Record
 from ...methods import Statistics
 from ...methods.allocation import cheapest_choices
-from ...methods.base import Choice, MixedMethod
+from ...methods.mixed import Choice, MixedMethod
 from ...runtime.configuration import LayerSpec
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import relative_error

@@ -28,6 +28,7 @@ def check_reachable(method: Method, compressed: list[Layer], dense: list[Layer],
     available = budget.available(compressed, dense)
     lowest = _total_min_bits(method, compressed, budget)
     highest = 0
+    # The largest layer of a method may be larger than the dense one, which then stays in its place.
     for layer in compressed:
         largest = _min_bits(method, layer, budget) + _step_bits(method, layer, budget) * method.max_steps(layer)
         highest += min(largest, budget.dense_bits(layer))
@@ -165,7 +166,7 @@ def greedy_ranks(
         ranks = {name: 0 for name in energies if name not in dense}
         left = available - sum(dense_price[name] for name in dense) - sum(fixed[name] for name in ranks)
         for name in _layers_by_energy_per_bit(list(ranks), energies, price):
-            if price[name] <= left:
+            if price[name] <= left:  # a cheaper component further down may still fit where this one does not
                 ranks[name] += 1
                 left -= price[name]
         too_large = {name for name, rank in ranks.items() if fixed[name] + rank * price[name] >= dense_price[name]}
@@ -207,6 +208,7 @@ def fitted_ranks(
     while True:
         ranked = {name: rank for name, rank in targets.items() if rank is not None and name not in dense}
         left = available - sum(dense_price[name] for name in dense) - sum(fixed[name] for name in ranked)
+        # Limits cut some ranks, and all are rounded down. `spread_remainder` gives away what that leaves.
         factor = left / max(sum(rank * price[name] for name, rank in ranked.items()), 1)
         exact_ranks: dict[str, float] = {}
         ranks: dict[str, int] = {}
@@ -259,6 +261,7 @@ def cheapest_choices(options: dict[str, list[tuple[int, float]]], available: int
 
     for name in hulls:
         push_next_step(name)
+    # Along a convex hull every step saves less loss per bit than the one before it. So the best step is a next one.
     while steps:
         _, name = heapq.heappop(steps)
         bits, _ = next_step(name)

@@ -40,6 +40,7 @@ class Auto(MixedMethod):
 
     source: ClassVar[str] = "this project; parts after YAQA, arXiv 2505.22988, SLaB, 3BASiL and IO-SVD"
 
+    # Signs and scales alone are the smallest choice. Upward the budget is bounded as for slab-gram.
     def min_spec(self, layer: Layer) -> LayerSpec:
         return SLaBGram().min_spec(layer)
 
@@ -81,6 +82,7 @@ class Auto(MixedMethod):
         row_weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
         sample, sample_weights = sampled_rows(weight, row_weights)
 
+        # Values are kept at a few bits each, so the loss includes that of rounding them.
         def loss(parts: Parts) -> float:
             rounded, _ = with_rounded_values(sample * d, C, d, parts, sample_weights)
             return float((row_errors(sample * d - rounded.values - rounded.binary(), C) * sample_weights).sum())
@@ -126,6 +128,7 @@ def with_rounded_values(
     """
     if not bool(parts.mask.any()):
         return parts, None
+    # Rounding errors of the values are errors of the target to which the scales are fitted again.
     residual = weight - parts.binary()
     quantized, values = rounded_values(residual, gram, parts.mask, parts.values, 1 / d, KEPT_BITS, KEPT_GROUP)
     u, v = refit_scales(weight - values, gram, parts.signs, parts.scale_in, row_weights)

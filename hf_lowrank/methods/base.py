@@ -160,6 +160,7 @@ class Decomposition:
             dtype: by default that of the parts.
         """
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        # A layer has one bias: the sum of its own and of what the method adds, in the method's precision.
         if bias is not None:
             if self.bias is not None:
                 bias = bias.to(self.bias.dtype) + self.bias

@@ -49,6 +49,7 @@ class Factorization:
 
 def factorize(weight: Tensor, gram: Tensor | None = None) -> Factorization:
     """Return the whitened SVD of `weight` (m, n) for a Gram matrix (n, n), or else the plain SVD. Both are float64."""
+    # A Gram matrix of zeros says that no token reached the layer: all inputs count alike.
     if gram is None or not bool(gram.diagonal().any()):
         left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
         return Factorization(left, sigma, right)
@@ -65,16 +66,21 @@ def factorize(weight: Tensor, gram: Tensor | None = None) -> Factorization:
 def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (r, n) and B (m, r), of the same scale, that minimize ‖(W − B A) X‖_F.
 
-    It takes the memory of C and of little more than W. With the SVD W S = U Σ Vᵀ the best approximation is U_r U_rᵀ W
-    = W S V_r V_rᵀ S⁻¹. U are the eigenvectors of W C Wᵀ (m, m), V those of Sᵀ Wᵀ W S (n, n). The smaller of the two
-    matrices is decomposed. Eigenvalues are squares of singular values, so components under 1e-8 of the largest are not
-    told apart. Together they lose no more than rounding the factors to 16 bits does.
+    It takes the memory of C and of little more than W. With the SVD W S = U Σ Vᵀ the best approximation is
+
+        U_r U_rᵀ W = W S V_r V_rᵀ S⁻¹.
+
+    U are the eigenvectors of W C Wᵀ (m, m), V those of Sᵀ Wᵀ W S (n, n). The smaller of the two is decomposed.
+    Eigenvalues are squares of singular values, so components under 1e-8 of the largest are not told apart. Together
+    they lose no more than rounding the factors to 16 bits does.
     """
+    # No token reached the layer: all inputs count alike.
     if not bool(gram.diagonal().any()):
         return factorize(weight).truncate(rank)
     m, n = weight.shape
     if m <= n:
         energy = _output_energy(weight, gram)
+        # `eigh` sorts eigenvalues upward, so the leading vectors are the last ones, in reverse.
         b = torch.linalg.eigh(energy).eigenvectors[:, -rank:].flip(1)
         a = b.T @ weight
     else:
@@ -85,6 +91,7 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, T
             a = torch.linalg.solve_triangular(S.T, V, upper=True).T
         else:
             a = torch.linalg.solve(S.T, V).T
+    # Each factor carries half of a component's scale, so that both fit the range of 16 bits.
     scale = (a.norm(dim=1) / b.norm(dim=0)).clamp(min=torch.finfo(a.dtype).tiny).sqrt()
     return a / scale[:, None], b * scale
 
@@ -106,6 +113,7 @@ def matrix_root(gram: Tensor) -> tuple[Tensor, bool]:
     enough, S comes from the eigen-decomposition, with small eigenvalues raised to 1e-10 of the largest one. Dead
     channels and fewer tokens than channels are regular cases.
     """
+    # The jitter is relative, so that the result does not depend on the scale of the inputs.
     mean_diagonal = gram.diagonal().mean()
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     for jitter in RELATIVE_JITTERS:
@@ -129,6 +137,7 @@ def inverse_cholesky(gram: Tensor, damping: float) -> Tensor:
     mean = 1.0
     if bool(alive.any()):
         mean = float(diagonal[alive].mean())
+    # Divided by the mean, so that λ becomes `damping` itself and the scale of the inputs plays no part.
     hessian = gram / mean + torch.diag(torch.where(alive, 0.0, 1.0) + damping)
     root, singular = torch.linalg.cholesky_ex(hessian)
     U, inverse_singular = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
@@ -156,6 +165,7 @@ def leading_components(matrix: Tensor, rank: int, start: Tensor | None = None) -
         if rank > 1:
             Q = torch.linalg.qr(matrix @ V.T).Q
         else:
+            # For one column QR is a division by its norm, up to the sign. Without QR a non-negative U stays so.
             Q = _normalized_columns(matrix @ V.T)
         V = Q.T @ matrix  # (r, n): Q V is the projection of the matrix onto the span of Q
     scale = V.norm(dim=1).clamp(min=torch.finfo(V.dtype).tiny).sqrt()

@@ -66,7 +66,7 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
         end = min(start + block, n)
         errors = torch.zeros_like(W[:, start:end])
         for j in range(start, end):
-            if j % group == 0:
+            if j % group == 0:  # the first column of a group, which is up to date now
                 columns = slice(j, min(j + group, end))
                 scale[:, j // group] = group_scales(W[:, columns], bits, importance[columns])
             s = scale[:, j // group]
@@ -74,5 +74,6 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
             error = (W[:, j] - levels(codes[:, j], bits, W.dtype) * s) / U[j, j]
             W[:, j:end] -= torch.outer(error, U[j, j:end])
             errors[:, j - start] = error
+        # All errors of the block reach the columns behind it in one product (the lazy batch updates of GPTQ).
         W[:, end:] -= errors @ U[start:end, end:]
     return Quantized(codes, scale, bits, group)

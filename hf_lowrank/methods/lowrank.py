@@ -49,6 +49,7 @@ class LowRank(MixedMethod):
         """W ≈ B A of rank r, minimizing tr(G D C Dᵀ): the whitened SVD of G^½ W, with G^½ undone in B."""
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
         a, b = factorize(root @ weight, statistics.require("gram", self.name)).truncate(spec.rank)
+        # Pivoted factors store r (m + n − r) values in place of r (m + n): r rows of B become the identity.
         lowrank_a, lowrank_b, pivots = pivot(a, torch.linalg.solve(root, b))
         return Decomposition(lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=pivots)
 
@@ -57,6 +58,7 @@ def output_root(gram: Tensor | None, features: int) -> Tensor:
     """Return the symmetric (G + λ I)^½, (m, m), λ = `OUTPUT_DAMPING` · mean G_ii, or the identity without a G."""
     if gram is None or not float(mean := gram.diagonal().mean()) > 0:
         return torch.eye(features, dtype=torch.float64)
+    # A symmetric root, unlike a Cholesky factor, exists for a G without full rank, too.
     eigenvalues, vectors = torch.linalg.eigh(gram / mean)
     root: Tensor = (vectors * (eigenvalues.clamp(min=0) + OUTPUT_DAMPING).sqrt()) @ vectors.T * mean.sqrt()
     return root

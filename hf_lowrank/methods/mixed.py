@@ -86,6 +86,7 @@ class MixedMethod(Method):
         """Build the choice of least loss within the budget of this one layer."""
         statistics.require("gram", self.name)
         choices = self.choices(single_layer(weight), weight, statistics, budget.value_bits)
+        # Between choices of the same loss the smaller one wins.
         affordable = [choice for choice in choices if budget.stored(choice.spec) <= budget.bits]
         if not affordable:
             raise too_small(self.name, budget)

@@ -54,11 +54,13 @@ class OATS(SparseMethod):
         L = SVD_r(A − S), then S = the largest entries per row of A − L. Both are multiplied by D⁻¹ at the end.
         """
         rank, kept = self.split(budget)
+        # Column norms are √T times the root mean square, and a common factor of D cancels.
         d = relative_scales(statistics.column_norms)
         A = weight * d
         S, L = torch.zeros_like(A), torch.zeros_like(A)
         U, V, basis = None, None, None
         for _ in range(self.iterations):
+            # Each call starts from the last basis, as A − S changes little between alternations.
             if rank:
                 U, V, basis = truncated(A - S, rank, basis)
                 L = U @ V

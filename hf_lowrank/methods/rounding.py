@@ -24,6 +24,7 @@ def searched_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -
     Args:
         importance: weights (n,) of the squared errors.
     """
+    # The last group of a row may be shorter. Zeros fill it up, which have no say in its scale.
     padding = (0, -weight.shape[1] % group)
     groups = F.pad(weight, padding).float().unflatten(1, (-1, group))
     return group_scales(groups, bits, F.pad(importance, padding).float().view(-1, group)).to(weight)
@@ -40,6 +41,7 @@ def rounding_losses(weight: Tensor, group: int, rows: Tensor, columns: Tensor) -
         rows, columns: U_ii⁻² (m,) and U_jj⁻² (n,), see `compensated_both`.
     """
     sample, row_weights = sampled_rows(weight, rows)
+    # Scales are searched as in `compensated_both`. Its compensation is what the weights U_ii⁻² and U_jj⁻² stand for.
     losses: dict[int, float] = {}
     for bits in BITS:
         if bits > LARGEST_MEASURED_BITS:
@@ -112,8 +114,7 @@ def rounded_values(
     kept = stored.shape[1]
     group = min(group, kept)
     scale = searched_scales(stored, bits, group, torch.ones_like(stored[0]))
-    # The scale of every kept value at its place in the matrix, for values that are not stored but in the metric of
-    # `gram`.
+    # The scale of every kept value, at its place in the matrix and without `unscale`, as the descent is on W diag(d).
     stored_scale = spread_scale(scale, group, kept).contiguous()
     spread = torch.zeros_like(values).masked_scatter(mask, stored_scale) / unscale
     S = nearest_levels(values, spread, bits) * mask
@@ -126,6 +127,7 @@ def rounded_values(
     for start in range(0, n, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, n)
         before = S[start:end].clone()
+        # The best value for entry j, all others fixed, is S_j + E_j / C_jj. Its nearest level is the best code.
         for j in range(start, end):
             new = nearest_levels(S[j] + E[j] / C[j, j], spread[j], bits) * is_kept[j]
             E[j:end] -= torch.outer(C[j:end, j], new - S[j])

@@ -48,6 +48,7 @@ def damped(gram: Tensor) -> tuple[Tensor, Tensor]:
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if not float(mean) > 0:
         return eye, gram.new_ones(len(gram))
+    # λ makes C definite where there are fewer tokens than channels, and gives dead channels a scale.
     d = (gram.diagonal() + DAMPING * mean).sqrt()
     return (gram + DAMPING * mean * eye) / torch.outer(d, d), d
 
@@ -91,8 +92,9 @@ def refit_values(
         start: values to begin with.
         rough: whether a rough solution will do.
     """
-    S = torch.zeros_like(target)
-    if start is not None:
+    if start is None:
+        S = torch.zeros_like(target)
+    else:
         S = torch.where(mask, start, 0.0)
     right = torch.where(mask, target @ gram, 0.0)
     residual = RESIDUAL
@@ -110,8 +112,9 @@ def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tenso
     S = start
     r = right - torch.where(mask, S @ gram, 0.0)
     tolerance = residual**2 * right.square().sum()
-    tiny = torch.finfo(right.dtype).tiny
+    tiny = torch.finfo(right.dtype).tiny  # for rows that are solved, whose p and energy are zero
     p, energy = r, r.square().sum(dim=1, keepdim=True)
+    # Every row has step lengths of its own, all rows share the products with C and the stopping rule.
     for _ in range(LARGEST_STEPS):
         if not bool(energy.sum() > tolerance):
             break
@@ -132,9 +135,12 @@ def eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
 def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kept: int, start: Tensor) -> Tensor:
     """Return a mask (m, n) of `kept` entries per row on which `target` (m, n) is well approximated under `gram`.
 
-    ADMM over S = D, S free and D sparse, is the sparse step of 3BASiL (arXiv 2603.01376) without its low-rank block: S
-    ← (C + ρI)⁻¹(C R − V + ρ D), D ← the largest of S + V/ρ, V ← V + ρ (S − D). ρ grows, which settles the support. The
-    eigenvectors of C serve every ρ. Steps are in float32, as the values are solved for afterwards.
+    ADMM over S = D, S free and D sparse, is the sparse step of 3BASiL (arXiv 2603.01376) without its low-rank block:
+
+        S ← (C + ρI)⁻¹(C R − V + ρ D),   D ← the largest of S + V/ρ,   V ← V + ρ (S − D).
+
+    ρ grows, which settles the support. The eigenvectors of C serve every ρ. Steps are in float32, as the values are
+    solved for afterwards.
 
     Args:
         eigen: what `eigenvectors` returns for `gram`.
@@ -144,7 +150,7 @@ def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kep
     right, D, rho = (target @ gram).float(), start.float(), FIRST_PENALTY
     V, mask = torch.zeros_like(D), start != 0
     for step in range(1, ADMM_STEPS + 1):
-        # In place where it can be: the matrices of a large layer are most of the memory in use.
+        # In place where it can be, as each of these matrices is as large as the layer.
         S = ((right - V).add_(D, alpha=rho) @ Q).div_(energies + rho) @ Q.T
         Z = V.div(rho).add_(S)
         mask = largest_per_row(Z.abs(), kept)
@@ -168,11 +174,11 @@ def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor
         end = min(start + COLUMNS_AT_ONCE, len(C))
         steps = -2 * M[start:end] * B[start:end]  # how a flip changes the entry of M ⊙ B
         for j, step in enumerate(steps, start):
-            # A step δ of one entry changes the squared error by δ² C_jj − 2 δ E_j. Steps that would raise it become
-            # zero.
+            # A step δ of one entry changes the squared error by δ² C_jj − 2 δ E_j. Those that would raise it become 0.
             step *= 2 * step * E[j] > step.square() * C[j, j]
             E[j:end] -= torch.outer(C[j:end, j], step)
         B[start:end] = torch.where(steps == 0, B[start:end], -B[start:end])
+        # One product for all columns behind the block is much faster than an update for each flip.
         E[end:] -= C[end:, start:end] @ steps
     return B.T.to(signs)
 
@@ -182,8 +188,10 @@ def refit_scales(
 ) -> tuple[Tensor, Tensor]:
     """Return u (m,) and v (n,) with target (m, n) ≈ (u vᵀ) ⊙ B by least squares in turn, twice, with weighted rows.
 
-    For given v: u_i = (p_i C r_iᵀ) / (p_i C p_iᵀ) with p_i = b_i ⊙ v. For given u: (C ⊙ Bᵀ diag(ω u²) B) v = Σ_i ω_i
-    u_i b_i ⊙ (C r_i).
+    With p_i = b_i ⊙ v the two steps are
+
+        for given v:   u_i = (p_i C r_iᵀ) / (p_i C p_iᵀ),
+        for given u:   (C ⊙ Bᵀ diag(ω u²) B) v = Σ_i ω_i u_i b_i ⊙ (C r_i).
 
     Args:
         signs: B, ±1, (m, n).
@@ -200,7 +208,7 @@ def refit_scales(
         u = (P * right).sum(dim=1) / row_errors(P, gram).clamp(min=tiny)
         system = gram * (signs.T @ (signs * (weights * u.square())[:, None]))
         mean = system.diagonal().mean()
-        if not float(mean) > 0:
+        if not float(mean) > 0:  # u is zero, and any v will do
             return u, v
         system = system / mean + JITTER * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         v = torch.linalg.solve(system, (signs * right * (weights * u)[:, None]).sum(dim=0) / mean)

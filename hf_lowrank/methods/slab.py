@@ -51,10 +51,13 @@ class SLaB(Method):
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ W_S + W_L ⊙ W_B, minimizing ‖(W − Ŵ) diag(c)‖_F with c_j = ‖X_j‖₂ (arXiv 2604.04493).
 
-        Each of the paper's alternations takes R = W − W_S, the signs W_B = sign(R), the magnitudes W_L = the best
-        rank-r approximation of |R|, and then W_S = Y on the entries of each row with the largest |Y_ij| c_j, Y = W −
-        W_L ⊙ W_B. Here W_S starts at zero, and the signs are those of R ⊙ W_L. For r = 1 these are the paper's, as W_L
-        ≥ 0 (Perron–Frobenius), and signs and magnitudes are jointly optimal. For r > 1 magnitudes may be negative, and
+        An alternation of the paper has these steps:
+
+            R = W − W_S,   W_B = sign(R),   W_L = the best rank-r approximation of |R|,
+            W_S = Y on the entries of each row with the largest |Y_ij| c_j,   Y = W − W_L ⊙ W_B.
+
+        Here W_S starts at zero, and the signs are those of R ⊙ W_L. For r = 1 they are the paper's, because W_L ≥ 0
+        (Perron–Frobenius), and signs and magnitudes are jointly optimal. For r > 1 magnitudes may be negative, and
         these signs are the best ones for them.
 
         With `weighted` the problem is solved for A = W diag(c), whose signs are those of W because c > 0, and c is
@@ -62,7 +65,7 @@ class SLaB(Method):
         |R| itself and only the sparse step sees c.
         """
         spec = LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", binary_rank=self.binary_rank)
-        if budget.bits < budget.stored(spec):
+        if budget.bits < budget.stored(spec):  # not even the signs and scales fit
             raise too_small(self.name, budget)
         kept = min(budget.kept_per_row(spec), largest_kept(self.pattern, weight.shape[1]))
         c = relative_scales(statistics.column_norms)
@@ -75,7 +78,8 @@ class SLaB(Method):
         signs = torch.empty_like(mask)  # W_B, True for +1
         V: Tensor | None = None
         for _ in range(self.iterations):
-            U, V = leading_components((A - S).abs_(), self.binary_rank, V)  # W_L = U V
+            # W_L = U V. Power iteration starts from the last V, as |R| changes little between alternations.
+            U, V = leading_components((A - S).abs_(), self.binary_rank, V)
             # All that follows is row by row. Whole matrices of it would be most of the memory.
             for rows in row_chunks(A):
                 R, L = A[rows] - S[rows], U[rows] @ V

@@ -148,7 +148,7 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
 
 def _alternate(W: Tensor, C: Tensor, kept: int, parts: Parts, row_weights: Tensor | None, rounds: int) -> Parts:
     """Improve support, values, signs and scales in turn."""
-    eigen = eigenvectors(C)
+    eigen = eigenvectors(C)  # of the third power of n, and the same in every round
     for _ in range(rounds):
         R = W - parts.binary()
         parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values, rough=True))
@@ -187,6 +187,7 @@ def interpolated_losses(weight: Tensor, gram: Tensor, most: int, loss: Callable[
 
     They are measured by `loss` at a few numbers, on plain SLaB with refitted values, and log-linear elsewhere.
     """
+    # Without rounds of the alternation, which would take most of the time.
     positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES})
     tiny = torch.finfo(weight.dtype).tiny  # a loss of zero has no logarithm
     logs = [math.log(max(loss(fit(weight, gram, kept, rounds=0)), tiny)) for kept in positions]

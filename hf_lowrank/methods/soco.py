@@ -137,6 +137,7 @@ class SoCo(SpectralMethod):
 
 def with_learned_scores(measurement: Measurement, scores: Tensor, deviation: Tensor | None) -> Measurement:
     """Return the measurement with scores (k,) folded into its spectrum: Σ S in place of Σ, by falling score."""
+    # `Measurement.truncate` keeps the first components, so those of the largest scores come first.
     order = scores.argsort(descending=True, stable=True)
     dense = measurement.factorization
     spectrum = Factorization(dense.left[:, order], (dense.sigma * scores)[order], dense.right[order])

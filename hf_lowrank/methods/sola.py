@@ -72,6 +72,7 @@ class SoLA(SpectralMethod):
             return f"sola leaves the first and last {skipped} block(s) dense"
         if layer.role == "value":
             return "sola leaves value projections dense"
+        # A narrow matrix breaks even at a small rank, so there is little to save.
         if layer.role == "key" and layer.out_features < layer.in_features:
             return "sola leaves the narrow key projections of grouped-query attention dense"
         if layer.role == "output" and ratio < OUTPUT_DENSE_BELOW:
@@ -82,6 +83,7 @@ class SoLA(SpectralMethod):
         """Return the prime neurons P first, then the marginal ones M, both in their old order."""
         s = statistics.mean_abs  # s_j = mean |h_j|
         if self.neuron_score == "output":
+            # Without neuron j the output changes by h_j W_d[:, j]. The authors' release leaves the second factor out.
             s = s * weight.norm(dim=0)
         prime = torch.zeros_like(s, dtype=torch.bool)
         prime[s.argsort(descending=True, stable=True)[: self._primes(len(s))]] = True
@@ -91,6 +93,7 @@ class SoLA(SpectralMethod):
         """Factorize W_g[M,:], W_u[M,:], W_d[:,M] or a matrix of the attention, whitened. Neurons are in order."""
         C = statistics.gram
         assert C is not None
+        # Prime neurons are rows of W_g and W_u, and columns of W_d, whose inputs they are.
         if layer.role == "ffn_in" and (p := self._primes(layer.out_features)):
             return Measurement(layer, factorize(weight[p:], C), sparse="rows", kept=p, weight=weight[:p])
         if layer.role == "ffn_out" and (p := self._primes(layer.in_features)):

@@ -101,7 +101,7 @@ def _searched_ranks(
         for name, curve in curves.items():
             if ranks[name] > curve.step:
                 falls[name] = curve.energy(ranks[name]) - curve.energy(ranks[name] - curve.step)
-        if not falls:
+        if not falls:  # every layer is at its first grid step
             break
         candidates = []
         for name, fall in falls.items():

@@ -71,6 +71,7 @@ def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstruct
         # Entries that the pattern rules out come after all others, whose scores are not below zero.
         scores = torch.where(_allowed_by(pattern, scores), scores, -1.0)
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    # Sorting is only needed where rows keep different numbers.
     if isinstance(kept, int):
         return mask.scatter_(1, scores.topk(kept, dim=1, sorted=False).indices, True)
     # As many entries as the longest row keeps, sorted, of which every other row takes its first ones.
@@ -95,7 +96,7 @@ def _allowed_by(pattern: str, scores: Tensor) -> Tensor:
 def largest_kept(pattern: str, in_features: int) -> int:
     """Return the most values per row that a pattern allows. Without a pattern it is one less than all of them."""
     if pattern == "unstructured":
-        return in_features - 1
+        return in_features - 1  # a bitmask that keeps all would be larger than the dense layer
     n_of, m_of = parse_pattern(pattern)
     return in_features // m_of * n_of
 

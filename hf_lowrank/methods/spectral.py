@@ -83,6 +83,7 @@ class SpectralMethod(Method):
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """Decompose one layer by itself, at the largest rank that its budget allows."""
+        # Checked before measuring, as factorizing without a Gram matrix is no error but a plain SVD.
         if self.needs_gram:
             statistics.require("gram", self.name)
         measurement = self.measure(single_layer(weight), weight, statistics)
@@ -101,6 +102,7 @@ def prices(
     fixed: dict[str, int] = {}
     for name, measurement in measurements.items():
         layer, spec = measurement.layer, measurement.spec
+        # A layer's own bias is stored dense and compressed alike, and is in none of the three.
         fixed[name] = budget.stored_bits(layer, spec)
         price[name] = budget.stored_bits(layer, replace(spec, rank=1)) - fixed[name]
         dense_price[name] = budget.dense_bits(layer) - budget.bias_bits[name]

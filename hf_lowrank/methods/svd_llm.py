@@ -34,6 +34,7 @@ class SVDLLM(Method):
         return self.update
 
     def working_memory(self, layer: Layer) -> int:
+        # See `whitened_factors`, which decomposes the smaller of two square matrices.
         m, n = layer.out_features, layer.in_features
         return 8 * (m * n + max(m * n, 5 * min(m, n) ** 2))
 

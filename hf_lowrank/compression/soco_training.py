@@ -15,7 +15,7 @@ from ..budget import ModelBudget
 from ..calibration import TokenBatch
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.work_folder import Record, WorkFolder
-from ..methods.soco import Phase, SoCo, effective_score, gate, learned, polarization, score
+from ..methods.soco import Phase, SoCo, effective_score, gate, polarization, score, with_learned_scores
 from ..methods.spectral import Measurement, prices
 from ..runtime.errors import NumericalError
 from .spectral_linear import SpectralLinear, as_dense, spectral_layers
@@ -244,7 +244,7 @@ class SoCoTraining:
         """
         scored = {}
         for name, layer in self.layers.items():
-            scored[name] = learned(self.measurements[name], score(layer.a.detach()), layer.d)
+            scored[name] = with_learned_scores(self.measurements[name], score(layer.a.detach()), layer.d)
         self.ranks = self.method.allocate(scored, self.budget, self.available)
         self.kept = {}
         for name, layer in self.layers.items():
@@ -261,7 +261,7 @@ class SoCoTraining:
         for name, layer in self.layers.items():
             final_scores = torch.where(self.kept[name], score(layer.a.detach()), -1.0).double()
             deviation = None if layer.d is None else layer.d.detach().double()
-            measurements[name] = learned(self.measurements[name], final_scores, deviation)
+            measurements[name] = with_learned_scores(self.measurements[name], final_scores, deviation)
         return measurements
 
     def minibatch(self, step: int) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from hf_lowrank import CompressionConfig, NumericalError, compress
 from hf_lowrank.compression import pipeline
 from hf_lowrank.compression import soco_training as spectrum_training
 from hf_lowrank.compression.spectral_linear import SpectralLinear
-from hf_lowrank.methods.soco import SoCo, effective_score, gate, learned, polarization, score
+from hf_lowrank.methods.soco import SoCo, effective_score, gate, polarization, score, with_learned_scores
 from hf_lowrank.methods.spectral import Measurement, factorize
 from hf_lowrank.models.architectures import find_blocks, find_layers
 from hf_lowrank.runtime.quantizer import swap_module
@@ -59,7 +59,9 @@ def test_scores_of_one_at_full_rank_store_the_dense_weight() -> None:
     model = tiny_models.llama(dtype=torch.float64)
     for name, measurement in measurements_of(model).items():
         weight = model.get_submodule(name).weight
-        made = learned(measurement, torch.ones_like(measurement.factorization.sigma), None).truncate(min(weight.shape))
+        made = with_learned_scores(measurement, torch.ones_like(measurement.factorization.sigma), None).truncate(
+            min(weight.shape)
+        )
         torch.testing.assert_close(made.lowrank_b @ made.lowrank_a, weight.detach(), rtol=1e-9, atol=1e-9)
 
 

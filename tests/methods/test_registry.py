@@ -1,4 +1,4 @@
-"""Methods by name: near matches, options, types."""
+"""Methods by name: any case, near matches, options, types."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -65,7 +65,7 @@ def test_a_far_miss_suggests_nothing() -> None:
     assert "did you mean" not in str(raised.value)
 
 
-def test_an_unknown_option_names_the_known_ones() -> None:
+def test_an_unknown_option_names_the_options() -> None:
     with pytest.raises(
         CompressionError, match=r"slab has no option 'iteration'; did you mean 'iterations'\?.*binary_rank"
     ):

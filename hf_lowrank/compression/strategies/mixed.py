@@ -26,7 +26,7 @@ from ...calibration import (
 from ...execution.work_folder import Record
 from ...methods import Method, Statistics
 from ...methods.allocation import cheapest_choices
-from ...methods.base import Choice, MixedMethod
+from ...methods.mixed import Choice, MixedMethod
 from ...runtime.configuration import LayerSpec
 from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics

@@ -140,7 +140,7 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
     return _pad_rows([row for row in rows if row.numel()])
 
 
-def passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
+def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
     """The batches as they go through the blocks: on a CPU in parts of whole sequences; those with inputs beside tokens stay whole."""
     if device.type != "cpu":
         return list(batches)

@@ -76,11 +76,11 @@ class BlockBatch:
         """Start the same batch in the compressed model."""
         self.compressed_twin = BlockBatch(self.hidden, self.calls, self.cache)
 
-    def start(self) -> None:
+    def rewind(self) -> None:
         """Go back to the input of the first block that the model called."""
         self.hidden = next(call.start for call in self.calls if call is not None and call.start is not None).tensor
 
-    def enter(self, index: int) -> None:
+    def enter_block_list(self, index: int) -> None:
         """Take the hidden states with which a new list of blocks starts, if this block is its first."""
         call = self.calls[index]
         if call is not None and call.start is not None:
@@ -176,7 +176,7 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
-def starts_anew(batches: list[BlockBatch], index: int) -> bool:
+def starts_new_block_list(batches: list[BlockBatch], index: int) -> bool:
     """Whether the block's hidden states come from elsewhere than from the block before."""
     return index > 0 and any(
         call is not None and call.start is not None for call in (batch.calls[index] for batch in batches)
@@ -236,7 +236,7 @@ def _capture_batch(
 
 
 @contextmanager
-def noting_calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
+def record_calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
     """While active, the names of the layers that are called are noted."""
     called: set[str] = set()
     handles = [
@@ -286,7 +286,7 @@ def compressed_input_sums(
     layers: dict[str, nn.Module],
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> CompressedInputSums:
-    """Sums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
+    """CorrectionSums over the dense inputs and, token by token, those of the compressed model, both through the block as it is."""
     routing = Routing()
     sums = CompressedInputSums(layers, routing)
     with routing.watching(block):

@@ -15,14 +15,14 @@ from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods.base import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
-from .statistics import Routing, Seen, counted, seen_by_both
+from .statistics import LayerInput, Routing, on_common_tokens, select_counted
 
 RIDGE = 1e-3
 """Of the regression, as a share of the mean of the diagonal of Ĉ; pulls W' towards W. Few tokens add to it: n / T."""
 
 
 @dataclass
-class Sums:
+class CorrectionSums:
     """What correcting a layer needs to know, float64.
 
     Attributes:
@@ -54,7 +54,7 @@ class Sums:
 
 
 @torch.no_grad()
-def stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn.Module]) -> list[list[str]]:
+def input_stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn.Module]) -> list[list[str]]:
     """The layers in the order of the data's way, those that see the same input together; those that no token of `batch` reaches last."""
     inputs: dict[str, Tensor] = {}
     handles = [layer.register_forward_pre_hook(_keep(inputs, name)) for name, layer in layers.items()]
@@ -67,7 +67,7 @@ def stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[str, nn
     return [*found.values(), *([name] for name in layers if name not in inputs)]
 
 
-class DensePasses:
+class DenseReference:
     """What passes through a block as it was: its outputs, and at chosen layers their inputs, kept as far as they fit.
 
     Args:
@@ -112,15 +112,15 @@ class DensePasses:
 
 
 @torch.no_grad()
-def stage_sums(
-    dense: DensePasses,
+def correction_sums(
+    dense: DenseReference,
     block: nn.Module,
     index: int,
     batches: list[BlockBatch],
     names: list[str],
     writer: str | None,
     group: ProcessGroup = SINGLE_PROCESS,
-) -> Sums | None:
+) -> CorrectionSums | None:
     """The sums over all batches of the group for layers that share an input; None if no token reached them in both models.
 
     Args:
@@ -130,7 +130,7 @@ def stage_sums(
         writer: how the layer writes to the residual stream: "input" if the stream before it is the block's input, "output" if the
             layer is the block's last, None if it writes elsewhere.
     """
-    total: Sums | None = None
+    total: CorrectionSums | None = None
     for position, batch in enumerate(batches):
         call, shifted = batch.calls[index], batch.compressed_twin
         if call is None or shifted is None:
@@ -139,28 +139,28 @@ def stage_sums(
         here, there = dense.at(position, names[0], whole), _run(block, index, shifted, names[0], whole)
         if here is None or there is None:
             continue
-        seen = seen_by_both(here.seen, there.seen)
+        seen = on_common_tokens(here.seen, there.seen)
         if seen[0].x.shape != seen[1].x.shape:  # experts that are no bank, with other tokens
             continue
         x, x_hat = (
-            counted(each.x, call.mask, each.tokens).float() for each in seen
+            select_counted(each.x, call.mask, each.tokens).float() for each in seen
         )  # products of one batch; sums are float64
         gram, shift, residual = (x_hat.T @ x_hat).double(), ((x - x_hat).T @ x_hat).double(), None
         if writer is not None:
             lost = here.stream() - there.stream() if whole else batch.hidden.double() - shifted.hidden.double()
-            residual = (counted(lost, call.mask).float().T @ x_hat).double()
+            residual = (select_counted(lost, call.mask).float().T @ x_hat).double()
         if total is not None:
             gram, shift = gram + total.gram, shift + total.shift
             residual = None if residual is None or total.residual is None else residual + total.residual
-        total = Sums(gram, shift, residual, len(x) + (total.tokens if total else 0))
+        total = CorrectionSums(gram, shift, residual, len(x) + (total.tokens if total else 0))
     tokens = sum(group.gather(total.tokens if total else 0))
     parts = {} if total is None else {"gram": total.gram, "shift": total.shift, "residual": total.residual}
     summed = group.all_reduce({name: tensor for name, tensor in parts.items() if tensor is not None})
-    return Sums(summed["gram"], summed["shift"], summed.get("residual"), tokens) if summed else None
+    return CorrectionSums(summed["gram"], summed["shift"], summed.get("residual"), tokens) if summed else None
 
 
 @torch.no_grad()
-def stream_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: dict[str, nn.Module]) -> bool:
+def are_residual_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: dict[str, nn.Module]) -> bool:
     """Whether the block's output is its input plus the outputs of these layers, tried out with random ones in their place."""
     if not candidates:
         return False
@@ -184,7 +184,7 @@ def stream_writers(block: nn.Module, index: int, batch: BlockBatch, candidates: 
 class _Pass:
     """Input of a layer; its output and that of its block if they were asked for."""
 
-    seen: Seen
+    seen: LayerInput
     y: Tensor | None
     block: Tensor | None = None
 
@@ -230,7 +230,7 @@ def _keep_pass(seen: dict[str, _Pass], name: str, batch: BlockBatch, routing: Ro
     def hook(module: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
         if name not in seen:
             x = aligned(inputs[0]) if routing.tokens is None else inputs[0]
-            seen[name] = _Pass(Seen(x, routing.tokens), aligned(y) if output else None)
+            seen[name] = _Pass(LayerInput(x, routing.tokens), aligned(y) if output else None)
 
     return hook
 

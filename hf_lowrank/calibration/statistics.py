@@ -52,7 +52,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerInput:
     """The input of a layer in one batch, and which tokens these are if the layer is an expert's, as in `Routing`."""
 
     x: Tensor
@@ -60,7 +60,7 @@ class Seen:
 
 
 class StatisticsCollector:
-    """Sums over tokens, in float64, of what `Statistics` holds.
+    """CorrectionSums over tokens, in float64, of what `Statistics` holds.
 
     Args:
         layers: the linear layers of one block by module name.
@@ -134,7 +134,7 @@ class StatisticsCollector:
                 self._seen.append((x, name))
                 if name not in self._sums:
                     self._sums[name] = _Sums(x, self.needs_gram)
-                self._sums[name].add(counted(x, _mask_of(x, self._mask, self._context), self.routing.tokens))
+                self._sums[name].add(select_counted(x, _mask_of(x, self._mask, self._context), self.routing.tokens))
 
         return count
 
@@ -203,13 +203,13 @@ class CompressedInputSums:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
-    def inputs(self) -> Iterator[dict[str, Seen]]:
+    def inputs(self) -> Iterator[dict[str, LayerInput]]:
         """While active, the last input of every layer is kept, by name."""
-        kept: dict[str, Seen] = {}
+        kept: dict[str, LayerInput] = {}
 
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                kept[name] = Seen(inputs[0], self.routing.tokens)
+                kept[name] = LayerInput(inputs[0], self.routing.tokens)
 
             return hook
 
@@ -222,8 +222,8 @@ class CompressedInputSums:
 
     def add(
         self,
-        dense: dict[str, Seen],
-        shifted: dict[str, Seen],
+        dense: dict[str, LayerInput],
+        shifted: dict[str, LayerInput],
         mask: Tensor | None,
         context: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
@@ -232,9 +232,9 @@ class CompressedInputSums:
         Tokens that an expert sees in one of the models only do not count.
         """
         for name in (name for name in dense if name in shifted):
-            here, there = seen_by_both(dense[name], shifted[name])
+            here, there = on_common_tokens(dense[name], shifted[name])
             counting = _mask_of(here.x, mask, context)
-            x, y = (counted(each.x, counting, each.tokens).double() for each in (here, there))
+            x, y = (select_counted(each.x, counting, each.tokens).double() for each in (here, there))
             gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
             self._sums[name] = (gram + y.T @ y, cross + x.T @ y)
 
@@ -257,17 +257,17 @@ def _mask_of(x: Tensor, mask: Tensor | None, context: tuple[Tensor, Tensor | Non
     return context[1] if context is not None and x is context[0] else mask
 
 
-def seen_by_both(one: Seen, other: Seen) -> tuple[Seen, Seen]:
+def on_common_tokens(one: LayerInput, other: LayerInput) -> tuple[LayerInput, LayerInput]:
     """Two inputs of a layer, of an expert's those tokens alone that came to it both times."""
     if one.tokens is None or other.tokens is None:
         return one, other
     tokens = one.tokens[torch.isin(one.tokens, other.tokens)].sort().values
     rows = ((each[:, None] == tokens).int().argmax(dim=0) for each in (one.tokens, other.tokens))
-    first, second = (Seen(each.x[at], tokens) for each, at in zip((one, other), rows, strict=True))
+    first, second = (LayerInput(each.x[at], tokens) for each, at in zip((one, other), rows, strict=True))
     return first, second
 
 
-def counted(x: Tensor, mask: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+def select_counted(x: Tensor, mask: Tensor | None, tokens: Tensor | None = None) -> Tensor:
     """The tokens of an input (..., n) that count, (tokens, n).
 
     The mask (B, T) fits inputs (B, T, ..., n), (B, 1, T, n) and (B T, n), and those of experts, (t, n), if it is known which

@@ -17,9 +17,9 @@ from ..calibration import (
     calibration_batches,
     capture,
     fingerprint,
-    noting_calls,
     output_grams,
-    passes,
+    record_calls,
+    split_into_passes,
     squared_gradients,
     with_unigram_sequences,
 )
@@ -200,8 +200,8 @@ def _walk(run: Run) -> None:
     """Calibrate, and compress the blocks by the strategy of the method."""
     model, method, tokens = run.model, run.method, run.tokens
     run.step("capturing block inputs", 0, len(run.compressed))
-    with noting_calls({layer.name: model.get_submodule(layer.name) for layer in run.compressed}) as called:
-        batches = capture(model, run.blocks, run.group.split(passes(tokens, model.device)), run.cache)
+    with record_calls({layer.name: model.get_submodule(layer.name) for layer in run.compressed}) as called:
+        batches = capture(model, run.blocks, run.group.split(split_into_passes(tokens, model.device)), run.cache)
     run.leave_uncalled_dense(set().union(*run.group.gather(called)))
     names = [layer.name for layer in run.compressed]
     if method.needs_gradients:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import BlockBatch, run_block
-from ..calibration.statistics import counted
+from ..calibration.statistics import select_counted
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..runtime.errors import NumericalError
 from ..runtime.layers import CompressedLinear
@@ -108,7 +108,7 @@ def refine_block(
 
 def _counted_outputs(output: Tensor, batch: BlockBatch, index: int) -> Tensor:
     call = batch.calls[index]
-    return counted(output.float(), call.mask if call is not None else None)
+    return select_counted(output.float(), call.mask if call is not None else None)
 
 
 @contextmanager

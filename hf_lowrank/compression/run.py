@@ -18,7 +18,7 @@ from ..calibration import (
     block_statistics,
     capture,
     compressed_input_sums,
-    starts_anew,
+    starts_new_block_list,
 )
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.progress import Step
@@ -158,7 +158,7 @@ class Run:
             if self.work is not None and known and record is None:
                 restore_inputs(batches, count, self.group, self.work, f"{stage}-inputs-{index:05}")
             known = record is not None
-            if starts_anew(batches, index):
+            if starts_new_block_list(batches, index):
                 if self.offloaded is not None:
                     raise CompressionError(
                         f"{name} reads more than the block before it gives: {type(self.model).__name__} must be in memory as a whole"
@@ -175,7 +175,7 @@ class Run:
             if self.work is not None:
                 self._record(self.work, stage, visit, mark, batches, count)
             if self.offloaded is not None:
-                self.offloaded.empty(name)
+                self.offloaded.unload(name)
 
     @staticmethod
     def record_name(stage: str, index: int) -> str:
@@ -191,7 +191,7 @@ class Run:
         """Bring a block that is on disk into memory, its neurons in the order that they were given."""
         if self.offloaded is None:
             return
-        self.offloaded.fill(visit.name)
+        self.offloaded.load(visit.name)
         for network in find_feed_forwards(visit.block):
             if (order := self.orders.get(f"{visit.name}.{network.output}")) is not None:
                 self.apply_order(visit, network, order)
@@ -273,8 +273,8 @@ class Run:
             elif batch.compressed_twin is not None:
                 now[position].hidden = batch.compressed_twin.hidden
                 batch.compressed_twin = now[position]
-                batch.compressed_twin.enter(index)
-            batches[position].enter(index)
+                batch.compressed_twin.enter_block_list(index)
+            batches[position].enter_block_list(index)
 
     def order_neurons(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> None:
         """Permute the neurons of the block's feed-forward networks once, as the method wants; the block's function is unchanged."""

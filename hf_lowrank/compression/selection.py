@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ..budget import Layer
 from ..methods import Method
-from ..models.architectures import fused_experts, in_list, is_linear
+from ..models.architectures import fused_experts, in_module_list, is_linear
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 
@@ -61,7 +61,7 @@ def uncalled_layers(blocks: dict[str, nn.Module], layers: list[Layer], called: s
     for layer in layers:
         if layer.block not in used:
             left[layer.name] = UNREACHED
-        elif layer.name not in called and not in_list(blocks, layer):
+        elif layer.name not in called and not in_module_list(blocks, layer):
             left[layer.name] = UNCALLED
     return left
 

@@ -67,7 +67,7 @@ def find_layers(blocks: dict[str, nn.Module]) -> list[Layer]:
     return layers
 
 
-def in_list(blocks: dict[str, nn.Module], layer: Layer) -> bool:
+def in_module_list(blocks: dict[str, nn.Module], layer: Layer) -> bool:
     """Whether a layer lies in a list inside its block, as the experts of a mixture do that is not fused."""
     block_name, block = list(blocks.items())[layer.block]
     name = layer.name.removeprefix(f"{block_name}.")

@@ -17,7 +17,7 @@ from ..execution.locking import is_held, locked
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig
 from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.validation import resolve_experts
-from .offloading import close_files, device_map
+from .offloading import copy_off_mapped_files, device_map
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -61,7 +61,7 @@ def load_model(
                 source, dtype=wanted, device_map=places, offload_folder=str(offload_folder)
             ).eval()
             if any(offload_folder.iterdir()):
-                close_files(model)
+                copy_off_mapped_files(model)
             return model
         return model_class.from_pretrained(source, dtype=wanted).to(device).eval()
     except CompressionError:

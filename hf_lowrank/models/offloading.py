@@ -90,7 +90,7 @@ class OffloadedBlocks:
             hook = AlignDevicesHook("cpu", offload=True, weights_map=PrefixedDataset(self.weights, f"{layer}."))
             add_hook_to_module(self.model.get_submodule(layer), hook)
 
-    def fill(self, name: str) -> None:
+    def load(self, name: str) -> None:
         """Bring a block's weights into memory; it is then like any other."""
         block = self.model.get_submodule(name)
         _without_hooks(block)
@@ -99,7 +99,7 @@ class OffloadedBlocks:
                 value = self.weights[f"{name}.{key}"].clone()  # to memory of its own, off the mapped file
                 set_module_tensor_to_device(block, key, "cpu", value=value)
 
-    def empty(self, name: str) -> None:
+    def unload(self, name: str) -> None:
         """Let go of a block's weights."""
         block = self.model.get_submodule(name)
         _without_hooks(block)
@@ -132,7 +132,7 @@ class _WithSlices(Mapping[str, Tensor]):
         return len(self.weights) + len(self.slices)
 
 
-def close_files(model: PreTrainedModel) -> None:
+def copy_off_mapped_files(model: PreTrainedModel) -> None:
     """Move what is in memory off the files that it is mapped from: all that was read of these to be converted counts as ours."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type != "meta":

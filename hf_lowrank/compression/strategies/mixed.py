@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ...budget import Layer
-from ...calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums, stages, stream_writers
+from ...calibration import (
+    BlockBatch,
+    CorrectionSums,
+    DenseReference,
+    are_residual_writers,
+    correction_sums,
+    input_stages,
+    run_block,
+)
 from ...execution.work_folder import Record
 from ...methods import Statistics
 from ...methods.allocation import cheapest_choices
@@ -44,7 +52,7 @@ def mixed_strategy(run: Run, method: MixedMethod, batches: list[BlockBatch]) -> 
 
     shares = run.shares(_choose(run, choices, run.available), bits, spread)
     for batch in batches:
-        batch.start()
+        batch.rewind()
         batch.track_compressed()
     for visit in run.walk("built", batches):
         dense = copy.deepcopy(visit.block)
@@ -96,13 +104,13 @@ def _build_block(
     local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
     writers = run.group.broadcast(lambda: _stream_writers(visit, batches[0]))
     order = run.group.broadcast(
-        lambda: stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
+        lambda: input_stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
     )
     last = next((name for names in reversed(order) for name in reversed(names) if name in writers), None)
-    passes = DensePasses(dense, index, batches, [names[0] for names in order], whole=last)
+    passes = DenseReference(dense, index, batches, [names[0] for names in order], output_of=last)
     for names in order:
         writer = None if names[0] not in writers else "output" if names[0] == last else "input"
-        sums = stage_sums(passes, block, index, batches, names, writer, run.group)
+        sums = correction_sums(passes, block, index, batches, names, writer, run.group)
         layers = [local[name] for name in names]
         left = [layer.name for layer in layers if shares[layer.name] is None]
         run.reasons |= dict.fromkeys(left, f"{method.name} finds that its bytes are best spent on the dense layer")
@@ -114,7 +122,7 @@ def _build_block(
 def _fitted(
     run: Run,
     method: MixedMethod,
-    sums: Sums | None,
+    sums: CorrectionSums | None,
     shares: BudgetShares[LayerSpec | None],
     statistics: dict[str, Statistics],
     layer: Layer,
@@ -137,6 +145,6 @@ def _stream_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
     writing = [layer for layer in visit.layers if layer.role in ("output", "ffn_out")]
     found = {layer.role: layer.name.removeprefix(f"{visit.name}.") for layer in writing}
     modules = {name: visit.block.get_submodule(name) for name in found.values()}
-    if len(found) != 2 or len(writing) != 2 or not stream_writers(visit.block, visit.index, batch, modules):
+    if len(found) != 2 or len(writing) != 2 or not are_residual_writers(visit.block, visit.index, batch, modules):
         return []
     return list(found.values())

@@ -51,7 +51,7 @@ def spectral_strategy(run: Run, method: SpectralMethod, batches: list[BlockBatch
 
     shares = run.shares(ranks, bits, spread)
     for batch in batches:
-        batch.start()
+        batch.rewind()
     for visit in run.walk("built", batches):
         statistics = run.gather(visit, batches)  # those of all blocks together would not fit into memory
         if run.offloaded is not None:

@@ -19,7 +19,7 @@ class ActivationCache:
         owner: rank of this process. It keeps file names apart where processes share the folder.
 
     Attributes:
-        held: number of bytes that are in memory now.
+        bytes_in_memory: bytes of the tensors that are in memory now.
     """
 
     def __init__(self, folder: Path | None = None, limit: int | None = None, owner: int = 0) -> None:
@@ -27,14 +27,14 @@ class ActivationCache:
         # the default is looked up at every call, so that the module's constant can be changed at run time
         self.limit = ACTIVATIONS_IN_MEMORY if limit is None else limit
         self.owner = owner
-        self.held = 0
+        self.bytes_in_memory = 0
         self._file_numbers = itertools.count()
 
     def put(self, tensor: Tensor) -> "CachedTensor":
         """Store a tensor and return the handle by which it is read."""
         size = tensor.numel() * tensor.itemsize
-        if self.folder is None or self.held + size <= self.limit:
-            self.held += size
+        if self.folder is None or self.bytes_in_memory + size <= self.limit:
+            self.bytes_in_memory += size
             return CachedTensor(self, size, tensor)
         file = self.folder / f"activations-{self.owner}-{next(self._file_numbers)}.bin"
         # NumPy has no bfloat16: the file holds the bytes of any dtype
@@ -79,6 +79,6 @@ class CachedTensor:
 
     def __del__(self) -> None:
         if self._file is None:
-            self._cache.held -= self._size
+            self._cache.bytes_in_memory -= self._size
         else:
             self._file.unlink(missing_ok=True)

@@ -202,11 +202,11 @@ def test_what_waits_in_files_comes_back_bit_for_bit_and_leaves_nothing(tmp_path:
     tensors = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed, dtype in makes]
     cache = ActivationCache(tmp_path, limit=3 * 5 * 7 * 4)
     waiting = [cache.put(tensor) for tensor in tensors * 2]
-    assert cache.held == 3 * 5 * 7 * 4
+    assert cache.bytes_in_memory == 3 * 5 * 7 * 4
     assert len(list(tmp_path.iterdir())) == 3
     assert all(torch.equal(each.tensor, tensor) for each, tensor in zip(waiting, tensors * 2, strict=True))
     waiting.clear()
-    assert cache.held == 0
+    assert cache.bytes_in_memory == 0
     assert not list(tmp_path.iterdir())
 
 

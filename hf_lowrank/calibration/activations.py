@@ -1,4 +1,7 @@
-"""A cache for the activations between two blocks: in memory up to a limit, beyond it in files that are mapped when they are used."""
+"""A cache for the activations between two blocks.
+
+It keeps them in memory up to a limit. Those beyond the limit are in files, which are mapped when they are used.
+"""
 
 import itertools
 from pathlib import Path
@@ -44,7 +47,7 @@ class ActivationCache:
 
 
 class CachedTensor:
-    """A tensor in an `ActivationCache`. Its memory or its file is freed when the last reference to this object is gone.
+    """A tensor in an `ActivationCache`. Its memory or its file is freed together with the last reference to it.
 
     Args:
         cache: the cache that counts its bytes.
@@ -70,7 +73,7 @@ class CachedTensor:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor. A tensor in a file is mapped anew at every access, and is in memory only while the result is used."""
+        """The tensor. A file is mapped anew at every access, so that it is in memory only while the result is used."""
         if self._file is None:
             return self._tensor
         empty = self._tensor

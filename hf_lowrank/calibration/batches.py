@@ -132,8 +132,8 @@ def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
     smallest, largest = map(int, batch.input_ids.aminmax())
     if smallest < 0 or largest >= vocabulary:
         raise CompressionError(
-            f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to {vocabulary - 1}, the "
-            f"vocabulary of {type(model).__name__}; use the model's own tokenizer"
+            f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to {vocabulary - 1}, "
+            f"the vocabulary of {type(model).__name__}; use the model's own tokenizer"
         )
 
 

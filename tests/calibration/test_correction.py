@@ -73,7 +73,7 @@ def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
         block.input_layernorm(each).flatten(0, 1).double() for each in (batch.hidden, batch.compressed_twin.hidden)
     )  # type: ignore[operator]
     torch.testing.assert_close(sums.gram, x_hat.T @ x_hat, rtol=1e-5, atol=1e-4)  # float32 products
-    torch.testing.assert_close(sums.shift, (x - x_hat).T @ x_hat, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums.difference, (x - x_hat).T @ x_hat, rtol=1e-5, atol=1e-4)
     output = correction_sums(dense, block, 0, [batch], ["mlp.down_proj"], "output")
     assert output is not None
     assert output.residual is not None

@@ -1,11 +1,11 @@
-"""Texts → token batches; block inputs; statistics."""
+"""Batches of tokens, the inputs that they give to the blocks of a model, and statistics of its linear layers."""
 
 from .activations import ActivationCache
 from .batches import TokenBatch, calibration_batches, fingerprint, split_into_passes
+from .block_inputs import capture
 from .blocks import (
     BlockBatch,
     block_statistics,
-    capture,
     compressed_input_sums,
     record_calls,
     run_block,

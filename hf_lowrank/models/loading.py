@@ -1,21 +1,22 @@
-"""Open models and tokenizers from a folder or the Hub, and write folders that appear only when they are complete."""
+"""Open models and tokenizers from a folder or from the Hub."""
 
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ..execution.locking import is_held, locked
+from ..execution.files import one_line
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig
 from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.validation import resolve_experts
@@ -25,7 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names of the dtypes in which a model can be opened. "auto" is the dtype in which it is stored."""
 
 FILE_SUFFIXES = (".safetensors", ".json", ".bin", ".gguf")
-"""Suffixes by which a source is understood as the path of a file, not as a name on the Hub."""
+"""Suffixes of a source that is the path of a file, not a name on the Hub."""
 
 
 def load_config(source: str) -> Any:
@@ -48,34 +49,43 @@ def load_config(source: str) -> Any:
         reason = None if path.exists() else _not_on_hub(error)
         if reason is not None:
             raise CompressionError(f"{source}: no such folder here, and {reason}") from error
-        raise CompressionError(f"{source}: cannot be opened as a model ({_first_line(error)})") from error
+        raise CompressionError(f"{source}: cannot be opened as a model ({one_line(error)})") from error
 
 
 def _check_hub_name(source: str) -> None:
-    """Raise CompressionError if a source that does not exist here is a path rather than a name on the Hub."""
-    path = Path(source)
-    if (
-        path.is_absolute()
-        or source.startswith((".", "~"))
-        or source.endswith(("/", *FILE_SUFFIXES))
-        or "\\" in source  # a path on Windows, which no name on the Hub can be
-        or source.count("/") != 1
-    ):
+    """Raise CompressionError if a source that does not exist here is a path rather than a name on the Hub.
+
+    A path with a typing error should not be looked for on the Hub: without a network that takes half a minute, and the
+    error is then about the network.
+    """
+    if not _is_hub_name(source):
         raise CompressionError(f"{source}: no such folder, and no name on the Hub (owner/model); check the path")
+    # owner/model may be a path, too: it is one if there is a folder `owner`, unless that model was downloaded before
     parent = source.partition("/")[0]
-    # a model of that name that was downloaded before is certainly meant
-    if Path(parent).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+    is_cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
+    if Path(parent).is_dir() and not is_cached:
         raise CompressionError(
             f"{source}: no such folder, though {parent} is one; check the path "
             f"(to download a model of that name from the Hub, start from a folder without {parent})"
         )
 
 
+def _is_hub_name(source: str) -> bool:
+    """Return whether a source is written as owner/model. A backslash, as in paths on Windows, is in no such name."""
+    if source.count("/") != 1 or source.startswith((".", "~")) or source.endswith(FILE_SUFFIXES):
+        return False
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _not_on_hub(error: BaseException) -> str | None:
-    """Return why a model could not be had from the Hub, as the end of a sentence. None for an error of another kind."""
+    """Return why the Hub did not give a model, as the end of a sentence. None for an error of another kind."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, GatedRepoError):  # a model that exists: the error says how to get access to it
+        if isinstance(cause, GatedRepoError):  # the model exists, and the error says how to get access to it
             return None
         if isinstance(cause, RepositoryNotFoundError):
             return "the Hub has no such model that you may read; check the name"
@@ -83,7 +93,7 @@ def _not_on_hub(error: BaseException) -> str | None:
             if constants.HF_HUB_OFFLINE:
                 return "no such model in the Hub's cache (HF_HUB_OFFLINE is set); check the path or the name"
             return "the Hub cannot be reached for a model of that name; check the path or the connection"
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__  # what transformers raises has the Hub's own error as its cause
     return None
 
 
@@ -117,7 +127,7 @@ def load_model(
     except CompressionError:
         raise
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-        raise CompressionError(f"{source}: cannot be loaded ({_first_line(error)})") from error
+        raise CompressionError(f"{source}: cannot be loaded ({one_line(error)})") from error
 
 
 def load_tokenizer(source: str) -> Any:
@@ -132,7 +142,7 @@ def load_tokenizer(source: str) -> Any:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:  # a TypeError: a file that it needs is missing
         raise CompressionError(
-            f"{source}: has no tokenizer that can be opened ({_first_line(error)}); add tokenizer.json to the folder"
+            f"{source}: has no tokenizer that can be opened ({one_line(error)}); add tokenizer.json to the folder"
         ) from error
 
 
@@ -160,76 +170,11 @@ def compression_of(config: Any) -> CompressionConfig | None:
     return recorded if isinstance(recorded, CompressionConfig) else None
 
 
-@contextmanager
-def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which takes its name only when the block ends well; nothing is left if it does not.
-
-    What a killed process left behind, the next one that writes to the same name removes, or puts back if it was the old content.
-
-    Raises:
-        CompressionError: if `folder` exists and is not empty (unless `overwrite`), or cannot be written.
-    """
-    target = Path(folder).absolute()
-    check_free(target, overwrite)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True)
-        try:
-            with locked(partial):
-                yield partial
-                for file in partial.rglob("*"):
-                    if file.is_file():
-                        with open(file, "rb") as stream:
-                            os.fsync(stream.fileno())
-                old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-                if target.exists():  # aside first: a kill between the two renames loses neither
-                    target.replace(old)
-                partial.replace(target)
-                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in new_parents:
-                with suppress(OSError):  # it holds the result
-                    parent.rmdir()
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
-        reason = getattr(error, "strerror", None) or error
-        raise CompressionError(f"{target}: cannot be written ({reason}); nothing was left behind") from error
-
-
-def _recover(target: Path) -> None:
-    """Undo what a killed process left half-done beside `target`."""
-    with suppress(OSError):
-        for old in target.parent.glob(f".{target.name}.replaced-*"):
-            if not target.exists():
-                old.replace(target)
-            else:
-                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
-        for partial in target.parent.glob(f".{target.name}.partial-*"):
-            if not is_held(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_free(folder: str | Path, overwrite: bool = False) -> None:
-    """Raise CompressionError if an output folder holds what may not be overwritten; what killed processes left does not count."""
-    target = Path(folder)
-    _recover(target.absolute())
-    if target.resolve() == Path.cwd():
-        raise CompressionError(f"{folder}: is the current folder, which cannot be replaced; name a new one")
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise CompressionError(f"{target}: exists and is not empty; choose another folder or add --overwrite")
-
-
-def files_size(folder: str | Path) -> int:
-    """Bytes of a folder's weights on disk."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
 def _model_class(config: Any) -> Any:
     """Return the class that a config names.
 
-    Where it names none of transformers' own, that is the class of a language model of its type, or of the model without
-    a head.
+    Where it names none of transformers' own, that is the class of a language model of its type, or of the model
+    without a head.
 
     Raises:
         CompressionError: if there is none either.
@@ -243,7 +188,8 @@ def _model_class(config: Any) -> Any:
         if model_class:
             return model_class[0] if isinstance(model_class, tuple) else model_class
     raise CompressionError(
-        f"config.json: architectures names no model class of transformers, and {config.model_type!r} has none by itself"
+        "config.json: architectures names no model class of transformers, and "
+        f"{config.model_type!r} has none by itself"
     )
 
 
@@ -256,9 +202,3 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     if name not in DTYPES:
         raise CompressionError(f"dtype: found {name!r}, expected one of {', '.join(DTYPES)}")
     return None if name == "auto" else getattr(torch, name)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error, at most 300 characters, with control characters escaped."""
-    text = str(error).strip()
-    return json.dumps(text.splitlines()[0][:300])[1:-1] if text else type(error).__name__

@@ -77,10 +77,12 @@ class CachedTensor:
         if self._file is None:
             return self._tensor
         empty = self._tensor
+        # a private mapping: what is computed in place on the result does not reach the file
         mapped = torch.from_file(str(self._file), shared=False, size=empty.numel(), dtype=empty.dtype)
         return mapped.view(empty.shape).to(self._device or "cpu")
 
     def __del__(self) -> None:
+        # a batch replaces its hidden states after every block, so that the old ones need no call to be given up
         if self._file is None:
             self._cache.bytes_in_memory -= self._size
         else:

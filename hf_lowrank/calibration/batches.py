@@ -108,6 +108,7 @@ def calibration_batches(
     batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
     if model.config.is_encoder_decoder:
         batches = [_with_decoder_inputs(model, batch) for batch in batches]
+    # an input that the model cannot read is an error before any work is done
     for batch in batches:
         _check_inputs(model, batch)
     return batches
@@ -115,6 +116,7 @@ def calibration_batches(
 
 def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
     """Raise CompressionError if the model cannot read a batch."""
+    # embeddings may stand in place of the main input
     if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
         raise CompressionError(
             f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
@@ -159,6 +161,7 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
         if column is not None:
             return _batches(model, config, tokenizer, [item[column] for item in items])
         return [_batch_from_mapping(item, model) for item in items]
+    # token ids and chats: every item is a sequence by itself
     rows = []
     for item in items[: config.samples]:
         row = _token_ids(item, tokenizer)[:length]
@@ -211,6 +214,7 @@ def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> li
 
 
 def _parts(batch: TokenBatch) -> list[TokenBatch]:
+    # a sequence longer than a pass is a part by itself
     rows = max(TOKENS_PER_PASS // max(batch.input_ids.shape[1], 1), 1)
     ids = batch.input_ids.split(rows)
     if batch.attention_mask is None:
@@ -261,6 +265,7 @@ def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> T
             length,
             config.samples,
         )
+    # drawn without repetition, and sorted so that a larger sample only adds rows between those of a smaller one
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     return rows[order[: config.samples].sort().values]
 
@@ -286,6 +291,7 @@ def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
         part = rows[first : first + step]
         input_ids = pad_sequence(part, batch_first=True)
         mask = pad_sequence(list(map(torch.ones_like, part)), batch_first=True)
+        # a mask that masks nothing is left out
         batches.append(TokenBatch(input_ids, None if bool(mask.all()) else mask))
     return batches
 
@@ -299,6 +305,7 @@ def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
     else:
         readable.discard("labels")
     others = {}
+    # sorted, as a set of names has another order in every process
     for name in sorted(readable & {*item}):
         if item[name] is not None:
             others[name] = torch.as_tensor(item[name])
@@ -336,6 +343,7 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
         text = batch.input_ids
         mask = batch.attention_mask
     else:
+        # labels mark what does not count by a number that is no token id
         mask = labels != IGNORED_LABEL
         text = labels.masked_fill(~mask, 0)
     if not text.numel():
@@ -343,6 +351,7 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
             f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or "
             "labels"
         )
+    # T5 and others start their decoders with the padding token
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         start = model.config.pad_token_id or 0

@@ -50,6 +50,7 @@ def capture(
     skipping: AbstractContextManager[None] = nullcontext()
     if extra_outputs is not None:
         skipping = _skipping(blocks, extra_outputs)
+    # only the arguments are captured here, the blocks are computed later, one by one (see `run_block`)
     with skipping:
         return [_capture_batch(model, blocks, batch, cache) for batch in batches]
 
@@ -76,6 +77,7 @@ def _extra_outputs(
         # a tensor is computed from hidden states, so that a skipped block cannot return it
         if any(isinstance(value, Tensor) for value in values or ()):
             return None
+    # the second run differs from the first only in what the blocks compute
     with _skipping(blocks, extra_outputs):
         skipped = _capture_batch(model, blocks, probe, ActivationCache())
     return extra_outputs if _equal(computed.calls, skipped.calls) else None
@@ -137,6 +139,7 @@ def _equal(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, Sequence) and not isinstance(one, str):
         return len(one) == len(other) and all(map(_equal, one, other))
+    # numbers, texts, configs and other plain objects
     return one is other or bool(one == other)
 
 
@@ -146,6 +149,7 @@ def _capture_batch(
     """Run the model on one batch and record the calls of its blocks."""
     recorder = _CallRecorder(model, blocks, batch, cache)
     with recorder.recording():
+        # without the head, whose logits nobody reads
         base: Any = model.base_model
         base(**batch.arguments(base))
     calls = [recorder.calls.get(name) for name in blocks]
@@ -232,6 +236,7 @@ def _split_arguments(
     other_kwargs = {key: _without_cache(value) for key, value in kwargs.items()}
     if args and isinstance(args[0], Tensor):
         return args[0], other_args, other_kwargs
+    # some models pass the hidden states by keyword, too
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return other_kwargs.pop("hidden_states"), (), other_kwargs
     raise CompressionError(

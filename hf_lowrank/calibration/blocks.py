@@ -169,6 +169,7 @@ def block_statistics(
     with routing.watching(block), collector.collecting():
         for batch in batches:
             call = batch.calls[index]
+            # a block that the model did not call is not run, so that no layer of it is counted
             if call is not None:
                 collector.start_batch(call.mask, call.context)
             output = run_block(block, index, batch)
@@ -203,9 +204,11 @@ def compressed_input_sums(
             call = batch.calls[index]
             if call is None:
                 continue
+            # the block is still dense: both runs have the same weights and differ in their hidden states
             with sums.recording_inputs() as dense:
                 run_block(block, index, batch)
             with sums.recording_inputs() as compressed:
+                # without a twin the inputs count as the same in both models
                 run_block(block, index, batch.compressed_twin or batch)
             sums.add(dense, compressed, call.mask, call.context)
     sums.all_reduce(group)

@@ -54,6 +54,7 @@ def output_grams(
     share = used_tokens / sum(batch.tokens for batch in batches)
     for gram in grams.values():
         gram /= share
+    # checked after the sum over processes, so that all of them raise the same error
     check_finite_gradients(grams)
     return grams
 
@@ -104,6 +105,7 @@ class _OutputGramCollector:
             self._add(name, gradient)
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            # a layer that does not depend on the embeddings has no gradient
             if output.requires_grad:
                 output.register_hook(add)
 
@@ -139,6 +141,7 @@ def _backpropagate_drawn_tokens(
         targets = _draw(logits.detach(), generator)
         if collector.mask is not None:
             targets = targets.masked_fill(~collector.mask.flatten(), IGNORED_LABEL)
+        # a mean would scale the gradients by the number of tokens in the batch
         F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum").backward()
 
 
@@ -148,4 +151,5 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     # inverse transform sampling; the generator is on the CPU, so that all devices draw the same numbers
     uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
+    # a product that rounds up to the last sum would give a token behind the last one
     return tokens.clamp(max=logits.shape[1] - 1)

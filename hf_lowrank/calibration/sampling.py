@@ -51,6 +51,7 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
         batch_size = max(TOKENS_AT_ONCE // length, 1)
         for first in range(0, samples, batch_size):
             count = min(batch_size, samples - first)
+            # without a start token any token begins a sequence with equal probability
             if starts:
                 prompt = torch.full((count, 1), starts[0], device=model.device)
             else:
@@ -77,6 +78,7 @@ def _continued(model: PreTrainedModel, prompt: Tensor, length: int, suppressed: 
     """Continue prompts (B, 1) to sequences (B, length)."""
     if length == 1:  # generate() refuses to add no token
         return prompt
+    # the model's own distribution: sampling is not sharpened and not cut off, whatever the generation config says
     settings: dict[str, Any] = {
         "do_sample": True,
         "temperature": 1.0,

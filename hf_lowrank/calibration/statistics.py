@@ -126,6 +126,7 @@ class StatisticsCollector:
                 self._leader[name] = self._find_leader(x) or name
             if self._leader[name] != name:  # the leader has counted this tensor
                 return
+            # the tensor is kept until the next batch: no other one can then have its identity
             self._batch_inputs.append((x, name))
             if name not in self._sums:
                 self._sums[name] = _InputSums(x, self.needs_gram)
@@ -146,6 +147,7 @@ class StatisticsCollector:
         Raises:
             NumericalError: if an input was not finite.
         """
+        # processes may disagree: the layers of an expert are called only where tokens reach it
         leaders_by_rank = group.gather(self._leader)
         tokens_by_rank = group.gather({leader: sums.tokens for leader, sums in self._sums.items()})
         # layers share their statistics if they shared an input in every process
@@ -201,6 +203,7 @@ class _InputSums:
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of an input (tokens, n)."""
+        # few tokens at a time: the copy in another dtype stays small, and in the caches of a processor
         precise = torch.float64 if x.dtype.itemsize > 2 else torch.float32
         for part in x.detach().split(TOKENS_AT_ONCE):
             self._add(part.to(precise))
@@ -240,11 +243,13 @@ def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> 
         NumericalError: if a sum is not finite, with the name of a layer that sees the input.
     """
     total, total_abs, total_square = totals
+    # NaN and infinity stay in a sum, so that it is enough to look at the sums
     if not bool(total_square.isfinite().all()):
         channel = int((~total_square.isfinite()).nonzero()[0])
         raise NumericalError(
             f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype"
         )
+    # an expert may have got nothing but padding: its means are zeros
     return Statistics(
         tokens=tokens,
         column_norms=total_square.sqrt(),
@@ -303,6 +308,7 @@ class CompressedInputSums:
             context: as for `StatisticsCollector.start_batch`.
         """
         for name in dense:
+            # routers may send no token to an expert in one of the models
             if name not in compressed:
                 continue
             dense_input, compressed_input = on_common_tokens(dense[name], compressed[name])
@@ -314,6 +320,7 @@ class CompressedInputSums:
 
     def all_reduce(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Replace the sums of this process by those over the tokens of all processes."""
+        # a layer that no token reached in this process is missing, which counts as zeros
         parts = {}
         for name, (gram, cross) in self._sums.items():
             parts[f"{name}.gram"] = gram
@@ -371,13 +378,13 @@ def select_counted(x: Tensor, mask: Tensor | None, tokens: Tensor | None = None)
             inputs (t, n) of experts together with `tokens`. All tokens of any other input count.
         tokens: indices (t,) into the tokens of the batch. None outside experts.
     """
-    if tokens is not None:
+    if tokens is not None:  # (t, n), an expert's
         return x if mask is None else x[mask.to(tokens.device).bool().flatten()[tokens]]
     if mask is None:
         return x.flatten(0, -2)
-    if x.shape[: mask.dim()] == mask.shape:
+    if x.shape[: mask.dim()] == mask.shape:  # (B, T, ..., n)
         return x[mask.bool()].flatten(0, -2)
-    # dimensions of size 1 do not tell how the tokens are laid out
+    # (B, 1, T, n) or (B T, n); dimensions of size 1 do not tell how the tokens are laid out
     token_sides = _sides_above_one(x.shape[:-1])
     if token_sides in (_sides_above_one(mask.shape), [mask.numel()]):
         return x.flatten(0, -2)[mask.bool().flatten()]

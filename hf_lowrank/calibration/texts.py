@@ -142,6 +142,7 @@ def windows(stream: Tensor, length: int, stride: int | None = None) -> Tensor:
             f"the text has {stream.numel()} tokens, fewer than one window of {length}; give more text or a shorter "
             "sequence length"
         )
+    # unfold drops the remainder, and its windows are views that take no memory
     return stream.unfold(0, length, stride or length)
 
 
@@ -152,6 +153,7 @@ def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
     """
     from datasets import load_dataset
 
+    # C4 is read from one of its many files, and that one is streamed
     arguments = dict(DATASETS[name])
     streaming = "data_files" in arguments
     if streaming and split == "test":

@@ -24,9 +24,11 @@ def with_unigram_sequences(batches: list[TokenBatch], share: float, seed: int) -
     replaced_rows = _evenly_spread(sum(sizes), share).split(sizes)
     masks = [_mask(batch) for batch in batches]
     pool = torch.cat([batch.input_ids[mask] for batch, mask in zip(batches, masks, strict=True)])
+    # one pool over all batches: drawing uniformly from it is drawing from the unigram distribution
     generator = torch.Generator().manual_seed(seed)
     mixed = []
     for batch, mask, rows in zip(batches, masks, replaced_rows, strict=True):
+        # drawn for whole batches, also for rows that stay, so that the share does not change the tokens of a row
         tokens = pool[torch.randint(len(pool), batch.input_ids.shape, generator=generator)]
         replaced = mask & rows[:, None]
         replaced[:, 0] = False

@@ -55,6 +55,7 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList) or _is_inside(name, blocks):
             continue
         for child, block in module.named_children():
+            # embeddings and norms may stand in lists, too
             if any(map(is_linear, block.modules())):
                 blocks[f"{name}.{child}"] = block
     if not blocks:
@@ -85,6 +86,7 @@ def _roles(block: nn.Module) -> dict[str, str]:
     networks = find_feed_forwards(block)
     for network in networks:
         roles[network.output] = "ffn_out"
+    # a fused input is gate and up in one: methods that treat the inputs of a network apart leave it alone
     for network in networks:
         input_role = "other" if network.fused else "ffn_in"
         roles |= dict.fromkeys(network.inputs, input_role)
@@ -112,6 +114,7 @@ def find_feed_forwards(block: nn.Module) -> list[FeedForward]:
     routers = set(_routers(block))
     shapes_by_parent: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in _linears(block):
+        # attention has layers of such shapes, too, where keys and values are narrower than queries
         if _attention_role(name) == "other" and name not in routers:
             parent = name.rpartition(".")[0]
             shapes_by_parent.setdefault(parent, {})[name] = dense_shape(module)
@@ -138,7 +141,7 @@ def _networks(shapes: dict[str, tuple[int, int]]) -> Iterator[FeedForward]:
     """Yield the feed-forward network that layers of these shapes make, if they make one and nothing else."""
     for output, (d, f) in shapes.items():
         inputs = {name: shape for name, shape in shapes.items() if name != output}
-        if f == d:
+        if f == d:  # square matrices cannot be told apart
             continue
         # the shapes of three layers tell which is the output, of two it is the layer with fewer outputs than inputs
         count_is_plausible = len(inputs) == 2 or (len(inputs) == 1 and f > d)
@@ -156,6 +159,7 @@ def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
         if is_linear(module) or not name.startswith(parent):
             continue
         for parameter in module.parameters(recurse=False):
+            # a norm or a scale, which would have to be permuted, too
             if parameter.shape == (neurons,):
                 return False
     return True
@@ -189,6 +193,7 @@ def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
     banks = {}
     for block_name, block in blocks.items():
         for name, module in list(block.named_modules()):
+            # the list of modules is complete by now, so that a bank may take a module's place
             if is_fused_experts(module):
                 bank = ExpertBank(module)
                 banks[f"{block_name}.{name}"] = bank
@@ -213,6 +218,7 @@ def _expert_tensors(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the weights of three dimensions, but for those of convolutions, by name within the block."""
     for module_name, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            # a first dimension of 1 is that of a learned token or position, not of experts
             if parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, nn.Conv1d):
                 yield f"{module_name}.{name}".lstrip("."), parameter
 

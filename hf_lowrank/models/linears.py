@@ -39,6 +39,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def permute_outputs(module: nn.Module, order: Tensor) -> None:
     """Reorder the output features of a linear layer in place, with its bias."""
+    # `dense_weight` is a view, so that the copy changes the layer's own weight
     dense_weight(module).copy_(dense_weight(module)[order].clone())
     if isinstance(module.bias, Tensor):
         module.bias.data.copy_(module.bias.data[order].clone())

@@ -43,6 +43,7 @@ def load_config(source: str) -> Any:
         _check_hub_name(source)
     elif not (path / "config.json").is_file():
         raise CompressionError(f"{source}: not a model: it has no config.json")
+    # transformers raises different errors for files that are missing, damaged or of an unknown type
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -124,7 +125,7 @@ def load_model(
         if any(offload_folder.iterdir()):  # weights were converted, so that whole files were read
             copy_off_mapped_files(model)
         return model
-    except CompressionError:
+    except CompressionError:  # a compressed checkpoint is refused: the error says why in one line already
         raise
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         raise CompressionError(f"{source}: cannot be loaded ({one_line(error)})") from error
@@ -155,6 +156,7 @@ def skeleton(config: Any, dtype: str = "auto") -> PreTrainedModel:
         config: the config of a dense or a compressed model.
         dtype: as for `load_model`.
     """
+    # `_from_config` builds the class without looking for weights
     with torch.device("meta"):
         model: PreTrainedModel = _model_class(config)._from_config(config, dtype=_torch_dtype(dtype) or config.dtype)
     compression = compression_of(config)
@@ -179,6 +181,7 @@ def _model_class(config: Any) -> Any:
     Raises:
         CompressionError: if there is none either.
     """
+    # only classes of transformers: code that comes with a model is not executed
     names = getattr(config, "architectures", None) or [""]
     named_class = getattr(transformers, names[0], None)
     if isinstance(named_class, type) and issubclass(named_class, PreTrainedModel):

@@ -46,6 +46,7 @@ def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
             if module is output:
                 places[name] = "disk"
     on_disk = tuple(places)
+    # every tensor needs a place: the fewest entries are those of the outermost modules
     parameters = skeleton.named_parameters(remove_duplicate=False)
     for name, _ in itertools.chain(parameters, skeleton.named_buffers()):
         places.setdefault(_outermost_module(name, on_disk), "cpu")
@@ -68,6 +69,7 @@ def shard_size(skeleton: PreTrainedModel) -> int:
     sizes = []
     for block in find_blocks(skeleton).values():
         sizes.append(sum(tensor.numel() * tensor.itemsize for tensor in block.parameters()))
+    # a dense block and its compressed layers are in memory together
     return min(max(2 * max(sizes), SMALLEST_SHARD), LARGEST_SHARD)
 
 
@@ -101,6 +103,7 @@ class OffloadedBlocks:
             for weight, (fused, index) in bank.slices().items():
                 slices[f"{name}.{weight}"] = (f"{name}.{fused}", index)
         self.weights = _WithSlices(self.weights, slices)
+        # the layers of a bank are new modules, which accelerate knows nothing of
         for weight in slices:
             layer = weight.rpartition(".")[0]
             hook = AlignDevicesHook("cpu", offload=True, weights_map=PrefixedDataset(self.weights, f"{layer}."))
@@ -127,6 +130,7 @@ class OffloadedBlocks:
     def release(self) -> None:
         """Take off what lets the model run from disk, once all blocks are done."""
         _remove_hooks(self.model)
+        # with this attribute transformers would save and move it as an offloaded model
         del self.model.hf_device_map
 
 
@@ -188,7 +192,7 @@ def return_memory() -> None:
     Without it the heaps keep the memory that was freed between living objects.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
+    if trim is not None:  # glibc
         trim(0)
 
 
@@ -217,6 +221,7 @@ class StoredWeights(dict[str, Tensor]):
     """
 
     def __init__(self, model: PreTrainedModel, blocks: OffloadedBlocks, files: dict[str, Path]) -> None:
+        # tensors on the meta device stand for those on disk, so that names, shapes and dtypes are complete
         super().__init__(model.state_dict())
         self._blocks = blocks
         self._files = files
@@ -226,6 +231,7 @@ class StoredWeights(dict[str, Tensor]):
         tensor = super().pop(name, *default)
         if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
             return tensor
+        # a finished block has compressed weights in its record, the other weights are those of the dense model
         for block, file in self._files.items():
             if name.startswith(f"{block}."):
                 with safe_open(file, "pt") as opened:
@@ -251,6 +257,7 @@ class OffloadedQuantizer(CompressionQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[StoredWeights, dict[str, str]]:
         # older versions of transformers take every tensor on the meta device for a parameter when they save
+        # on the instance, so that the class stays as it is
         vars(model)["get_parameter"] = partial(_parameter_or_buffer, model)
         return StoredWeights(model, self.blocks, self.files), {}
 
@@ -267,6 +274,7 @@ def _remove_hooks(module: nn.Module) -> None:
 
     That method would keep replaced layers alive.
     """
+    # noted before: accelerate takes its mark off together with the hook
     hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
     remove_hook_from_module(module, recurse=True)
     for part in hooked:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import BlockBatch, run_block
-from ..calibration.statistics import counted
+from ..calibration.statistics import select_counted
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..runtime.errors import NumericalError
 from ..runtime.layers import CompressedLinear
@@ -172,7 +172,7 @@ def _counted_outputs(output: Tensor, batch: BlockBatch, index: int) -> Tensor:
     """Return the outputs of tokens that are no padding, float32."""
     call = batch.calls[index]
     mask = call.mask if call is not None else None
-    return counted(output.float(), mask)
+    return select_counted(output.float(), mask)
 
 
 @contextmanager

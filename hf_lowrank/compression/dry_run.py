@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from ..execution.files import human_bytes
 from ..methods import make_method
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
@@ -71,4 +72,4 @@ def _span(seconds: float) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return human_bytes(size, smallest_unit="GB")

@@ -12,9 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..execution.files import system_message
+from ..execution.output_folder import check_free, new_folder
 from ..execution.process_group import ProcessGroup, current_process_group
 from ..execution.work_folder import WorkFolder
-from ..models.loading import check_free, load_config, load_model, new_folder, skeleton
+from ..models.loading import load_config, load_model, skeleton
 from ..models.offloading import return_memory, shard_size
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
@@ -87,7 +89,7 @@ def _make_folders(stack: ExitStack, output: Path, work_dir: Path | None, group: 
         offload_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompressionError(
-            f"{work or output}: cannot be written ({error.strerror}); name another folder"
+            f"{work or output}: cannot be written ({system_message(error)}); name another folder"
         ) from error
     return work, offload_folder
 

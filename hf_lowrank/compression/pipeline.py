@@ -18,9 +18,9 @@ from ..calibration import (
     TokenBatch,
     calibration_batches,
     capture,
-    noting_calls,
     output_grams,
-    passes,
+    record_calls,
+    split_into_passes,
     squared_gradients,
 )
 from ..execution.process_group import current_process_group
@@ -170,8 +170,8 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
     model, plan = session.model, session.plan
     session.show("capturing block inputs", 0, len(plan.compressed))
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
-    with noting_calls(layers) as called:
-        own = session.group.split(passes(session.tokens, model.device))
+    with record_calls(layers) as called:
+        own = session.group.split(split_into_passes(session.tokens, model.device))
         batches = capture(model, plan.blocks, own, session.cache)
     session.leave_uncalled_dense(set().union(*session.group.gather(called)))
     return batches

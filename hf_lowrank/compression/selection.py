@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..budget import Layer
 from ..methods import Method
-from ..models.architectures import fused_experts, in_list
+from ..models.architectures import fused_experts, in_module_list
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from ..runtime.validation import is_linear
@@ -65,7 +65,7 @@ def uncalled_layers(blocks: dict[str, nn.Module], layers: list[Layer], called: s
     for layer in layers:
         if layer.block not in reached_blocks:
             reasons[layer.name] = UNREACHED
-        elif layer.name not in called and not in_list(blocks, layer):
+        elif layer.name not in called and not in_module_list(blocks, layer):
             reasons[layer.name] = UNCALLED
     return reasons
 

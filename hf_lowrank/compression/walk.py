@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from ..budget import Layer
-from ..calibration import BlockBatch, capture, starts_anew
+from ..calibration import BlockBatch, capture, starts_new_block_list
 from ..models.architectures import find_feed_forwards
 from ..runtime.errors import CompressionError, NumericalError
 from .fallback import BudgetShares, BuildResult
@@ -57,7 +57,7 @@ def walk(session: Session, stage: Stage[S], batches: list[BlockBatch]) -> None:
     records = StageRecords(session, stage.name, stage.surveys, batches)
     for visit in visits(session):
         finished = records.read(visit)
-        if starts_anew(batches, visit.index):
+        if starts_new_block_list(batches, visit.index):
             enter_block_list(session, visit, batches)
         if finished is not None:
             records.restore(visit, finished)
@@ -90,7 +90,7 @@ def load(session: Session, visit: BlockVisit) -> None:
     """Bring a block that is on disk into memory, and put its neurons into the order that an earlier walk gave them."""
     if session.offloaded is None:
         return
-    session.offloaded.fill(visit.name)
+    session.offloaded.load(visit.name)
     for network in find_feed_forwards(visit.block):
         order = session.log.neuron_orders.get(f"{visit.name}.{network.output}")
         if order is not None:
@@ -100,7 +100,7 @@ def load(session: Session, visit: BlockVisit) -> None:
 def unload(session: Session, visit: BlockVisit) -> None:
     """Let go of the weights of a block that is on disk. Its compressed weights are in its record."""
     if session.offloaded is not None:
-        session.offloaded.empty(visit.name)
+        session.offloaded.unload(visit.name)
 
 
 def install(session: Session, shares: BudgetShares[Any], layer: Layer, result: BuildResult) -> None:
@@ -153,5 +153,5 @@ def enter_block_list(session: Session, visit: BlockVisit, batches: list[BlockBat
         elif batch.compressed_twin is not None:
             captured[position].hidden = batch.compressed_twin.hidden
             batch.compressed_twin = captured[position]
-            batch.compressed_twin.enter(index)
-        batches[position].enter(index)
+            batch.compressed_twin.enter_block_list(index)
+        batches[position].enter_block_list(index)

@@ -18,8 +18,9 @@ from hf_lowrank.compression.checks import whole_model_reason
 from hf_lowrank.compression.estimate import estimate
 from hf_lowrank.compression.from_disk import compress_checkpoint
 from hf_lowrank.compression.session import Session
+from hf_lowrank.execution.output_folder import files_size
 from hf_lowrank.execution.work_folder import Record, WorkFolder
-from hf_lowrank.models.loading import files_size, load_config, load_model, skeleton
+from hf_lowrank.models.loading import load_config, load_model, skeleton
 from hf_lowrank.models.offloading import LARGEST_SHARD, SMALLEST_SHARD, shard_size
 
 from ..support import tiny_models
@@ -203,11 +204,11 @@ def test_what_waits_in_files_comes_back_bit_for_bit_and_leaves_nothing(tmp_path:
     tensors = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed, dtype in makes]
     cache = ActivationCache(tmp_path, limit=3 * 5 * 7 * 4)
     waiting = [cache.put(tensor) for tensor in tensors * 2]
-    assert cache.held == 3 * 5 * 7 * 4
+    assert cache.bytes_in_memory == 3 * 5 * 7 * 4
     assert len(list(tmp_path.iterdir())) == 3
     assert all(torch.equal(each.tensor, tensor) for each, tensor in zip(waiting, tensors * 2, strict=True))
     waiting.clear()
-    assert cache.held == 0
+    assert cache.bytes_in_memory == 0
     assert not list(tmp_path.iterdir())
 
 

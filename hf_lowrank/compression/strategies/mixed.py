@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ...budget import Layer
 from ...calibration import (
     BlockBatch,
-    DensePasses,
-    Sums,
+    CorrectionSums,
+    DenseReference,
     TokenBatch,
+    are_residual_writers,
+    correction_sums,
+    input_stages,
     run_block,
-    stage_sums,
-    stages,
-    stream_writers,
     with_unigram_sequences,
 )
 from ...execution.work_folder import Record
@@ -55,7 +55,7 @@ class Mixed(Strategy):
         survey = _Survey(session, method, batches)
         walk(session, survey, batches)
         for batch in batches:
-            batch.start()
+            batch.rewind()
             batch.track_compressed()
         walk(session, _Fit(session, method, batches, survey.choices, survey.statistics), batches)
 
@@ -180,21 +180,21 @@ class _Fit(Stage[dict[str, Statistics]]):
         dense_block = copy.deepcopy(block)
         by_local_name = {visit.local_name(layer): layer for layer in visit.layers}
         modules = {name: block.get_submodule(name) for name in by_local_name}
-        writers = session.group.broadcast(lambda: _stream_writers(visit, batches[0]))
-        order = session.group.broadcast(lambda: stages(block, index, batches[0], modules))
+        writers = session.group.broadcast(lambda: _residual_writers(visit, batches[0]))
+        order = session.group.broadcast(lambda: input_stages(block, index, batches[0], modules))
         last_writer = _last_writer(order, writers)
         first_names = [names[0] for names in order]
-        passes = DensePasses(dense_block, index, batches, first_names, whole=last_writer)
+        reference = DenseReference(dense_block, index, batches, first_names, output_of=last_writer)
         for names in order:
             correction = None
             if names[0] in writers:
                 correction = "output" if names[0] == last_writer else "input"
-            sums = stage_sums(passes, block, index, batches, names, correction, session.group)
+            sums = correction_sums(reference, block, index, batches, names, correction, session.group)
             layers = [by_local_name[name] for name in names]
             to_build = self._layers_to_build(layers)
             build = partial(self._build, sums, statistics)
             yield from solve_layers(session, to_build, build=build)
-        self._outputs = passes.outputs
+        self._outputs = reference.outputs
 
     def propagate(self, visit: BlockVisit) -> None:
         for batch, hidden in zip(self.batches, self._outputs, strict=True):
@@ -215,7 +215,7 @@ class _Fit(Stage[dict[str, Statistics]]):
                 to_build.append(layer)
         return to_build
 
-    def _build(self, sums: Sums | None, all_statistics: dict[str, Statistics], layer: Layer) -> BuildResult:
+    def _build(self, sums: CorrectionSums | None, all_statistics: dict[str, Statistics], layer: Layer) -> BuildResult:
         """Fit a layer to its inputs in the compressed model, or in the dense one if no token reaches it."""
         session = self.session
         spec, weight, statistics = self.shares[layer.name], session.dense_weight(layer), all_statistics[layer.name]
@@ -245,13 +245,13 @@ def _last_writer(order: list[list[str]], writers: list[str]) -> str | None:
     return None
 
 
-def _stream_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
+def _residual_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
     """Return the two layers that write to the residual stream, by their names in the block, or none if others do."""
     writing = [layer for layer in visit.layers if layer.role in ("output", "ffn_out")]
     by_role = {layer.role: visit.local_name(layer) for layer in writing}
     if len(by_role) != 2 or len(writing) != 2:
         return []
     modules: dict[str, nn.Module] = {name: visit.block.get_submodule(name) for name in by_role.values()}
-    if not stream_writers(visit.block, visit.index, batch, modules):
+    if not are_residual_writers(visit.block, visit.index, batch, modules):
         return []
     return list(by_role.values())

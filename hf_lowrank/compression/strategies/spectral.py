@@ -40,7 +40,7 @@ class Spectral(Strategy):
             spectra[name] = sampled_spectrum(measurement.factorization.sigma)
         measurements, ranks = decide_ranks(session, method, measurements)
         for batch in batches:
-            batch.start()
+            batch.rewind()
         walk(session, _Truncate(session, method, batches, measurements, ranks, spectra), batches)
 
     @staticmethod

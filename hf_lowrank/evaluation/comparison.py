@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 
 from ..calibration.batches import sequence_length
 from ..calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
-from ..checkpoints.inspect import inspect_checkpoint
+from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
 from ..execution.files import file_checksum, one_line, write_atomically
 from ..execution.locking import locked
@@ -332,10 +332,10 @@ def dense_storage(comparison: Comparison) -> Record:
 def _measure(comparison: Comparison, candidate: Candidate, folder: Path, training: Path) -> Record:
     arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
-    stored = inspect_checkpoint(folder)
+    stored = inspect(folder)
     config = load_config(str(folder))
     compression = compression_of(config)
-    assert compression is not None, "inspect_checkpoint has read it"
+    assert compression is not None, "inspect has read it"
     weights = sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(skeleton(config))))
     return {
         "command": shlex.join(["hf-lowrank", *arguments]),

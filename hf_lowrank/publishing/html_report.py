@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ..checkpoints.inspect import Inspection, StoredLayer, inspect_checkpoint, read_report
+from ..checkpoints.inspect import Inspection, StoredLayer, inspect, read_report
 from ..evaluation import pareto
 from ..execution.files import human_bytes, short_path, write_atomically
 from ..methods import method_class, registered_methods
@@ -71,7 +71,7 @@ class Grid:
     cells: dict[tuple[str, int], StoredLayer] = field(default_factory=dict)
 
 
-def write_report(folder: Path, out: Path, comparison: Path | None = None) -> None:
+def write_html_report(folder: str | Path, out: str | Path, comparison: Path | None = None) -> None:
     """Write the page of the compressed checkpoint in `folder`; the same files give the same page.
 
     Args:
@@ -80,11 +80,12 @@ def write_report(folder: Path, out: Path, comparison: Path | None = None) -> Non
     Raises:
         CompressionError: if there is no such checkpoint or comparison, or no matplotlib to draw with.
     """
+    folder, out = Path(folder), Path(out)
     pareto.check_plotting()
     results = _comparison(comparison) if comparison is not None else None
     if out.is_dir():
         raise CompressionError(f"{out}: is a folder; name the file to write, such as {out / 'report.html'}")
-    found, report, recipe = inspect_checkpoint(folder), read_report(folder), read_config(folder)["quantization_config"]
+    found, report, recipe = inspect(folder), read_report(folder), read_config(folder)["quantization_config"]
     model = skeleton(load_config(str(folder)))
     grid = _grid(found, list(find_blocks(model)))
     specs = resolve_layers(model, {name: LayerSpec.from_dict(name, spec) for name, spec in recipe["layers"].items()})

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..calibration.texts import DATASETS
-from ..checkpoints.inspect import damaged_report, inspect_checkpoint
+from ..checkpoints.inspect import damaged_report, inspect
 from ..execution.files import human_bytes, short_path
 from ..methods import method_class, registered_methods
 from ..runtime.checksums import weights_checksum
@@ -115,7 +115,7 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     Raises:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
-    config, inspection = read_config(folder), asdict(inspect_checkpoint(folder))
+    config, inspection = read_config(folder), asdict(inspect(folder))
     with damaged_report(folder):
         return model_card(config, inspection, read_current_report(folder), name or folder.resolve().name)
 

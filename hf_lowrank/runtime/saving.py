@@ -258,7 +258,9 @@ class CompleteSave:
             return self.report
         if self.source_report is None:
             file = self.find(REPORT_FILE)
-            self.source_report = read_report(Path(file)) if file else {}
+            if file is None:
+                return {}  # not kept: the Hub may be within reach the next time
+            self.source_report = read_report(Path(file))
         return self.source_report
 
     @staticmethod

@@ -1,7 +1,8 @@
-"""What `import torch` runs where hf_lowrank is installed (entry point `torch.backends`): the plugin registers itself when it is needed.
+"""The entry point `torch.backends`, which `import torch` runs where hf_lowrank is installed.
 
-So a program that never heard of `hf_lowrank` opens compressed checkpoints. Nothing is imported here, and nothing happens in programs that
-load no model; `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches it off.
+It has the plugin register itself when it is needed, so that a program that never heard of `hf_lowrank` opens
+compressed checkpoints. Nothing is imported here, and nothing happens in programs that load no model.
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches it off.
 """
 
 import importlib
@@ -11,26 +12,28 @@ from pathlib import Path
 
 
 def register() -> None:
-    """Import `hf_lowrank` right after transformers' quantizers, which know every format that `from_pretrained` opens."""
+    """Have `hf_lowrank` imported right after transformers' quantizers, which know every format of checkpoints."""
     package = importlib.util.find_spec("hf_lowrank")
     if package is None or package.origin is None:
         return
-    spec = importlib.util.spec_from_file_location(
-        "hf_lowrank_registration", Path(package.origin).with_name("registration.py")
-    )
+    # By its path, as an import of the package itself would import transformers.
+    file = Path(package.origin).with_name("registration.py")
+    spec = importlib.util.spec_from_file_location("hf_lowrank_registration", file)
     if spec is None or spec.loader is None:
         return
-    registration = importlib.util.module_from_spec(spec)  # by its path: the package itself would import transformers
+    registration = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(registration)
-    sys.modules["hf_lowrank.registration"] = registration  # the package is to know which imports are under way
-    # if the quantizers are what imports torch, they are not complete yet; what needs them is imported later
-    if "transformers.configuration_utils" not in sys.modules:  # a config is read before any model: it is checked, too
-        registration.after_import(
-            "transformers.models.auto.configuration_auto", lambda: importlib.import_module("hf_lowrank")
-        )
-    name = (
-        "transformers.modeling_utils"
-        if "transformers.quantizers.auto" in sys.modules
-        else "transformers.quantizers.auto"
-    )
-    registration.after_import(name, lambda: importlib.import_module("hf_lowrank"))
+    # The package must use this very module, which records the imports that are under way.
+    sys.modules["hf_lowrank.registration"] = registration
+    # A config is read before any model, and is checked too.
+    if "transformers.configuration_utils" not in sys.modules:
+        registration.after_import("transformers.models.auto.configuration_auto", action=_import_package)
+    # If the quantizers are what imports torch, they are not complete yet. A module that needs them is imported later.
+    awaited = "transformers.quantizers.auto"
+    if awaited in sys.modules:
+        awaited = "transformers.modeling_utils"
+    registration.after_import(awaited, action=_import_package)
+
+
+def _import_package() -> None:
+    importlib.import_module("hf_lowrank")

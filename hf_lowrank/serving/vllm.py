@@ -82,7 +82,7 @@ class CompressedCheckpoint(QuantizationConfig):
         return CompressedLinearMethod({name: self.layers.get(name) for name in shards})
 
     def _check_no_layer_within(self, module: nn.Module, prefix: str) -> None:
-        """Raise CompressionError if a compressed layer is in `module`, which is not linear. The empty prefix is ignored."""
+        """Raise CompressionError if a compressed layer is in `module`, which is not linear."""
         for name in self.layers:
             if prefix and f"{name}.".startswith(f"{prefix}."):
                 raise CompressionError(

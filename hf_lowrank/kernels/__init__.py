@@ -89,6 +89,8 @@ def _name_and_reason(back_end: Any, operation: str) -> tuple[str, str]:
     switch = os.environ.get(ENVIRONMENT_VARIABLE)
     if switch == "off":
         return "torch", f"the environment variable {ENVIRONMENT_VARIABLE} is off"
+    # A back end says what it could do here. Whether it is loaded at all is decided by the same rule as in
+    # `load_by_default`.
     name, reason = back_end.describe(operation)
     if name != "torch" and switch != "on" and not back_end.ON_BY_DEFAULT:
         return (
@@ -100,6 +102,7 @@ def _name_and_reason(back_end: Any, operation: str) -> tuple[str, str]:
 
 def _back_ends() -> dict[str, Any]:
     """Return the modules of the back ends by the kind of device they are for."""
+    # Neither of these modules imports its compiler or its library before a kernel is registered.
     return {
         "cpu": import_module(f"{__name__}.cpu"),
         "cuda": import_module(f"{__name__}.triton"),

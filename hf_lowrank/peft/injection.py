@@ -44,6 +44,7 @@ def inject(inject_adapter: Callable[[], Any], config: Any, model: nn.Module) -> 
     _check_version()
     is_lora = isinstance(config, peft.LoraConfig)
     if is_lora:
+        # PEFT asks these classes first when it chooses a layer.
         config._register_custom_module({CompressedLinear: CompressedLoraLinear})
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     leaves_weight_alone = is_lora or kind in BESIDE_THE_LAYER

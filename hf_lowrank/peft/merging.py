@@ -54,6 +54,7 @@ def add_lowrank(
     joins = _has_room(layer, rank)
     spec = _grown_spec(layer, rank, joins=joins, own_bias=own_bias, name=name)
     names = ("lowrank_a", "lowrank_b") if joins else ("adapter_a", "adapter_b")
+    # Scaled in float64, so that the only rounding is the one to the layer's dtype.
     balanced_a, balanced_b = balanced(a.detach().double(), b.detach().double())
     added = {names[0]: balanced_a, names[1]: balanced_b}
     if bias is not None:
@@ -61,6 +62,7 @@ def add_lowrank(
         if layer.bias is not None:
             added["bias"] = layer.bias.detach().double() + added["bias"]
     rounded = _rounded(added, layer, name)
+    # A subtraction would not undo the rounding of the sum: the former bias is kept for `remove_lowrank`.
     former_bias = None if own_bias or bias is None else layer.bias.detach()
     # Every check is passed: from here on the layer changes.
     _append(layer, names[0], rounded[names[0]], dimension=0)
@@ -86,6 +88,7 @@ def _grown_spec(layer: CompressedLinear, rank: int, *, joins: bool, own_bias: bo
     Raises:
         CompressionError: if merged adapters would have a higher rank than the format takes.
     """
+    # `rank` counts all low-rank terms of a layer, `adapter_rank` those among them that are stored beside its factors.
     spec = replace(layer.spec, rank=layer.spec.rank + rank, bias=layer.spec.bias or own_bias)
     if not joins:
         spec = replace(spec, adapter_rank=spec.adapter_rank + rank)
@@ -150,6 +153,7 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     size_a = a.abs().amax(dim=1)
     size_b = b.abs().amax(dim=0)
+    # A term of zeros has no size to balance, and stays as it is.
     exponent = torch.where((size_a > 0) & (size_b > 0), (size_b / size_a).log2() / 2, 0.0).round()
     return torch.ldexp(a, exponent[:, None]), torch.ldexp(b, -exponent)
 

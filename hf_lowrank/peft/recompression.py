@@ -61,7 +61,7 @@ def recompress(model: "PreTrainedModel", rank: int | None = None) -> list[Trunca
     """
     if rank is not None and rank < 1:
         raise CompressionError(f"rank: found {rank}, expected at least 1")
-    record_layers(model)
+    record_layers(model)  # merges may have changed layers since the config was written
     layers = _compressed_layers(model)
     ranks = _ranks_when_compressed(model) if rank is None else dict.fromkeys(layers, rank)
     grown = {}
@@ -85,6 +85,7 @@ def truncated_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         a, b: A (q, n) and B (m, q), float64.
         rank: r, at most q, m and n.
     """
+    # B = left.Q left.R and Aᵀ = right.Q right.R. Both Q have orthonormal columns, which change no singular value.
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
     U, sigma, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     roots = sigma[:rank].sqrt()
@@ -172,6 +173,7 @@ def truncate_layer(layer: CompressedLinear, rank: int, name: str = "layer") -> T
         a, b, pivots = pivot(a, b)
     truncated = {} if kept_values is None else {"weight": kept_values}
     truncated |= {"lowrank_a": a, "lowrank_b": b}
+    # All of them are checked before one is stored, so that an error leaves the layer as it was.
     rounded = {key: value.to(layer.dtype) for key, value in truncated.items()}
     for key, value in rounded.items():
         if not bool(value.isfinite().all()):

@@ -81,6 +81,7 @@ class DistillationTrainer(Trainer):
         these, so that accumulated batches give the gradient of one large batch.
         """
         scored = self.scored(inputs)
+        # `Trainer` gets a copy, as label smoothing takes the labels out.
         loss, outputs = super().compute_loss(
             model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
         )

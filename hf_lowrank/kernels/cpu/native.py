@@ -30,22 +30,27 @@ class Product(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        # the sparse part
         ("values", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
         ("kept", ctypes.c_int64),
+        # the binary part
         ("signs", ctypes.c_void_p),
         ("scale_in", ctypes.c_void_p),
         ("scale_out", ctypes.c_void_p),
         ("binary_rank", ctypes.c_int64),
+        # the low-rank part, and its pivots
         ("lowrank_a", ctypes.c_void_p),
         ("lowrank_b", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
         ("pivots", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
+        # the quantized matrix
         ("codes", ctypes.c_void_p),
         ("code_scale", ctypes.c_void_p),
         ("group", ctypes.c_int64),
         ("code_bits", ctypes.c_int32),
+        # numbers of `DTYPES`
         ("x_dtype", ctypes.c_int32),
         ("values_dtype", ctypes.c_int32),
         ("scale_dtype", ctypes.c_int32),
@@ -99,6 +104,7 @@ def module() -> ModuleType | None:
         functions = import_module(f"{__package__}._native")
     except ImportError:
         return None
+    # Its functions are called without passing through Python, and so keep the instruction set themselves.
     functions.use_instruction_set(instruction_set())
     return functions
 
@@ -117,7 +123,11 @@ _forced: list[int] = []
 
 
 def instruction_set() -> int:
-    """Return the number of the instruction set in use: the forced one, else the environment's, else the best."""
+    """Return the number of the instruction set in use: the forced one, else the environment's, else the best.
+
+    Raises:
+        ValueError: if the environment names one that is unknown or that this processor lacks.
+    """
     if _forced:
         return _forced[-1]
     return _from_environment()
@@ -157,6 +167,7 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 
 def _number(name: str) -> int:
     """Return the number of an instruction set, or raise ValueError if it is unknown or this processor lacks it."""
+    # A processor that has an instruction set has the slower ones too.
     available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best_instruction_set()) + 1]
     if name not in available:
         raise ValueError(

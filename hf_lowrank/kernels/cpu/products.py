@@ -123,6 +123,8 @@ def _linear(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
 
 def _few_tokens(x: Tensor, parts: dict[str, Any]) -> int:
     """Return up to how many tokens the packed form is faster than tiles."""
+    # AVX-512 has an instruction that multiplies bfloat16. Codes with a bitmap become float32 before they are
+    # multiplied.
     kept_values = "mask" in parts and "codes" not in parts
     if kept_values and x.dtype == torch.bfloat16 and native.instruction_set_in_use() == "avx512":
         return FEW_TOKENS_BY_BFLOAT16
@@ -152,8 +154,10 @@ def _multiply(x: Tensor, rows: int, outputs: int | None = None, **parts: Any) ->
     product.x = x.data_ptr()
     product.y = y.data_ptr()
     product.outputs = y.shape[-1]
-    left_to_torch = native.loaded().hf_lowrank_multiply(ctypes.byref(product))
-    return None if left_to_torch else y
+    # The library declines values that are not finite, for example: zeros that are not stored make no NaN of an
+    # infinity.
+    declined = native.loaded().hf_lowrank_multiply(ctypes.byref(product))
+    return None if declined else y
 
 
 def _multiply_tiles(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
@@ -179,6 +183,7 @@ def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
     tiles = _tiles(gradients, grad.shape[-1], columns, parts)
     if tiles is None:
         return None
+    # Rounding the sum after every tile would lose what small gradients add.
     total = torch.zeros(gradients.shape[0], columns, dtype=torch.promote_types(grad.dtype, torch.float32))
     for covered, tile in tiles:
         total += gradients[:, covered].to(tile.dtype) @ tile
@@ -198,6 +203,7 @@ def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterato
 
 
 def _unpacked(product: native.Product, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the tiles of a product's matrix, all in the same memory, each with the rows that it covers."""
     tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype)
     product.y = tile.data_ptr()
     unpack = partial(native.loaded().hf_lowrank_unpack, ctypes.byref(product))
@@ -237,6 +243,7 @@ def _product(tokens: int, columns: int, rows: int, dtype: torch.dtype, parts: di
                 setattr(product, _DTYPE_FIELDS[name], native.DTYPES[part.dtype])
         elif part is not None:
             setattr(product, name, part)
+    # The library reads sizes from the product only, and these are sizes of tensors.
     if product.scale_in:
         product.binary_rank = parts["scale_in"].shape[0]
     if product.lowrank_b:

@@ -22,9 +22,10 @@ def register() -> None:
     """Offer the kernels for the "cuda" device, if this machine can run them."""
     reason = unavailable()
     if reason is None:
+        # Imported only now, as `products` imports Triton, which may not be installed.
         for operation, kernel in import_module(f"{__name__}.products").KERNELS.items():
             register_kernel(operation, "cuda", NAME, kernel)
-    elif torch.cuda.is_available():
+    elif torch.cuda.is_available():  # a machine without a GPU needs no warning about GPUs
         warnings.warn(
             f"hf_lowrank: {reason}; compressed layers compute with plain torch on the GPU, and are slower",
             stacklevel=2,

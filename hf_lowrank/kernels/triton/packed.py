@@ -74,6 +74,7 @@ def _kept_tile(
     `kept_bits` are the words of the bitmap, `values_before` the number of values that lie before each word in its row.
     """
     bits, shift = bytes_of(kept_bits, quarter, BLOCK_ROWS, SPANS)
+    # A byte's first value comes after those of the words before its word, and of the bits before it in the word.
     before_word, shift = bytes_of(values_before, quarter, BLOCK_ROWS, SPANS)
     place = before_word + ones(bits & ((1 << shift) - 1), COMPILED)
     byte = bits >> shift
@@ -238,13 +239,13 @@ def _sum(
     """
     values, code_scale, mask, signs, scale_in, scale_out, rows, columns, stride, groups = layer
     row = row.to(tl.int64)[:, None, None]  # positions in a matrix of values may need more than 32 bits
-    kept_before = tl.zeros((BLOCK_ROWS,), tl.int32)
+    kept_before = tl.zeros((BLOCK_ROWS,), tl.int32)  # values of each row in the words that were passed
     total = _no_sum(TOKENS, TENSOR_CORES, BLOCK_ROWS, SPANS)
     span = tl.arange(0, SPANS)
     lane = tl.arange(0, LANES)[None, None, :]
     for first_word in range(0, (columns + 31) // 32, SPANS * LANES):
         word = (first_word + span * LANES)[None, :, None] + lane
-        if HAS_MASK:
+        if HAS_MASK:  # a word's values begin after those of the passes before, and of the words before it in this one
             kept_bits = words(mask, row, word, rows, columns)
             count = ones(kept_bits, COMPILED)
             up_to = tl.cumsum(tl.reshape(count, (BLOCK_ROWS, SPANS * LANES)), axis=1)
@@ -313,6 +314,7 @@ def multiply(
     first_row = tl.program_id(0) * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     if FETCHED and COMPILED:
+        # The last program may have fewer rows.
         count = tl.minimum(rows - first_row, BLOCK_ROWS)
         if HAS_MASK:
             fetch_rows(mask, (columns + 7) // 8, first_row, count, SPANS * LANES)
@@ -324,23 +326,9 @@ def multiply(
     token = tl.arange(0, TOKENS)
     layer = (values, code_scale, mask, signs, scale_in, scale_out, rows, columns, stride, groups)
     products = _sum(
-        x,
-        None,
-        layer,
-        row,
-        0,
-        tokens,
-        HAS_VALUES,
-        HAS_MASK,
-        BITS,
-        GROUP,
-        BINARY_RANK,
-        COMPILED,
-        TOKENS,
-        TENSOR_CORES,
-        BLOCK_ROWS,
-        SPANS,
-    )
+        x, None, layer, row, 0, tokens, HAS_VALUES, HAS_MASK, BITS, GROUP, BINARY_RANK,
+        COMPILED, TOKENS, TENSOR_CORES, BLOCK_ROWS, SPANS,
+    )  # fmt: skip
     inside = (token < tokens)[:, None] & (row < rows)[None, :]
     tl.store(y + token[:, None] * rows + row[None, :], products.to(y.dtype.element_ty), mask=inside)
 
@@ -371,21 +359,8 @@ def unpack(
     """Unpack the rows from `first_row` to `rows` into `dense` (rows − first_row, columns), rounded to its dtype."""
     row = first_row + tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     layer = (values, code_scale, mask, signs, scale_in, scale_out, rows, columns, stride, groups)
+    # One token and no tensor cores: without x, neither matters.
     _sum(
-        None,
-        dense,
-        layer,
-        row,
-        first_row,
-        0,
-        HAS_VALUES,
-        HAS_MASK,
-        BITS,
-        GROUP,
-        BINARY_RANK,
-        COMPILED,
-        1,
-        False,
-        BLOCK_ROWS,
-        SPANS,
-    )
+        None, dense, layer, row, first_row, 0, HAS_VALUES, HAS_MASK, BITS, GROUP, BINARY_RANK,
+        COMPILED, 1, False, BLOCK_ROWS, SPANS,
+    )  # fmt: skip

@@ -44,12 +44,15 @@ _COMPILED = isinstance(packed.multiply, triton.JITFunction)
 """False in Triton's interpreter."""
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
 """Arguments that make a shape of packed matrices, for which the fastest configuration is measured."""
+# Sizes are rows, spans (or columns) and warps of a program. The first of each list is what the interpreter runs.
 _VECTOR_SIZES = ((4, 1, 1), (2, 1, 1), (4, 2, 2), (2, 2, 2), (4, 4, 4), (2, 4, 4))  # a warp for each span
 _VECTORS = [
     *_configurations(*_VECTOR_SIZES, second="SPANS", FETCHED=True),
     *_configurations((4, 1, 1), (4, 4, 4), second="SPANS", FETCHED=False),
 ]
 _multiply_vectors = TunedKernel(packed.multiply, _VECTORS, (*_FORM, "TOKENS"))
+# Tensor cores take at least 16 rows, and a tile of one span. Tokens are always padded to 16, so that they make no
+# shape.
 _MATRICES = _configurations((16, 1, 4), (32, 1, 8), second="SPANS", FETCHED=True)
 _multiply_matrices = TunedKernel(packed.multiply, _MATRICES, _FORM)
 _UNPACKINGS = _configurations((4, 1, 1), (2, 1, 1), (4, 2, 2), (4, 4, 4), second="SPANS")
@@ -192,7 +195,7 @@ def _linear(x: Tensor, parts: Parts) -> Tensor | None:
         _multiply(inputs, y, parts)
     else:
         for covered, tile in _tiles(inputs, x.shape[-1], parts):
-            torch.mm(inputs, tile.T, out=y[:, covered])
+            torch.mm(inputs, tile.T, out=y[:, covered])  # straight into its columns, without a copy
     return y.view(*x.shape[:-1], rows)
 
 
@@ -244,7 +247,7 @@ def _lowrank(x: Tensor, a: Tensor, b: Tensor, pivots: Tensor | None, rows: int) 
     tokens = inputs.shape[0]
     if tokens > FACTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
         return None
-    z = inputs.new_empty(tokens, rank, dtype=torch.float32)
+    z = inputs.new_empty(tokens, rank, dtype=torch.float32)  # A x is not rounded before B multiplies it
     y = inputs.new_empty(tokens, rows)
     _multiply_by_factor(inputs, z, a, None)
     _multiply_by_factor(z, y, b, pivots)

@@ -54,6 +54,7 @@ class TunedKernel:
             )
         with _current(device):
             self.tuned[grid](**arguments)
+        # Only now: a launch that failed has not tuned the shape.
         self.seen.add(shape)
 
     def _shape(self, device: torch.device, arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -192,7 +192,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write")],
     comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
 ) -> None:
-    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training. No network is needed."""
+    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training. It needs no network."""
     from ..publishing.html_report import write_html_report
 
     write_html_report(folder, out, comparison)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lowrank import CompressionConfig, compress
 
 STAGES = {
-    "inputs of the first block": ("blocks.py", "capture"),
+    "inputs of the first block": ("block_inputs.py", "capture"),
     "calibration passes and statistics": ("blocks.py", "block_statistics"),
     "passes through compressed blocks": ("blocks.py", "run_block"),
     "solving: layer by layer": ("", "decompose"),

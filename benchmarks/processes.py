@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -25,7 +24,7 @@ import torch.distributed as dist
 
 from hf_lowrank import CompressionConfig, compress, data
 from hf_lowrank.calibration import blocks
-from hf_lowrank.compression.strategies import Run, layerwise
+from hf_lowrank.compression.strategies import layerwise
 from hf_lowrank.execution.process_group import TorchProcessGroup
 from hf_lowrank.models.loading import load_model, load_tokenizer
 
@@ -65,9 +64,14 @@ def measure(rank: int, size: int, method: str, port: int, folder: Path) -> None:
     os.sched_setaffinity(0, {cores[-1 - rank]})
     torch.set_num_threads(1)
     model, tokenizer = load_model(str(DATA / "reference-7m")), load_tokenizer(str(DATA / "reference-7m"))
-    clock, walking = Clock(), sys.modules[layerwise.__module__]
-    for place, name, part in ((blocks, "_capture_batch", "calibration"), (Run, "gather", "calibration"),
-                              (walking, "run_block", "calibration"), (Run, "build", "solving")):  # fmt: skip
+    clock = Clock()
+    timed_functions = (
+        (blocks, "_capture_batch", "calibration"),
+        (layerwise, "collect_statistics", "calibration"),
+        (layerwise, "run_block", "calibration"),
+        (layerwise._Decompose, "_build", "solving"),
+    )
+    for place, name, part in timed_functions:
         setattr(place, name, clock.timed(part, getattr(place, name)))
     if size > 1:
         os.environ |= {

@@ -63,7 +63,8 @@ def compress(
     ] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
-    from ..compression.from_disk import compress_checkpoint, describe
+    from ..compression.dry_run import describe
+    from ..compression.from_disk import compress_checkpoint
     from ..execution.output_folder import check_free
     from ..methods import make_method
     from ..models.loading import compression_of, load_config, load_tokenizer

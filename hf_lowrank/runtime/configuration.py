@@ -289,6 +289,7 @@ class CompressionConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, str) or not value or not value.isprintable():
                 raise CompressionError(f"{name}: found {value!r}, expected a name")
+        self.method = canonical_method_name(self.method)
         for name in ("options", "provenance", "checksums"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
@@ -358,6 +359,11 @@ class CompressionConfig(QuantizationConfigMixin):
             if field.name != "layers"
         }
         return values | {"layers": {name: spec.to_dict() for name, spec in self.layers.items()}}
+
+
+def canonical_method_name(name: str) -> str:
+    """Return the form in which methods are registered and recorded: lower case, with hyphens ("SVD_LLM" becomes "svd-llm")."""
+    return name.lower().replace("_", "-")
 
 
 def _values(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..compression.pipeline import weights_fingerprint
+from ..compression.resume import weights_fingerprint
 from ..execution.work_folder import WorkFolder
 from ..runtime.errors import CompressionError
 

@@ -7,15 +7,15 @@ import torch
 
 from hf_lowrank.calibration import (
     BlockBatch,
-    DensePasses,
+    DenseReference,
     TokenBatch,
+    are_residual_writers,
     capture,
+    correction_sums,
+    input_stages,
     output_grams,
-    stage_sums,
-    stages,
-    stream_writers,
 )
-from hf_lowrank.calibration.correction import Sums
+from hf_lowrank.calibration.correction import CorrectionSums
 from hf_lowrank.models.architectures import find_blocks, find_layers
 
 from ..support import tiny_models
@@ -29,10 +29,10 @@ def test_target_is_that_of_least_squares() -> None:
     """W' minimises ‖W X + (H − Ĥ) − W' X̂‖² up to the ridge; unshifted inputs and streams leave W as it is."""
     x, weight = gaussian(400, 12, seed=0), gaussian(7, 12, seed=1)
     shifted, lost = x + 0.3 * gaussian(400, 12, seed=2), 0.1 * gaussian(400, 7, seed=3)
-    sums = Sums(shifted.T @ shifted, (x - shifted).T @ shifted, lost.T @ shifted, 10**6)
+    sums = CorrectionSums(shifted.T @ shifted, (x - shifted).T @ shifted, lost.T @ shifted, 10**6)
     expected = torch.linalg.lstsq(shifted, x @ weight.T + lost).solution.T
     torch.testing.assert_close(sums.target(weight), expected, rtol=0, atol=1e-3)
-    same = Sums(x.T @ x, torch.zeros(12, 12, dtype=torch.float64), torch.zeros(7, 12, dtype=torch.float64))
+    same = CorrectionSums(x.T @ x, torch.zeros(12, 12, dtype=torch.float64), torch.zeros(7, 12, dtype=torch.float64))
     torch.testing.assert_close(same.target(weight), weight, rtol=0, atol=0)
 
 
@@ -48,7 +48,7 @@ def test_residual_streams_are_found_by_trying(make: object, plain: bool) -> None
     found = {layer.name.removeprefix(f"{name}."): layer.role for layer in layers}
     writers = {each: block.get_submodule(each) for each, role in found.items() if role in ("output", "ffn_out")}
     assert len(writers) == 2
-    assert stream_writers(block, 0, batch, writers) is plain
+    assert are_residual_writers(block, 0, batch, writers) is plain
 
 
 def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
@@ -62,17 +62,19 @@ def test_stages_follow_the_data_and_sums_are_those_of_the_inputs() -> None:
         for layer in find_layers(blocks)
         if layer.block == 0
     }
-    order = [{each.rpartition(".")[2] for each in stage} for stage in stages(block, 0, batch, layers)]
+    order = [{each.rpartition(".")[2] for each in stage} for stage in input_stages(block, 0, batch, layers)]
     assert order == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    dense = DensePasses(copy.deepcopy(block), 0, [batch], ["self_attn.q_proj", "mlp.down_proj"], whole="mlp.down_proj")
-    sums = stage_sums(dense, block, 0, [batch], ["self_attn.q_proj"], None)
+    dense = DenseReference(
+        copy.deepcopy(block), 0, [batch], ["self_attn.q_proj", "mlp.down_proj"], output_of="mlp.down_proj"
+    )
+    sums = correction_sums(dense, block, 0, [batch], ["self_attn.q_proj"], None)
     assert sums is not None
     x, x_hat = (
         block.input_layernorm(each).flatten(0, 1).double() for each in (batch.hidden, batch.compressed_twin.hidden)
     )  # type: ignore[operator]
     torch.testing.assert_close(sums.gram, x_hat.T @ x_hat, rtol=1e-5, atol=1e-4)  # float32 products
-    torch.testing.assert_close(sums.shift, (x - x_hat).T @ x_hat, rtol=1e-5, atol=1e-4)
-    output = stage_sums(dense, block, 0, [batch], ["mlp.down_proj"], "output")
+    torch.testing.assert_close(sums.difference, (x - x_hat).T @ x_hat, rtol=1e-5, atol=1e-4)
+    output = correction_sums(dense, block, 0, [batch], ["mlp.down_proj"], "output")
     assert output is not None
     assert output.residual is not None
 

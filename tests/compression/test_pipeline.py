@@ -438,7 +438,7 @@ def test_sequential_methods_see_the_compressed_blocks_before_them(
 
     monkeypatch.setattr(method_class(method), "decompose", recording)
     monkeypatch.setattr(
-        "hf_lowrank.compression.run.parallel_slots", lambda working_memory: 1
+        "hf_lowrank.compression.solving.parallel_slots", lambda working_memory: 1
     )  # layer after layer, in order
     model = compress(tiny_models.llama(), config(method), calibration=IDS)
     queries = seen[::7]

@@ -79,7 +79,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, complete: bool) -> list
 def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
     config = recipe(method, refinement_steps=steps)
     expected = saved(compress(tiny_models.llama(), config, calibration=IDS), tmp_path / "whole")
     work = tmp_path / "work"

@@ -79,7 +79,7 @@ def test_a_method_is_one_file_and_one_registration(tmp_path: Path) -> None:
     (tmp_path / "hf_lowrank" / "methods" / "loudest.py").write_text(code, encoding="utf-8")
     init = tmp_path / "hf_lowrank" / "methods" / "__init__.py"
     text = init.read_text(encoding="utf-8")
-    init.write_text(text.replace("from . import asvd,", "from . import asvd, loudest,", 1), encoding="utf-8")
+    init.write_text(text.replace("    asvd,\n", "    asvd,\n    loudest,\n", 1), encoding="utf-8")
     command = [
         sys.executable,
         "-m",

@@ -164,7 +164,7 @@ def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
     captured = capture(model, blocks, calibration_batches(model, recipe(), calibration=batches))
     for index, block in enumerate(blocks.values()):
         for batch in captured:
-            batch.enter(index)
+            batch.enter_block_list(index)
         modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
         statistics = block_statistics(block, index, captured, modules, needs_gram=True, move=True)
         for layer, found in statistics.items():

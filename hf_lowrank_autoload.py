@@ -1,7 +1,8 @@
-"""The function that `import torch` calls where hf_lowrank is installed, by the entry point `torch.backends`.
+"""The entry point `torch.backends`, which `import torch` runs where hf_lowrank is installed.
 
-By it, a program that never heard of `hf_lowrank` opens compressed checkpoints. Nothing is imported here, and nothing
-happens in programs that load no model. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches it off.
+It has the plugin register itself when it is needed, so that a program that never heard of `hf_lowrank` opens
+compressed checkpoints. Nothing is imported here, and nothing happens in programs that load no model.
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches it off.
 """
 
 import importlib
@@ -11,28 +12,29 @@ from pathlib import Path
 
 
 def register() -> None:
-    """Import `hf_lowrank` right after transformers' quantizers, without which `from_pretrained` opens no format."""
+    """Have `hf_lowrank` imported right after transformers' quantizers, which know every format of checkpoints."""
     if "hf_lowrank" in sys.modules:  # the program imported it, and its own hooks wait already
         return
     package = importlib.util.find_spec("hf_lowrank")
     if package is None or package.origin is None:
         return
-    spec = importlib.util.spec_from_file_location(
-        "hf_lowrank_registration", Path(package.origin).with_name("registration.py")
-    )
+    # By its path, as an import of the package itself would import transformers.
+    file = Path(package.origin).with_name("registration.py")
+    spec = importlib.util.spec_from_file_location("hf_lowrank_registration", file)
     if spec is None or spec.loader is None:
         return
-    registration = importlib.util.module_from_spec(spec)  # by its path, so that the package itself is not imported yet
+    registration = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(registration)
-    sys.modules["hf_lowrank.registration"] = registration  # the package must know which imports are under way
-    # A program may read a config before it loads any model. The config is checked, too.
+    # The package must use this very module, which records the imports that are under way.
+    sys.modules["hf_lowrank.registration"] = registration
+    # A config is read before any model, and is checked too.
     if "transformers.configuration_utils" not in sys.modules:
-        registration.after_import("transformers.models.auto.configuration_auto", _import_package)
-    # If the quantizers are what imports torch, they are not complete yet. Whatever uses them is imported after them.
-    if "transformers.quantizers.auto" in sys.modules:
-        registration.after_import("transformers.modeling_utils", _import_package)
-    else:
-        registration.after_import("transformers.quantizers.auto", _import_package)
+        registration.after_import("transformers.models.auto.configuration_auto", action=_import_package)
+    # If the quantizers are what imports torch, they are not complete yet. A module that needs them is imported later.
+    awaited = "transformers.quantizers.auto"
+    if awaited in sys.modules:
+        awaited = "transformers.modeling_utils"
+    registration.after_import(awaited, action=_import_package)
 
 
 def _import_package() -> None:

@@ -1,4 +1,4 @@
-"""Do something as soon as a module has been imported, without importing it."""
+"""Doing something as soon as a module has been imported, without importing it."""
 
 import importlib.abc
 import importlib.machinery
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 _RUNNING: dict[str, list[Callable[[], object]]] = {}
-"""Actions that wait for modules which are being imported now. Those are in `sys.modules`, but not complete."""
+"""Actions that wait for modules that are being imported at this moment: these are in `sys.modules`, but incomplete."""
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
-    """Call `action` once, right after the module `name` is first imported, or at once if it is imported already."""
+    """Call `action` once, right after the module `name` is first imported, or now if it is imported already."""
     if name in _RUNNING:
         _RUNNING[name].append(action)
     elif name in sys.modules:
@@ -22,7 +22,7 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """A finder that lets the other finders find the module, and has the module's loader call the action at the end."""
+    """Waits for a module to be imported: has others find it, and its loader call the action at the end."""
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name = name
@@ -33,14 +33,16 @@ class _Watcher(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # so that the search below finds the module and not this watcher again
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            is_outermost = fullname not in _RUNNING  # one module may have several watchers, each around the next
+            # Several watchers of one module wrap its loader one around the other. Only the outermost knows when the
+            # module is complete for all of them, and it calls what was asked for in the meantime.
+            is_outermost = fullname not in _RUNNING
             waiting = _RUNNING.setdefault(fullname, [])
             try:
                 execute(module)

@@ -68,17 +68,17 @@ class Clock:
 
     def time_communication(self) -> None:
         """Have the time that the process group sends and waits counted for "other processes"."""
-        talking = TorchProcessGroup._talking
+        usual = TorchProcessGroup._one_line_errors
         enter = self.enter
 
         @contextmanager
-        def timed_talking(self: TorchProcessGroup) -> Iterator[None]:
+        def timed(self: TorchProcessGroup) -> Iterator[None]:
             before = enter("other processes")
-            with talking(self):
+            with usual(self):
                 yield
             enter(before)
 
-        TorchProcessGroup._talking = timed_talking  # type: ignore[method-assign]
+        TorchProcessGroup._one_line_errors = timed  # type: ignore[method-assign]
 
 
 def measure(rank: int, size: int, method: str, port: int, folder: Path) -> None:

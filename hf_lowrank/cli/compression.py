@@ -83,7 +83,7 @@ def compress(
         modules_to_not_convert=skip or [],
     )
     make_method(config.method, config.options)  # which refuses unknown methods and options
-    check_free(output, overwrite)
+    check_free(output, overwrite)  # before hours of work, not after them
     if compression_of(load_config(model)) is not None:
         raise CompressionError(
             f"{model}: is compressed already; "
@@ -92,6 +92,7 @@ def compress(
     if dry_run:
         typer.echo(describe(model, config, device, dtype))
         return
+    # Text needs a tokenizer. Sequences that the model samples from itself do not.
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
     with torchrun_group():
         compress_checkpoint(
@@ -105,7 +106,7 @@ def compress(
             overwrite=overwrite,
             command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
         )
-    if not torchrun_rank():
+    if not torchrun_rank():  # 0 or None: the main process, or the only one
         _show_summary(output)
 
 

@@ -19,8 +19,6 @@ import hf_lowrank
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.calibration.statistics import LayerInput, on_common_tokens
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.checkpoints.verify import verify_checkpoint
 from hf_lowrank.compression import soco_training as spectrum_training
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.architectures import find_blocks, separate_experts

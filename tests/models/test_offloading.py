@@ -1,4 +1,4 @@
-"""From disk to disk: the same files as with the whole model in memory, of which no more than a block ever is."""
+"""Compression from disk to disk gives the files of the model in memory, and has one block at a time in memory."""
 
 import gc
 import hashlib
@@ -104,7 +104,7 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_replaced_layers_are_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """Not only when Python next looks for cycles, which may be after the next block."""
+    """They do not wait until Python looks for reference cycles, which may be after the next block."""
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     replaced: list[weakref.ref[torch.nn.Module]] = []
     usual = Session.compressed_layer

@@ -76,7 +76,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
-from hf_lowrank.hub import push_folder
+from hf_lowrank.publishing.hub import push_folder
 folder = Path(sys.argv[1])
 try:
     push_folder(folder, "tester/tiny-slab", private=True)

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, versions, write_json, write_text
+from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, write_json
 from hf_lowrank.evaluation.perplexity import evaluate_text
+from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers
 from hf_lowrank.models.loading import load_config, load_model, load_tokenizer, skeleton
+from hf_lowrank.version import library_versions
 
 Table = dict[str, Any]
 Record = dict[str, Any]
@@ -157,7 +159,7 @@ def inputs(table: Table, model: str, setting: str, method: str, tasks: bool) -> 
         "window": table["models"][model]["window"],
         "texts": {name: {**text, "sha256": text_sha256(text["source"])} for name, text in table["texts"].items()},
         "tasks": table["tasks"] if tasks else {},
-        "versions": {**versions(), "lm_eval": lm_eval.__version__},
+        "versions": {**library_versions(), "lm_eval": lm_eval.__version__},
     }
     if method == "dense":
         return found
@@ -195,7 +197,7 @@ def fill(
                     raise
                 record = {"failed": str(error)}
             write_json(file, {"inputs": needed, **record})
-        write_text(out / "table.md", markdown(table, out))
+        write_atomically(out / "table.md", markdown(table, out))
     return out / "table.md"
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from ..execution.files import one_line, system_message
 from ..execution.process_group import RemoteError, torchrun_rank
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
@@ -53,12 +54,12 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             _fail(OUT_OF_MEMORY)
         except RuntimeError as error:
             if str(error).startswith("CUDA error"):
-                _fail(f"the device failed ({str(error).splitlines()[0]}); nothing was left behind")
+                _fail(f"the device failed ({one_line(error)}); nothing was left behind")
             if not any(sign in str(error) for sign in ("out of memory", "DefaultCPUAllocator")):
                 raise
             _fail(OUT_OF_MEMORY)
         except OSError as error:
-            _fail(f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and the free space")
+            _fail(f"{error.filename or 'input/output'}: {system_message(error)}; check the path and the free space")
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             what = "terminated" if terminated else "interrupted"

@@ -76,8 +76,9 @@ def compress(
 ) -> None:
     """Compress a model and write a complete checkpoint."""
     from ..compression.from_disk import compress_checkpoint, describe
+    from ..execution.output_folder import check_free
     from ..methods import make_method
-    from ..models.loading import check_free, compression_of, load_config, load_tokenizer
+    from ..models.loading import compression_of, load_config, load_tokenizer
 
     config = CompressionConfig(
         method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
@@ -116,7 +117,8 @@ def recompress(
     as_json: Json = False,
 ) -> None:
     """Truncate layers whose rank has grown by merged adapters to the rank of the compression, and say what that loses."""
-    from ..models.loading import check_free, compression_of, load_config, load_model, new_folder
+    from ..execution.output_folder import check_free, new_folder
+    from ..models.loading import compression_of, load_config, load_model
     from ..peft import recompress as truncate
 
     check_free(output, overwrite)
@@ -149,7 +151,8 @@ def dense(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed model as a dense one, for engines that know no compressed layers."""
-    from ..models.loading import check_free, compression_of, load_config, load_model, new_folder
+    from ..execution.output_folder import check_free, new_folder
+    from ..models.loading import compression_of, load_config, load_model
 
     check_free(output, overwrite)
     if compression_of(load_config(folder)) is None:

@@ -14,7 +14,8 @@ from ..calibration.sampling import sample_sequences
 from ..checkpoints.inspect import inspect_checkpoint
 from ..compression.pipeline import compress
 from ..evaluation.perplexity import Evaluation
-from ..models.loading import files_size, load_model, load_tokenizer, new_folder
+from ..execution.output_folder import files_size, new_folder
+from ..models.loading import load_model, load_tokenizer
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 

@@ -228,7 +228,8 @@ def compare(
     from rich.markup import escape
 
     from ..evaluation import pareto
-    from ..evaluation.comparison import Comparison, candidates, compare, write_text
+    from ..evaluation.comparison import Comparison, candidates, compare
+    from ..execution.files import write_atomically
 
     pareto.check_plotting()
     comparison = Comparison(
@@ -236,7 +237,7 @@ def compare(
     )
     wanted = candidates(method_names, ratios)
     results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
-    write_text(out / "table.md", pareto.markdown(results))
+    write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")
     rows = [[escape(cell) for cell in row] for row in pareto.table(results)]
     print_table(f"{model} (★ the best method at each size)", pareto.COLUMNS, rows)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..execution.files import one_line
 from ..runtime.errors import CompressionError
 from .base import app, one_line_errors
 
@@ -28,9 +29,7 @@ def push(
     try:
         commit = push_folder(folder, repo, private=private or None, revision=revision, commit_message=message)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise CompressionError(
-            f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`"
-        ) from error
+        raise CompressionError(f"{repo}: the Hub refused the push ({one_line(error)}); see `hf auth login`") from error
     except Exception as error:
         # offline mode, or httpx in whichever of its versions huggingface_hub talks by
         if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("httpx"):

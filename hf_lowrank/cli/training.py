@@ -32,7 +32,8 @@ def distill(
     """Train a compressed model's stored values towards the dense model's predictions; masks and signs stay as they are."""
     from ..calibration.batches import sequence_length as window_length
     from ..calibration.texts import read_documents, token_stream, windows
-    from ..models.loading import check_free, compression_of, load_config, load_model, load_tokenizer, new_folder
+    from ..execution.output_folder import check_free, new_folder
+    from ..models.loading import compression_of, load_config, load_model, load_tokenizer
     from ..runtime.configuration import CompressionConfig
     from ..training.distillation import distill as train
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..runtime.errors import CompressionError
+from .files import atomic_file, system_message, write_atomically
 from .locking import locked
 
 IDENTITY = "run.json"
@@ -109,7 +109,6 @@ class WorkFolder:
         Raises:
             CompressionError: if it cannot be written; what was finished before stays as it is.
         """
-        partial = self.file(name).with_suffix(".partial")
         tensors, seen = {}, set()
         for key, tensor in record.tensors.items():
             whole = tensor.detach().contiguous()
@@ -118,12 +117,10 @@ class WorkFolder:
             seen.add(storage)
         facts = json.dumps(record.facts)
         try:
-            save_file(tensors, partial, metadata={"facts": facts, "sha256": _checksum(name, tensors, facts)})
-            self._settle(partial, self.file(name))
+            with atomic_file(self.file(name)) as partial:
+                save_file(tensors, partial, metadata={"facts": facts, "sha256": _checksum(name, tensors, facts)})
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def discard(self, name: str) -> None:
         """Remove a record, if it is there."""
@@ -162,25 +159,14 @@ class WorkFolder:
         return known
 
     def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / f"{name}.partial"
         try:
-            partial.write_bytes(content)
-            self._settle(partial, self.path / name)
+            write_atomically(self.path / name, content)
         except OSError as error:
             raise self._unwritable(error) from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _settle(self, partial: Path, file: Path) -> None:
-        """Bring a complete file to the disk, give it its name, and bring the name to the disk."""
-        _flush(partial)
-        partial.replace(file)
-        _flush(self.path)
 
     def _unwritable(self, error: Exception) -> CompressionError:
-        reason = getattr(error, "strerror", None) or error
         return CompressionError(
-            f"{self.path}: cannot be written ({reason}); what is finished stays, repeat the command to go on"
+            f"{self.path}: cannot be written ({system_message(error)}); what is finished stays, repeat the command to go on"
         )
 
 
@@ -196,15 +182,6 @@ def tensors_checksum(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> 
 def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
     """sha256 of all that a record of this name holds."""
     return tensors_checksum(sorted(tensors.items()), f"{name} {facts}")
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def difference(

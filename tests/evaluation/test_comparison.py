@@ -20,6 +20,7 @@ from hf_lowrank.evaluation.comparison import Candidate, Comparison, candidates, 
 from hf_lowrank.evaluation.perplexity import evaluate_text
 from hf_lowrank.execution import child_process
 from hf_lowrank.execution.child_process import ProcessError
+from hf_lowrank.execution.files import file_checksum
 from hf_lowrank.models.loading import load_model, load_tokenizer
 
 from ..support import tiny_models
@@ -68,8 +69,8 @@ def test_figures_are_those_of_the_checkpoint(home: Path) -> None:
 
 def test_results_name_everything_they_depend_on(home: Path) -> None:
     found = results(home)
-    assert found["model"]["model.safetensors"] == comparison.file_sha256(home / "dense" / "model.safetensors")
-    assert found["texts"] == {str(home / "text.txt"): comparison.file_sha256(home / "text.txt")}
+    assert found["model"]["model.safetensors"] == file_checksum(home / "dense" / "model.safetensors")
+    assert found["texts"] == {str(home / "text.txt"): file_checksum(home / "text.txt")}
     assert found["recipe"]["seed"] == 0
     assert set(found["versions"]) == {"hf_lowrank", "torch", "transformers"}
     assert len(found["combinations"][0]["calibration_sha256"]) == 64

@@ -110,7 +110,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import hf_lowrank.demo
+    import hf_lowrank.cli.demo
     import hf_lowrank.hub
     import hf_lowrank.inspection
     import hf_lowrank.model_card  # noqa: F401

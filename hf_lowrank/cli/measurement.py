@@ -236,7 +236,7 @@ def compare(
         model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows
     )
     wanted = candidates(method_names, ratios)
-    results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
+    results = compare(comparison, wanted, out, keep=keep, log=lambda line: typer.echo(line, err=True))
     write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")
     rows = [[escape(cell) for cell in row] for row in pareto.table(results)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from ..checkpoints.inspect import Inspection, StoredLayer, inspect_checkpoint, read_report
+from ..checkpoints.inspect import Inspection, StoredLayer, inspect_checkpoint, read_checked_report
 from ..evaluation import pareto
 from ..execution.files import human_bytes, short_path, write_atomically
 from ..methods import method_class, registered_methods
@@ -84,7 +84,7 @@ def write_report(folder: Path, out: Path, comparison: Path | None = None) -> Non
     results = _comparison(comparison) if comparison is not None else None
     if out.is_dir():
         raise CompressionError(f"{out}: is a folder; name the file to write, such as {out / 'report.html'}")
-    found, report, recipe = inspect_checkpoint(folder), read_report(folder), read_config(folder)["quantization_config"]
+    found, report, recipe = inspect_checkpoint(folder), read_checked_report(folder), read_config(folder)["quantization_config"]
     model = skeleton(load_config(str(folder)))
     grid = _grid(found, list(find_blocks(model)))
     specs = resolve_layers(model, {name: LayerSpec.from_dict(name, spec) for name, spec in recipe["layers"].items()})

@@ -147,7 +147,7 @@ def _tensors_by_layer(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, S
 
 
 def _has_dense_bias(layer: Layer, spec: LayerSpec | None, own_tensors: dict[str, StoredTensor], model: Any) -> bool:
-    """Return whether a layer has a bias when it is dense. Compression may add one, as SoCo does for its deviation term."""
+    """Return whether a layer has a bias when it is dense. Compression may add one, as SoCo does for its deviation."""
     if "bias" not in own_tensors:
         return False
     return spec is None or model.get_submodule(layer.name).bias is not None

@@ -189,7 +189,7 @@ def _checksum(file: Path, config: dict[str, Any]) -> str:
 
 
 def _check_strays(folder: Path, result: Verification) -> None:
-    """Find files that no compressed checkpoint needs and that could do harm: pickles, and weights that nothing uses."""
+    """Find files that no compressed checkpoint needs and that could do harm: pickles, and unused weights."""
     used = {Path(file).name for file in weight_files(str(folder))}
     for file in sorted(folder.iterdir()):
         if file.suffix in PICKLES:

@@ -72,7 +72,8 @@ def evaluate(
         else []
     )
     if card:
-        from ..publishing.model_card import record_quality, task_quality, text_quality
+        from ..publishing.measurements import task_quality, text_quality
+        from ..publishing.model_card import record_quality
 
         rows = [row for result in texts for row in text_quality(result.to_dict())]
         record_quality(Path(model), rows + [row for result in scores for row in task_quality(result.to_dict())])

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lowrank import CheckpointError, CompressionConfig, compress
 from hf_lowrank.checkpoints.inspect import inspect_checkpoint
 from hf_lowrank.publishing.hub import check_complete
-from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
+from hf_lowrank.publishing.measurements import text_quality
+from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, write_model_card
 from hf_lowrank.runtime.saving import REPORT_FILE, RUNTIME_FILES
 from tests.support.hub_card import check_card
 from tests.support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
@@ -156,7 +157,7 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
         assert "model.safetensors" in config["quantization_config"]["checksums"]
     card = ModelCard.load(Repository(hub.root / "tester/first").content_path(first.files["README.md"]))
     assert {"hf_lowrank", "slab"} <= set(card.data.tags)
-    assert "removed, reached" in card.text
+    assert "| removed |" in card.text
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_the_card_says_what_the_files_hold(folder):
     reached = f"{report['ratio_stored']:.2%}"
     record(folder, ratio_stored=0.99)
     text = (folder / "README.md").read_text()
-    assert f"| removed, reached | {reached} (" in text
+    assert f"| removed | {reached} (" in text
     assert "99.00%" not in text
     assert f"| whole model | {(tensors + report_saving(report)) / 1e3:.2f} kB | {tensors / 1e3:.2f} kB |" in text
 

@@ -48,7 +48,7 @@ class Verification:
         return not self.problems
 
 
-def verify_checkpoint(folder: str | Path) -> Verification:
+def verify(folder: str | Path) -> Verification:
     """Check a compressed checkpoint against its config, its model and its checksums.
 
     Every byte is read, and no code of the checkpoint is run.

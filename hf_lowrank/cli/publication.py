@@ -21,7 +21,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="branch to push to")] = None,
     message: Annotated[str | None, typer.Option(help="commit message")] = None,
 ) -> None:
-    """Push a compressed checkpoint to the Hub, with its card and loading code; a push that broke off is simply repeated."""
+    """Push a compressed checkpoint to the Hub, with its card and loading code. Repeat a push that broke off."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     from ..publishing.hub import push_folder

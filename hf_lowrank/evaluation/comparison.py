@@ -22,7 +22,7 @@ import torch
 
 from ..calibration.batches import sequence_length
 from ..calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
-from ..checkpoints.inspect import inspect_checkpoint
+from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
 from ..execution.locking import locked
 from ..methods import make_method
@@ -324,10 +324,10 @@ def _compress_and_measure(
 ) -> ComparisonRecord:
     arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
-    stored = inspect_checkpoint(folder)
+    stored = inspect(folder)
     config = load_config(str(folder))
     compression = compression_of(config)
-    assert compression is not None, "inspect_checkpoint has read it"
+    assert compression is not None, "inspect has read it"
     weights = 0
     for layer in find_layers(find_blocks(skeleton(config))):
         weights += layer.out_features * layer.in_features

@@ -1,4 +1,4 @@
-"""Small helpers for files and for messages about them: checksums, atomic writes, sizes, paths and errors as people read them."""
+"""Helpers for files and for messages about them: checksums, atomic writes, readable sizes, paths and errors."""
 
 import os
 from collections.abc import Iterator
@@ -47,10 +47,11 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a partial file to write, which replaces `path` when the block ends well and is removed otherwise.
+    """Yield a partial file to write, which replaces `path` if the block ends well and is removed otherwise.
 
-    The content is on the disk before it takes the name, and the name before this returns. A kill or a loss of power at any instant
-    leaves the old file or the new one, never a part of it. Two processes may not write the same file at a time.
+    The content is on the disk before it takes the name, and the name before this returns. A kill or a loss of power at
+    any instant leaves the old file or the new one, never a part of it. Two processes may not write the same file at a
+    time.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -63,7 +64,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is complete, or as it was before; text is written as UTF-8."""
+    """Write a file so that it is complete, or as it was before. Text is written as UTF-8."""
     if isinstance(content, str):
         content = content.encode("utf-8")
     with atomic_file(path) as partial:
@@ -92,5 +93,5 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def system_message(error: Exception) -> str:
-    """Return what the operating system says about an error without its number and path, or else the error's own message."""
+    """Return what the operating system says about an error, or the error's own message if it says nothing."""
     return getattr(error, "strerror", None) or str(error)

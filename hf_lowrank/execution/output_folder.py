@@ -15,9 +15,10 @@ from .locking import is_held, locked
 
 @contextmanager
 def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder to write into, which takes its name only when the block ends well; otherwise nothing is left of it.
+    """Yield a folder to write into, which takes its name only if the block ends well. Otherwise nothing is left of it.
 
-    What a killed process left behind is removed by the next one that writes to the same name, or put back if it was the old content.
+    What a killed process left behind is removed by the next one that writes to the same name, or put back if it was
+    the old content.
 
     Raises:
         CompressionError: if `folder` exists and is not empty (unless `overwrite`), or cannot be written.
@@ -44,7 +45,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
-    """Raise CompressionError if an output folder holds what may not be overwritten; leftovers of killed processes do not count."""
+    """Raise CompressionError if an output folder is taken. What killed processes left behind is cleaned up first."""
     target = Path(folder)
     _clean_up_after_kills(target.absolute())
     if target.resolve() == Path.cwd():
@@ -71,7 +72,7 @@ def _publish(partial: Path, target: Path) -> None:
 
 
 def _clean_up_after_kills(target: Path) -> None:
-    """Undo what killed processes left half done beside `target`: put the old content back, and remove partial folders."""
+    """Undo what killed processes left half done beside `target`: put old content back, and remove partial folders."""
     with suppress(OSError):
         for replaced in target.parent.glob(f".{target.name}.replaced-*"):
             if target.exists():

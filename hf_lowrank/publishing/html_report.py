@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from ..checkpoints.inspect import Inspection, inspect_checkpoint, read_checked_report
+from ..checkpoints.inspect import Inspection, inspect, read_checked_report
 from ..evaluation import pareto
 from ..execution.files import human_bytes, write_atomically
 from ..methods import method_class, registered_methods
@@ -33,7 +33,7 @@ METRIC_NAMES = {
 """Names of metrics as the page shows them. Other metrics are shown by their own names."""
 
 
-def write_report(folder: Path, out: Path, comparison: Path | None = None) -> None:
+def write_html_report(folder: str | Path, out: str | Path, comparison: Path | None = None) -> None:
     """Write the page of the compressed checkpoint in `folder`. The same files give the same page.
 
     Args:
@@ -43,13 +43,14 @@ def write_report(folder: Path, out: Path, comparison: Path | None = None) -> Non
     Raises:
         CompressionError: if there is no such checkpoint or comparison, or no matplotlib to draw with.
     """
+    folder, out = Path(folder), Path(out)
     pareto.check_plotting()
     results = None
     if comparison is not None:
         results = _read_comparison(comparison)
     if out.is_dir():
         raise CompressionError(f"{out}: is a folder; name the file to write, such as {out / 'report.html'}")
-    inspection = inspect_checkpoint(folder)
+    inspection = inspect(folder)
     report = read_checked_report(folder)
     recipe = read_config(folder)["quantization_config"]
     page = _template().render(

@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..calibration.texts import DATASETS
-from ..checkpoints.inspect import damaged_report, inspect_checkpoint
+from ..checkpoints.inspect import damaged_report, inspect
 from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
 from ..runtime.saving import AUTO_CLASSES, CARD_FILE, MEASURED, read_current_report, write_report
@@ -80,7 +80,7 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
     config = read_config(folder)
-    inspection = asdict(inspect_checkpoint(folder))
+    inspection = asdict(inspect(folder))
     with damaged_report(folder):
         return model_card(config, inspection, read_current_report(folder), name or folder.resolve().name)
 

@@ -11,7 +11,7 @@ NOT_MEASURED = "Not measured."
 """Content of a section without measurements."""
 
 COUNTED_BITS = {"bits": "everything that is stored", "paper": "everything but mask bits, as papers count"}
-"""What a ratio counts, by `CompressionConfig.accounting`."""
+"""Bits that a ratio counts, in words, by `CompressionConfig.accounting`."""
 COMPONENT_FIGURES = {
     "density": ".1%",
     "rank": "",

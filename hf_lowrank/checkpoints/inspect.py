@@ -12,8 +12,8 @@ from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, skeleton
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError, one_line
-from ..runtime.safetensors_headers import BITS, FLOAT_TYPES, REPORT_FILE, StoredTensor, read_headers, weight_files
-from ..runtime.saving import read_current_report
+from ..runtime.reports import REPORT_FILE, read_current_report
+from ..runtime.safetensors_headers import DTYPE_BITS, FLOAT_TYPES, StoredTensor, read_headers, weight_files
 from ..runtime.validation import resolve_layers
 
 
@@ -134,7 +134,7 @@ def inspect(folder: str | Path) -> Inspection:
 
 def _value_bits(tensors: dict[str, StoredTensor]) -> int:
     """Return the bits of one value of the dense model: those of the first floating-point tensor of the checkpoint."""
-    return BITS[next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOAT_TYPES)]
+    return DTYPE_BITS[next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOAT_TYPES)]
 
 
 def _tensors_by_layer(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -162,7 +162,7 @@ def _dense_values(layer: Layer, has_bias: bool) -> int:
 
 
 def _total_bits(tensors: dict[str, StoredTensor]) -> int:
-    return sum(BITS[tensor.dtype] * math.prod(tensor.shape) for tensor in tensors.values())
+    return sum(DTYPE_BITS[tensor.dtype] * math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def _mask_bits(own_tensors: dict[str, StoredTensor]) -> int:

@@ -12,11 +12,12 @@ from safetensors import safe_open
 
 from ..execution.files import system_message
 from ..runtime.checksums import CONFIG, config_checksum, file_checksum
-from ..runtime.content_checks import validate_contents, validate_finite
+from ..runtime.config_checks import holds_checkpoint, mentions_checkpoint
+from ..runtime.content_checks import check_contents, check_finite_values
 from ..runtime.errors import CheckpointError, CompressionError, one_line
 from ..runtime.safetensors_headers import read_headers, read_json, weight_files
 from ..runtime.saving import RUNTIME_FILES
-from ..runtime.validation import dense_shape, holds_checkpoint, mentions_checkpoint, validate_checkpoint
+from ..runtime.validation import dense_shape, validate_checkpoint
 from ..version import __version__
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -130,10 +131,10 @@ def _check_structure(folder: Path, config: dict[str, Any], result: Verification)
         layer, _, tensor_name = name.rpartition(".")
         tensor = opened[header.file].get_tensor(name)
         try:
-            validate_finite(name, tensor)
+            check_finite_values(name, tensor)
             if layer in compression.layers:
                 shape = dense_shape(model.get_submodule(layer))
-                validate_contents(layer, compression.layers[layer], *shape, {tensor_name: tensor})
+                check_contents(layer, compression.layers[layer], *shape, {tensor_name: tensor})
         except CheckpointError as error:
             result.problems.append(str(error))
 

@@ -14,7 +14,8 @@ from ..calibration.texts import DATASETS
 from ..checkpoints.inspect import damaged_report, inspect
 from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
-from ..runtime.saving import AUTO_CLASSES, CARD_FILE, MEASURED, read_current_report, write_report
+from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, write_report
+from ..runtime.saving import AUTO_CLASSES
 from . import card_sections
 from .measurements import Quality
 

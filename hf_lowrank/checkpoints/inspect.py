@@ -106,6 +106,7 @@ def inspect(folder: str | Path) -> Inspection:
         dense_bits += value_bits * _dense_values(layer, has_bias)
         layer_bits = _total_bits(own_tensors)
         stored_bits += layer_bits
+        # Papers count the values that a mask keeps, and not the mask.
         paper_bits += layer_bits - _mask_bits(own_tensors)
         if spec is None:
             reason = report["dense"].get(layer.name, "left dense")
@@ -113,6 +114,7 @@ def inspect(folder: str | Path) -> Inspection:
         else:
             layers.append(_compressed_layer(layer, spec, own_tensors, errors.get(layer.name)))
 
+    # Everything outside the block linears (embeddings, norms, head) is the same in the dense model.
     model_bits = _total_bits(tensors)
     dense_model_bits = model_bits - stored_bits + dense_bits
     return Inspection(
@@ -139,6 +141,7 @@ def _value_bits(tensors: dict[str, StoredTensor]) -> int:
 
 def _tensors_by_layer(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """Return the tensors of each module by their names within the module."""
+    # Searching all tensors for those of each layer would take quadratic time.
     by_layer: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         module_name, _, tensor_name = name.rpartition(".")
@@ -192,6 +195,7 @@ def _compressed_layer(
 ) -> StoredLayer:
     weights = layer.out_features * layer.in_features
     bits = _total_bits(own_tensors)
+    # A layer without a sparse part stores no weight.
     kept = 0
     if "weight" in own_tensors:
         kept = math.prod(own_tensors["weight"].shape)
@@ -240,7 +244,7 @@ def damaged_report(folder: Path) -> Iterator[None]:
     try:
         yield
     except CompressionError:
-        raise
+        raise  # it says already what is wrong
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CompressionError(
             f"{folder / REPORT_FILE}: is damaged ({type(error).__name__}: {error}); delete it to go on without "

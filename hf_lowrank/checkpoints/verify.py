@@ -124,6 +124,7 @@ def _check_structure(folder: Path, config: dict[str, Any], result: Verification)
     config.update(content)
     shards = weight_files(str(folder))
     headers = read_headers(shards)
+    # The checks below read every byte, layer by layer. What they find in one tensor does not keep them from the next.
     result.layers = len(compression.layers)
     result.tensors = len(headers)
     opened = {Path(shard).name: safe_open(shard, framework="pt") for shard in shards}
@@ -146,10 +147,12 @@ def _check_runtime(folder: Path, result: Verification) -> None:
         CheckpointError: if there is loading code that no release has.
     """
     present = _runtime_checksums(folder)
+    # Without loading code the checkpoint opens with the package alone, and there is no code to distrust.
     if not present:
         result.runtime = "none"
         return
     released = released_runtimes()
+    # All files must come from the same release: a mixture is no release, even if each file is known.
     for version, checksums in released.items():
         if present == checksums:
             result.runtime = f"hf_lowrank {version}"
@@ -169,6 +172,7 @@ def _check_sums(folder: Path, config: dict[str, Any], result: Verification) -> N
     recorded = config["quantization_config"].get("checksums") or {}
     weights = {Path(file).name for file in weight_files(str(folder))}
     runtime = {name for name in RUNTIME_FILES if (folder / name).is_file()}
+    # Recorded files can be missing, and present ones can be unrecorded. Both are wrong.
     for name in sorted({CONFIG} | weights | runtime | recorded.keys()):
         if name not in recorded:
             result.problems.append(

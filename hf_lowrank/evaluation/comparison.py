@@ -93,6 +93,7 @@ class Comparison:
         arguments = ["compress", self.model, "-o", str(folder)]
         arguments += ["--method", candidate.method, "--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
+            # Refinement is an option of the command, and all others are options of the method.
             if key == REFINEMENT:
                 arguments += ["--refinement-steps", value]
             else:
@@ -154,6 +155,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
                 raise malformed
             option, value = setting.split("=", 1)
             options[option] = value
+    # The number is checked here, because the method below does not know this option.
     steps = options.get(REFINEMENT, "0")
     if not steps.isdecimal():
         raise CompressionError(f"--methods: {REFINEMENT}: found {steps!r}, expected a whole number")
@@ -225,6 +227,7 @@ def compare(
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()
+    # A dense model that was measured on these texts before proves that they are long enough.
     if finished_record(_record_file(out, "dense"), inputs, log=lambda line: None) is None:
         check_texts(comparison)
     out.mkdir(parents=True, exist_ok=True)
@@ -306,6 +309,7 @@ def training_folder(out: Path, candidate: Candidate, inputs: dict[str, Any]) -> 
 
     Its name depends on the inputs, because a training cannot go on from a state that was reached with other inputs.
     """
+    # Twelve digits are enough to tell apart the few trainings of one candidate.
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return out / "training" / f"{candidate.file_name}@{digest[:12]}"
 
@@ -322,6 +326,7 @@ def dense_storage(comparison: Comparison) -> ComparisonRecord:
 def _compress_and_measure(
     comparison: Comparison, candidate: Candidate, folder: Path, training: Path
 ) -> ComparisonRecord:
+    # A process of its own has a peak memory of its own.
     arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
     stored = inspect(folder)
@@ -352,6 +357,7 @@ def _evaluate(comparison: Comparison, model: str) -> list[ComparisonRecord]:
 
 
 def _move(folder: Path, target: Path) -> None:
+    # A folder cannot be renamed to one that has content, such as the checkpoint of an earlier run.
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     folder.replace(target)

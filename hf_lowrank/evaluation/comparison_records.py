@@ -35,6 +35,7 @@ def finished_record(file: Path, inputs: dict[str, Any], log: Log) -> ComparisonR
     except (ValueError, KeyError, TypeError):
         log(f"{file.stem}: the record {file} is damaged; computed again")
         return None
+    # Inputs that only one side has count as changed too, such as those that a later release adds.
     changed = sorted(name for name in inputs.keys() | recorded.keys() if inputs.get(name) != recorded.get(name))
     if not changed:
         return record

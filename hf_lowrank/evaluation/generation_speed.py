@@ -71,6 +71,7 @@ def benchmark_model(
             loaded[name], resident[name] = _load_and_weigh(load, clock)
             prefills[name] = []
             decodes[name] = []
+        # All models are in memory by now, so that a round measures all of them within seconds of each other.
         for _ in range(repeats):
             for name, model in loaded.items():
                 prefill, decode = _generate(model, prompt_tokens, new_tokens + 1, clock)
@@ -111,6 +112,7 @@ def resident_bytes() -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
+    # VmRSS counts what lies in memory now, where VmHWM would be the maximum so far.
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) << 10  # the file counts in KiB
 
@@ -137,6 +139,7 @@ def _generate(
     An end-of-text token does not stop the generation. `generate` moves every token to the CPU before it passes it on,
     so that a GPU has finished by then.
     """
+    # The text does not matter for the time, but every model and every repetition gets the same.
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
     streamer = _TokenClock(clock)

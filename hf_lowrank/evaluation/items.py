@@ -88,6 +88,7 @@ def _converted(form: Form, item: Item, where: str) -> Item:
         raise CompressionError(
             f"{where}: fields of the wrong type ({error}); expected texts, a list of texts for the choices"
         ) from error
+    # An empty choice has no tokens, and so no likelihood.
     texts = [converted["context"], *converted.get("choices", ()), converted.get("target", "")]
     if not all(isinstance(text, str) for text in texts) or "" in converted.get("choices", ()):
         raise CompressionError(f"{where}: found {item!r:.200}, expected texts, and choices that are not empty")
@@ -98,6 +99,7 @@ def _converted(form: Form, item: Item, where: str) -> Item:
 
 def _check_label(label: Any, count: int, where: str) -> None:
     """Raise CompressionError if a label is not the position of one of at least two choices."""
+    # The position is checked here, because -1 as an index would silently be the last choice.
     # `type` and not `isinstance`, because True and False are integers too.
     if type(label) is not int or not 0 <= label < count or count < 2:
         raise CompressionError(

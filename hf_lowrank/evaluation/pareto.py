@@ -26,6 +26,7 @@ def best(records: list[ComparisonRecord], text: int) -> dict[float, ComparisonRe
     Args:
         text: position of the text among those of the comparison.
     """
+    # Ratios are compared as they were asked for, because the stored ones of two methods are never quite equal.
     winners: dict[float, ComparisonRecord] = {}
     for record in _measured(records):
         rival = winners.get(record["ratio"])
@@ -143,6 +144,7 @@ def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: 
         point = _point(winner, text)
         axes.plot(*point, marker="o", markersize=11, fillstyle="none", color=ink, linestyle="none")
         axes.annotate(winner["label"], point, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=7)
+    # The loss spans several orders of magnitude between small and large ratios.
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("stored bits per weight of the block linears")

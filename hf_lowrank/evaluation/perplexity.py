@@ -77,6 +77,7 @@ def evaluate(
             longer than the context.
         NumericalError: if a logit is not finite. No token is skipped.
     """
+    # Models with an encoder predict the next token of a second text, given the first.
     _check_causal(model)
     if reference is not None:
         _check_causal(reference)
@@ -85,6 +86,7 @@ def evaluate(
         window = min(context, LONGEST_WINDOW)
     if stride is None:
         stride = window
+    # A window of one token predicts nothing.
     if not 1 < window <= context:
         raise CompressionError(f"window: found {window}, expected 2 to {context}, the model's context")
     if not 1 <= stride <= window:
@@ -110,6 +112,7 @@ def evaluate_windows(
 ) -> Evaluation:
     """Evaluate a model on windows of token ids (W, T), each of which starts `stride` tokens after the one before."""
     length = rows.shape[1]
+    # Windows score unequal numbers of tokens, so means are taken once at the end, of sums in float64.
     sums = torch.zeros(5, dtype=torch.float64)  # tokens, nll, reference nll, KL, agreements
     first = 0
     for batch in rows.split(max(TOKENS_PER_BATCH // length, 1)):

@@ -35,9 +35,9 @@ TimerBuilder = Callable[[Sequence[Call], Tensor], Timer]
 DENSE = "torch's dense product"
 """Name of the variant that the compressed ones are compared with."""
 GEMV = "the package's dense product"
-"""Name of the variant that shows which speed memory allows: a dense product by loops like those of compressed layers."""
+"""Name of the variant that shows what memory allows: a dense product by loops like those of compressed layers."""
 WORKING_SET_BYTES = 256 << 20
-"""Size that the copies of a layer fill together, so that weights come from memory and not from a cache, as in a model."""
+"""Size of all copies of a layer together, so that weights come from memory and not from a cache, as in a model."""
 MAX_COPIES = 1000
 """Maximum number of copies, because more copies of a tiny layer would take longer to create than to measure."""
 
@@ -53,6 +53,7 @@ class Timing:
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
         """Return the timing of repeated calls."""
+        # Quartiles need two values. The range of the middle half ignores the outliers of a busy machine.
         spread = 0.0
         if len(seconds) > 1:
             quartiles = statistics.quantiles(seconds, n=4)
@@ -196,6 +197,7 @@ def benchmark_layers(
         compressed: dict[str, list[CompressedLinear]] = {}
         for name, spec_of_shape in layouts.items():
             compressed[name] = _copies(random_layer(spec_of_shape(rows, columns), rows, columns, dtype, device))
+        # The copies serve all numbers of threads and tokens, because to create them takes longer than to measure.
         for count in threads or (torch.get_num_threads(),):
             for batch in tokens:
                 with torch_threads(count):
@@ -229,6 +231,7 @@ def _time_variants(
     calls: dict[str, list[Call]] = {}
     for name, copies in compressed.items():
         calls[name] = [layer.forward for layer in copies]
+    # The dense variants come last, in this order, on which `_package_dense_calls` relies.
     calls[DENSE] = [layer.forward for layer in dense]
     package_calls = _package_dense_calls(dense, x)
     if package_calls:

@@ -65,6 +65,7 @@ def of_model(
         CompressionError: if the model has no compressed layer, cannot be opened, or has too short a context.
     """
     subject = load_model(source, dtype, device)
+    # Layers of the same shape and description take the same time, so one of each kind is measured.
     layer_kinds = _count_layer_kinds(subject)
     if not layer_kinds:
         raise CompressionError(
@@ -170,6 +171,7 @@ def model_fields(row: ModelSpeed) -> dict[str, Any]:
 
 def layer_table(rows: Sequence[LayerSpeed]) -> Table:
     """Return the table of layers: times in milliseconds as median (spread)."""
+    # "share" is how much of the bytes limit is reached, against the package's own dense product.
     columns = [
         "layer",
         "out × in",

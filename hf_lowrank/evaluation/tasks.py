@@ -87,6 +87,7 @@ def evaluate_tasks(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise CompressionError(f"{name}: found {value}, expected at least {least}")
+    # Both models are measured by the same harness, with the same items and examples.
     harness = _Harness(tokenizer, tasks, shots=shots, limit=limit, batch_size=batch_size)
     rows = harness.evaluate(model)
     reference_metrics: dict[str, dict[str, float]] = {}
@@ -119,6 +120,7 @@ class _Harness:
                 self.local[task] = read_items(Path(task))
             else:
                 self.others.append(task)
+        # Examples are other items of the same file, so there must be one more than the shots.
         for source, (_, items) in self.local.items():
             if shots is not None and shots >= len(items):
                 raise CompressionError(
@@ -185,6 +187,7 @@ def _local_task(source: str, form: Form, items: list[Item]) -> Any:
 
     config: dict[str, Any] = {
         "task": short_path(source),
+        # lm-eval passes its own arguments for loading data, none of which are needed here.
         "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
         "test_split": "test",
         "fewshot_split": "test",
@@ -217,6 +220,7 @@ def _top_level(results: Any) -> list[str]:
 def _row(results: Any, name: str) -> dict[str, Any]:
     """Return the fields of `TaskResult` without the reference, for one task or group."""
     metrics, errors = _split_metrics(results["results"][name])
+    # A group has no samples of its own. Its tasks have them.
     tasks = [name]
     if name not in results["n-samples"]:
         tasks = results["group_subtasks"][name]

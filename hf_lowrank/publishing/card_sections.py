@@ -38,6 +38,7 @@ def summary(inspection: dict[str, Any], base: str) -> str:
 
 def method_name(name: str) -> str:
     """Return the name of a method with its source, if it is registered and has one."""
+    # A checkpoint may come from a method that is not registered here.
     source = ""
     if name in registered_methods():
         source = method_class(name).source
@@ -103,6 +104,7 @@ def component_table(layers: list[dict[str, Any]]) -> str:
     """
     by_component: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
+        # Layers left dense are listed with their reasons in the table of the recipe.
         if layer["kind"] != "dense":
             component = layer["name"].rpartition(".")[2]
             by_component.setdefault(component, []).append(layer)
@@ -145,6 +147,7 @@ def quality_table(measurements: list[Quality]) -> str:
             data += f", {quality['settings']}"
         compressed = quality["compressed"]
         dense = quality.get("dense")
+        # A metric that compares the two models has one value and no difference.
         if dense is None:
             rows.append([quality["metric"], data, "", f"{compressed:.4g}", ""])
         else:
@@ -195,6 +198,7 @@ def _range(values: list[float | None], form: str) -> str:
     present = [value for value in values if value is not None]
     if not present:
         return ""
+    # The texts are compared and not the numbers, so that a range never reads "8.00 to 8.00".
     low, high = f"{min(present):{form}}", f"{max(present):{form}}"
     if low == high:
         return low

@@ -42,7 +42,7 @@ class Chart:
     """
 
     def __init__(self, name: str, width: float = 4.4, height: float = 2.8, rows: int = 1) -> None:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # imported late, because it is an optional dependency
 
         self.name = name
         self.placeholders: dict[str, str] = {}
@@ -109,8 +109,8 @@ def spectra_chart(name: str, lines: list[SpectrumLine]) -> str:
     # The axis spans at least a decade, so that it has two ticks.
     chart.axes.set_ylim(bottom=0.8 * max(SMALLEST, min(lowest, 0.1)), top=1.25)
     chart.axes.yaxis.set_major_formatter("{x:g}")
-    chart.axes.yaxis.set_minor_formatter("")
-    chart.axes.set_xlim(-1, 101)
+    chart.axes.yaxis.set_minor_formatter("")  # numbers between the decades would overlap
+    chart.axes.set_xlim(-1, 101)  # a little more than the data, so that dots at the ends are whole
     chart.axes.xaxis.set_major_formatter("{x:.0f} %")
     chart.label(chart.axes, x="components, from the largest on", y="singular value / largest")
     return chart.svg()
@@ -166,6 +166,7 @@ def pareto_chart(name: str, results: dict[str, Any], text: int) -> str:
     ink = chart.color("var(--ink)")
     colors = [chart.color(f"var(--series-{number})") for number in range(SERIES)]
     pareto.draw(chart.axes, results, text, colors, ink)
+    # `pareto.draw` sets texts for a plain image. Here they take the size and the colors of the page.
     chart.label(chart.axes, chart.axes.get_xlabel(), chart.axes.get_ylabel())
     for annotation in chart.axes.texts:
         annotation.set(color=ink, fontsize=FONT_SIZE)

@@ -56,6 +56,7 @@ def layer_grid(inspection: Inspection, blocks: list[str]) -> LayerGrid:
         for layer in inspection.layers:
             if layer.name.startswith(f"{block}."):
                 component = layer.name.removeprefix(f"{block}.")
+                # Blocks may differ, so every block can add components.
                 if component not in grid.components:
                     grid.components.append(component)
                 grid.cells[component, column] = layer
@@ -143,6 +144,7 @@ def heat_maps(grid: LayerGrid, dense_bits: float) -> list[HeatMap]:
     """
     layers = list(grid.cells.values())
     quantities = []
+    # A map in which every cell is hatched, or every density is 0 or 1, says nothing.
     if any(layer.rank for layer in layers):
         quantities.append(_rank(layers))
     if any(0 < layer.density < 1 for layer in layers):
@@ -186,6 +188,7 @@ def _density() -> Quantity:
 
 
 def _bits(layers: list[StoredLayer], dense_bits: float) -> Quantity:
+    # A layer may take more bits than the dense one, and its shade must not exceed 1.
     top = max(dense_bits, *(layer.bits_per_weight for layer in layers))
     return Quantity(
         title="Bits per weight",
@@ -200,6 +203,7 @@ def _bits(layers: list[StoredLayer], dense_bits: float) -> Quantity:
 
 
 def _error(layers: list[StoredLayer]) -> Quantity:
+    # If all errors are zero, any scale is right, but it may not end at zero.
     worst = max(layer.relative_error or 0.0 for layer in layers) or 1.0
     return Quantity(
         title="Relative error",
@@ -225,6 +229,7 @@ def _heat_map(grid: LayerGrid, quantity: Quantity) -> HeatMap:
     for component in grid.components:
         cells = []
         for block, layer in zip(grid.blocks, grid.row(component), strict=True):
+            # A decoder has cross-attention, for example, and an encoder does not.
             if layer is None:
                 cells.append(Cell(None, "", f"block {block}: no such layer", missing="no such layer"))
             else:
@@ -237,6 +242,7 @@ def _cell(layer: StoredLayer, quantity: Quantity) -> Cell:
     value = quantity.value(layer)
     if value is None:
         missing = quantity.missing(layer)
+        # The reason from the report is longer than the one for the legend and names the method or the option.
         return Cell(None, "", f"{layer.name}: {layer.reason or missing}", missing)
     return Cell(value / quantity.top, quantity.text(layer), _about(layer))
 

@@ -44,6 +44,7 @@ def write_html_report(folder: str | Path, out: str | Path, comparison: Path | No
         CompressionError: if there is no such checkpoint or comparison, or no matplotlib to draw with.
     """
     folder, out = Path(folder), Path(out)
+    # What can be wrong with the arguments is found before the spectra are computed, which may take long.
     pareto.check_plotting()
     results = None
     if comparison is not None:
@@ -67,6 +68,7 @@ def write_html_report(folder: str | Path, out: str | Path, comparison: Path | No
 
 def _template() -> jinja2.Template:
     # Names and texts on the page may come from a stranger's checkpoint, so all of them are escaped.
+    # A name that the template uses and no function below provides is an error, and not an empty place on the page.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -132,6 +134,7 @@ def _size(subject: str, dense: int, stored: int) -> dict[str, Any]:
 
 def _weight_count(inspection: Inspection) -> float:
     """Return the number of entries of the dense weights of the block linears."""
+    # An inspection has no shapes, but bits and bits per weight of every layer give the same number.
     return sum(8 * layer.bytes / layer.bits_per_weight for layer in inspection.layers)
 
 
@@ -139,10 +142,11 @@ def _headline(quality: list[dict[str, Any]]) -> dict[str, str] | None:
     """Return the figure to show first: perplexity on a text beside the dense model's, or what comes nearest to it."""
     if not quality:
         return None
-    # Perplexities come from texts, which the KL divergence is measured on as well, and from tasks.
+    # Tasks may have a metric called perplexity as well. Texts are known by their KL divergence, which no task has.
     texts = {row["dataset"] for row in quality if row["metric"] == "kl_divergence"}
 
     def distance(row: dict[str, Any]) -> tuple[bool, bool, bool]:
+        # False sorts before True, so the first condition that holds for some rows excludes the others.
         return row.get("dense") is None, row["dataset"] not in texts, row["metric"] != "perplexity"
 
     row = min(quality, key=distance)
@@ -151,7 +155,7 @@ def _headline(quality: list[dict[str, Any]]) -> dict[str, str] | None:
     if row.get("dense") is not None:
         dense = f"{row['dense']:.4g}"
     return {
-        "metric": name[0].upper() + name[1:],
+        "metric": name[0].upper() + name[1:],  # `capitalize` would write KL in small letters
         "dataset": row["dataset"],
         "value": f"{row['compressed']:.4g}",
         "dense": dense,
@@ -167,17 +171,20 @@ def _by_dataset(quality: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in quality:
         parts = [part for part in (row["dataset"], row.get("settings")) if part]
+        # Rows without a dense value get the key all the same, because the template accepts no missing one.
         groups.setdefault(", ".join(parts), []).append({"dense": None, **row, "metric": _metric_name(row["metric"])})
     return groups
 
 
 def _layers(folder: Path, inspection: Inspection, report: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the sections on layers, spectra and training."""
+    # The skeleton has the names and the shapes of the dense model, on the meta device and so without its memory.
     model = skeleton(load_config(str(folder)))
     grid = layer_grid(inspection, list(find_blocks(model)))
     dense_bits = 8 * inspection.dense_block_bytes / _weight_count(inspection)
     layer_specs = {name: LayerSpec.from_dict(name, spec) for name, spec in recipe["layers"].items()}
     spectra, spectra_note = spectrum_charts(folder, model, resolve_layers(model, layer_specs), grid, report)
+    # Only SoCo trains a spectrum, and without steps there is nothing to draw.
     curve = report.get("curve")
     training = None
     if curve and curve["loss"]:

@@ -80,6 +80,7 @@ def upload(
     api = HfApi(token=token)
     # The Hub answers with the full id, where the caller may have left out the name of the user.
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    # A pull request has a branch of its own.
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
@@ -121,4 +122,5 @@ def check_complete(folder: Path) -> None:
         logger.warning(
             "%s: no tokenizer; save it there too (tokenizer.save_pretrained), or users must find it themselves", folder
         )
+    # The headers tell a truncated file from a complete one without reading the weights.
     read_headers(weight_files(str(folder)))

@@ -50,6 +50,7 @@ def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
     if evaluation["stride"] < evaluation["window"]:
         settings += f", {evaluation['stride']:,} apart"
     source: Quality = {"dataset": short_path(text), "settings": settings}
+    # A file is named by the end of its path, because the rest is of this machine only.
     if text in DATASETS:
         source |= {"dataset": text, "dataset_id": DATASETS[text]["path"], "split": "test"}
     rows: list[Quality] = [{**source, "metric": "perplexity", "compressed": evaluation["perplexity"]}]
@@ -68,6 +69,7 @@ def task_quality(result: dict[str, Any]) -> list[Quality]:
     """
     settings = f"{result['shots']}-shot, {result['items']:,} items, lm-eval {result['lm_eval']}"
     source: Quality = {"dataset": result["task"], "settings": settings}
+    # The id of data on the Hub lets the Hub group the results of all models on them.
     if result["dataset"] is not None:
         on_hub: Quality = {
             "dataset_id": result["dataset"],

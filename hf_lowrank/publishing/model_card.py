@@ -37,7 +37,7 @@ TASKS = {
 
 
 def write_model_card(folder: Path, name: str | None = None) -> ModelCard:
-    """Write the card of the compressed checkpoint in `folder` and return it; see `make_card`."""
+    """Write the card of the compressed checkpoint in `folder` (see `make_card`) and return it."""
     card = make_card(folder, name)
     card.save(folder / CARD_FILE)
     return card
@@ -51,6 +51,7 @@ def record(folder: Path, **facts: Any) -> None:
             compressed the model) and `license` (license of the base model, as the Hub names it). A fact replaces what
             was recorded under the same name. Measurements from before the weights were changed are left out.
     """
+    # The checksum says which weights the figures belong to, so that they are dropped when the weights change.
     if not facts.keys().isdisjoint(MEASURED):
         facts["measured_on"] = weights_checksum(folder)
     write_report(folder, {**read_current_report(folder), **facts})
@@ -82,6 +83,7 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     """
     config = read_config(folder)
     inspection = asdict(inspect(folder))
+    # The report may have been edited by hand, and every access to a field of it can fail then.
     with damaged_report(folder):
         return model_card(config, inspection, read_current_report(folder), name or folder.resolve().name)
 
@@ -99,6 +101,7 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
     provenance = recipe.get("provenance", {})
     base = _base_model(provenance)
     quality = report.get("quality", [])
+    # transformers writes the class into every config, but a config may also be made by hand.
     architecture = (config.get("architectures") or ["PreTrainedModel"])[0]
     auto_class = _auto_class(config["model_type"], architecture)
     pipeline_tag, processor = TASKS.get(auto_class, (None, "AutoProcessor"))
@@ -221,8 +224,10 @@ def is_hub_id(name: str) -> bool:
 def _auto_class(model_type: str, architecture: str) -> str:
     """Return the first Auto class that opens a checkpoint as `architecture`, or `architecture` if there is none."""
     config_class = transformers.CONFIG_MAPPING[model_type]
+    # TASKS comes first, because a class may be known to several Auto classes and these are the usual ones.
     for name in dict.fromkeys((*TASKS, *AUTO_CLASSES)):
         model_classes = getattr(transformers, name)._model_mapping.get(config_class, ())
+        # transformers maps a config to one class, or to several from which the config chooses.
         if not isinstance(model_classes, tuple):
             model_classes = (model_classes,)
         if any(model_class.__name__ == architecture for model_class in model_classes):

@@ -34,12 +34,14 @@ def stored_spectra(
         specs: what its layers store, by name.
         names: layers whose spectra are computed. Only these are read.
     """
+    # The tensors of a layer may lie in several shards.
     file_of_tensor: dict[str, str] = {}
     for file in weight_files(str(folder)):
         with safe_open(file, "pt") as tensors:
             file_of_tensor |= dict.fromkeys(tensors.keys(), file)
     spectra = {}
     for name in names:
+        # One layer is in memory at a time, however large the model is.
         layer = _read_layer(model, name, specs[name], file_of_tensor)
         spectra[name] = sampled_spectrum(torch.linalg.svdvals(layer.to_dense(torch.float32)))
     return spectra
@@ -83,6 +85,7 @@ def spectrum_charts(
     kept: dict[str, float] = {}
     if spectra:
         for name in spectra:
+            # A layer may have been measured and left dense afterwards.
             if name in specs:
                 kept[name] = _kept_fraction(model, name, specs[name])
         note = RECORDED_NOTE

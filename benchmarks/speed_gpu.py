@@ -87,7 +87,7 @@ def main() -> None:
     for shape in arguments.shapes:
         rows, columns = map(int, shape.split("x"))
         size = {"tokens": arguments.tokens, "repeats": arguments.repeats}
-        for result in benchmark_layers([(rows, columns)], **size, device="cuda", watch=replayed):
+        for result in benchmark_layers([(rows, columns)], **size, device="cuda", build_timer=replayed):
             print(row(result, copy), flush=True)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, write_json
+from hf_lowrank.evaluation.comparison_records import finished_record, model_sha256, text_sha256, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers

@@ -19,11 +19,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, versions, write_json, write_text
-from hf_lowrank.evaluation.perplexity import evaluate_text
+from hf_lowrank.checkpoints.inspect import inspect
+from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, write_json
+from hf_lowrank.evaluation.perplexity import evaluate
+from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers
 from hf_lowrank.models.loading import load_config, load_model, load_tokenizer, skeleton
+from hf_lowrank.version import library_versions
 
 Table = dict[str, Any]
 Record = dict[str, Any]
@@ -86,7 +88,7 @@ def run_cell(table: Table, model: str, setting: str, method: str, out: Path, **a
     with tempfile.TemporaryDirectory(dir=out) as folder:
         compressed.save_pretrained(folder)
         del dense, compressed
-        stored = inspect_checkpoint(folder)
+        stored = inspect(folder)
         ratios = {
             "ratio_stored": stored.ratio_stored,
             "ratio_paper": stored.ratio_paper,
@@ -108,7 +110,7 @@ def measure(
     window = table["models"][model]["window"]
     found: dict[str, float] = {}
     for name, text in table["texts"].items():
-        found[name] = evaluate_text(
+        found[name] = evaluate(
             subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows")
         ).perplexity
     if tasks and table["tasks"]:
@@ -157,7 +159,7 @@ def inputs(table: Table, model: str, setting: str, method: str, tasks: bool) -> 
         "window": table["models"][model]["window"],
         "texts": {name: {**text, "sha256": text_sha256(text["source"])} for name, text in table["texts"].items()},
         "tasks": table["tasks"] if tasks else {},
-        "versions": {**versions(), "lm_eval": lm_eval.__version__},
+        "versions": {**library_versions(), "lm_eval": lm_eval.__version__},
     }
     if method == "dense":
         return found
@@ -195,7 +197,7 @@ def fill(
                     raise
                 record = {"failed": str(error)}
             write_json(file, {"inputs": needed, **record})
-        write_text(out / "table.md", markdown(table, out))
+        write_atomically(out / "table.md", markdown(table, out))
     return out / "table.md"
 
 

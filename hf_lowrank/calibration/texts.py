@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from ..execution.files import one_line
 from ..runtime.errors import CompressionError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -121,7 +122,6 @@ def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
             return ["\n\n".join(rows["text"])]
         return [row["text"] for row, _ in zip(rows, range(limit or 10_000), strict=False)]
     except Exception as error:  # datasets raises many kinds when offline; all mean the same here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CompressionError(
-            f"dataset {name!r} cannot be loaded ({reason}); without network use a text file"
+            f"dataset {name!r} cannot be loaded ({one_line(error)}); without network use a text file"
         ) from error

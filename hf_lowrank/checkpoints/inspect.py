@@ -57,7 +57,7 @@ class Inspection:
     warnings: list[str]
 
 
-def inspect_checkpoint(folder: str | Path) -> Inspection:
+def inspect(folder: str | Path) -> Inspection:
     """Count what a compressed checkpoint stores, from its safetensors headers, and add what its report measured.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..execution.files import system_message
 from ..runtime.checksums import CONFIG, config_checksum, file_checksum
 from ..runtime.content_checks import validate_contents, validate_finite
 from ..runtime.errors import CheckpointError, CompressionError, one_line
@@ -43,7 +44,7 @@ class Verification:
         return not self.problems
 
 
-def verify_checkpoint(folder: str | Path) -> Verification:
+def verify(folder: str | Path) -> Verification:
     """Check a compressed checkpoint against its config, its model and its checksums, reading every byte and running none.
 
     Raises:
@@ -63,7 +64,7 @@ def verify_checkpoint(folder: str | Path) -> Verification:
             result.problems.append(str(error))
             return False
         except OSError as error:
-            result.problems.append(f"{error.filename or folder}: cannot be read ({error.strerror or error})")
+            result.problems.append(f"{error.filename or folder}: cannot be read ({system_message(error)})")
             return False
         return True
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..execution.files import human_bytes, system_message
+from ..execution.output_folder import check_free, new_folder
 from ..execution.process_group import current_process_group
 from ..execution.work_folder import WorkFolder
 from ..methods.soco import SoCo
-from ..models.loading import check_free, load_config, load_model, new_folder, skeleton
+from ..models.loading import load_config, load_model, skeleton
 from ..models.offloading import return_memory, shard_size
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
@@ -66,7 +68,7 @@ def compress_checkpoint(
                 offloaded.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CompressionError(
-                    f"{work or output}: cannot be written ({error.strerror}); name another folder"
+                    f"{work or output}: cannot be written ({system_message(error)}); name another folder"
                 ) from error
             model = load_model(source, dtype, offload_folder=offloaded)
         else:
@@ -143,4 +145,4 @@ def _span(seconds: float) -> str:
 
 
 def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return human_bytes(size, smallest_unit="GB")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..calibration import (
@@ -39,7 +38,7 @@ from ..runtime.layers import CompressedLinear
 from ..runtime.quantizer import CompressionQuantizer, attach, fuse_experts
 from ..runtime.saving import CompleteSave
 from ..runtime.validation import is_linear
-from ..version import __version__
+from ..version import library_versions
 from .run import Run
 from .strategies import layerwise, mixed_strategy, refine, spectral_strategy
 
@@ -250,17 +249,13 @@ def _identity(run: Run) -> dict[str, Any]:
         "weights": weights_fingerprint(run.model, run.offloaded),
         "calibration": fingerprint(run.tokens),
         "config": run.config.to_dict(),
-        "versions": _versions(),
+        "versions": library_versions(),
     }
 
 
 def weights_fingerprint(model: PreTrainedModel, blocks: OffloadedBlocks | None = None) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers."""
     return tensors_checksum(every_weight(model, blocks))
-
-
-def _versions() -> dict[str, str]:
-    return {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
@@ -274,7 +269,7 @@ def _finish(run: Run, calibration: str, tokenizer: Any) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration_sha256": fingerprint(run.tokens),
         "calibration_tokens": sum(batch.tokens for batch in run.tokens),
-        "versions": _versions(),
+        "versions": library_versions(),
     }
     options = {name: getattr(run.method, name) for name in run.method.__dict__}
     final = CompressionConfig.from_dict(

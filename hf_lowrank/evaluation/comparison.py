@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import json
-import os
 import platform
 import re
 import shlex
@@ -15,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 
 from ..calibration.batches import sequence_length
 from ..calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
-from ..checkpoints.inspect import inspect_checkpoint
+from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
+from ..execution.files import file_checksum, one_line, write_atomically
 from ..execution.locking import locked
 from ..methods import make_method
 from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
-from ..version import __version__
+from ..version import library_versions
 from .perplexity import LONGEST_WINDOW
 
 REFINEMENT = "refinement_steps"
@@ -128,7 +127,7 @@ class Comparison:
                 "dtype": self.dtype,
             },
             "windows": {"window": self.window, "max_windows": self.max_windows},
-            "versions": versions(),
+            "versions": library_versions(),
         }
 
 
@@ -288,14 +287,7 @@ def finished(file: Path, inputs: dict[str, Any], say: Say) -> Record | None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    write_text(file, json.dumps(value, indent=1))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write beside and rename, so that the file is complete or not there."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    write_atomically(file, json.dumps(value, indent=1))
 
 
 def model_sha256(source: str) -> dict[str, str]:
@@ -307,10 +299,11 @@ def model_sha256(source: str) -> dict[str, str]:
     try:
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=MODEL_FILES))
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CompressionError(f"{source}: no such folder, and not to be had from the Hub ({reason})") from error
+        raise CompressionError(
+            f"{source}: no such folder, and not to be had from the Hub ({one_line(error)})"
+        ) from error
     files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
-    return {file.name: file_sha256(file) for file in files}
+    return {file.name: file_checksum(file) for file in files}
 
 
 def text_sha256(source: str) -> str | None:
@@ -322,19 +315,7 @@ def text_sha256(source: str) -> str | None:
     if source == "self" or source in DATASETS:
         return None
     read_documents(source)
-    return file_sha256(Path(source))
-
-
-def file_sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        digest = hashlib.sha256()
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    return {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return file_checksum(source)
 
 
 def dense_storage(comparison: Comparison) -> Record:
@@ -351,10 +332,10 @@ def dense_storage(comparison: Comparison) -> Record:
 def _measure(comparison: Comparison, candidate: Candidate, folder: Path, training: Path) -> Record:
     arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
-    stored = inspect_checkpoint(folder)
+    stored = inspect(folder)
     config = load_config(str(folder))
     compression = compression_of(config)
-    assert compression is not None, "inspect_checkpoint has read it"
+    assert compression is not None, "inspect has read it"
     weights = sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(skeleton(config))))
     return {
         "command": shlex.join(["hf-lowrank", *arguments]),

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..execution.files import short_path
 from ..runtime.errors import CompressionError
 
 Record = dict[str, Any]
@@ -17,11 +18,6 @@ def check_plotting() -> None:
     """Raise CompressionError if there is nothing to plot with."""
     if find_spec("matplotlib") is None:
         raise CompressionError("plots need matplotlib: pip install 'hf_lowrank[eval]'")
-
-
-def text_name(source: str) -> str:
-    """A text as tables call it: the file with its folder, or the dataset."""
-    return "/".join(Path(source).parts[-2:])
 
 
 def best(records: list[Record], text: int) -> dict[float, Record]:
@@ -39,7 +35,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     dense, records = results["dense"], results["combinations"]
     for number, measured in enumerate(dense["texts"]):
-        name = text_name(measured["text"])
+        name = short_path(measured["text"])
         winners = best(records, number)
         rows.append(
             [name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{measured['perplexity']:.4g}", "", "", "", "", ""]
@@ -88,7 +84,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     for number, axes in enumerate(figure.subplots(1, len(texts), squeeze=False)[0]):
         draw(axes, results, number, [f"C{position}" for position in range(10)], "black")
         axes.set_title(
-            f"{text_name(texts[number]['text'])}, dense perplexity {texts[number]['perplexity']:.4g}", fontsize=10
+            f"{short_path(texts[number]['text'])}, dense perplexity {texts[number]['perplexity']:.4g}", fontsize=10
         )
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150, metadata={"Software": None})

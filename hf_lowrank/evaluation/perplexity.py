@@ -44,7 +44,7 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate_text(
+def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
     source: str,

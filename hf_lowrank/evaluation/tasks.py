@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..execution.files import one_line, short_path
 from ..runtime.errors import CompressionError
 from .items import Form, Item, read_items
 
@@ -136,9 +137,8 @@ class _Run:
             except (
                 OSError
             ) as error:  # what `datasets` raises offline, or for data that is not there or not open to all
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise CompressionError(
-                    f"tasks {', '.join(self.others)}: the data cannot be had ({reason}); give a local file instead"
+                    f"tasks {', '.join(self.others)}: the data cannot be had ({one_line(error)}); give a local file instead"
                 ) from error
         assert found is not None, "this is the only process"
         return [_row(found, name) for name in _top_level(found)]
@@ -162,7 +162,7 @@ def _local_task(source: str, form: Form, items: list[Item]) -> Any:
     ]
     return ConfigurableTask(
         config={
-            "task": _file_name(source),
+            "task": short_path(source),
             "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
             "test_split": "test",
             "fewshot_split": "test",
@@ -225,11 +225,6 @@ def _check_known(task: str, known: Sequence[str]) -> None:
 
 def _is_items(source: str) -> bool:
     return source.endswith((".jsonl", ".jsonl.gz"))
-
-
-def _file_name(source: str) -> str:
-    """The last two parts of a path: enough to tell files apart, no more of this machine than that."""
-    return "/".join(part for part in Path(source).parts[-2:] if part != "/")
 
 
 @contextmanager

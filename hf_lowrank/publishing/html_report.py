@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from ..checkpoints.inspect import Inspection, StoredLayer, inspect_checkpoint, read_report
+from ..checkpoints.inspect import Inspection, StoredLayer, inspect, read_report
 from ..evaluation import pareto
-from ..evaluation.comparison import write_text
+from ..execution.files import human_bytes, short_path, write_atomically
 from ..methods import method_class, registered_methods
 from ..models.architectures import find_blocks
 from ..models.loading import load_config, skeleton
@@ -20,7 +20,7 @@ from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from ..runtime.validation import dense_shape, resolve_layers
 from . import charts
-from .model_card import is_hub_id, read_config, text_name
+from .model_card import is_hub_id, read_config
 from .spectra import stored_spectra
 
 LARGEST_WORK = 1e12
@@ -71,7 +71,7 @@ class Grid:
     cells: dict[tuple[str, int], StoredLayer] = field(default_factory=dict)
 
 
-def write_report(folder: Path, out: Path, comparison: Path | None = None) -> None:
+def write_html_report(folder: str | Path, out: str | Path, comparison: Path | None = None) -> None:
     """Write the page of the compressed checkpoint in `folder`; the same files give the same page.
 
     Args:
@@ -80,11 +80,12 @@ def write_report(folder: Path, out: Path, comparison: Path | None = None) -> Non
     Raises:
         CompressionError: if there is no such checkpoint or comparison, or no matplotlib to draw with.
     """
+    folder, out = Path(folder), Path(out)
     pareto.check_plotting()
     results = _comparison(comparison) if comparison is not None else None
     if out.is_dir():
         raise CompressionError(f"{out}: is a folder; name the file to write, such as {out / 'report.html'}")
-    found, report, recipe = inspect_checkpoint(folder), read_report(folder), read_config(folder)["quantization_config"]
+    found, report, recipe = inspect(folder), read_report(folder), read_config(folder)["quantization_config"]
     model = skeleton(load_config(str(folder)))
     grid = _grid(found, list(find_blocks(model)))
     specs = resolve_layers(model, {name: LayerSpec.from_dict(name, spec) for name, spec in recipe["layers"].items()})
@@ -117,7 +118,7 @@ def write_report(folder: Path, out: Path, comparison: Path | None = None) -> Non
         versions=recipe.get("provenance", {}).get("versions", {}),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    write_atomically(out, page)
 
 
 def _comparison(path: Path) -> dict[str, Any]:
@@ -147,17 +148,13 @@ def _sizes(found: Inspection) -> list[dict[str, Any]]:
     return [
         {
             "what": what,
-            "dense": _megabytes(dense),
-            "stored": _megabytes(stored),
+            "dense": human_bytes(dense, smallest_unit="MB"),
+            "stored": human_bytes(stored, smallest_unit="MB"),
             "left": stored / dense,
             "removed": f"{1 - stored / dense:.1%}",
         }
         for what, dense, stored in rows
     ]
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _headline(quality: list[dict[str, Any]]) -> dict[str, str] | None:
@@ -191,7 +188,7 @@ def _recipe(recipe: dict[str, Any], disk_bytes: int) -> list[tuple[str, str]]:
     tokens = provenance.get("calibration_tokens")
     return [
         ("options", ", ".join(f"{name} {value}" for name, value in sorted(recipe["options"].items())) or "none"),
-        ("calibration", "text sampled from the model itself" if text == "self" else text_name(text)),
+        ("calibration", "text sampled from the model itself" if text == "self" else short_path(text)),
         ("calibration tokens", f"{tokens:,}" if tokens else "not recorded"),
         ("seed", str(recipe["seed"])),
         ("values", provenance.get("dtype", "not recorded")),
@@ -342,7 +339,7 @@ def _frontier(results: dict[str, Any] | None) -> list[tuple[str, str]]:
         return []
     return [
         (
-            f"{pareto.text_name(text['text'])}, dense perplexity {text['perplexity']:.4g}",
+            f"{short_path(text['text'])}, dense perplexity {text['perplexity']:.4g}",
             charts.frontier_panel(f"frontier-{number}", results, number),
         )
         for number, text in enumerate(results["dense"]["texts"])

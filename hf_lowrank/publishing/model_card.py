@@ -14,7 +14,8 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..calibration.texts import DATASETS
-from ..checkpoints.inspect import damaged_report, inspect_checkpoint
+from ..checkpoints.inspect import damaged_report, inspect
+from ..execution.files import human_bytes, short_path
 from ..methods import method_class, registered_methods
 from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
@@ -114,7 +115,7 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     Raises:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
-    config, inspection = read_config(folder), asdict(inspect_checkpoint(folder))
+    config, inspection = read_config(folder), asdict(inspect(folder))
     with damaged_report(folder):
         return model_card(config, inspection, read_current_report(folder), name or folder.resolve().name)
 
@@ -180,7 +181,7 @@ def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
     """What a card shows of the evaluation on one text (`evaluation.perplexity.Evaluation`, as a dictionary)."""
     text = evaluation["text"]
     about: Quality = {
-        "dataset": text_name(text),
+        "dataset": short_path(text),
         "settings": f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens",
     }
     if text in DATASETS:
@@ -235,11 +236,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def text_name(text: str) -> str:
-    """A dataset's name, or of a file the last two parts of its path: enough to tell texts apart, no more of this machine than that."""
-    return "/".join(part for part in Path(text).parts[-2:] if part != "/")
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a base model's name can only be an id on the Hub, not a path on this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
@@ -286,7 +282,7 @@ def _recipe(recipe: dict[str, Any], inspection: dict[str, Any]) -> str:
         recipe["accounting"]
     ]
     text = recipe["calibration"]
-    calibration = "text sampled from the model itself" if text == "self" else text_name(text)
+    calibration = "text sampled from the model itself" if text == "self" else short_path(text)
     tokens = recipe.get("provenance", {}).get("calibration_tokens")
     left = Counter(layer["reason"] for layer in inspection["layers"] if layer["kind"] == "dense")
     rows = [
@@ -346,7 +342,7 @@ def _sizes(inspection: dict[str, Any]) -> str:
 
 
 def _size_row(what: str, dense: int, stored: int) -> list[str]:
-    return [what, _bytes(dense), _bytes(stored), f"{1 - stored / dense:.1%}"]
+    return [what, human_bytes(dense), human_bytes(stored), f"{1 - stored / dense:.1%}"]
 
 
 def _quality(measured: list[Quality]) -> str:
@@ -394,10 +390,3 @@ def _range(values: Iterable[float], form: str = "") -> str:
         return ""
     low, high = f"{found[0]:{form}}", f"{found[-1]:{form}}"
     return low if low == high else f"{low} to {high}"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"

@@ -162,7 +162,7 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, 0, complete=True)
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
-    monkeypatch.setattr("hf_lowrank.compression.pipeline.__version__", "0.0.0")
+    monkeypatch.setattr("hf_lowrank.version.__version__", "0.0.0")
     with pytest.raises(CompressionError, match=r"other versions\.hf_lowrank .*now '0\.0\.0'"):
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
 

@@ -14,9 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import hf_lowrank
 from hf_lowrank import CompressionError, cli
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.checkpoints.verify import verify_checkpoint
 from tests.fuzz.mutations import CANARY
 
 SECONDS = 10
@@ -53,7 +52,7 @@ def config(folder: Path) -> str:
 
 
 def verify(folder: Path) -> str:
-    found = verify_checkpoint(folder)
+    found = hf_lowrank.verify(folder)
     if not found.sound:
         assert all("\n" not in problem for problem in found.problems)
         raise CompressionError(found.problems[0])
@@ -61,7 +60,7 @@ def verify(folder: Path) -> str:
 
 
 def inspect(folder: Path) -> str:
-    return inspect_checkpoint(folder).method
+    return hf_lowrank.inspect(folder).method
 
 
 def command(*arguments: str) -> str:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import CheckpointError, CompressionConfig, compress
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
 from hf_lowrank.runtime.saving import REPORT_FILE, RUNTIME_FILES
@@ -286,7 +286,7 @@ def test_the_card_says_what_the_files_hold(folder):
 def test_only_a_base_model_on_the_hub_is_linked(folder, base, linked):
     config = read_config(folder)
     config["quantization_config"]["provenance"]["base_model"] = base
-    card = model_card(config, asdict(inspect_checkpoint(folder)), {}, "name")
+    card = model_card(config, asdict(inspect(folder)), {}, "name")
     expected = (base, "quantized") if linked else (None, None)
     assert (card.data.base_model, card.data.get("base_model_relation")) == expected
     assert (f"https://huggingface.co/{base}" in card.text) == linked

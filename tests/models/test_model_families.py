@@ -23,7 +23,7 @@ from transformers import (
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 from hf_lowrank.budget import Budget
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.methods import Decomposition, Statistics
 from hf_lowrank.methods.svd_llm import SVDLLM
 from hf_lowrank.models.architectures import (
@@ -101,7 +101,7 @@ def test_it_is_compressed_saved_opened_and_runs(name: str, tmp_path: Path) -> No
         assert torch.equal(generated(opened, batches), generated(model, batches))
     if tied:
         assert opened.get_output_embeddings().weight is opened.get_input_embeddings().weight
-    inspection = inspect_checkpoint(tmp_path)
+    inspection = inspect(tmp_path)
     assert inspection.ratio_stored == pytest.approx(report["ratio_stored"], abs=1e-12)
 
 
@@ -416,7 +416,7 @@ def test_a_model_of_no_common_task_keeps_its_class(tmp_path: Path) -> None:
         T5EncoderModel(config), recipe("magnitude"), calibration=text(2).tolist(), progress=False
     ).save_pretrained(tmp_path)
     assert type(load_model(str(tmp_path))) is T5EncoderModel
-    assert 0.5 <= inspect_checkpoint(tmp_path).ratio_stored <= 0.505
+    assert 0.5 <= inspect(tmp_path).ratio_stored <= 0.505
     opened = AutoModelForTextEncoding.from_pretrained(tmp_path)
     assert type(opened) is T5EncoderModel
     assert "AutoModelForTextEncoding.from_pretrained" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionError, LayerSpec, cli
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.peft import recompress
 from hf_lowrank.peft.merging import add_lowrank
 from hf_lowrank.peft.recompression import truncate_layer
@@ -59,10 +59,7 @@ def test_a_merged_model_goes_back_to_its_size(
     assert done.exit_code == 0, done.output
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert specs(again) == specs(compressed.saved)
-    sizes = [
-        inspect_checkpoint(folder).block_bytes
-        for folder in (compressed.folder, tmp_path / "merged", tmp_path / "small")
-    ]
+    sizes = [inspect(folder).block_bytes for folder in (compressed.folder, tmp_path / "merged", tmp_path / "small")]
     assert sizes[0] == sizes[2] < sizes[1]
     printed = {layer["name"]: layer for layer in json.loads(done.stdout)}
     assert printed.keys() == specs(again).keys()

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
+import hf_lowrank
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.calibration.statistics import Seen, seen_by_both
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.checkpoints.verify import verify_checkpoint
 from hf_lowrank.compression import soco_training as spectrum_training
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.architectures import find_blocks, separate_experts
@@ -220,10 +219,10 @@ def test_a_dense_expert_among_compressed_ones_is_stored_by_itself(saved: Path) -
     expert = model.get_submodule(f"{BANK}.2")
     assert torch.equal(expert.down.weight, weight)
     assert expert.down.weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
-    assert inspect_checkpoint(saved).ratio_stored == pytest.approx(
+    assert hf_lowrank.inspect(saved).ratio_stored == pytest.approx(
         json.loads((saved / "compression_report.json").read_text())["ratio_stored"]
     )
-    assert verify_checkpoint(saved).sound
+    assert hf_lowrank.verify(saved).sound
 
 
 def test_a_mixture_opens_as_its_base_model_and_is_saved_from_there(saved: Path, tmp_path: Path) -> None:

@@ -73,10 +73,12 @@ def test_a_method_is_one_file_and_one_registration(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "reference-7m", "*.so")
     for part in ("hf_lowrank", "tests"):
         shutil.copytree(PROJECT / part, tmp_path / part, ignore=ignored)
+    shutil.copyfile(PROJECT / "hf_lowrank_autoload.py", tmp_path / "hf_lowrank_autoload.py")
     (tmp_path / "hf_lowrank" / "methods" / "loudest.py").write_text(code, encoding="utf-8")
     init = tmp_path / "hf_lowrank" / "methods" / "__init__.py"
-    text = init.read_text(encoding="utf-8")
-    init.write_text(text.replace("from . import asvd,", "from . import asvd, loudest,", 1), encoding="utf-8")
+    text, number = re.subn(r"^from \. import \(\n", r"\g<0>    loudest,\n", init.read_text(encoding="utf-8"), flags=re.M)
+    assert number == 1
+    init.write_text(text, encoding="utf-8")
     suite = ["tests/methods/test_contract.py", "-k", "loudest"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *suite]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -76,7 +76,9 @@ def test_a_method_is_one_file_and_one_registration(tmp_path: Path) -> None:
     shutil.copyfile(PROJECT / "hf_lowrank_autoload.py", tmp_path / "hf_lowrank_autoload.py")
     (tmp_path / "hf_lowrank" / "methods" / "loudest.py").write_text(code, encoding="utf-8")
     init = tmp_path / "hf_lowrank" / "methods" / "__init__.py"
-    text, number = re.subn(r"^from \. import \(\n", r"\g<0>    loudest,\n", init.read_text(encoding="utf-8"), flags=re.M)
+    text, number = re.subn(
+        r"^from \. import \(\n", r"\g<0>    loudest,\n", init.read_text(encoding="utf-8"), flags=re.M
+    )
     assert number == 1
     init.write_text(text, encoding="utf-8")
     suite = ["tests/methods/test_contract.py", "-k", "loudest"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_lowrank.runtime import ops
+from hf_lowrank.runtime import ops, plain_ops
 
 from .layer_cases import make_spec, random_layer
 
@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda rows: monkeypatch.setattr(ops, "TILE_ELEMENTS", rows * N)
+    return lambda rows: monkeypatch.setattr(plain_ops, "TILE_ELEMENTS", rows * N)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, N), (0, N)])

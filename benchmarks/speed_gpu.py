@@ -22,7 +22,7 @@ COPIED_BYTES = 1 << 30
 
 @torch.inference_mode()
 def replayed(calls: Sequence[Call], x: Tensor) -> Callable[[], float]:
-    """A watch of `benchmark_layers`: seconds of one product within a replayed graph of all."""
+    """Build a timer for `benchmark_layers`: seconds of one product within a replayed graph of all."""
     calls[0](x)  # tunes the shape, which a capture cannot
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -76,7 +76,7 @@ def main() -> None:
     for shape in arguments.shapes:
         rows, columns = map(int, shape.split("x"))
         size = {"tokens": arguments.tokens, "repeats": arguments.repeats}
-        for result in benchmark_layers([(rows, columns)], **size, device="cuda", watch=replayed):
+        for result in benchmark_layers([(rows, columns)], **size, device="cuda", build_timer=replayed):
             print(row(result, copy), flush=True)
 
 

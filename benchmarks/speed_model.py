@@ -14,7 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank.evaluation import speed
-from hf_lowrank.evaluation.speed import PAPER_LAYOUTS, benchmark_model, random_layer
+from hf_lowrank.evaluation.generation_speed import benchmark_model
+from hf_lowrank.evaluation.speed import PAPER_LAYOUTS, random_layer
 from hf_lowrank.runtime.configuration import LayerSpec
 
 CONFIG = LlamaConfig(

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowrank import CompressionConfig, compress
 from hf_lowrank.evaluation.perplexity import evaluate
-from hf_lowrank.publishing.model_card import record, text_quality
+from hf_lowrank.publishing.measurements import text_quality
+from hf_lowrank.publishing.model_card import record
 
 RECIPES = {"sola": 0.3, "soco": 0.3, "slab": 0.5}
 

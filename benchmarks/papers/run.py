@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.evaluation.comparison import finished, model_sha256, text_sha256, write_json
+from hf_lowrank.evaluation.comparison_records import finished_record, model_sha256, text_sha256, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers
@@ -188,7 +188,7 @@ def fill(
     for model, setting, method in cells:
         file = cell_file(out, model, setting, method)
         needed = inputs(table, model, setting, method, tasks)
-        if finished(file, needed, say) is None:
+        if finished_record(file, needed, log=say) is None:
             say(f"{model}, {setting}, {method} ...")
             try:
                 record = run_cell(table, model, setting, method, out, tasks=tasks, **arguments)

@@ -81,7 +81,7 @@ def compress(
         accounting=accounting,
         modules_to_not_convert=skip or [],
     )
-    config.method = make_method(config.method, config.options).name  # as it is registered, however it was spelled
+    make_method(config.method, config.options)  # which refuses unknown methods and options
     check_free(output, overwrite)
     if compression_of(load_config(model)) is not None:
         raise CompressionError(

@@ -88,7 +88,8 @@ def evaluate(
 
 def _write_into_card(folder: Path, texts: list["Evaluation"], scores: list["TaskResult"]) -> None:
     """Add figures to the model card and the report of a checkpoint."""
-    from ..publishing.model_card import record_quality, task_quality, text_quality
+    from ..publishing.measurements import task_quality, text_quality
+    from ..publishing.model_card import record_quality
 
     rows = []
     for evaluation in texts:
@@ -192,7 +193,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write")],
     comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
 ) -> None:
-    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training. No network is needed."""
+    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training. It needs no network."""
     from ..publishing.html_report import write_html_report
 
     write_html_report(folder, out, comparison)
@@ -255,7 +256,7 @@ def compare(
         candidates(method_names, ratios),
         out,
         keep=keep,
-        say=lambda line: typer.echo(line, err=True),
+        log=lambda line: typer.echo(line, err=True),
     )
     write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")

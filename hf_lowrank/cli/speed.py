@@ -61,8 +61,8 @@ def benchmark(
     as the compressed one.
     """
     from ..evaluation import speed_report
+    from ..evaluation.generation_speed import ModelSpeed
     from ..evaluation.machine import machine
-    from ..evaluation.speed import ModelSpeed
 
     if model is not None and shapes:
         raise CompressionError("benchmark: found a model and --shapes, expected one of the two; run it twice")

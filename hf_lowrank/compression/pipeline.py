@@ -64,7 +64,7 @@ def compress(
             `.jsonl` or `.parquet` with a column `text`), or an iterable of texts, token ids, chats, rows of a dataset, or batches.
         work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to the same bytes.
             Delete it, or use it for another run, once the model is saved.
-        progress: whether to show a progress bar on a terminal.
+        progress: whether to show a bar on a terminal, or else log a line per block at level INFO.
 
     Where torch.distributed has a process group of several, all of them call this with the same arguments and share the work; every one
     ends with the whole compressed model.

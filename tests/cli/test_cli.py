@@ -132,6 +132,20 @@ def test_inspect_counts_what_is_stored(compressed: Path) -> None:
     assert "asked 40.0% removed" in shown
 
 
+def test_inspect_sums_up_by_kind_of_layer_before_it_lists_all(compressed: Path) -> None:
+    found = json.loads(run("inspect", compressed, "--json").stdout)
+    kinds = {kind["layers"]: kind for kind in found["layer_kinds"]}
+    assert [*kinds] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for name, kind in kinds.items():
+        layers = [layer for layer in found["layers"] if layer["name"].endswith(name)]
+        assert (kind["number"], kind["dense"]) == (len(layers), 0)
+        assert kind["bytes"] == sum(layer["bytes"] for layer in layers)
+        assert kind["bits_per_weight"] == pytest.approx(layers[0]["bits_per_weight"], rel=0.01)
+    shown = run("inspect", compressed).stdout
+    assert shown.index("by kind of layer") < shown.index("down_proj") < shown.index("every layer")
+    assert shown.index("every layer") < shown.index("model.layers.0.self_attn.q_proj")
+
+
 def test_evaluate_measures_against_a_reference(dense: Path, compressed: Path, text: Path) -> None:
     options = ["--text", text, "--window", 32, "--max-windows", 6]
     (alone,) = json.loads(run("evaluate", dense, *options, "--json").stdout)
@@ -143,6 +157,8 @@ def test_evaluate_measures_against_a_reference(dense: Path, compressed: Path, te
     shown = run("evaluate", compressed, *options, "--text", text, "--reference", dense).stdout
     assert shown.count(f"{found['perplexity']:.4g}") >= 2
     assert "top-1 agreement" in shown
+    assert shown.index("by kind of layer") < shown.index("q_proj") < shown.index("perplexity")
+    assert "by kind of layer" not in run("evaluate", dense, *options).stdout
 
 
 def test_dense_writes_what_any_engine_opens(compressed: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hf_lowrank import CompressionError, cli, reference_text
 from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.evaluation import comparison, pareto
 from hf_lowrank.evaluation.comparison import Candidate, Comparison, candidates, parse_method
+from hf_lowrank.evaluation.comparison_records import finished_record, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution import child_process
 from hf_lowrank.execution.child_process import ProcessError
@@ -178,18 +179,18 @@ def test_no_child_is_left_by_a_signal(number: signal.Signals, tmp_path: Path, mo
 def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
     file = tmp_path / "one.json"
     said: list[str] = []
-    comparison.write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
-    assert comparison.finished(file, {"model": "a", "texts": "b"}, said.append) == {
+    write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
+    assert finished_record(file, {"model": "a", "texts": "b"}, said.append) == {
         "inputs": {"model": "a", "texts": "b"},
         "value": 1,
     }
     assert said == []
-    assert comparison.finished(file, {"model": "a", "texts": "c"}, said.append) is None
+    assert finished_record(file, {"model": "a", "texts": "c"}, said.append) is None
     assert "texts changed" in said[-1]
     file.write_text("{", encoding="utf-8")
-    assert comparison.finished(file, {"model": "a"}, said.append) is None
+    assert finished_record(file, {"model": "a"}, said.append) is None
     assert "damaged" in said[-1]
-    assert comparison.finished(tmp_path / "none.json", {}, said.append) is None
+    assert finished_record(tmp_path / "none.json", {}, said.append) is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_lowrank import CheckpointError, CompressionConfig, compress
 from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.publishing.hub import check_complete
-from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
+from hf_lowrank.publishing.measurements import text_quality
+from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, write_model_card
 from hf_lowrank.runtime.reports import REPORT_FILE
 from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.hub_card import check_card
@@ -77,7 +78,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
-from hf_lowrank.hub import push_folder
+from hf_lowrank.publishing.hub import push_folder
 folder = Path(sys.argv[1])
 try:
     push_folder(folder, "tester/tiny-slab", private=True)
@@ -157,7 +158,7 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
         assert "model.safetensors" in config["quantization_config"]["checksums"]
     card = ModelCard.load(Repository(hub.root / "tester/first").content_path(first.files["README.md"]))
     assert {"hf_lowrank", "slab"} <= set(card.data.tags)
-    assert "removed, reached" in card.text
+    assert "| removed |" in card.text
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_the_card_says_what_the_files_hold(folder):
     reached = f"{report['ratio_stored']:.2%}"
     record(folder, ratio_stored=0.99)
     text = (folder / "README.md").read_text()
-    assert f"| removed, reached | {reached} (" in text
+    assert f"| removed | {reached} (" in text
     assert "99.00%" not in text
     assert f"| whole model | {(tensors + report_saving(report)) / 1e3:.2f} kB | {tensors / 1e3:.2f} kB |" in text
 

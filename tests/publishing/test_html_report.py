@@ -200,12 +200,12 @@ def test_spectra_training_and_ranks_of_a_learned_spectrum(soco: Path, tmp_path: 
     assert "exploration" in shown and "re-fit" in shown
 
 
-def test_the_frontier_of_a_comparison(slab: Path, slab_page: tuple[str, Page], tmp_path: Path) -> None:
+def test_the_pareto_front_of_a_comparison(slab: Path, slab_page: tuple[str, Page], tmp_path: Path) -> None:
     _, parsed = page(slab, tmp_path / "page.html", comparison=comparison(tmp_path))
     shown = " ".join(parsed.texts)
     assert "a/one.txt, dense perplexity 20" in shown and "a/two.txt, dense perplexity 30" in shown
     assert "wanda at 99%: out of reach" in shown
-    assert "Beside other methods" not in slab_page[0]
+    assert "Comparison with other methods" not in slab_page[0]
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt"])

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_lowrank.runtime
+from hf_lowrank.runtime.reports import REPORT_FILE
 from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.fresh_process import PROJECT, open_elsewhere
 
@@ -67,6 +68,7 @@ def test_without_the_package(
         assert found["class"].rpartition(".")[2] == type(checkpoint.model).__name__, found
         assert all(module.startswith("transformers_modules.") for module in found["layers"])
         assert torch.equal(torch.tensor(found["logits"]), checkpoint.logits.flatten())
+        assert found["report"] == json.loads((checkpoint.folder / REPORT_FILE).read_text())
     assert answers[7]["class"].endswith(".LlamaModel")
 
     for task, checkpoint in zip(remote, (slab, gpt2), strict=True):

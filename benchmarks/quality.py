@@ -8,6 +8,7 @@ Each folder is the --out of `hf-lowrank compare`. Its command, versions and tabl
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from hf_lowrank.evaluation import pareto
 
@@ -45,6 +46,21 @@ def section(folder: Path) -> str:
 {pareto.markdown(results)}"""
 
 
+def with_section(page: str, name: str, new: str) -> str:
+    """The page with a section in the place of the one that has its name, or before all others."""
+    introduction, *sections = page.split("\n## ")
+    names = [text.partition("\n")[0] for text in sections]
+    text = new.removeprefix("## ").rstrip("\n") + "\n"
+    if name in names:
+        sections[names.index(name)] = text
+    else:
+        sections.insert(0, text)
+    return "\n## ".join([introduction, *sections])
+
+
 if __name__ == "__main__":
-    page = INTRODUCTION + "".join(section(Path(folder)) for folder in sys.argv[1:])
-    Path(__file__).with_suffix(".md").write_text(page, encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    for argument in reversed(sys.argv[1:]):
+        name, _, folders = argument.partition("=")
+        page = with_section(page, name, section(name, [Path(folder) for folder in folders.split(",")]))
+    PAGE.write_text(page, encoding="utf-8")

@@ -162,6 +162,23 @@ def enclosing_packages(module: str) -> set[str]:
     return {".".join(parts[:length]) for length in range(1, len(parts))}
 
 
+def test_imports_of_every_kind_are_seen() -> None:
+    source = (
+        "from ..budget import Layer\n"
+        "if TYPE_CHECKING:\n    from . import base\n"
+        "try:\n    import torch\nexcept ImportError:\n    import hf_lowrank.runtime.ops\n"
+        "def function():\n    from hf_lowrank.methods.registry import register_method\n"
+    )
+    collector = ImportCollector("hf_lowrank.methods.slab")
+    collector.visit(ast.parse(source))
+    assert {entry.imported: entry.runs_at_import for entry in collector.imports} == {
+        "hf_lowrank.budget": True,
+        "hf_lowrank.methods.base": False,
+        "hf_lowrank.runtime.ops": True,
+        "hf_lowrank.methods.registry": False,
+    }
+
+
 def test_every_room_has_one_floor() -> None:
     rooms = {room_of(module) for module in modules()}
     listed = [room for floor in FLOORS for room in floor]

@@ -1,7 +1,7 @@
 """A process that has imported transformers' and TRL's trainers once, and runs Python programs in forks of itself.
 
-Importing them takes longer than the programs that the tests run. As a script it is that process: it reads jobs as JSON from standard input,
-one per line, and answers each with its exit codes.
+Importing them takes longer than the programs that the tests run. As a script it is that process: it reads jobs as JSON
+from standard input, one per line, and answers each with its exit codes.
 """
 
 import json
@@ -65,8 +65,8 @@ class Prepared:
         """Run a program that must succeed.
 
         Several processes get three attempts when gloo aborts one of them. About once in 200,000 calls of
-        `torch.distributed._functional_collectives.all_gather_tensor`, gloo (torch 2.13) frees a buffer twice; two processes that do
-        nothing but call it in a loop show that. Nothing else that ends a process is forgiven.
+        `torch.distributed._functional_collectives.all_gather_tensor`, gloo (torch 2.13) frees a buffer twice; two
+        processes that do nothing but call it in a loop show that. Nothing else that ends a process is forgiven.
         """
         codes: list[int] = []
         for _ in range(3 if processes > 1 else 1):

@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from hf_lowrank import CompressionConfig, compress, data
 from hf_lowrank.calibration import blocks
-from hf_lowrank.compression.strategies import Run, layerwise
+from hf_lowrank.compression.run import Run
+from hf_lowrank.compression.strategies import layerwise
 from hf_lowrank.execution.process_group import TorchProcessGroup
 from hf_lowrank.models.loading import load_model, load_tokenizer
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hf_lowrank.demo
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
+import hf_lowrank.cli.demo
 from hf_lowrank import CompressedLinear, CompressionConfig, cli
 from hf_lowrank.calibration import blocks
 from hf_lowrank.methods import registered_methods
@@ -372,10 +372,10 @@ def test_the_demo_compresses_reopens_measures_and_keeps(tmp_path: Path, monkeypa
     """Reduced: one recipe at few samples on the tiny model; the command itself runs three systems on the bundled one."""
     texts = tmp_path / "texts"
     texts.write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    monkeypatch.setattr(hf_lowrank.demo, "BUNDLED_MODEL", tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
-    monkeypatch.setattr(hf_lowrank.demo, "BUNDLED_TEXT", texts)
+    monkeypatch.setattr(hf_lowrank.cli.demo, "BUNDLED_MODEL", tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
+    monkeypatch.setattr(hf_lowrank.cli.demo, "BUNDLED_TEXT", texts)
     recipe = CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=16, options={"iterations": 2})
-    monkeypatch.setattr(hf_lowrank.demo, "RECIPES", {"slab": recipe})
+    monkeypatch.setattr(hf_lowrank.cli.demo, "RECIPES", {"slab": recipe})
     result = run("demo", "-o", tmp_path / "kept")
     assert result.exit_code == 0, result.output
     rows = [line.split() for line in result.stdout.splitlines() if "dense" in line or "slab" in line]
@@ -385,12 +385,12 @@ def test_the_demo_compresses_reopens_measures_and_keeps(tmp_path: Path, monkeypa
 
 
 def test_the_demo_covers_the_three_systems_and_their_baseline() -> None:
-    recipes = hf_lowrank.demo.RECIPES
+    recipes = hf_lowrank.cli.demo.RECIPES
     assert {name: (recipe.method, recipe.ratio) for name, recipe in recipes.items()} == {
         "svd-llm": ("svd-llm", 0.3),
         "sola": ("sola", 0.3),
         "soco": ("soco", 0.3),
         "slab": ("slab", 0.5),
     }
-    assert hf_lowrank.demo.BUNDLED_MODEL.is_dir()
-    assert hf_lowrank.demo.BUNDLED_TEXT.is_file()
+    assert hf_lowrank.cli.demo.BUNDLED_MODEL.is_dir()
+    assert hf_lowrank.cli.demo.BUNDLED_TEXT.is_file()

@@ -110,10 +110,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import hf_lowrank.demo
-    import hf_lowrank.hub
-    import hf_lowrank.inspection
-    import hf_lowrank.model_card  # noqa: F401
+    import hf_lowrank.cli.demo
+    import hf_lowrank.publishing.hub
+    import hf_lowrank.checkpoints.inspect
+    import hf_lowrank.publishing.model_card  # noqa: F401
 
     for line in sys.stdin:
         case = json.loads(line)

@@ -16,7 +16,7 @@ from hf_lowrank.calibration.activations import ActivationCache
 from hf_lowrank.compression import from_disk as disk_to_disk
 from hf_lowrank.compression.estimate import forecast
 from hf_lowrank.compression.from_disk import compress_checkpoint, whole_model_reason
-from hf_lowrank.compression.strategies import Run
+from hf_lowrank.compression.run import Run
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.loading import files_size, load_config, load_model, skeleton
 from hf_lowrank.models.offloading import LARGEST_SHARD, SMALLEST_SHARD, shard_size

@@ -22,7 +22,7 @@ def asset_model(name: str) -> Path:
 
 
 def asset_text(path: str) -> str:
-    """Return a text, decompressed if need be, by its path in the assets' `text` folder, such as "wikitext2/test.txt"."""
+    """Return a text, decompressed if need be, by its path below the folder `text`, such as "wikitext2/test.txt"."""
     file = _assets() / "text" / path
     if not file.is_file():
         file = _bundled(BUNDLED / path)

@@ -1,4 +1,4 @@
-"""Answers the Hub's requests about model repositories as huggingface_hub's client makes them (`hub_server.py` lists them)."""
+"""Answers the requests about model repositories that huggingface_hub's client makes (`hub_server.py` lists them)."""
 
 import base64
 import contextlib

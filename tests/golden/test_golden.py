@@ -25,11 +25,10 @@ def test_it_opens_and_answers_as_it_did(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_nobody_has_changed_it(folder: Path) -> None:
-    """Golden checkpoints come without loading code, so its sums are all that is missing."""
+    """Golden checkpoints come without loading code, so its files are all that is missing."""
     assert all(".py: missing" in problem for problem in verify_checkpoint(folder).problems)
 
 
-def test_every_version_is_there() -> None:
-    assert {folder.parent.name for folder in FOLDERS} == {
-        f"format_{version}" for version in range(1, FORMAT_VERSION + 1)
-    }
+def test_every_version_of_the_format_has_golden_checkpoints() -> None:
+    versions = [f"format_{version}" for version in range(1, FORMAT_VERSION + 1)]
+    assert {folder.parent.name for folder in FOLDERS} == set(versions)

@@ -31,7 +31,7 @@ def recipe(**options: object) -> CompressionConfig:
 
 
 def measurements_of(model: PreTrainedModel) -> dict[str, Measurement]:
-    """Return the measurements of all layers, whitened by random matrices, which must not matter while nothing is cut."""
+    """Return the measurements of all layers, whitened at random, which must not matter while nothing is cut."""
     measurements = {}
     for layer in find_layers(find_blocks(model)):
         generator = torch.Generator().manual_seed(0)

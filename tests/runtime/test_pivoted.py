@@ -1,4 +1,4 @@
-"""Pivoted factors: nothing is lost, nothing grows, and they live like every other part of a layer."""
+"""Pivoted factors lose nothing, stay bounded, and live like every other part of a layer."""
 
 import copy
 from dataclasses import replace
@@ -26,7 +26,7 @@ from hf_lowrank.runtime.quantizer import CompressionQuantizer, attach, swap_modu
 
 
 def factors(m: int, n: int, rank: int, decay: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, n) and B (m, r) with singular values of B A like i^-decay, float64."""
+    """Return random A (r, n) and B (m, r) in float64. The singular values of B A fall like i^-decay."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64, generator=generator)).Q.T
     left = torch.linalg.qr(torch.randn(m, rank, dtype=torch.float64, generator=generator)).Q
@@ -34,7 +34,7 @@ def factors(m: int, n: int, rank: int, decay: float = 0.0, seed: int = 0) -> tup
     return root[:, None] * right, left * root
 
 
-def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+def relative_norm(difference: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference.double().norm() / reference.double().norm())
 
 
@@ -73,8 +73,8 @@ def test_pivoting_by_hand():
 def test_bfloat16_storage_costs_little_more_than_that_of_ordinary_factors(m, n, rank, decay):
     a, b = factors(m, n, rank, decay)
     a2, b2, pivots = pivot(a, b)
-    ordinary = relative(b.bfloat16().double() @ a.bfloat16().double() - b @ a, b @ a)
-    pivoted = relative(unpivot(b2.bfloat16().double(), pivots) @ a2.bfloat16().double() - b @ a, b @ a)
+    ordinary = relative_norm(b.bfloat16().double() @ a.bfloat16().double() - b @ a, b @ a)
+    pivoted = relative_norm(unpivot(b2.bfloat16().double(), pivots) @ a2.bfloat16().double() - b @ a, b @ a)
     assert ordinary < 0.003
     assert pivoted < 0.007
 

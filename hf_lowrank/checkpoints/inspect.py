@@ -10,8 +10,8 @@ from typing import Any
 from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, skeleton
 from ..runtime.errors import CompressionError, one_line
-from ..runtime.safetensors_headers import BITS, REPORT_FILE, read_headers, weight_files
-from ..runtime.saving import read_current_report
+from ..runtime.reports import REPORT_FILE, read_current_report
+from ..runtime.safetensors_headers import DTYPE_BITS, read_headers, weight_files
 from ..runtime.validation import resolve_layers
 
 
@@ -80,11 +80,13 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         name: (tensor.dtype, math.prod(tensor.shape))
         for name, tensor in read_headers(weight_files(str(folder))).items()
     }
-    value_bits = BITS[str(next(dtype for dtype, _ in tensors.values() if dtype in ("F64", "F32", "F16", "BF16")))]
+    value_bits = DTYPE_BITS[
+        str(next(dtype for dtype, _ in tensors.values() if dtype in ("F64", "F32", "F16", "BF16")))
+    ]
     layers, stored_bits, paper_bits, dense_bits = [], 0, 0, 0
     for layer in find_layers(find_blocks(model)):
         own = {name: entry for name, entry in tensors.items() if name.rpartition(".")[0] == layer.name}
-        bits = sum(BITS[dtype] * numel for dtype, numel in own.values())
+        bits = sum(DTYPE_BITS[dtype] * numel for dtype, numel in own.values())
         weights = layer.out_features * layer.in_features
         spec = specs.get(layer.name)
         has_own_bias = f"{layer.name}.bias" in own and not (
@@ -93,7 +95,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
         dense_bits += value_bits * (weights + (layer.out_features if has_own_bias else 0))
         stored_bits += bits
         paper_bits += bits - sum(
-            BITS[dtype] * numel for name, (dtype, numel) in own.items() if name.endswith(".weight_mask")
+            DTYPE_BITS[dtype] * numel for name, (dtype, numel) in own.items() if name.endswith(".weight_mask")
         )
         error = errors.get(layer.name)
         if spec is None:
@@ -114,7 +116,7 @@ def inspect_checkpoint(folder: str | Path) -> Inspection:
                     error,
                 )
             )
-    model_bits = sum(BITS[dtype] * numel for dtype, numel in tensors.values())
+    model_bits = sum(DTYPE_BITS[dtype] * numel for dtype, numel in tensors.values())
     dense_model_bits = model_bits - stored_bits + dense_bits
     return Inspection(
         folder=str(folder),

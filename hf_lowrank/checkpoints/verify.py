@@ -10,11 +10,12 @@ from typing import Any
 from safetensors import safe_open
 
 from ..runtime.checksums import CONFIG, config_checksum, file_checksum
-from ..runtime.content_checks import validate_contents, validate_finite
+from ..runtime.config_checks import holds_checkpoint, mentions_checkpoint
+from ..runtime.content_checks import check_contents, check_finite_values
 from ..runtime.errors import CheckpointError, CompressionError, one_line
 from ..runtime.safetensors_headers import read_headers, read_json, weight_files
 from ..runtime.saving import RUNTIME_FILES
-from ..runtime.validation import dense_shape, holds_checkpoint, mentions_checkpoint, validate_checkpoint
+from ..runtime.validation import dense_shape, validate_checkpoint
 from ..version import __version__
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -101,10 +102,10 @@ def _check_structure(folder: Path, values: dict[str, Any], result: Verification)
         layer = name.rpartition(".")[0]
         values_of = opened[tensor.file].get_tensor(name)
         try:
-            validate_finite(name, values_of)
+            check_finite_values(name, values_of)
             if layer in compression.layers:
                 shape = dense_shape(model.get_submodule(layer))
-                validate_contents(layer, compression.layers[layer], *shape, {name.rpartition(".")[2]: values_of})
+                check_contents(layer, compression.layers[layer], *shape, {name.rpartition(".")[2]: values_of})
         except CheckpointError as error:
             result.problems.append(str(error))
 

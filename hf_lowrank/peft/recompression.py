@@ -16,7 +16,8 @@ from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
 from ..runtime.packing import pack_bits, unpack_bits
 from ..runtime.pivoting import pivot, unpivot
-from ..runtime.safetensors_headers import REPORT_FILE, read_json
+from ..runtime.reports import REPORT_FILE
+from ..runtime.safetensors_headers import read_json
 from ..runtime.saving import CompleteSave, record_layers
 from .merging import store
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from ..runtime.errors import CheckpointError
+from ..runtime.reports import CARD_FILE
 from ..runtime.safetensors_headers import read_headers, weight_files
-from ..runtime.saving import CARD_FILE, RUNTIME_FILES
+from ..runtime.saving import RUNTIME_FILES
 from .model_card import make_card, read_config, write_model_card
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from ..checkpoints.inspect import damaged_report, inspect_checkpoint
 from ..methods import method_class, registered_methods
 from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
-from ..runtime.saving import AUTO_CLASSES, CARD_FILE, MEASURED, read_current_report, write_report
+from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, write_report
+from ..runtime.saving import AUTO_CLASSES
 
 NOT_MEASURED = "Not measured."
 

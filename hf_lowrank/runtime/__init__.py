@@ -1,1 +1,1 @@
-"""What a compressed checkpoint needs in order to live; the files of this folder are copied into every checkpoint."""
+"""The runtime opens and runs compressed checkpoints. All its files but this one are copied into every checkpoint."""

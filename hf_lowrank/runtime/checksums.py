@@ -1,26 +1,27 @@
-"""sha256 of the files of a checkpoint, recorded in its config when it is saved, so that a change can be found later.
+"""sha256 checksums of a checkpoint's files, recorded in its config when it is saved, so that later changes show.
 
-The sums are in `quantization_config.checksums`, by file name: of the weights, their index, the runtime's files, and of config.json
-itself, which counts without its own sums and whatever its formatting. `weights_checksum` is of the tensors, whatever the files.
+They are stored by file name in `quantization_config.checksums`: those of the weights, their index, the runtime's files
+and config.json itself. The checksum of config.json leaves out the checksums in it and its formatting.
+`weights_checksum` is another one: it depends on the tensors alone, not on the files that hold them.
 """
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError
-from .safetensors_headers import BITS, read_header, read_json, weight_files
+from .safetensors_headers import byte_count, read_header, read_json, weight_files
 
 CONFIG = "config.json"
 CHUNK = 1 << 20
+"""Number of bytes that are read and hashed at a time."""
 
 
 def file_checksum(file: str | os.PathLike[str]) -> str:
-    """sha256 of a file's bytes, in hexadecimal digits."""
+    """Return the sha256 of a file's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while chunk := stream.read(CHUNK):
@@ -29,55 +30,71 @@ def file_checksum(file: str | os.PathLike[str]) -> str:
 
 
 def weights_checksum(folder: str | os.PathLike[str]) -> str:
-    """sha256 of every stored tensor with its name, dtype and shape; the same however they are spread over shards.
+    """Return the sha256 of all stored tensors with their names, dtypes and shapes.
+
+    The order of the tensors, and the number of shards that hold them, make no difference.
 
     Raises:
         CheckpointError: if a weight file is missing or damaged.
     """
-    sums = []
+    lines = []
     for file in weight_files(os.fspath(folder)):
         tensors = read_header(file)
-        sizes = [math.prod(shape) * BITS[dtype] // 8 for dtype, shape in tensors.values()]
+        sizes = [byte_count(dtype, shape) for dtype, shape in tensors.values()]
         with open(file, "rb") as stream:
+            # Behind its header a file holds the tensors, one after the other. `read_header` has checked that.
             stream.seek(-sum(sizes), os.SEEK_END)
             for (name, (dtype, shape)), size in zip(tensors.items(), sizes, strict=True):
-                digest = hashlib.sha256()
-                for start in range(0, size, CHUNK):
-                    digest.update(stream.read(min(CHUNK, size - start)))
-                sums.append(f"{name} {dtype} {list(shape)} {digest.hexdigest()}")
-    return hashlib.sha256("\n".join(sorted(sums)).encode()).hexdigest()
+                lines.append(f"{name} {dtype} {list(shape)} {_checksum_of_next(stream, size)}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _checksum_of_next(stream: BinaryIO, size: int) -> str:
+    """Return the sha256 of the next `size` bytes of a stream, read chunk by chunk."""
+    digest = hashlib.sha256()
+    for start in range(0, size, CHUNK):
+        digest.update(stream.read(min(CHUNK, size - start)))
+    return digest.hexdigest()
 
 
 def check_weights(files: Sequence[str], recorded: Mapping[str, str]) -> None:
-    """Compare the weights' files with the sums recorded when they were saved; files without one are not judged.
+    """Compare the files of the weights with the checksums recorded for them. Files without one are passed over.
 
     Raises:
         CheckpointError: if a file is not the one that was saved.
     """
-    judged = [file for file in files if os.path.basename(file) in recorded]
+    recorded_files = [file for file in files if os.path.basename(file) in recorded]
+    # hashlib releases the GIL, so the shards of a large model are hashed at the same time.
     with ThreadPoolExecutor() as pool:
-        for file, found in zip(judged, pool.map(file_checksum, judged), strict=True):
+        for file, checksum in zip(recorded_files, pool.map(file_checksum, recorded_files), strict=True):
             name = os.path.basename(file)
-            if found != recorded[name]:
+            if checksum != recorded[name]:
                 raise CheckpointError(
-                    f"{name}: sha256 is {found}, expected {recorded[name]} of when it was saved; download it again, "
-                    f"or, if it was you who changed it, delete its line under checksums in {CONFIG}"
+                    f"{name}: sha256 is {checksum}, expected {recorded[name]} of when it was saved; "
+                    f"download it again, or, if it was you who changed it, delete its line under checksums in {CONFIG}"
                 )
 
 
 def config_checksum(values: Mapping[str, Any]) -> str:
-    """sha256 of the content of a config.json without the checksums in it."""
-    recorded = {name: value for name, value in values["quantization_config"].items() if name != "checksums"}
-    content = json.dumps({**values, "quantization_config": recorded}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    """Return the sha256 of the content of a config.json, leaving out the checksums in it."""
+    quantization_config = dict(values["quantization_config"])
+    quantization_config.pop("checksums", None)
+    content = {**values, "quantization_config": quantization_config}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def folder_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, ...]) -> dict[str, str]:
-    """The checksums of a saved checkpoint, by file name."""
-    weights = [name for name in os.listdir(folder) if name.endswith((".safetensors", ".safetensors.index.json"))]
-    runtime = [name for name in runtime_files if os.path.isfile(os.path.join(folder, name))]
-    sums = {name: file_checksum(os.path.join(folder, name)) for name in (*weights, *runtime)}
-    return dict(sorted({**sums, CONFIG: config_checksum(read_json(os.path.join(folder, CONFIG)))}.items()))
+    """Return the checksums of a saved checkpoint, by file name in alphabetical order."""
+    checksums = {}
+    for name in os.listdir(folder):
+        file = os.path.join(folder, name)
+        is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
+        is_runtime = name in runtime_files and os.path.isfile(file)
+        if is_weights or is_runtime:
+            checksums[name] = file_checksum(file)
+    checksums[CONFIG] = config_checksum(read_json(os.path.join(folder, CONFIG)))
+    return dict(sorted(checksums.items()))
 
 
 def record_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, ...]) -> None:

@@ -1,30 +1,43 @@
-"""The errors that users see: one line that names the thing, what was found, what was expected, and the cure."""
+"""The errors that users see.
+
+Every message is one line that names the thing, what was found, what was expected, and the cure.
+"""
 
 LONGEST_MESSAGE = 1000
-"""Characters; what a hostile checkpoint has put into a message is cut in its middle."""
+"""Maximum number of characters of a message. A longer one, as a hostile checkpoint may cause, is cut in its middle."""
 
 
 class CompressionError(ValueError):
-    """Base of every error that `hf_lowrank` raises on purpose."""
+    """Base class of every error that `hf_lowrank` raises on purpose."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
 
 
 class CheckpointError(CompressionError):
-    """A compressed checkpoint, or the config inside it, does not say what it must."""
+    """Raised when a compressed checkpoint, or the config inside it, does not hold what it must."""
 
 
 class NumericalError(CompressionError):
-    """A value that must be finite is not; the message names the layer."""
+    """Raised when a value that must be finite is not. The message names the layer."""
 
 
 def one_line(text: str) -> str:
-    """The text on one line of bounded length, with nothing in it that a terminal would obey or an encoder refuse."""
+    """Return the text as one line of bounded length, without control characters and lone surrogates.
+
+    Messages quote file names and values of checkpoints. A terminal would obey control characters in them, and
+    an encoder would refuse surrogates.
+    """
     if len(text) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return "".join(
-        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return "".join(map(_printable, text))
+
+
+def _printable(letter: str) -> str:
+    """Return a printable letter as it is, any white space as a space, and everything else as its escape sequence."""
+    if letter.isprintable():
+        return letter
+    if letter.isspace():
+        return " "
+    return letter.encode("unicode_escape").decode()

@@ -1,4 +1,7 @@
-"""Banks of experts: the fused experts of a mixture, two tensors of three dimensions, as linear layers of their own, and back."""
+"""Stores the experts of a mixture as linear layers of their own, and puts them back together.
+
+Transformers fuses the experts of a mixture into two tensors of three dimensions, which no linear layer can hold.
+"""
 
 import copy
 import inspect
@@ -7,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 AGREEMENT = 1e-9
-"""Between a bank and the fused module that it stands for, relative, in float64."""
+"""Maximum relative difference, in float64, between the outputs of a bank and of the module that it stands for."""
 
 
 class Expert(nn.Module):
-    """One expert: a gated feed-forward network of linear layers (2f, d) and (d, f), the first of which holds gate and up."""
+    """One expert: a gated feed-forward network of linear layers (2f, d) and (d, f), the first for gate and up."""
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: nn.Module) -> None:
         super().__init__()
-        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
 
     def forward(self, hidden_states: Tensor, tokens: Tensor) -> Tensor:
-        """What the expert makes of some tokens.
+        """Return the expert's output for some of the tokens.
 
         Args:
-            hidden_states: of all tokens, (T, d). tokens: indices of those that come to this expert, (t,).
+            hidden_states: those of all tokens, (T, d).
+            tokens: indices of the tokens that come to this expert, (t,).
 
         Returns:
             (t, d).
@@ -32,9 +38,10 @@ class Expert(nn.Module):
 
 
 class ExpertBank(nn.ModuleList):
-    """The experts of a mixture one by one; computes what transformers' fused module does, of which it keeps the shell.
+    """The experts of a mixture, one by one. It computes what transformers' fused module computes.
 
-    The layers share the memory of the fused tensors until they are replaced.
+    The layers share the memory of the fused tensors until they are replaced. The bank keeps the fused module without
+    its tensors, so that `fuse` can put it back.
 
     Args:
         fused: a module for which `is_fused_experts` holds.
@@ -48,21 +55,23 @@ class ExpertBank(nn.ModuleList):
         assert names is not None, "fused experts"
         self.names = names
         (activation,) = fused.children()
-        gate_up, down = (fused.get_parameter(name) for name in names)
+        gate_up, down = fused.get_parameter(names[0]), fused.get_parameter(names[1])
         for index in range(len(gate_up)):
             self.append(Expert(_linear(gate_up, index), _linear(down, index), activation))
-        empty = {
-            name: nn.Parameter(p.detach().to("meta"), p.requires_grad)
-            for name, p in zip(names, (gate_up, down), strict=True)
-        }
-        vars(self)["fused"] = _with_parameters(fused, empty)  # not a child: its tensors are no part of the model
+        empty = {}
+        for name, parameter in zip(names, (gate_up, down), strict=True):
+            empty[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        # It must not be a child of the bank, as its tensors are no part of the model.
+        vars(self)["fused"] = _with_parameters(fused, empty)
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The outputs of every token's experts, weighted and added.
+        """Return the weighted sum of the outputs of every token's experts.
 
         Args:
-            hidden_states: (T, d). top_k_index, top_k_weights: which experts each token goes to, and their weights, (T, k).
+            hidden_states: (T, d).
+            top_k_index: the experts that each token goes to, (T, k).
+            top_k_weights: the weights of these experts, (T, k).
 
         Returns:
             (T, d).
@@ -75,26 +84,27 @@ class ExpertBank(nn.ModuleList):
         return result
 
     def slices(self) -> dict[str, tuple[str, int]]:
-        """Which part of which fused tensor each weight is: name within the bank → name within the fused module, and index."""
+        """Return where each weight lies in the fused tensors: its name in the bank → name of the tensor, and index."""
         gate_up, down = self.names
-        found = {f"{index}.gate_up.weight": (gate_up, index) for index in range(len(self))}
-        return found | {f"{index}.down.weight": (down, index) for index in range(len(self))}
+        places = {f"{index}.gate_up.weight": (gate_up, index) for index in range(len(self))}
+        return places | {f"{index}.down.weight": (down, index) for index in range(len(self))}
 
     def fuse(self) -> nn.Module:
-        """The fused module with the weights of the bank, all layers of which are dense."""
-        layers = [[getattr(expert, part).weight for expert in self] for part in ("gate_up", "down")]
-        stacked = (
-            nn.Parameter(torch.stack([w.detach() for w in each]), any(w.requires_grad for w in each))
-            for each in layers
-        )
-        return _with_parameters(self.fused, dict(zip(self.names, stacked, strict=True))).train(self.training)
+        """Return the fused module with the weights of the bank, all layers of which must be dense."""
+        parameters = {}
+        for name, part in zip(self.names, ("gate_up", "down"), strict=True):
+            weights = [getattr(expert, part).weight for expert in self]
+            stacked = torch.stack([weight.detach() for weight in weights])
+            parameters[name] = nn.Parameter(stacked, any(weight.requires_grad for weight in weights))
+        return _with_parameters(self.fused, parameters).train(self.training)
 
 
 def is_fused_experts(module: nn.Module | None) -> bool:
-    """Whether a bank can stand for a module: by its structure, and tried out with small random weights in its place.
+    """Return whether an `ExpertBank` can stand for a module.
 
-    The module has two parameters, (E, 2f, d) and (E, d, f), an activation without any, and nothing else; its forward is called
-    with hidden states, indices and weights of experts.
+    The module must have two parameters, (E, 2f, d) and (E, d, f), an activation without parameters, and nothing else.
+    As its forward may still compute something else, it is called with a few experts of small random weights, and
+    compared with a bank of the same weights.
     """
     if module is None or isinstance(module, ExpertBank) or (names := _projections(module)) is None:
         return False
@@ -104,32 +114,26 @@ def is_fused_experts(module: nn.Module | None) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu") - 0.5
 
-    small = _with_parameters(
-        module, dict(zip(names, map(nn.Parameter, (random(experts, 2 * f, d), random(experts, d, f))), strict=True))
-    )
-    scales = torch.logspace(-2, 3, tokens, dtype=torch.float64, device="cpu")[
-        :, None
-    ]  # clamps show only where numbers are large
+    gate_up, down = nn.Parameter(random(experts, 2 * f, d)), nn.Parameter(random(experts, d, f))
+    small = _with_parameters(module, {names[0]: gate_up, names[1]: down})
+    # Some modules clamp their activations, which shows only where numbers are large.
+    scales = torch.logspace(-2, 3, tokens, dtype=torch.float64, device="cpu")[:, None]
     inputs = random(tokens, d) * scales, random(tokens, experts).argsort(dim=1)[:, :2], random(tokens, min(experts, 2))
     try:
         with torch.no_grad():
-            found: Tensor = inspect.unwrap(type(module).forward)(small, *inputs)
-            lost = ExpertBank(small)(*inputs) - found
-    except Exception:  # whatever another kind of module makes of such arguments
+            expected: Tensor = inspect.unwrap(type(module).forward)(small, *inputs)
+            difference = ExpertBank(small)(*inputs) - expected
+    except Exception:  # a module of another kind may raise anything for such arguments
         return False
-    return bool((lost.norm(dim=1) <= AGREEMENT * found.norm(dim=1)).all())
+    return bool((difference.norm(dim=1) <= AGREEMENT * expected.norm(dim=1)).all())
 
 
 def _projections(module: nn.Module) -> tuple[str, str] | None:
-    """Names of the two parameters of fused experts, that of gate and up first; None for other modules."""
+    """Return the names of the two parameters of fused experts, gate and up first, or None for other modules."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    children = list(module.children())
-    if (
-        len(shapes) != 2
-        or len(children) != 1
-        or any(len(shape) != 3 for shape in shapes.values())
-        or any(module.buffers())
-    ):
+    if len(shapes) != 2 or len(list(module.children())) != 1:
+        return None
+    if any(len(shape) != 3 for shape in shapes.values()) or any(module.buffers()):
         return None
     for gate_up, down in (tuple(shapes), tuple(shapes)[::-1]):
         experts, f, d = shapes[gate_up][0], shapes[gate_up][1] // 2, shapes[gate_up][2]
@@ -139,16 +143,20 @@ def _projections(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
-    """A copy of a module with other parameters, which shares all else."""
-    shared = {id(value): value for value in vars(module).values() if not isinstance(value, dict | set)}
-    shared |= {id(child): child for child in module.children()}
-    return copy.deepcopy(
-        module, shared | {id(module.get_parameter(name)): parameter for name, parameter in parameters.items()}
-    )
+    """Return a copy of a module with other parameters. It shares everything else with the module."""
+    # `deepcopy` takes what its memo has for an object instead of copying it: the object itself is shared so.
+    memo: dict[int, object] = {
+        id(value): value for value in vars(module).values() if not isinstance(value, dict | set)
+    }
+    for child in module.children():
+        memo[id(child)] = child
+    for name, parameter in parameters.items():
+        memo[id(module.get_parameter(name))] = parameter
+    return copy.deepcopy(module, memo)
 
 
 def _linear(weights: nn.Parameter, index: int) -> nn.Linear:
-    """A linear layer with one of the weights (E, m, n), in their memory."""
+    """Return a linear layer with one of the weights (E, m, n), in their memory."""
     linear = nn.Linear(weights.shape[2], weights.shape[1], bias=False, device="meta")
     linear.weight = nn.Parameter(weights.detach()[index], weights.requires_grad)
     return linear

@@ -1,8 +1,11 @@
-"""Every config.json that transformers reads in this process passes here: that of a compressed checkpoint is checked before it is used.
+"""Wraps two functions of transformers, so that a compressed checkpoint is checked before it is used.
 
-All ways of opening a model, by class, by Auto class, by pipeline, read the config first and by one public function,
-`PreTrainedConfig.get_config_dict`, which this wraps. What is no compressed checkpoint goes through untouched.
-`PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: of transformers' own, none names the file that is missing.
+All ways of opening a model, by class, by Auto class or by pipeline, read the config first, and by one public function:
+`PreTrainedConfig.get_config_dict`. So every config.json that transformers reads in this process passes here. What is
+no compressed checkpoint goes through untouched.
+
+`PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: transformers does not name the file
+that is missing.
 """
 
 import os
@@ -13,79 +16,110 @@ from typing import Any
 from .errors import CheckpointError
 
 MARK = "_hf_lowrank"
+"""Attribute of a function that is wrapped already."""
 
 
 def hook_configs() -> None:
-    """Check compressed checkpoints from now on; a second call does nothing.
+    """Check compressed checkpoints from now on. A second call does nothing.
 
-    The code that a checkpoint carries is then not run, `trust_remote_code` or not: this code does what it would do.
+    The code that a checkpoint carries is then not run, whatever `trust_remote_code` says, as it would do the same as
+    the code here.
     """
     from transformers import PreTrainedConfig
 
-    original: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = PreTrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]
+    bound: Any = PreTrainedConfig.get_config_dict
+    original: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = bound.__func__
     if getattr(original, MARK, False):
         return
 
     @wraps(original)
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        from .safetensors_headers import INDEX, WEIGHTS, read_json
-        from .validation import holds_checkpoint, is_compressed, mentions_checkpoint, validate_checkpoint
+        # Imported when a model is opened, so that `import hf_lowrank` need not wait for them.
+        from .config_checks import holds_checkpoint, mentions_checkpoint
+        from .safetensors_headers import read_json
 
-        folder = os.path.join(str(source), str(kwargs.get("subfolder") or ""))
+        folder = _local_folder(source, kwargs)
         saved_here = holds_checkpoint(folder)
         try:
             if saved_here:
-                read_json(os.path.join(folder, "config.json"))  # a key that occurs twice is seen here only
+                read_json(
+                    os.path.join(folder, "config.json")
+                )  # finds keys that occur twice, which transformers does not
             values, unused = original(cls, source, **kwargs)
         except Exception as error:
             if not isinstance(error, CheckpointError) and (saved_here or mentions_checkpoint(folder)):
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
-        plain = (
-            isinstance(values, dict) and "model_type" in values and "auto_map" not in values
-        )  # a dense model may have taken the folder
-        if saved_here and not plain and not is_compressed(values):
-            raise CheckpointError(
-                f"{folder}/config.json: not the config of the model that was saved there; download it again"
-            )
-        if is_compressed(values):
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
-            usual = [
-                name for name in weights if name in (WEIGHTS, INDEX) or name.startswith("model-")
-            ]  # those of a variant are called otherwise
-            here = bool(usual) or (saved_here and not weights)
-            validate_checkpoint(values, folder if here else None)
-            values.pop("auto_map", None)
+        _check_config(values, folder, saved_here)
         return values, unused
 
     setattr(get_config_dict, MARK, True)
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
 
 
+def _check_config(values: Any, folder: str, saved_here: bool) -> None:
+    """Check the content of a config.json if it is that of a compressed model, and take its `auto_map` out.
+
+    Args:
+        folder: where it lies, if it lies on this machine.
+        saved_here: whether a compressed model was saved in that folder.
+
+    Raises:
+        CheckpointError: for a fault of the checkpoint, or if the config is not that of the model that was saved there.
+    """
+    from .config_checks import is_compressed
+    from .safetensors_headers import INDEX, WEIGHTS
+    from .validation import validate_checkpoint
+
+    if not is_compressed(values):
+        # A dense model may have been saved over a compressed one. Its config is whole and names no code.
+        is_dense = isinstance(values, dict) and "model_type" in values and "auto_map" not in values
+        if saved_here and not is_dense:
+            raise CheckpointError(
+                f"{folder}/config.json: not the config of the model that was saved there; download it again"
+            )
+        return
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    # The weights of a variant (`model.fp16.safetensors`) have other names, and are not looked for.
+    has_usual_weights = any(name in (WEIGHTS, INDEX) or name.startswith("model-") for name in weights)
+    has_lost_weights = saved_here and not weights
+    validate_checkpoint(values, folder if has_usual_weights or has_lost_weights else None)
+    values.pop("auto_map", None)
+
+
 def hook_tokenizers() -> None:
-    """Say of a compressed checkpoint that it holds no tokenizer, if that is why none can be opened; a second call does nothing."""
+    """Raise CheckpointError from now on where a compressed checkpoint has no tokenizer. A second call does nothing.
+
+    Transformers' own error comes through in all other cases.
+    """
     from transformers import PreTrainedTokenizerBase
 
-    original: Callable[..., Any] = PreTrainedTokenizerBase.from_pretrained.__func__  # type: ignore[attr-defined]
+    bound: Any = PreTrainedTokenizerBase.from_pretrained
+    original: Callable[..., Any] = bound.__func__
     if getattr(original, MARK, False):
         return
 
     @wraps(original)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        from .validation import holds_checkpoint
+        from .config_checks import holds_checkpoint
 
         try:
             return original(cls, source, *args, **kwargs)
         except Exception as error:
-            folder = os.path.join(str(source), str(kwargs.get("subfolder") or ""))
-            missing = os.path.join(folder, "tokenizer_config.json")
-            if not holds_checkpoint(folder) or os.path.exists(missing):
+            folder = _local_folder(source, kwargs)
+            file = os.path.join(folder, "tokenizer_config.json")
+            if not holds_checkpoint(folder) or os.path.exists(file):
                 raise
             raise CheckpointError(
-                f"{missing}: missing, the checkpoint has no tokenizer; save that of the model it was compressed from: "
+                f"{file}: missing, the checkpoint has no tokenizer; save that of the model it was compressed from: "
                 f"AutoTokenizer.from_pretrained(BASE).save_pretrained({folder!r})"
             ) from error
 
     setattr(from_pretrained, MARK, True)
     PreTrainedTokenizerBase.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+def _local_folder(source: Any, kwargs: dict[str, Any]) -> str:
+    """Return the folder that a call of `from_pretrained` means if its source is a path on this machine."""
+    return os.path.join(str(source), str(kwargs.get("subfolder") or ""))

@@ -1,6 +1,6 @@
-"""Bitmaps, sign bits and kept values ⇄ dense matrices: the storage formats of a checkpoint.
+"""Converts bitmaps, sign bits and kept values to dense matrices and back: the storage formats of a checkpoint.
 
-Bit j % 8 of byte j // 8 in a row stands for column j (little-endian bit order); padding bits are zero.
+Bit j % 8 of byte j // 8 in a row stands for column j (little-endian bit order). Padding bits are zero.
 """
 
 import torch
@@ -10,7 +10,7 @@ from .errors import CheckpointError
 
 
 def packed_width(columns: int) -> int:
-    """Bytes that one bit per column takes in a row."""
+    """Return the number of bytes that one bit per column takes in a row."""
     return (columns + 7) // 8
 
 
@@ -29,7 +29,7 @@ def unpack_bits(packed: Tensor, columns: int) -> Tensor:
 
 
 def pack_values(dense: Tensor, mask: Tensor) -> Tensor:
-    """The values (m, k) of a dense matrix (m, n) where `mask` (m, n) is set, in column order.
+    """Return the values (m, k) of a dense matrix (m, n) where `mask` (m, n) is set, in column order.
 
     Raises:
         CheckpointError: if the rows do not all keep the same number of values.
@@ -37,20 +37,22 @@ def pack_values(dense: Tensor, mask: Tensor) -> Tensor:
     kept = mask.sum(dim=1)
     if kept.numel() and not bool((kept == kept[0]).all()):
         raise CheckpointError(
-            f"a bitmask keeps between {int(kept.min())} and {int(kept.max())} values per row, expected the same number in every row"
+            f"a bitmask keeps between {int(kept.min())} and {int(kept.max())} values per row, "
+            "expected the same number in every row"
         )
     return dense[mask].view(dense.shape[0], int(kept[0]) if kept.numel() else 0)
 
 
 def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
-    """The dense matrix (m, n) that has `values` (m, k) where `mask` (m, n) is set and zeros elsewhere."""
+    """Return the dense matrix (m, n) that has `values` (m, k) where `mask` (m, n) is set and zeros elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def signs_to_values(sign_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """±1 (m, n) from packed sign bits; a set bit is +1."""
+    """Return ±1 (m, n) from packed sign bits, uint8 (m, ⌈n/8⌉). A set bit is +1."""
     return unpack_bits(sign_bits, columns).to(dtype).mul_(2).sub_(1)
 
 
 def _bit_positions(device: torch.device) -> Tensor:
+    """Return 0 to 7, the places of the bits in a byte."""
     return torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,8 +1,8 @@
-"""Values as small integers with grouped scales: how the quantised parts of a layer are stored.
+"""Stores values as small integers with grouped scales: the form of the quantized parts of a layer.
 
-The c values of a row are cut into groups of `group` consecutive ones, the last of which may be shorter; each group has a scale s.
-A code q of b bits stands for (q − (2ᵇ − 1)/2) · s: 2ᵇ evenly spaced levels, symmetric about zero, none of which is zero. All levels
-are used and no zero point is stored. The codes of a row are a little-endian bit stream.
+The c values of a row are cut into groups of `group` consecutive ones, the last of which may be shorter. Each group has
+a scale s. A code q of b bits stands for (q − (2ᵇ − 1)/2) · s: 2ᵇ evenly spaced levels, symmetric about zero, none of
+which is zero. So all levels are used, and no zero point is stored. The codes of a row are a little-endian bit stream.
 """
 
 import math
@@ -13,7 +13,10 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 SCALE_FACTORS = tuple(0.4 + 0.02 * step for step in range(36))
-"""Scales tried by a search, relative to the one that just covers a group: clipping its tails makes the other cells finer."""
+"""Scales that a search tries, relative to the one that just covers a group.
+
+A smaller scale clips the tails of a group and makes the levels finer everywhere else.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Quantized:
     """A matrix (rows, c) as codes and scales.
 
     Attributes:
-        codes: uint8 (rows, c), each below 2^bits.
+        codes: uint8 (rows, c), all below 2^bits.
         scale: float (rows, ⌈c/group⌉).
         bits: bits per code, one of `BITS`.
         group: values per scale.
@@ -34,31 +37,31 @@ class Quantized:
 
     @property
     def shape(self) -> torch.Size:
-        """(rows, c)."""
+        """Shape of the matrix, (rows, c)."""
         return self.codes.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the scales."""
+        """Data type of the scales."""
         return self.scale.dtype
 
     @property
     def device(self) -> torch.device:
-        """That of the scales."""
+        """Device of the scales."""
         return self.scale.device
 
     def dequantize(self) -> Tensor:
-        """The values (rows, c), in the dtype of the scales."""
-        return levels(self.codes, self.bits, self.scale.dtype) * spread_scale(
-            self.scale, self.group, self.codes.shape[1]
-        )
+        """Return the values (rows, c), in the dtype of the scales."""
+        columns = self.codes.shape[1]
+        return levels(self.codes, self.bits, self.scale.dtype) * spread_scale(self.scale, self.group, columns)
 
 
 def quantize(values: Tensor, bits: int, group: int, search: bool = False) -> Quantized:
     """Round `values` (rows, c) to the nearest level of their group.
 
     Args:
-        search: whether to take the scale with the least squared error among `SCALE_FACTORS`, or the one that just covers the group.
+        search: whether to take the scale with the least squared error among `SCALE_FACTORS`. Without it, the scale is
+            the one that just covers the group.
     """
     rows, columns = values.shape
     groups = math.ceil(columns / group)
@@ -69,13 +72,14 @@ def quantize(values: Tensor, bits: int, group: int, search: bool = False) -> Qua
 
 
 def group_scales(values: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
-    """The scale (...) of each group of g `values` (..., g); zero for a group of zeros. Zeros that pad a group have no say.
+    """Return the scale (...) of each group of g `values` (..., g). The scale of a group of zeros is zero.
 
     A scale is rounded to the eight significant bits of bfloat16, so that a checkpoint of any dtype holds it exactly.
+    Zeros that pad a group do not influence its scale.
 
     Args:
-        importance: weights of the squared errors whose sum is made least among `SCALE_FACTORS`, in a shape that broadcasts; without
-            them, the scale is the one that just covers the group.
+        importance: weights of the squared errors, in a shape that broadcasts to `values`. The scale is then the one of
+            `SCALE_FACTORS` with the least weighted sum. Without weights, it is the one that just covers the group.
     """
     covering = values.abs().amax(dim=-1) / 2 ** (bits - 1)
     best = _rounded(covering)
@@ -92,67 +96,79 @@ def group_scales(values: Tensor, bits: int, importance: Tensor | None = None) ->
 
 
 def nearest_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The codes, uint8, of the levels nearest to `values`; `scale` has a shape that broadcasts. Any code where the scale is zero."""
+    """Return the codes, uint8, of the levels nearest to `values`. Where the scale is zero, any code may come back.
+
+    Args:
+        scale: in a shape that broadcasts to `values`.
+    """
     return _cells(values, scale, bits).add_(2 ** (bits - 1)).to(torch.uint8)
 
 
 def nearest_levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """What `nearest_codes` stand for at their scale, in a new tensor."""
+    """Return the levels nearest to `values`, times their scale, in a new tensor."""
     return _cells(values, scale, bits).add_(0.5).mul_(scale)
 
 
 def _cells(values: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """⌊values / scale⌋ within the 2ᵇ cells, the lowest of which is −2ᵇ⁻¹, in a new tensor."""
+    """Return ⌊values / scale⌋, limited to the 2ᵇ cells from −2ᵇ⁻¹ on, in a new tensor."""
     steps = values / torch.where(scale == 0, 1.0, scale)
     return steps.floor_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """What codes stand for at a scale of one: q − (2ᵇ − 1)/2, exact in every floating point dtype."""
+    """Return the values that codes stand for at a scale of one: q − (2ᵇ − 1)/2.
+
+    Every floating point dtype holds them exactly.
+    """
     return codes.to(dtype) - (2**bits - 1) / 2
 
 
 def spread_scale(scale: Tensor, group: int, columns: int) -> Tensor:
-    """The scale (rows, c) of every value, from those of the groups (rows, ⌈c/group⌉)."""
+    """Return the scale (rows, c) of every value, from the scales of the groups (rows, ⌈c/group⌉)."""
     if scale.shape[1] == 1:
         return scale.expand(-1, columns)
     return scale.repeat_interleave(group, dim=1, output_size=scale.shape[1] * group)[:, :columns]
 
 
 def group_sums(values: Tensor, group: int) -> Tensor:
-    """Sums (rows, ⌈c/group⌉) of `values` (rows, c) over their groups: the transpose of `spread_scale`."""
+    """Return the sums (rows, ⌈c/group⌉) of `values` (rows, c) over their groups: the transpose of `spread_scale`."""
     columns = values.shape[1]
+    if not columns:
+        return values
     if columns <= group:
-        return values.sum(dim=1, keepdim=True) if columns else values
+        return values.sum(dim=1, keepdim=True)
     padded = torch.nn.functional.pad(values, (0, -columns % group))
     return padded.unflatten(1, (-1, group)).sum(dim=2)
 
 
 def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int, int]:
-    """Shape of packed codes: rows, bytes per row, 1. The third side is there so that it is never the shape of the dense matrix."""
+    """Return the shape of packed codes: rows, bytes per row, 1.
+
+    The third dimension makes sure that the shape is never the one of the dense matrix.
+    """
     return rows, math.ceil(columns * bits / 8), 1
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes (rows, c) into uint8 (rows, ⌈c·bits/8⌉, 1); padding bits are zero."""
+    """Pack codes (rows, c) into uint8 (rows, ⌈c·bits/8⌉, 1). Padding bits are zero."""
     rows, width, _ = packed_shape(codes.shape[0], codes.shape[1], bits)
     word_bytes, word_codes = _word(bits)
     words = math.ceil(codes.shape[1] / word_codes)
     padded = torch.nn.functional.pad(codes.to(torch.int64), (0, words * word_codes - codes.shape[1]))
+    # Put the codes of a word side by side in one integer, then cut that into bytes.
     packed = (padded.view(rows, words, word_codes) << _positions(word_codes, bits, padded)).sum(dim=2, keepdim=True)
     stream = ((packed >> _positions(word_bytes, 8, packed)) & 255).to(torch.uint8).flatten(1)
     return stream[:, :width].unsqueeze(2).contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The codes, uint8 (rows, c), from uint8 (rows, ⌈c·bits/8⌉, 1)."""
+    """Return the codes, uint8 (rows, c), from uint8 (rows, ⌈c·bits/8⌉, 1)."""
     word_bytes, word_codes = _word(bits)
     words = packed
     if word_bytes > 1:
         stream = torch.nn.functional.pad(packed.squeeze(2), (0, -packed.shape[1] % word_bytes))
-        parts = stream.unflatten(1, (stream.shape[1] // word_bytes, word_bytes)).to(
-            torch.int32 if word_bytes <= 3 else torch.int64
-        )
+        word_dtype = torch.int32 if word_bytes <= 3 else torch.int64  # 24 bits or fewer fit int32
+        parts = stream.unflatten(1, (stream.shape[1] // word_bytes, word_bytes)).to(word_dtype)
         words = (parts << _positions(word_bytes, 8, parts)).sum(dim=2, keepdim=True, dtype=parts.dtype)
     if word_codes == 1:
         return words.squeeze(2)
@@ -161,14 +177,16 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _word(bits: int) -> tuple[int, int]:
-    """Bytes of the smallest word that holds whole codes, and how many codes that is."""
+    """Return the number of bytes of the smallest word that holds whole codes, and the number of its codes."""
     common = math.gcd(bits, 8)
     return bits // common, 8 // common
 
 
 def _positions(count: int, step: int, like: Tensor) -> Tensor:
+    """Return the first bits of `count` fields of `step` bits in a word, with dtype and device of `like`."""
     return torch.arange(0, count * step, step, dtype=like.dtype, device=like.device)
 
 
 def _rounded(scale: Tensor) -> Tensor:
+    """Return a scale rounded to bfloat16, in its own dtype."""
     return scale.to(torch.bfloat16).to(scale.dtype)

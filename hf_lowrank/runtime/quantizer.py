@@ -1,4 +1,4 @@
-"""The HfQuantizer: swaps the skeleton's linear layers before the weights arrive, and the way back to a dense model."""
+"""The HfQuantizer of the plugin. It swaps linear layers for compressed ones before the weights arrive, and back."""
 
 import functools
 import itertools
@@ -14,35 +14,40 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
 from .configuration import QUANT_METHOD, CompressionConfig
-from .content_checks import validate_contents
+from .content_checks import check_contents
 from .errors import CompressionError
 from .experts import ExpertBank
+from .layer_spec import LayerSpec
 from .layers import CompressedLinear, build_layer
 from .load_hooks import hook_configs, hook_tokenizers
 from .safetensors_headers import read_headers
 from .saving import CompleteSave
-from .validation import dense_shape, resolve_experts, resolve_layers, saved_skeleton, validate_files
+from .skeletons import saved_skeleton
+from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, validate_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 CACHE_LINE = 64
-"""Bytes; torch's own allocations start at multiples of it."""
+"""Number of bytes. Torch's own allocations start at multiples of it."""
 NOT_SPLIT = (
     "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
 )
 CASTS = ("float", "half")
-"""Methods that transformers refuses on every quantized model; the float tensors of these can be cast like those of a dense one."""
+"""Methods that transformers refuses on every quantized model.
+
+The float tensors of a compressed model can be cast like those of a dense one.
+"""
 
 
 class CompressionQuantizer(HfQuantizer):
-    """Loads, saves and dequantizes compressed models inside transformers' own `from_pretrained` and `save_pretrained`.
+    """Loads, saves and dequantizes compressed models in transformers' own `from_pretrained` and `save_pretrained`.
 
     Attributes:
-        compress_on_load: what `from_pretrained(dense, quantization_config=...)` calls after loading; set by the package,
-            as the runtime alone can open compressed checkpoints but not make them.
-        checkpoint_files: where the weights come from; none where the caller brings a state dict.
+        compress_on_load: called after loading for `from_pretrained(dense, quantization_config=...)`. The package sets
+            it, as the runtime alone can open compressed checkpoints but not make them.
+        checkpoint_files: files that the weights come from. There are none where the caller brings a state dict.
     """
 
     quantization_config: CompressionConfig
@@ -53,10 +58,7 @@ class CompressionQuantizer(HfQuantizer):
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized and not quantization_config.layers:
-            raise CompressionError(
-                "quantization_config.layers: empty in a checkpoint that says it is compressed; "
-                "delete quantization_config from config.json if the weights are dense, else download the checkpoint again"
-            )
+            raise CompressionError(NO_LAYERS)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized and self.compress_on_load is None:
@@ -65,13 +67,16 @@ class CompressionQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        """Check the checkpoint's files, and put empty compressed layers in the place of the skeleton's dense ones."""
         if not self.pre_quantized:
             return
-        if getattr(getattr(model.config, "distributed_config", None), "tp_plan", None) is not None:
+        distributed_config = getattr(model.config, "distributed_config", None)
+        if getattr(distributed_config, "tp_plan", None) is not None:
             raise CompressionError(NOT_SPLIT)
         config = self.quantization_config
         self.checkpoint_files = kwargs.get("checkpoint_files") or []
         if self.checkpoint_files:
+            # The model may be of another class than the saved one, such as its base model, so a skeleton is made.
             saved = saved_skeleton(model)
             resolve_experts(saved, config.experts)
             validate_files(
@@ -81,35 +86,43 @@ class CompressionQuantizer(HfQuantizer):
                 compressed_shapes_only=True,
             )
         config.experts = resolve_experts(model, config.experts)
-        config.layers = layers = resolve_layers(model, config.layers)
-        for name, spec in layers.items():
+        config.layers = resolve_layers(model, config.layers)
+        for name, spec in config.layers.items():
             swap_module(model, name, _build_like(model.get_submodule(name), spec))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        """Check what was loaded, and make the model a compressed one.
+
+        A model that was loaded dense is compressed instead.
+        """
         if not self.pre_quantized:
             assert self.compress_on_load is not None
             self.compress_on_load(model, self.quantization_config)
-        elif model.tp_size is not None and not hasattr(
-            model.config, "distributed_config"
-        ):  # the oldest transformers tells no sooner
+            return model
+        # The oldest versions 5.x of transformers do not tell of a tensor parallel plan any sooner.
+        if model.tp_size is not None and not hasattr(model.config, "distributed_config"):
             raise CompressionError(NOT_SPLIT)
-        else:
-            for name, module in model.named_modules():
-                if isinstance(module, CompressedLinear):
-                    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-                    validate_contents(name, module.spec, module.out_features, module.in_features, tensors)
-            check_weights(self.checkpoint_files, self.quantization_config.checksums)
-            self.quantization_config.checksums = {}  # of those files, not of what becomes of the model
-            attach(model, self)
+        for name, module in model.named_modules():
+            if isinstance(module, CompressedLinear):
+                tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+                check_contents(name, module.spec, module.out_features, module.in_features, tensors)
+        check_weights(self.checkpoint_files, self.quantization_config.checksums)
+        # They belong to those files, and not to what becomes of the model.
+        self.quantization_config.checksums = {}
+        attach(model, self)
         return model
 
     def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
-        """Make all layers dense, in their own dtype if no other is asked for; transformers would take that of the last load or save."""
+        """Make all layers dense, in their own dtype if no other is asked for.
+
+        Transformers' own `dequantize` would take the dtype of the last load or save instead.
+        """
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """Make all layers dense, and undo what `attach` does."""
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
@@ -117,14 +130,17 @@ class CompressionQuantizer(HfQuantizer):
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
-        if not model.__dict__.get(
-            "_weight_conversions"
-        ):  # our files needed none; unset, the dense model is saved as its family is
+        # Loading a compressed checkpoint needs no conversions, and leaves an empty list of them. Without the list,
+        # transformers saves the dense model in the format of its family.
+        if not model.__dict__.get("_weight_conversions"):
             model.__dict__.pop("_weight_conversions", None)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """The state dict that `save_pretrained` was given, which transformers would drop for a quantized model: it asks here instead."""
+        """Return the state dict that `save_pretrained` was given.
+
+        Transformers drops it for a quantized model and asks here instead.
+        """
         save = model.__dict__.get("save_pretrained")
         return (save.state_dict if isinstance(save, CompleteSave) else None), {}
 
@@ -147,10 +163,12 @@ class CompressionQuantizer(HfQuantizer):
 def register(override: bool = False) -> None:
     """Make transformers know the plugin.
 
-    A name can be registered only once, and a checkpoint's copy of this file must not displace an installed package, so
-    the two mappings are written directly: always by the package (`override`), else only if the name is free.
+    Args:
+        override: whether to displace a plugin that is registered already. The package does so. A checkpoint's copy of
+            this file does not, as it must not displace the package.
     """
     if override or QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        # Transformers' own functions for this refuse to register a name for a second time.
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = CompressionConfig
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
         if not override:
@@ -160,9 +178,10 @@ def register(override: bool = False) -> None:
 
 
 def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:
-    """Without the package, whatever PEFT wraps around a compressed layer refuses to be merged.
+    """Make whatever PEFT wraps around a compressed layer refuse to be merged, where the package is not there to do it.
 
-    It would change `weight` as if that were the whole matrix; some shapes allow it, and the result would be silently wrong.
+    PEFT would change `weight` as if that were the whole matrix. Some shapes allow it, and the result would be silently
+    wrong. Torch calls this function for every module that is registered as part of another one.
     """
     if name == "base_layer" and isinstance(layer, CompressedLinear):
         adapter.merge = _refuse_merge  # type: ignore[assignment]  # a method of PEFT's layers
@@ -170,12 +189,13 @@ def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> N
 
 def _refuse_merge(*args: Any, **kwargs: Any) -> None:
     raise CompressionError(
-        "merging adapters into compressed layers needs the package: pip install hf_lowrank, then open the model again; unmerged they run"
+        "merging adapters into compressed layers needs the package: pip install hf_lowrank, "
+        "then open the model again; unmerged they run"
     )
 
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
-    """LogPosition a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
+    """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
     align(model)
     marked: Any = model
     marked.hf_quantizer = quantizer
@@ -190,10 +210,10 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
 
 
 def align(model: nn.Module) -> None:
-    """Move tensors that start off a cache line, as those do that are mapped from a file, to memory of their own.
+    """Move tensors that do not start at a cache line to memory of their own. Tensors mapped from a file are such.
 
-    The order in which matrix products sum, and so the last bit of a logit, depends on it: without this a model would not
-    give the same logits before saving and after loading.
+    The order in which matrix products sum depends on it, and so does the last bit of a logit. Without this, a model
+    would not give the same logits before saving and after loading.
     """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % CACHE_LINE:
@@ -201,37 +221,37 @@ def align(model: nn.Module) -> None:
 
 
 def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is in the model."""
+    """Put `module` in the place that has this name in the model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def fuse_experts(model: nn.Module) -> None:
-    """Put fused experts, as the model's class has them, in the place of banks, all layers of which are dense."""
+    """Put fused experts, as the model's class has them, in the place of banks, all layers of which must be dense."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ExpertBank):
             swap_module(model, name, module.fuse())
 
 
 def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> nn.Module:
-    """The dense layer that multiplies by the same matrix: a `Conv1D` where there was one, else an `nn.Linear`."""
+    """Return the dense layer with the same matrix: a `Conv1D` where there was one, else an `nn.Linear`."""
     weight = layer.to_dense(dtype)
+    dense: Conv1D | nn.Linear
     if layer.replaces_conv1d:
-        conv = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
-        conv.weight = nn.Parameter(weight.T.contiguous())
-        if layer.bias is not None:
-            conv.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-        return conv
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
+        dense = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
+        dense.weight = nn.Parameter(weight.T.contiguous())
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
-    return linear
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+    return dense
 
 
-def _build_like(module: nn.Module, spec: Any) -> CompressedLinear:
+def _build_like(module: nn.Module, spec: LayerSpec) -> CompressedLinear:
+    """Return an empty compressed layer with shape, device and dtype of a dense one."""
     out_features, in_features = dense_shape(module)
-    weight = module.weight
-    layer = build_layer(spec, in_features, out_features, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+    weight: Any = module.weight
+    layer = build_layer(spec, in_features, out_features, device=weight.device, dtype=weight.dtype)
     layer.replaces_conv1d = isinstance(module, Conv1D)
     return layer

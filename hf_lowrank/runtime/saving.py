@@ -1,6 +1,5 @@
-"""Whatever a compressed model needs to live elsewhere is saved with it: the runtime's files, the auto map, tokenizer and report."""
+"""Saves with a compressed model what it needs elsewhere: the runtime's files, the auto map, tokenizer and report."""
 
-import json
 import logging
 import os
 import re
@@ -12,41 +11,51 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
-from .checksums import file_checksum, record_checksums, weights_checksum
-from .errors import CheckpointError, CompressionError
+from .checksums import file_checksum, record_checksums
+from .errors import CompressionError
 from .experts import ExpertBank
 from .layers import CompressedLinear
-from .safetensors_headers import REPORT_FILE, read_json
+from .reports import (
+    CARD_FILE,
+    REPORT_FILE,
+    disown_figures,
+    drop_figures_of_other_weights,
+    offer_reports,
+    read_report,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNTIME_FILES = (
     "checksums.py",
+    "compressed_linear.py",
+    "config_checks.py",
     "configuration.py",
     "content_checks.py",
     "errors.py",
     "experts.py",
+    "layer_spec.py",
     "layers.py",
     "load_hooks.py",
     "modeling_hf_lowrank.py",
     "ops.py",
     "packing.py",
     "pivoting.py",
+    "plain_ops.py",
     "quantization.py",
     "quantized_ops.py",
     "quantizer.py",
+    "reports.py",
     "safetensors_headers.py",
     "saving.py",
+    "skeletons.py",
     "validation.py",
 )
-CARD_FILE = "README.md"
-MEASURED = ("quality", "speed")
-"""Entries of the report that were measured on the stored weights; `measured_on` beside them is the checksum of those."""
-OTHER_WEIGHTS = "figures of quality and speed that were measured on other weights (before training, a merge or a cast) are left out"
 ENTRY_MODULE = "modeling_hf_lowrank"
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
-"""Names of the folders in which transformers' `Trainer` saves; its own constant lies in a module that imports PEFT."""
+"""Names of the folders in which transformers' `Trainer` saves. Its own constant lies in a module that imports PEFT."""
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
 
 AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
@@ -55,25 +64,32 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
-    """What the installed package adds to a save: the model card and the upload."""
+    """Describes what the installed package adds to a save: the model card and the upload."""
 
     def write_card(self, folder: Path, name: str | None) -> None:
-        """Write the card of the checkpoint in `folder`; `name` is how `from_pretrained` will call it."""
+        """Write the card of the checkpoint in `folder`. `name` is what `from_pretrained` will call the checkpoint."""
 
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
         """Upload the folder as one state of the repo."""
 
 
 class CompleteSave:
-    """Stands in for `model.save_pretrained`: companions first (a push uploads what it finds), then transformers' own save.
+    """Stands in for `model.save_pretrained`, so that every save of a compressed model is complete.
 
-    It lives on the instance, so that the model's class stays the native one; it copies and pickles with the model.
+    It writes the companions first, as a push uploads what it finds, and then calls transformers' own save. It lives on
+    the instance, so that the model's class stays the native one. It is copied and pickled with the model.
 
     Attributes:
-        publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came from, and
-            leaves pushing to transformers.
-        state_dict: what the caller of a save brings along, who may hold the model in shards; the quantizer asks for it.
-        saved: while transformers pushes, the folder to push; its push would save the model once more, to a folder of its own.
+        publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came
+            from, and leaves pushing to transformers.
+        tokenizer: saved with the model. None to take that of the checkpoint that the model came from.
+        report: the report of a compression in this process, which every save writes. None if the model was loaded.
+        source_report: the report of the checkpoint that the model came from, kept once `current_report` has read it.
+            Saves do not write it: they copy the file.
+        state_dict: what the caller of a save brings along, for instance because the model is held in shards. The
+            quantizer asks for it.
+        saved: the folder to push, while transformers pushes. Its push would save the model once more, to a folder of
+            its own.
     """
 
     publisher: ClassVar[Publisher | None] = None
@@ -82,8 +98,14 @@ class CompleteSave:
         self.model = model
         self.tokenizer: Any = None
         self.report: dict[str, Any] | None = None
+        self.source_report: dict[str, Any] | None = None
         self.state_dict: dict[str, Any] | None = None
         self.saved: Path | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled save, in whatever process."""
+        vars(self).update(state)
+        offer_reports()
 
     def __call__(
         self,
@@ -95,25 +117,26 @@ class CompleteSave:
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        """Save the model as transformers does, with all that it needs elsewhere.
+
+        Args:
+            name: what `from_pretrained` will call the checkpoint, for the model card.
+            kwargs: other arguments of transformers' `save_pretrained`.
+
+        Raises:
+            CompressionError: for arguments that would give a checkpoint which cannot be opened.
+        """
         model, folder = self.model, Path(save_directory)
         if self.saved is not None:
             for file in filter(Path.is_file, self.saved.iterdir()):
                 shutil.copyfile(file, folder / file.name)
             return
-        if getattr(model, "_hf_peft_config_loaded", False):  # the adapter is all that transformers saves then
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers then saves nothing but the adapter
             self.native_save(
                 save_directory, state_dict, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs
             )
             return
-        if kwargs.get("distributed_checkpoint"):
-            raise CompressionError(
-                f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers cannot open; "
-                "leave it out, and one process writes the whole model"
-            )
-        if kwargs.get("variant") is not None:
-            raise CompressionError(
-                f"{folder}: variant={kwargs['variant']!r} gives the weights a name by which nothing opens compressed ones; leave it out"
-            )
+        _check_arguments(folder, kwargs)
         record_layers(model)
         model.config.auto_map = auto_map(model)
         here = Path(__file__).parent
@@ -121,27 +144,32 @@ class CompleteSave:
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
-        # tensors keep the names of their modules, as in `quantization_config.layers`: older formats of some families rename or split layers
+        # Tensors keep the names of their modules, which `quantization_config.layers` uses. The older formats of some
+        # families rename or split layers.
         kwargs["save_original_format"] = False
-        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        hub_options = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         self.native_save(save_directory, state_dict, is_main_process=is_main_process, **kwargs)
-        if not is_main_process or not folder.is_dir():
-            return
-        record_checksums(folder, RUNTIME_FILES)
-        changed = drop_figures_of_other_weights(folder)
-        publisher, repo_id = CompleteSave.publisher, hub.pop("repo_id", folder.name)
+        if is_main_process and folder.is_dir():
+            record_checksums(folder, RUNTIME_FILES)
+            self.publish(folder, name, push_to_hub, token=kwargs.get("token"), **hub_options)
+
+    def publish(self, folder: Path, name: str | None, push_to_hub: bool, **hub_options: Any) -> None:
+        """Bring report and card of a saved checkpoint up to date, and push it if that is asked for."""
+        figures_dropped = drop_figures_of_other_weights(folder)
+        repo_id = hub_options.pop("repo_id", folder.name)
+        publisher = CompleteSave.publisher
         if publisher is not None:
             publisher.write_card(folder, name)
             if push_to_hub:
-                publisher.upload(folder, repo_id, token=kwargs.get("token"), **hub)
+                publisher.upload(folder, repo_id, **hub_options)
             return
-        if changed:
+        if figures_dropped:
             disown_figures(folder)
         if push_to_hub:
-            self.native_push(folder, repo_id, token=kwargs.get("token"), **hub)
+            self.native_push(folder, repo_id, **hub_options)
 
     def native_push(self, folder: Path, repo_id: str, **options: Any) -> None:
-        """Transformers' own push, of a folder that is complete."""
+        """Push a folder that is complete, by transformers' own push."""
         self.saved = folder
         try:
             type(self.model).push_to_hub(self.model, repo_id, **options)
@@ -151,7 +179,10 @@ class CompleteSave:
     def native_save(
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, Any] | None, **kwargs: Any
     ) -> None:
-        """Transformers' own save. It drops the state dict of a quantized model and asks the quantizer for one, and that asks here."""
+        """Save by transformers' own `save_pretrained`.
+
+        It drops the state dict of a quantized model and asks the quantizer for one, and the quantizer asks here.
+        """
         self.state_dict = state_dict
         try:
             type(self.model).save_pretrained(self.model, save_directory, **kwargs)
@@ -159,12 +190,13 @@ class CompleteSave:
             self.state_dict = None
 
     def write_companions(self, folder: Path) -> None:
-        """Write the runtime's files, the report, the tokenizer and the card; the latter three from where the model came from if need be.
+        """Write the runtime's files, the report, the tokenizer and the card to a folder.
 
-        A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the folder above and uploads
-        that one, so the runtime's files go there too.
+        Report, tokenizer and card come from the checkpoint that the model came from, where there are no others.
         """
         write_runtime(folder)
+        # A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the one
+        # above, and uploads that one.
         if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
             write_runtime(folder.parent)
         if self.report is not None:
@@ -184,30 +216,50 @@ class CompleteSave:
 
     def carry_over(self, name: str, folder: Path) -> None:
         """Copy a file of the checkpoint that the model came from, if that has it."""
-        found = self.find(name)
-        if found and Path(found).resolve() != (folder / name).resolve():
-            shutil.copyfile(found, folder / name)
+        file = self.find(name)
+        if file and Path(file).resolve() != (folder / name).resolve():
+            shutil.copyfile(file, folder / name)
 
     def find(self, name: str) -> str | None:
-        """A file of the checkpoint that the model came from, fetched if need be; None if that has no such file or cannot be reached."""
+        """Return a file of the checkpoint that the model came from, fetching it from the Hub if need be.
+
+        Returns:
+            The path of the file, None if the checkpoint has no such file or cannot be reached.
+        """
         config = self.model.config
         source = getattr(config, "_name_or_path", "")
         if not source or os.path.isdir(source):
             path = Path(source) / name
             return str(path) if source and path.is_file() else None
-        quiet = {
-            f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")
-        }
         revision = getattr(config, "_commit_hash", None)
+        quiet = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_gated_repo": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
         try:
-            found = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
-            return found or cached_file(source, name, revision=revision, **quiet)
+            file = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
+            return file or cached_file(source, name, revision=revision, **quiet)
         except (OSError, ValueError):
             return None
 
+    def current_report(self) -> dict[str, Any]:
+        """Return the report that a save of the model would come with, {} if there is none.
+
+        Raises:
+            CheckpointError: if the report of the checkpoint that the model came from is damaged.
+        """
+        if self.report is not None:
+            return self.report
+        if self.source_report is None:
+            file = self.find(REPORT_FILE)
+            self.source_report = read_report(Path(file)) if file else {}
+        return self.source_report
+
     @staticmethod
     def attach(model: "PreTrainedModel") -> "CompleteSave":
-        """Make the model's saves complete; a second call finds the first."""
+        """Make the model's saves complete. A second call returns what the first has made."""
+        offer_reports()
         save = model.__dict__.get("save_pretrained")
         if not isinstance(save, CompleteSave):
             save = model.__dict__["save_pretrained"] = CompleteSave(model)
@@ -217,7 +269,7 @@ class CompleteSave:
 
     @staticmethod
     def detach(model: "PreTrainedModel") -> None:
-        """Back to transformers' own save, for a model that is dense again."""
+        """Give a model that is dense again transformers' own save back."""
         model.__dict__.pop("save_pretrained", None)
         model.__dict__.pop("push_to_hub", None)
         if hasattr(model.config, "auto_map"):
@@ -228,60 +280,18 @@ class CompletePush:
     """Stands in for `model.push_to_hub`, which would put a card without content in the place of the model's own."""
 
     def __init__(self, save: CompleteSave, publisher: Publisher) -> None:
-        self.save, self.publisher = save, publisher
+        self.save = save
+        self.publisher = publisher
 
     def __call__(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> Any:
+        """Save the model to a folder of its own and upload that."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, max_shard_size=max_shard_size, name=repo_id)
             return self.publisher.upload(Path(folder), repo_id, **options)
 
 
-def read_current_report(folder: Path) -> dict[str, Any]:
-    """The report of a checkpoint, {} if it has none; without figures that were measured on other weights than are in the folder now.
-
-    Raises:
-        CheckpointError: if the report is not a dictionary in JSON, or has figures and the weights cannot be read.
-    """
-    file = folder / REPORT_FILE
-    report = read_json(str(file)) if os.path.lexists(file) else {}
-    if not isinstance(report, dict):
-        raise CheckpointError(
-            f"{file}: is damaged (found {type(report).__name__}); delete it to go on without measurements"
-        )
-    if not any(report.get(name) for name in MEASURED) or report.get("measured_on") == weights_checksum(folder):
-        return report
-    current = {name: value for name, value in report.items() if name not in (*MEASURED, "measured_on")}
-    return {**current, "warnings": [*current.get("warnings", []), OTHER_WEIGHTS]}
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write the report of a checkpoint; the same report gives the same bytes."""
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def drop_figures_of_other_weights(folder: Path) -> bool:
-    """Bring the report of a checkpoint that was just saved up to date; whether figures had to go."""
-    report, file = read_current_report(folder), folder / REPORT_FILE
-    changed = file.is_file() and read_json(str(file)) != report
-    if changed:
-        write_report(folder, report)
-    return changed
-
-
-def disown_figures(folder: Path) -> None:
-    """Say in a card that was written for other weights that its figures are of those, and take them out of its metadata."""
-    card = folder / CARD_FILE
-    if card.is_file():
-        content = card.read_text(encoding="utf-8")
-        metadata = re.match(r"---\n.*?\n---\n", content, re.DOTALL)
-        end = metadata.end() if metadata else 0
-        kept = re.sub(r"^model-index:\n(?:[ -].*\n)*?(?=\w|---\n)", "", content[:end], flags=re.MULTILINE)
-        note = "> Written before the weights were changed (training, a merge or a cast): figures of quality and speed are of those before."
-        card.write_text(f"{kept}\n{note}\n\n{content[end:].lstrip()}", encoding="utf-8")
-
-
 def write_runtime(folder: Path) -> None:
-    """Copy the runtime's files, those beside this one, to a folder."""
+    """Copy the runtime's files, which lie beside this one, to a folder."""
     here = Path(__file__).parent
     if here.resolve() != folder.resolve():
         for name in RUNTIME_FILES:
@@ -289,10 +299,12 @@ def write_runtime(folder: Path) -> None:
 
 
 def record_layers(model: "PreTrainedModel") -> None:
-    """Write into the model's config what its layers store now, which grow when adapters are merged, and which experts are apart.
+    """Write into the model's config what its layers store now, and which experts are stored one by one.
+
+    Layers grow when adapters are merged into them.
 
     Raises:
-        CompressionError: if a layer is not where the config has it, as it is wrapped by an adapter.
+        CompressionError: if a layer is not where the config has it, because an adapter wraps it.
     """
     model.config.quantization_config.experts = [
         name for name, module in model.named_modules() if isinstance(module, ExpertBank)
@@ -302,16 +314,30 @@ def record_layers(model: "PreTrainedModel") -> None:
         module = model.get_submodule(name)
         if not isinstance(module, CompressedLinear):
             raise CompressionError(
-                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, save the adapter by itself "
-                "(PeftModel.save_pretrained) or merge it first (merge_and_unload)"
+                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, "
+                "save the adapter by itself (PeftModel.save_pretrained) or merge it first (merge_and_unload)"
             )
         layers[name] = module.spec
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:
-    """The `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
+    """Return the `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
     entries = {"AutoConfig": f"{ENTRY_MODULE}.CompressedAutoConfig"}
     for name in AUTO_CLASSES:
         if type(model.config) in getattr(transformers, name)._model_mapping:
             entries[name] = f"{ENTRY_MODULE}.Compressed{name}"
     return entries
+
+
+def _check_arguments(folder: Path, kwargs: dict[str, Any]) -> None:
+    """Raise CompressionError for arguments of a save that give a checkpoint which nothing opens."""
+    if kwargs.get("distributed_checkpoint"):
+        raise CompressionError(
+            f"{folder}: distributed_checkpoint=True writes a checkpoint of a compressed model that transformers "
+            "cannot open; leave it out, and one process writes the whole model"
+        )
+    if kwargs.get("variant") is not None:
+        raise CompressionError(
+            f"{folder}: variant={kwargs['variant']!r} gives the weights a name by which nothing opens compressed "
+            "ones; leave it out"
+        )

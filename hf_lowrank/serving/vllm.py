@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig, LayerSpec
-from ..runtime.content_checks import validate_contents
+from ..runtime.content_checks import check_contents
 from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.layers import CompressedLinear, build_layer
 
@@ -170,7 +170,7 @@ class CompressedLinearMethod(LinearMethodBase):
         self.entries = {}
         for name, shard in zip(self.specs, layer.shards, strict=True):
             if isinstance(shard, CompressedLinear):
-                validate_contents(name, shard.spec, shard.out_features, shard.in_features, shard.state_dict())
+                check_contents(name, shard.spec, shard.out_features, shard.in_features, shard.state_dict())
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = [shard(x) for every shard] + bias; x (..., n), y (..., m)."""

@@ -85,7 +85,7 @@ def test_bits_that_lie(
 def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
     """Rows of 3 · 13 two-bit codes end within a byte; so do those of masks of layers that are not multiples of eight wide."""
     from hf_lowrank.runtime.configuration import LayerSpec
-    from hf_lowrank.runtime.content_checks import validate_contents
+    from hf_lowrank.runtime.content_checks import check_contents
     from hf_lowrank.runtime.layers import SparseLowRankBinaryLinear
 
     layer = SparseLowRankBinaryLinear(
@@ -93,7 +93,7 @@ def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
     )
     spec: LayerSpec = layer.spec
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
-    validate_contents("layer", spec, 5, 13, tensors)
+    check_contents("layer", spec, 5, 13, tensors)
     for name, last in (
         ("weight_mask", 2**5),
         ("sign_bits", 2**7),
@@ -106,7 +106,7 @@ def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
         if name == "weight_mask":
             bad.view(5, -1)[1, 0] &= 0xFE
         with pytest.raises(CheckpointError, match=rf"layer\.{name}: has padding bits"):
-            validate_contents("layer", spec, 5, 13, tensors | {name: bad})
+            check_contents("layer", spec, 5, 13, tensors | {name: bad})
 
 
 def test_a_value_that_changed_is_found_by_its_checksum(copy_of: Callable[[str], Path]) -> None:

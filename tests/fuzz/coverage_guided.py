@@ -14,8 +14,9 @@ import atheris
 
 with atheris.instrument_imports(include=["hf_lowrank", "json"]):
     from hf_lowrank import CheckpointError
+    from hf_lowrank.runtime.config_checks import is_compressed
     from hf_lowrank.runtime.safetensors_headers import read_header, weight_files
-    from hf_lowrank.runtime.validation import is_compressed, validate_checkpoint
+    from hf_lowrank.runtime.validation import validate_checkpoint
 
 FOLDER = Path(tempfile.mkdtemp(prefix="hf-lowrank-fuzz-"))
 

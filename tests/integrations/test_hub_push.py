@@ -16,7 +16,8 @@ from hf_lowrank import CheckpointError, CompressionConfig, compress
 from hf_lowrank.checkpoints.inspect import inspect_checkpoint
 from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
-from hf_lowrank.runtime.saving import REPORT_FILE, RUNTIME_FILES
+from hf_lowrank.runtime.reports import REPORT_FILE
+from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.hub_card import check_card
 from tests.support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from tests.support.hub_storage import Repository

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_lowrank.kernels.cpu import products as cpp
-from hf_lowrank.runtime import ops
+from hf_lowrank.runtime import ops, plain_ops
 
 from .back_ends import DTYPES, NAMES, BackEnd, in_use
 from .layers import FACTORED, FORMS, TRANSPOSED, random_layer
@@ -23,7 +23,7 @@ def small_tiles() -> Iterator[None]:
     """Have many tokens multiplied by several tiles of a matrix."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpp, "TILE_BYTES", 1 << 12)
-        patch.setattr(ops, "TILE_ELEMENTS", 1 << 8)
+        patch.setattr(plain_ops, "TILE_ELEMENTS", 1 << 8)
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lowrank import CompressedLinear, CompressionError, LayerSpec, NumericalError
 from hf_lowrank.peft.merging import add_lowrank, balanced, remove_lowrank
-from hf_lowrank.runtime.content_checks import validate_contents
+from hf_lowrank.runtime.content_checks import check_contents
 from hf_lowrank.runtime.layers import build_layer
 from tests.runtime.layer_cases import layer_cases, random_layer
 
@@ -139,7 +139,7 @@ def test_what_it_stores_is_what_a_checkpoint_may_hold(name: str) -> None:
     layer = random_layer(ALL[name], M, N)
     add_lowrank(layer, *product(3))
     layer.spec.validate(name, M, N)
-    validate_contents(name, layer.spec, M, N, layer.state_dict())
+    check_contents(name, layer.spec, M, N, layer.state_dict())
 
 
 @given(case=layer_cases(max_side=12), rank=st.integers(1, 12), seed=st.integers(0, 99))

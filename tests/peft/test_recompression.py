@@ -14,7 +14,7 @@ from hf_lowrank.checkpoints.inspect import inspect_checkpoint
 from hf_lowrank.peft import recompress
 from hf_lowrank.peft.merging import add_lowrank
 from hf_lowrank.peft.recompression import truncate_layer
-from hf_lowrank.runtime.content_checks import validate_contents
+from hf_lowrank.runtime.content_checks import check_contents
 from tests.runtime.layer_cases import random_layer
 from tests.support.compressed import Compressed, compressed_model, logits
 
@@ -43,7 +43,7 @@ def test_the_result_is_the_nearest_that_fits_what_the_layer_stored(name: str) ->
     torch.testing.assert_close((layer.to_dense() - merged).norm(), discarded.norm(), rtol=1e-9, atol=1e-9)
     assert layer.spec == spec
     assert {key: tensor.shape for key, tensor in layer.state_dict().items()} == shapes
-    validate_contents(name, layer.spec, M, N, layer.state_dict())
+    check_contents(name, layer.spec, M, N, layer.state_dict())
 
 
 @pytest.mark.parametrize("recipe", ["sola", "soco", "pivoted"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_lowrank.runtime import ops
+from hf_lowrank.runtime import ops, plain_ops
 
 from .layer_cases import make_spec, random_layer
 
@@ -41,7 +41,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets operations unpack so many rows at a time, instead of all."""
-    return lambda rows: monkeypatch.setattr(ops, "TILE_ELEMENTS", rows * N)
+    return lambda rows: monkeypatch.setattr(plain_ops, "TILE_ELEMENTS", rows * N)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, N), (0, N)])

@@ -276,7 +276,7 @@ def test_a_kernel_is_asked_first_and_may_decline():
 def test_a_mask_and_its_quantised_values_belong_together():
     mask = torch.zeros(M, N, dtype=torch.bool)
     mask[:, :6] = True
-    with pytest.raises(CompressionError, match="quantised values for a mask"):
+    with pytest.raises(CompressionError, match="quantized values for a mask"):
         SparseLowRankLinear.from_parts(N, M, sparse="bitmask", weight=quantize(random(M, 7), 4, 8), mask=mask)
     mask[0, 6] = True
     with pytest.raises(CompressionError, match="the same number in every row"):

@@ -18,7 +18,8 @@ from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, co
 from hf_lowrank.checkpoints.inspect import read_report
 from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.publishing.model_card import make_card, record
-from hf_lowrank.runtime.saving import OTHER_WEIGHTS, RUNTIME_FILES, CompleteSave
+from hf_lowrank.runtime.reports import OTHER_WEIGHTS
+from hf_lowrank.runtime.saving import RUNTIME_FILES, CompleteSave
 from tests.support import tiny_models
 
 from .conftest import LAYOUTS, Windows, pattern, same, settings, weights

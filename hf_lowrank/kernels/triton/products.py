@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...runtime.ops import as_matrix, row_tiles
+from ...runtime.plain_ops import as_matrix, row_tiles
 from . import factors, packed
 from .tuning import TunedKernel
 

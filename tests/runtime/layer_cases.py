@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lowrank import CompressedLinear, LayerSpec
 from hf_lowrank.runtime.layers import build_layer
@@ -66,6 +66,16 @@ def bits_by_hand(packed: Tensor, columns: int) -> Tensor:
     """Unpack bits with numpy: (m, ⌈columns / 8⌉) bytes become (m, columns) booleans."""
     bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[:, :columns]
     return torch.from_numpy(bits.astype(bool))
+
+
+def random_matrix(*shape: int, seed: int = 0) -> Tensor:
+    """Return a matrix with normal values in float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def shapes_of(layer: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the stored tensors by their names."""
+    return {name: tensor.shape for name, tensor in layer.state_dict().items()}
 
 
 @st.composite

@@ -146,7 +146,7 @@ def test_dequantize_gives_layers_the_dtype_that_they_have_now(slab: Checkpoint, 
 
 
 def test_dense_experts_are_saved_under_the_names_of_their_family(tmp_path: Path) -> None:
-    """Other engines know these names only. Compressed checkpoints use those of transformers' modules with fused experts."""
+    """Other engines know these names only. Compressed checkpoints use those of transformers' fused experts."""
     dense = tiny_models.mixtral()
     dense.save_pretrained(tmp_path / "dense")
     config = CompressionConfig(method="svd", ratio=0.3, samples=2, sequence_length=16)

@@ -1,4 +1,4 @@
-"""The time that a compression will take: counted, and extrapolated from small pieces."""
+"""The estimated time of a compression is counted, and extrapolated from small pieces."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ COEFFICIENT = st.floats(0.01, 100)
 
 @given(st.lists(COEFFICIENT, min_size=3, max_size=3), st.sets(st.sampled_from([0, 1, 2]), min_size=1))
 def test_times_that_follow_a_law_are_extrapolated_by_it(coefficients: list[float], powers: set[int]) -> None:
-    """Linear, quadratic and cubic work, and mixtures of two of them."""
+    """The law holds for linear, quadratic and cubic work, and for mixtures of two of them."""
     if len(powers) == 3:
         powers.pop()
 
@@ -39,14 +39,14 @@ def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: 
         )
         return estimate_time(tiny_models.llama(**shape), config)
 
-    few = found()
-    assert found(samples=8).calibration == pytest.approx(2 * few.calibration)
-    assert found(num_hidden_layers=8).solving > few.solving
-    assert found(num_hidden_layers=8).calibration == pytest.approx(2 * few.calibration)
-    assert found(hidden_size=64).calibration > few.calibration
+    few = estimate()
+    assert estimate(samples=8).calibration == pytest.approx(2 * few.calibration)
+    assert estimate(num_hidden_layers=8).solving > few.solving
+    assert estimate(num_hidden_layers=8).calibration == pytest.approx(2 * few.calibration)
+    assert estimate(hidden_size=64).calibration > few.calibration
     assert few.total == few.start + few.calibration + few.solving + few.files
     if method == "svd-llm":
-        assert found(options={"update": True}).calibration > few.calibration
+        assert estimate(options={"update": True}).calibration > few.calibration
 
 
 def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,14 +69,14 @@ def test_a_dry_run_counts_the_values_as_they_will_be_stored() -> None:
     assert size.format("0.03") in describe(str(tiny_models.BUNDLED), config, dtype="float32")
 
 
-def test_a_dry_run_tells_the_time_or_why_not(tmp_path: Path) -> None:
+def test_a_dry_run_says_the_time_or_why_it_is_not_known(tmp_path: Path) -> None:
     dense = str(tiny_models.BUNDLED)
-    told = describe(dense, CompressionConfig(method="wanda", calibration="c4"))
-    assert "time if this machine has nothing else to do: " in told
+    shown = describe(dense, CompressionConfig(method="wanda", calibration="c4"))
+    assert "time if this machine has nothing else to do: " in shown
     mixture = str(tiny_models.saved(tiny_models.mixtral(), tmp_path / "mixture"))
-    told = describe(mixture, CompressionConfig(method="auto", ratio=0.7, calibration="c4", sequence_length=24))
-    assert "GB for the curvature of all outputs, and" in told
-    assert "calibration" in told
+    shown = describe(mixture, CompressionConfig(method="auto", ratio=0.7, calibration="c4", sequence_length=24))
+    assert "GB for the curvature of all outputs, and" in shown
+    assert "calibration" in shown
     assert "time: not known for what trains" in describe(dense, CompressionConfig(method="soco", calibration="c4"))
     assert "time: not known for cuda" in describe(dense, CompressionConfig(method="wanda", calibration="c4"), "cuda")
     assert "sampling of the calibration text comes on top" in describe(dense, CompressionConfig(method="wanda"))

@@ -33,7 +33,7 @@ def test_times_that_follow_a_law_are_extrapolated_by_it(coefficients: list[float
 def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
 
-    def found(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> TimeEstimate:
+    def estimate(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> TimeEstimate:
         config = CompressionConfig(
             method=method, ratio=0.4, samples=samples, sequence_length=24, calibration="c4", options=options or {}
         )
@@ -50,7 +50,7 @@ def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: 
 
 
 def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two experts of four at a time cost what two dense networks of their size would, not four."""
+    """Two of four experts work on a token, so they cost what two dense networks of their size would cost."""
     monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
     seen: list[dict[str, float]] = []
     usual = time_estimate._token_shares

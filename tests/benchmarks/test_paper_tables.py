@@ -122,7 +122,7 @@ def test_a_table_fills_itself_and_does_nothing_twice(
 
 
 def test_a_ratio_of_the_whole_model_is_met(home: Path, tmp_path: Path) -> None:
-    """The ratios of SoLA are shares of all parameters, so much of the model is gone, whatever the share of its blocks."""
+    """SoLA's ratios are shares of all parameters. That much of the model is gone, whatever the share of its blocks."""
     table = rehearsal("sola", home)
     record = papers.run_cell(
         table, "LLaMA-2-7B", "20 %", "sola", tmp_path, tasks=False, device="cpu", batch_size=1, task_folder=None

@@ -1,16 +1,17 @@
-"""The entry of the command `hf-lowrank`: a signal that comes while torch is still being imported ends it in one line, too."""
+"""The entry of the command `hf-lowrank`. A signal while torch is being imported ends it in one line, too."""
 
 import os
 import signal
 from typing import Any
 
-WHAT = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""The word for each signal that ends the command."""
 
 
 def main() -> None:
-    """Import the command line and run it; its verbs handle signals themselves."""
-    for number in WHAT:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    """Run the command line. Its verbs handle signals themselves once they have imported torch."""
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # whoever ignores it, `nohup` for one, wants that
             signal.signal(number, _end)
     from hf_lowrank.cli import app
 
@@ -18,6 +19,6 @@ def main() -> None:
 
 
 def _end(number: int, frame: Any) -> None:
-    """At once: an exception could be lost in what is being imported, and nothing was begun that would have to be undone."""
-    os.write(2, f"{WHAT[signal.Signals(number)]}; nothing was left behind\n".encode())
+    """End at once: an import could swallow an exception, and nothing was begun that would have to be undone."""
+    os.write(2, f"{ENDINGS[signal.Signals(number)]}; nothing was left behind\n".encode())
     os._exit(128 + number)

@@ -1,6 +1,8 @@
 """hf_lowrank: sparse + low-rank (+ binary) layers for Hugging Face Transformers.
 
-Importing it registers the plugin: compressed checkpoints then open with `from_pretrained`.
+Importing the package registers the plugin: compressed checkpoints then open with `from_pretrained`. It imports neither
+torch nor transformers by itself. The plugin waits until a program imports them, and every public name is imported when
+it is first used.
 """
 
 import importlib
@@ -9,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .registration import after_import
-from .runtime.configuration import CompressionConfig, LayerSpec
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
-from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
-from .runtime.load_hooks import hook_configs, hook_tokenizers
-from .runtime.ops import on_first_use
-from .runtime.saving import CompleteSave
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoints.inspect import inspect
+    from .checkpoints.verify import verify
     from .compression.pipeline import compress
+    from .evaluation.perplexity import evaluate
+    from .models.reference import reference_model, reference_text
+    from .peft.recompression import recompress
+    from .publishing.html_report import write_html_report
+    from .runtime.configuration import CompressionConfig, LayerSpec
+    from .runtime.layers import CompressedLinear, SparseLowRankBinaryLinear, SparseLowRankLinear
     from .training.distillation import DistillationTrainer
 
 __all__ = [
@@ -33,51 +38,92 @@ __all__ = [
     "SparseLowRankLinear",
     "__version__",
     "compress",
+    "evaluate",
+    "inspect",
+    "recompress",
+    "reference_model",
+    "reference_text",
+    "verify",
+    "write_html_report",
 ]
 
-_LAZY = {"DistillationTrainer": ".training.distillation", "compress": ".compression.pipeline"}
+_HOME_MODULES = {
+    "CompressedLinear": ".runtime.layers",
+    "CompressionConfig": ".runtime.configuration",
+    "DistillationTrainer": ".training.distillation",
+    "LayerSpec": ".runtime.configuration",
+    "SparseLowRankBinaryLinear": ".runtime.layers",
+    "SparseLowRankLinear": ".runtime.layers",
+    "compress": ".compression.pipeline",
+    "evaluate": ".evaluation.perplexity",
+    "inspect": ".checkpoints.inspect",
+    "recompress": ".peft.recompression",
+    "reference_model": ".models.reference",
+    "reference_text": ".models.reference",
+    "verify": ".checkpoints.verify",
+    "write_html_report": ".publishing.html_report",
+}
+"""The module of each public name that is imported when it is first used."""
 
 
 def __getattr__(name: str) -> Any:
-    """What makes compressed models is imported when it is first used; opening them needs only the runtime."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name when it is first used."""
+    if name not in _HOME_MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import(_HOME_MODULES[name]), name)
+    globals()[name] = value  # from now on, Python finds it without asking here
+    return value
 
 
-def _compress_on_load(model: Any, config: CompressionConfig) -> None:
-    importlib.import_module(".compression.pipeline", __name__).compress_on_load(model, config)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-def _load_kernels() -> None:
-    importlib.import_module(".kernels", __name__).load_by_default()
+def _import(module: str) -> Any:
+    """Import a module of this package by its name relative to the package."""
+    return importlib.import_module(module, __name__)
+
+
+# The hooks below wait for modules that are imported later, because importing torch and transformers takes seconds.
 
 
 class _Publisher:
-    """Cards and uploads, imported when a model is saved."""
+    """Writes model cards and uploads folders. The code for that is imported when a model is saved."""
 
     def write_card(self, folder: Path, name: str | None) -> None:
-        importlib.import_module(".publishing.model_card", __name__).write_model_card(folder, name)
+        _import(".publishing.model_card").write_model_card(folder, name)
 
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
-        return importlib.import_module(".publishing.hub", __name__).upload(folder, repo_id, **options)
+        return _import(".publishing.hub").upload(folder, repo_id, **options)
 
 
-CompleteSave.publisher = _Publisher()
-on_first_use(_load_kernels)
+def _add_publisher() -> None:
+    """Let saved models have a card, and let `push_to_hub` upload all that belongs to them."""
+    _import(".runtime.saving").CompleteSave.publisher = _Publisher()
 
 
-def _register() -> None:
-    quantizer = sys.modules[_QUANTIZER]
+def _offer_kernels() -> None:
+    """Let the first product of a compressed layer load the kernels of this machine."""
+    _import(".runtime.ops").on_first_use(lambda: _import(".kernels").load_by_default())
+
+
+def _register_quantizer() -> None:
+    """Make transformers know the quantizer, and let it compress dense models that are loaded with a recipe."""
+    quantizer = sys.modules[f"{__name__}.runtime.quantizer"]
     quantizer.CompressionQuantizer.compress_on_load = staticmethod(_compress_on_load)
     quantizer.register(override=True)
 
 
-# Importing transformers' quantizers takes seconds, which is for the first `from_pretrained` to spend, not for this import.
-_QUANTIZER = f"{__name__}.runtime.quantizer"
-after_import("transformers.configuration_utils", hook_configs)
-after_import("transformers.tokenization_utils_base", hook_tokenizers)
-after_import(_QUANTIZER, _register)
-after_import("transformers.quantizers.auto", lambda: importlib.import_module(_QUANTIZER))
-# LoRA merges into compressed layers; importing PEFT takes seconds too.
-after_import("peft.tuners.tuners_utils", lambda: importlib.import_module(".peft", __name__).extend_peft())
+def _compress_on_load(model: Any, config: "CompressionConfig") -> None:
+    _import(".compression.pipeline").compress_on_load(model, config)
+
+
+# The runtime imports nothing outside itself, because it travels in checkpoints. The package adds what it lacks there.
+after_import(f"{__name__}.runtime.saving", _add_publisher)
+after_import(f"{__name__}.runtime.ops", _offer_kernels)
+after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
+# Every way of opening a model reads its config, and then asks the quantizers for the format.
+after_import("transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs())
+after_import("transformers.tokenization_utils_base", lambda: _import(".runtime.load_hooks").hook_tokenizers())
+after_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"))
+after_import("peft.tuners.tuners_utils", lambda: _import(".peft").extend_peft())  # for adapters on compressed layers

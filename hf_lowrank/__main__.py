@@ -1,5 +1,5 @@
 """`python -m hf_lowrank` is `hf-lowrank`."""
 
-from .cli import app
+from hf_lowrank_command import main
 
-app()
+main()

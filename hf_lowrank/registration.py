@@ -1,4 +1,4 @@
-"""Do something as soon as a module has been imported, without importing it."""
+"""Doing something as soon as a module has been imported, without importing it."""
 
 import importlib.abc
 import importlib.machinery
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 _RUNNING: dict[str, list[Callable[[], object]]] = {}
-"""What waits for modules that are being imported at this moment: they are in `sys.modules`, but not complete."""
+"""Actions that wait for modules which are being imported now. Those are in `sys.modules`, but not complete."""
 
 
 def after_import(name: str, action: Callable[[], object]) -> None:
-    """Call `action` once, right after the module `name` is first imported; at once if it is imported already."""
+    """Call `action` once, right after the module `name` is first imported, or at once if it is imported already."""
     if name in _RUNNING:
         _RUNNING[name].append(action)
     elif name in sys.modules:
@@ -22,24 +22,25 @@ def after_import(name: str, action: Callable[[], object]) -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the others find the module, and has its loader call the action at the end."""
+    """A finder that lets the other finders find the module, and has the module's loader call the action at the end."""
 
     def __init__(self, name: str, action: Callable[[], object]) -> None:
-        self.name, self.action = name, action
+        self.name = name
+        self.action = action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # so that the search below finds the module and not this watcher again
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            is_outermost = fullname not in _RUNNING  # of several watchers of one module
+            is_outermost = fullname not in _RUNNING  # one module may have several watchers, each around the next
             waiting = _RUNNING.setdefault(fullname, [])
             try:
                 execute(module)

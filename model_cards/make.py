@@ -1,4 +1,4 @@
-"""Make the example cards in this folder from real runs: compress a model with each of the three systems, reload, measure, write the card.
+"""Make the example cards in this folder from real runs: compress by each of the three systems, reload, measure, write the card.
 
     python model_cards/make.py MODEL --calibration FILE --text FILE...
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowrank import CompressionConfig, compress
-from hf_lowrank.evaluation.perplexity import evaluate_text
-from hf_lowrank.publishing.model_card import record, text_quality
+from hf_lowrank import CompressionConfig, compress, evaluate
+from hf_lowrank.publishing.measurements import text_quality
+from hf_lowrank.publishing.model_card import record
 
 RECIPES = {"sola": 0.3, "soco": 0.3, "slab": 0.5}
 
@@ -44,7 +44,7 @@ def main() -> None:
         compressed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         quality = []
         for text in arguments.text:
-            measured = evaluate_text(
+            measured = evaluate(
                 compressed, tokenizer, text, window=arguments.window, max_windows=arguments.windows, reference=dense
             )  # fmt: skip
             quality += text_quality(measured.to_dict())

@@ -1,4 +1,7 @@
-"""`hf-lowrank`: the command line. Each module brings the verbs of one kind; importing it registers them."""
+"""`hf-lowrank`: the command line. Each module holds the verbs of one kind, which register when it is imported.
+
+Nothing here imports torch or transformers before a verb runs, so that `--help` answers at once.
+"""
 
 from . import compression, measurement, publication, speed, training
 from .base import app

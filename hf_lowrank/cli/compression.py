@@ -8,23 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..execution.process_group import torchrun_group, torchrun_rank
-from ..runtime.configuration import CompressionConfig
+from ..execution.torchrun import torchrun_group, torchrun_rank
 from ..runtime.errors import CompressionError
-from .base import (
-    HELP,
-    Device,
-    Dtype,
-    Json,
-    Output,
-    Overwrite,
-    app,
-    one_line_errors,
-    print_json,
-    print_table,
-    show_totals,
-    tokenizer_or_none,
-)
+from .base import app, one_line_errors
+from .options import RECIPE_HELP, Device, Dtype, Json, Output, Overwrite
+from .output import print_json, print_table, show_totals, tokenizer_or_none
 
 
 @app.command()
@@ -54,15 +42,15 @@ def methods(as_json: Json = False) -> None:
 def compress(
     model: Annotated[str, typer.Argument(help="dense model: a folder or a name on the Hub")],
     output: Output,
-    method: Annotated[str, typer.Option(help=HELP["method"])] = "slab",
-    ratio: Annotated[float, typer.Option(help=HELP["ratio"])] = 0.5,
-    calibration: Annotated[str, typer.Option(help=HELP["calibration"])] = "self",
-    samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
-    sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
-    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
-    refinement_steps: Annotated[int, typer.Option(help=HELP["refinement_steps"])] = 0,
-    accounting: Annotated[str, typer.Option(help=HELP["accounting"])] = "bits",
-    skip: Annotated[list[str] | None, typer.Option(help=HELP["modules_to_not_convert"])] = None,
+    method: Annotated[str, typer.Option(help=RECIPE_HELP["method"])] = "slab",
+    ratio: Annotated[float, typer.Option(help=RECIPE_HELP["ratio"])] = 0.5,
+    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
+    samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
+    sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
+    seed: Annotated[int, typer.Option(help=RECIPE_HELP["seed"])] = 0,
+    refinement_steps: Annotated[int, typer.Option(help=RECIPE_HELP["refinement_steps"])] = 0,
+    accounting: Annotated[str, typer.Option(help=RECIPE_HELP["accounting"])] = "bits",
+    skip: Annotated[list[str] | None, typer.Option(help=RECIPE_HELP["modules_to_not_convert"])] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="a setting of the method, as key=value")] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -75,31 +63,50 @@ def compress(
     ] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
-    from ..compression.from_disk import compress_checkpoint, describe
+    from ..compression.dry_run import describe
+    from ..compression.from_disk import compress_checkpoint
+    from ..execution.output_folder import check_free
     from ..methods import make_method
-    from ..models.loading import check_free, compression_of, load_config, load_tokenizer
+    from ..models.loading import compression_of, load_config, load_tokenizer
+    from ..runtime.configuration import CompressionConfig
 
     config = CompressionConfig(
-        method=method, ratio=ratio, options=_key_values(settings or []), calibration=calibration, samples=samples,
-        sequence_length=sequence_length, seed=seed, refinement_steps=refinement_steps, accounting=accounting,
+        method=method,
+        ratio=ratio,
+        options=_key_values(settings or []),
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        refinement_steps=refinement_steps,
+        accounting=accounting,
         modules_to_not_convert=skip or [],
-    )  # fmt: skip
-    make_method(config.method, config.options)
-    check_free(output, overwrite)
+    )
+    make_method(config.method, config.options)  # which refuses unknown methods and options
+    check_free(output, overwrite)  # before hours of work, not after them
     if compression_of(load_config(model)) is not None:
         raise CompressionError(
-            f"{model}: is compressed already; compress the dense model it came from, or what `hf-lowrank dense` makes of it"
+            f"{model}: is compressed already; "
+            "compress the dense model it came from, or what `hf-lowrank dense` makes of it"
         )
     if dry_run:
         typer.echo(describe(model, config, device, dtype))
         return
+    # Text needs a tokenizer. Sequences that the model samples from itself do not.
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
     with torchrun_group():
         compress_checkpoint(
-            model, output, config, tokenizer, dtype=dtype, device=device, work_dir=work_dir, overwrite=overwrite,
+            model,
+            output,
+            config,
+            tokenizer,
+            dtype=dtype,
+            device=device,
+            work_dir=work_dir,
+            overwrite=overwrite,
             command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
-        )  # fmt: skip
-    if not torchrun_rank():
+        )
+    if not torchrun_rank():  # 0 or None: the main process, or the only one
         _show_summary(output)
 
 
@@ -115,23 +122,26 @@ def recompress(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Truncate layers whose rank has grown by merged adapters to the rank of the compression, and say what that loses."""
-    from ..models.loading import check_free, compression_of, load_config, load_model, new_folder
-    from ..peft import recompress as truncate
+    """Truncate layers whose rank has grown by merged adapters to their former rank, and say what that loses."""
+    from .. import peft
+    from ..execution.output_folder import check_free, new_folder
+    from ..models.loading import compression_of, load_config, load_model
 
     check_free(output, overwrite)
     if compression_of(load_config(folder)) is None:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank; name a compressed checkpoint")
     model = load_model(folder, dtype)
-    found = truncate(model, rank)
-    if not found:
+    truncations = peft.recompress(model, rank)
+    if not truncations:
         raise CompressionError(f"{folder}: no layer has a larger rank than asked for; there is nothing to recompress")
     with new_folder(output, overwrite) as target:
         model.save_pretrained(target)
     if as_json:
-        print_json([dataclasses.asdict(layer) for layer in found])
+        print_json([dataclasses.asdict(layer) for layer in truncations])
         return
-    rows = [[layer.name, str(layer.rank_before), str(layer.rank), f"{layer.relative_error:.3g}"] for layer in found]
+    rows = []
+    for layer in truncations:
+        rows.append([layer.name, str(layer.rank_before), str(layer.rank), f"{layer.relative_error:.3g}"])
     print_table(
         "truncated layers, error of the whole matrix in the Frobenius norm",
         ["layer", "rank", "now", "relative error"],
@@ -149,18 +159,21 @@ def dense(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a compressed model as a dense one, for engines that know no compressed layers."""
-    from ..models.loading import check_free, compression_of, load_config, load_model, new_folder
+    from ..execution.output_folder import check_free, new_folder
+    from ..models.loading import compression_of, load_config, load_model
 
     check_free(output, overwrite)
     if compression_of(load_config(folder)) is None:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank; it is dense already")
-    model, tokenizer = load_model(folder, dtype), tokenizer_or_none(folder)
+    model = load_model(folder, dtype)
+    tokenizer = tokenizer_or_none(folder)
     model.dequantize()
     with new_folder(output, overwrite) as target:
         model.save_pretrained(target)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
-    typer.echo(f"wrote {output}: dense, {sum(p.numel() for p in model.parameters()):,} parameters")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    typer.echo(f"wrote {output}: dense, {parameters:,} parameters")
 
 
 @app.command()
@@ -178,14 +191,16 @@ def demo(
 
 
 def _show_summary(folder: Path) -> None:
-    from ..checkpoints.inspect import inspect_checkpoint
+    """Print what was written, counted from its files."""
+    from .. import inspect
 
-    found = inspect_checkpoint(folder)
+    inspection = inspect(folder)
     typer.echo(f"wrote {folder}")
-    show_totals(found)
+    show_totals(inspection)
 
 
 def _key_values(settings: list[str]) -> dict[str, str]:
+    """Read settings of the form key=value."""
     values = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

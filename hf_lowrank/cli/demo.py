@@ -11,18 +11,19 @@ import typer
 
 from ..calibration.batches import sequence_length
 from ..calibration.sampling import sample_sequences
-from ..checkpoints.inspect import inspect_checkpoint
+from ..checkpoints.inspect import inspect
 from ..compression.pipeline import compress
 from ..evaluation.perplexity import Evaluation
-from ..models.loading import files_size, load_model, load_tokenizer, new_folder
+from ..execution.output_folder import files_size, new_folder
+from ..models.loading import load_model, load_tokenizer
+from ..models.reference import reference_model, reference_text
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 
-BUNDLED_MODEL = Path(__file__).parents[1] / "data" / "reference-7m"
-BUNDLED_TEXT = Path(__file__).parents[1] / "data" / "demo.txt"
-
-SAMPLES, MEASURED_WINDOWS = 64, 60
-"""Half of the default calibration and a part of the text, so that the demo takes minutes on two cores."""
+SAMPLES = 64
+"""Number of calibration sequences, half of the default, so that the demo takes minutes on two cores."""
+MEASURED_WINDOWS = 60
+"""Number of windows of the text that are scored, for the same reason."""
 
 RECIPES = {
     "svd-llm": CompressionConfig(method="svd-llm", ratio=0.3),
@@ -35,10 +36,10 @@ RECIPES = {
 
 
 def run_demo(output: Path | None = None, overwrite: bool = False) -> list[list[str]]:
-    """Compress the bundled model by every recipe and measure each in a fresh process; the rows of the table.
+    """Compress the bundled model by every recipe, measure each in a fresh process, and return the rows of the table.
 
     Args:
-        output: folder in which the checkpoints are kept; without it they are deleted at the end.
+        output: folder in which the checkpoints are kept. Without it they are deleted at the end.
     """
     if output is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -48,46 +49,40 @@ def run_demo(output: Path | None = None, overwrite: bool = False) -> list[list[s
 
 
 def _rows(folder: Path) -> list[list[str]]:
-    dense = _measure(BUNDLED_MODEL)
-    rows = [_row("dense", None, 0.0, BUNDLED_MODEL, dense, 0.0)]
-    tokenizer = load_tokenizer(str(BUNDLED_MODEL))
+    source = reference_model()
+    rows = [_row("dense", None, 0.0, Path(source), _measure(Path(source)), 0.0)]
+    tokenizer = load_tokenizer(source)
+    # The text is sampled once, so that all recipes are calibrated on the same.
     typer.echo("sampling calibration text from the model itself ...", err=True)
-    model = load_model(str(BUNDLED_MODEL))
+    model = load_model(source)
     calibration = list(sample_sequences(model, SAMPLES, sequence_length(model, CompressionConfig()), seed=0))
     for name, config in RECIPES.items():
         typer.echo(f"{name}: removing {config.ratio:.0%} ...", err=True)
         started = time.monotonic()
-        model = compress(load_model(str(BUNDLED_MODEL)), config, tokenizer, calibration)
+        model = compress(load_model(source), config, tokenizer, calibration)
         seconds = time.monotonic() - started
         model.save_pretrained(folder / name)
-        stored = inspect_checkpoint(folder / name).ratio_stored
-        rows.append(_row(name, config.ratio, stored, folder / name, _measure(folder / name), seconds))
+        ratio_stored = inspect(folder / name).ratio_stored
+        rows.append(_row(name, config.ratio, ratio_stored, folder / name, _measure(folder / name), seconds))
     return rows
 
 
 def _measure(checkpoint: Path) -> Evaluation:
-    """Evaluate in a fresh process, which knows nothing but the files."""
-    command = [sys.executable, "-m", "hf_lowrank", "evaluate", str(checkpoint), "--text", str(BUNDLED_TEXT)]
-    command += [
-        "--reference",
-        str(BUNDLED_MODEL),
-        "--max-windows",
-        str(MEASURED_WINDOWS),
-        "--dtype",
-        "float32",
-        "--json",
-    ]
+    """Evaluate a checkpoint in a fresh process, which knows nothing but its files."""
+    command = [sys.executable, "-m", "hf_lowrank", "evaluate", str(checkpoint), "--json"]
+    command += ["--text", reference_text(), "--max-windows", str(MEASURED_WINDOWS)]
+    command += ["--reference", reference_model(), "--dtype", "float32"]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode:
-        raise CompressionError(
-            f"{checkpoint.name}: its evaluation in a fresh process failed ({(result.stderr.strip() or 'no message').splitlines()[-1]})"
-        )
+        last_line = (result.stderr.strip() or "no message").splitlines()[-1]
+        raise CompressionError(f"{checkpoint.name}: its evaluation in a fresh process failed ({last_line})")
     return Evaluation(**json.loads(result.stdout)[0])
 
 
 def _row(
     name: str, asked: float | None, stored: float, folder: Path, measured: Evaluation, seconds: float
 ) -> list[str]:
+    """Return the cells of one model. The dense one was not asked to be smaller."""
     return [
         name,
         "" if asked is None else f"{asked:.0%}",

@@ -1,13 +1,16 @@
 """Verbs that measure models: evaluate, inspect, verify, report, compare."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..runtime.errors import CompressionError
-from .base import HELP, Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table, show_totals
+from .base import app, one_line_errors
+from .options import RECIPE_HELP, Device, Dtype, Json, SeveralValues
+from .output import kinds_summary, print_json, print_table, show_kinds, show_layers, show_totals
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Evaluation
@@ -46,7 +49,7 @@ def evaluate(
 
     Options of several values take them one after the other: --text a.txt b.txt --tasks piqa items.jsonl.
     """
-    from ..evaluation.perplexity import evaluate_text
+    from ..evaluation.perplexity import evaluate as evaluate_text
     from ..evaluation.tasks import evaluate_tasks
     from ..models.loading import load_model, load_tokenizer
 
@@ -55,126 +58,130 @@ def evaluate(
     if card:
         from ..publishing.model_card import read_config
 
-        read_config(Path(model))
-    subject, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
+        read_config(Path(model))  # which refuses a folder that has no card to write into
+    subject = load_model(model, dtype, device)
+    tokenizer = load_tokenizer(model)
     dense = load_model(reference, dtype, device) if reference else None
-    texts = [
-        evaluate_text(
-            subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense
+    texts = []
+    for source in text or []:
+        texts.append(
+            evaluate_text(
+                subject, tokenizer, source, window=window, stride=stride, max_windows=max_windows, reference=dense
+            )
         )
-        for source in text or []
-    ]
-    scores = (
-        evaluate_tasks(
+    scores = []
+    if tasks:
+        scores = evaluate_tasks(
             subject, tokenizer, tasks, shots=num_fewshot, limit=limit, batch_size=batch_size, reference=dense
         )
-        if tasks
-        else []
-    )
     if card:
-        from ..publishing.model_card import record_quality, task_quality, text_quality
-
-        rows = [row for result in texts for row in text_quality(result.to_dict())]
-        record_quality(Path(model), rows + [row for result in scores for row in task_quality(result.to_dict())])
+        _write_into_card(Path(model), texts, scores)
     if as_json:
         print_json([result.to_dict() for result in texts] + [result.to_dict() for result in scores])
         return
+    _show_stored(Path(model))  # what was measured, then the figures
     if texts:
         _show_texts(model, texts, with_reference=dense is not None)
     if scores:
         _show_tasks(model, scores, with_reference=dense is not None)
 
 
+def _write_into_card(folder: Path, texts: list["Evaluation"], scores: list["TaskResult"]) -> None:
+    """Add figures to the model card and the report of a checkpoint."""
+    from ..publishing.measurements import task_quality, text_quality
+    from ..publishing.model_card import record_quality
+
+    rows = []
+    for evaluation in texts:
+        rows += text_quality(evaluation.to_dict())
+    for score in scores:
+        rows += task_quality(score.to_dict())
+    record_quality(folder, rows)
+
+
+def _show_stored(folder: Path) -> None:
+    """Print what a compressed checkpoint on this machine stores, by kind of layer. Other models print nothing."""
+    from ..checkpoints.inspect import inspect
+    from ..models.loading import compression_of, load_config
+
+    if not folder.is_dir() or compression_of(load_config(str(folder))) is None:
+        return
+    try:
+        inspection = inspect(folder)
+    except CompressionError as error:  # a damaged report says nothing against the figures
+        typer.echo(f"warning: {error}", err=True)
+        return
+    show_kinds(f"{folder}: {inspection.method}, by kind of layer", inspection.layers)
+
+
 def _show_texts(model: str, results: list["Evaluation"], with_reference: bool) -> None:
-    columns = ["text", "windows", "perplexity", "nll"] + (
-        ["nats lost", "KL", "top-1 agreement"] if with_reference else []
-    )
+    columns = ["text", "windows", "perplexity", "nll"]
+    if with_reference:
+        columns += ["nats lost", "KL", "top-1 agreement"]
     rows = []
     for result in results:
         row = [result.text, str(result.windows), f"{result.perplexity:.4g}", f"{result.nll:.4f}"]
         if with_reference:
             row += [f"{result.nats_lost:.4f}", f"{result.kl:.4f}", f"{result.top1_agreement:.2%}"]
         rows.append(row)
-    print_table(f"{model}", columns, rows)
+    print_table(model, columns, rows)
 
 
 def _show_tasks(model: str, results: list["TaskResult"], with_reference: bool) -> None:
-    rows = []
+    columns = ["task", "items", "shots", "metric", "value"]
+    if with_reference:
+        columns.append("reference")
+    rows: list[list[str]] = []
     for result in results:
-        for metric, value in result.metrics.items():
-            error = result.standard_errors.get(metric)
-            row = [
-                result.task,
-                str(result.items),
-                str(result.shots),
-                metric,
-                f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}"),
-            ]
-            rows.append([*row, f"{result.reference[metric]:.4g}"] if result.reference is not None else row)
-    print_table(
-        f"{model}", ["task", "items", "shots", "metric", "value"] + (["reference"] if with_reference else []), rows
-    )
+        rows += _task_rows(result)
+    print_table(model, columns, rows)
+
+
+def _task_rows(result: "TaskResult") -> Iterator[list[str]]:
+    """Yield one row for each metric of a task."""
+    for metric, value in result.metrics.items():
+        shown = f"{value:.4g}"
+        if (error := result.standard_errors.get(metric)) is not None:
+            shown += f" ± {error:.2g}"
+        row = [result.task, str(result.items), str(result.shots), metric, shown]
+        if result.reference is not None:
+            row.append(f"{result.reference[metric]:.4g}")
+        yield row
 
 
 @app.command()
 @one_line_errors
 def inspect(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
-    """Show what a compressed checkpoint stores, layer by layer, counted from its files."""
-    from ..checkpoints.inspect import inspect_checkpoint
+    """Show what a compressed checkpoint stores, by kind of layer and layer by layer, counted from its files."""
+    from ..checkpoints.inspect import inspect as inspect_checkpoint
 
-    found = inspect_checkpoint(folder)
+    inspection = inspect_checkpoint(folder)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json({**dataclasses.asdict(inspection), "layer_kinds": kinds_summary(inspection.layers)})
         return
-    rows = []
-    for layer in found.layers:
-        error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
-        what = layer.reason or layer.sparse
-        rows.append(
-            [
-                layer.name,
-                layer.kind,
-                what,
-                str(layer.rank),
-                str(layer.binary_rank),
-                f"{layer.density:.3f}",
-                f"{layer.bits_per_weight:.2f}",
-                error,
-                f"{layer.bytes:,}",
-            ]
-        )
-    columns = [
-        "layer",
-        "kind",
-        "sparse part",
-        "rank",
-        "binary rank",
-        "density",
-        "bits/weight",
-        "relative error",
-        "bytes",
-    ]
-    print_table(f"{folder}: {found.method}", columns, rows)
-    show_totals(found)
+    show_totals(inspection)
+    show_kinds(f"{folder}: {inspection.method}, by kind of layer", inspection.layers)
+    show_layers("every layer", inspection.layers)
 
 
 @app.command()
 @one_line_errors
 def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")], as_json: Json = False) -> None:
-    """Check a compressed checkpoint, byte by byte, without running anything of it: is it whole, and what its author saved?"""
-    from ..checkpoints.verify import verify_checkpoint
+    """Check, byte by byte and without running its code, that a compressed checkpoint is what its author saved."""
+    from ..checkpoints.verify import verify as verify_checkpoint
 
-    found = verify_checkpoint(folder)
+    verification = verify_checkpoint(folder)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(verification))
     else:
-        for problem in found.problems:
+        for problem in verification.problems:
             typer.echo(problem)
         typer.echo(
-            f"{folder}: {found.layers} compressed layers, {found.tensors} tensors; loading code of {found.runtime}"
+            f"{folder}: {verification.layers} compressed layers, {verification.tensors} tensors; "
+            f"loading code of {verification.runtime}"
         )
-    if not found.sound:
-        raise CompressionError(f"{folder}: verdict: not sound, problems: {len(found.problems)}")
+    if not verification.sound:
+        raise CompressionError(f"{folder}: verdict: not sound, problems: {len(verification.problems)}")
     if not as_json:
         typer.echo(f"{folder}: verdict: sound, as it was saved")
 
@@ -186,10 +193,10 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write")],
     comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
 ) -> None:
-    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training; needs no network."""
-    from ..publishing.html_report import write_report
+    """Show a compressed checkpoint on an HTML page: sizes, quality, layers, spectra, training. It needs no network."""
+    from ..publishing.html_report import write_html_report
 
-    write_report(folder, out, comparison)
+    write_html_report(folder, out, comparison)
     typer.echo(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
@@ -205,10 +212,10 @@ def compare(
     out: Annotated[
         Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")
     ],
-    calibration: Annotated[str, typer.Option(help=HELP["calibration"])] = "self",
-    samples: Annotated[int, typer.Option(help=HELP["samples"])] = 128,
-    sequence_length: Annotated[int | None, typer.Option(help=HELP["sequence_length"])] = None,
-    seed: Annotated[int, typer.Option(help=HELP["seed"])] = 0,
+    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
+    samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
+    sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
+    seed: Annotated[int, typer.Option(help=RECIPE_HELP["seed"])] = 0,
     window: Annotated[
         int | None, typer.Option(help="tokens per window; default: the model's context, at most 2048")
     ] = None,
@@ -221,24 +228,41 @@ def compare(
     ] = "auto",
     device: Device = "cpu",
 ) -> None:
-    """Compress by several methods at several ratios; one table and one plot of what each loses at which size.
+    """Compress by several methods at several ratios, and show in a table and a plot what each loses at which size.
 
     Options of several values take them one after the other: --methods slab sola --ratios 0.2 0.3.
     """
     from rich.markup import escape
 
     from ..evaluation import pareto
-    from ..evaluation.comparison import Comparison, candidates, compare, write_text
+    from ..evaluation.comparison import Comparison, candidates, compare
+    from ..execution.files import write_atomically
 
-    pareto.check_plotting()
+    pareto.check_plotting()  # before hours of work, not after them
     comparison = Comparison(
-        model, text, calibration, samples, sequence_length, seed, dtype, device, window, max_windows
+        model,
+        text,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        window=window,
+        max_windows=max_windows,
     )
-    wanted = candidates(method_names, ratios)
-    results = compare(comparison, wanted, out, keep=keep, say=lambda line: typer.echo(line, err=True))
-    write_text(out / "table.md", pareto.markdown(results))
+    results = compare(
+        comparison,
+        candidates(method_names, ratios),
+        out,
+        keep=keep,
+        log=lambda line: typer.echo(line, err=True),
+    )
+    write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")
-    rows = [[escape(cell) for cell in row] for row in pareto.table(results)]
+    rows = []
+    for row in pareto.table(results):
+        rows.append([escape(cell) for cell in row])  # rich would read `[option=value]` as markup
     print_table(f"{model} (★ the best method at each size)", pareto.COLUMNS, rows)
     for failure in pareto.failures(results):
         typer.echo(f"not reached: {failure}")

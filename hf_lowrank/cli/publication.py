@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..execution.files import one_line
 from ..runtime.errors import CompressionError
 from .base import app, one_line_errors
 
@@ -20,7 +21,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="branch to push to")] = None,
     message: Annotated[str | None, typer.Option(help="commit message")] = None,
 ) -> None:
-    """Push a compressed checkpoint to the Hub, with its card and loading code; a push that broke off is simply repeated."""
+    """Push a compressed checkpoint to the Hub, with its card and loading code. Repeat a push that broke off."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     from ..publishing.hub import push_folder
@@ -28,9 +29,7 @@ def push(
     try:
         commit = push_folder(folder, repo, private=private or None, revision=revision, commit_message=message)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise CompressionError(
-            f"{repo}: the Hub refused the push ({str(error).strip().splitlines()[0]}); see `hf auth login`"
-        ) from error
+        raise CompressionError(f"{repo}: the Hub refused the push ({one_line(error)}); see `hf auth login`") from error
     except Exception as error:
         # offline mode, or httpx in whichever of its versions huggingface_hub talks by
         if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("httpx"):

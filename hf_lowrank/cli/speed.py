@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from ..runtime.errors import CompressionError
-from .base import Device, Dtype, Json, SeveralValues, app, one_line_errors, print_json, print_table
+from .base import app, one_line_errors
+from .options import Device, Dtype, Json, SeveralValues
+from .output import print_json, print_table
 
 
 @app.command()
@@ -16,11 +18,12 @@ def env(as_json: Json = False) -> None:
     from .. import kernels
     from ..evaluation.machine import machine
 
-    found, back_ends = machine(), kernels.describe()
+    facts = machine()
+    back_ends = kernels.describe()
     if as_json:
-        print_json({**found, "operations": [dataclasses.asdict(row) for row in back_ends]})
+        print_json({**facts, "operations": [dataclasses.asdict(row) for row in back_ends]})
         return
-    for name, value in found.items():
+    for name, value in facts.items():
         typer.echo(f"{name}: {value}")
     rows = [[row.operation, row.device, row.name, row.reason] for row in back_ends]
     print_table("back ends (plain torch takes what they do not)", ["operation", "device", "back end", "why"], rows)
@@ -51,14 +54,15 @@ def benchmark(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time compressed layers beside dense ones and, given a model, its prefill and decoding, all in turn within one run.
+    """Time compressed layers beside dense ones and, given a model, its prefill and decoding, in turn within one run.
 
-    Layers of --shapes have random content, in bfloat16, with the layouts of the papers. "bytes limit" is dense bytes per stored byte;
-    "share" says how much of it is reached, against a plain dense product written with the same care as the compressed one.
+    Layers of --shapes have random content, in bfloat16, with the layouts of the papers. "bytes limit" is dense bytes
+    per stored byte; "share" says how much of it is reached, against a plain dense product written with the same care
+    as the compressed one.
     """
     from ..evaluation import speed_report
+    from ..evaluation.generation_speed import ModelSpeed
     from ..evaluation.machine import machine
-    from ..evaluation.speed import ModelSpeed
 
     if model is not None and shapes:
         raise CompressionError("benchmark: found a model and --shapes, expected one of the two; run it twice")
@@ -67,9 +71,10 @@ def benchmark(
     for option, value in counts.items():
         if value is not None and value < 1:
             raise CompressionError(f"{option}: found {value}, expected at least 1")
+    # Without a model there is nothing to generate with, so only layers are timed.
     if model is None:
-        wanted = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
-        layers = speed_report.of_shapes(wanted, batches, threads, repeats, device)
+        parsed_shapes = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
+        layers = speed_report.of_shapes(parsed_shapes, batches, threads, repeats, device)
         models: list[ModelSpeed] = []
     else:
         layers, models = speed_report.of_model(model, reference, batches, threads, repeats, prompt, new, dtype, device)

@@ -1,1 +1,1 @@
-"""What was lost and what was gained: perplexity, fidelity to the dense model, zero-shot tasks, speed."""
+"""Measurements of a compressed model: perplexity, fidelity to the dense model, zero-shot tasks and speed."""

@@ -1,26 +1,28 @@
-"""Methods side by side at equal stored bytes: each compresses, is reloaded from disk and measured, in processes of its own."""
+"""Comparison of methods at equal stored bytes.
+
+Each combination of a method and a ratio is compressed, saved, reloaded from disk and measured, in processes of its
+own. So the figures are those of what lies on disk, one combination cannot leave state for the next, and a crash costs
+one combination only.
+"""
 
 import glob
 import hashlib
 import json
-import os
 import platform
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
 
 from ..calibration.batches import sequence_length
 from ..calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
-from ..checkpoints.inspect import inspect_checkpoint
+from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
 from ..execution.locking import locked
 from ..methods import make_method
@@ -28,20 +30,17 @@ from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
-from ..version import __version__
+from ..version import library_versions
+from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, text_sha256, write_json
 from .perplexity import LONGEST_WINDOW
 
 REFINEMENT = "refinement_steps"
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-
-Record = dict[str, Any]
-"""What was measured on one combination, as it lies in its JSON file."""
-Say = Callable[[str], None]
+"""Setting of the compression, not of a method, that `--methods` accepts beside the options of the method."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method, with its options as a command line gives them, at one ratio."""
+    """One method at one ratio, with its options as a command line gives them."""
 
     method: str
     ratio: float
@@ -49,23 +48,28 @@ class Candidate:
 
     @property
     def label(self) -> str:
+        """The name in tables, which `parse_method` reads back: `name` or `name[option=value,...]`."""
+        if not self.options:
+            return self.method
         settings = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
-        return f"{self.method}[{settings}]" if settings else self.method
+        return f"{self.method}[{settings}]"
 
     @property
     def file_name(self) -> str:
+        """The label and the ratio as a file name without extension."""
         return re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_") + f"-{self.ratio}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What all combinations of a comparison share.
+    """Settings that all combinations of a comparison share.
 
     Attributes:
-        model: dense model, a folder or a name on the Hub. texts: what it is measured on, files or datasets.
+        model: dense model, a folder or a name on the Hub.
+        texts: files or datasets that the models are measured on.
         calibration, samples, sequence_length, seed: as in `CompressionConfig`.
-        dtype: of the compressed checkpoints; measuring computes in float32 always.
-        window, max_windows: tokens per window, and how many are scored of each text.
+        dtype: data type of the compressed checkpoints. Measurements always compute in float32.
+        window, max_windows: tokens per window, and how many windows of each text are scored.
     """
 
     model: str
@@ -80,43 +84,42 @@ class Comparison:
     max_windows: int | None = None
 
     def compress_command(self, candidate: Candidate, folder: Path, training: Path) -> list[str]:
-        arguments = [
-            "compress",
-            self.model,
-            "-o",
-            str(folder),
-            "--method",
-            candidate.method,
-            "--ratio",
-            str(candidate.ratio),
-        ]
+        """Return the arguments of `hf-lowrank` that compress a candidate.
+
+        Args:
+            folder: where the checkpoint goes.
+            training: where the state of a training is kept, so that one that broke off can go on.
+        """
+        arguments = ["compress", self.model, "-o", str(folder)]
+        arguments += ["--method", candidate.method, "--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
-            arguments += ["--refinement-steps", value] if key == REFINEMENT else ["--set", f"{key}={value}"]
+            # Refinement is an option of the command, and all others are options of the method.
+            if key == REFINEMENT:
+                arguments += ["--refinement-steps", value]
+            else:
+                arguments += ["--set", f"{key}={value}"]
         arguments += ["--calibration", self.calibration, "--samples", str(self.samples), "--seed", str(self.seed)]
         if self.sequence_length is not None:
             arguments += ["--sequence-length", str(self.sequence_length)]
         return [*arguments, "--dtype", self.dtype, "--device", self.device, "--work-dir", str(training)]
 
     def evaluate_command(self, model: str) -> list[str]:
-        arguments = [
-            "evaluate",
-            model,
-            "--reference",
-            self.model,
-            "--dtype",
-            "float32",
-            "--device",
-            self.device,
-            "--json",
-        ]
+        """Return the arguments of `hf-lowrank` that measure a model beside the dense one and print JSON."""
+        arguments = ["evaluate", model, "--reference", self.model]
+        arguments += ["--dtype", "float32", "--device", self.device, "--json"]
         for text in self.texts:
             arguments += ["--text", text]
-        for option, value in (("--window", self.window), ("--max-windows", self.max_windows)):
-            arguments += [option, str(value)] if value is not None else []
+        if self.window is not None:
+            arguments += ["--window", str(self.window)]
+        if self.max_windows is not None:
+            arguments += ["--max-windows", str(self.max_windows)]
         return arguments
 
     def inputs(self) -> dict[str, Any]:
-        """Everything that the figures depend on; a finished combination is valid as long as it does not change."""
+        """Return everything that the figures depend on.
+
+        The record of a finished combination is valid as long as this does not change.
+        """
         return {
             "model": model_sha256(self.model),
             "texts": {text: text_sha256(text) for text in self.texts},
@@ -128,234 +131,211 @@ class Comparison:
                 "dtype": self.dtype,
             },
             "windows": {"window": self.window, "max_windows": self.max_windows},
-            "versions": versions(),
+            "versions": library_versions(),
         }
 
 
-def check_texts(comparison: Comparison) -> None:
-    """Raise CompressionError if a text is shorter than the window that it is calibrated or measured on, before any work is done."""
-    config = load_config(comparison.model)
-    dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
-    context = context_length(config) or LONGEST_WINDOW
-    needed = dict.fromkeys(comparison.texts, comparison.window or min(context, LONGEST_WINDOW))
-    recipe = CompressionConfig(
-        samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed
-    )
-    for text, length in [*needed.items(), (comparison.calibration, sequence_length(dense, recipe))]:
-        if text != "self" and text not in DATASETS:
-            stream = token_stream(tokenizer, read_documents(text))
-            try:
-                windows(stream, length)
-            except CompressionError as error:
-                raise CompressionError(f"{text}: {error}") from None
-
-
 def parse_method(text: str) -> tuple[str, dict[str, str]]:
-    """`name` or `name[option=value,...]` → (name, options); `refinement_steps` is understood beside the method's own options.
+    """Return the name and the options of a method from `name` or `name[option=value,...]`.
+
+    `refinement_steps` is accepted beside the method's own options.
 
     Raises:
-        CompressionError: if it is neither, or the method does not know the option or the value.
+        CompressionError: if the text has neither form, or the method does not know the option or the value.
     """
+    malformed = CompressionError(f"--methods: found {text!r}, expected name or name[option=value,...]")
     match = re.fullmatch(r"([\w-]+)(?:\[([^\[\]]+)\])?", text)
-    settings = match[2].split(",") if match and match[2] else []
-    if match is None or not all(re.fullmatch(r"\w+=.+", setting) for setting in settings):
-        raise CompressionError(f"--methods: found {text!r}, expected name or name[option=value,...]")
-    options = dict(setting.split("=", 1) for setting in settings)
+    if match is None:
+        raise malformed
+    name, settings = match.groups()
+    options: dict[str, str] = {}
+    if settings is not None:
+        for setting in settings.split(","):
+            if not re.fullmatch(r"\w+=.+", setting):
+                raise malformed
+            option, value = setting.split("=", 1)
+            options[option] = value
+    # The number is checked here, because the method below does not know this option.
     steps = options.get(REFINEMENT, "0")
     if not steps.isdecimal():
         raise CompressionError(f"--methods: {REFINEMENT}: found {steps!r}, expected a whole number")
-    make_method(match[1], {name: value for name, value in options.items() if name != REFINEMENT})
-    return match[1], options
+    make_method(name, {option: value for option, value in options.items() if option != REFINEMENT})
+    return name, options
 
 
 def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidate]:
-    """Every method at every ratio, each once.
+    """Return every method at every ratio, without duplicates.
 
     Raises:
-        CompressionError: for a method, an option or a ratio that cannot be.
+        CompressionError: if a method, an option or a ratio is not valid.
     """
     for ratio in ratios:
-        CompressionConfig(ratio=ratio)
-    made = [Candidate(name, ratio, options) for name, options in map(parse_method, methods) for ratio in ratios]
-    return list({candidate.file_name: candidate for candidate in made}.values())
+        CompressionConfig(ratio=ratio)  # raises if no compression can have this ratio
+    by_file_name: dict[str, Candidate] = {}
+    for text in methods:
+        method, options = parse_method(text)
+        for ratio in ratios:
+            candidate = Candidate(method, ratio, options)
+            by_file_name[candidate.file_name] = candidate
+    return list(by_file_name.values())
+
+
+def check_texts(comparison: Comparison) -> None:
+    """Raise CompressionError if a text is shorter than one window of its use, before any work is done."""
+    config = load_config(comparison.model)
+    dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
+    window = comparison.window or min(context_length(config) or LONGEST_WINDOW, LONGEST_WINDOW)
+    for text in dict.fromkeys(comparison.texts):
+        _check_length(text, window, tokenizer)
+    recipe = CompressionConfig(
+        samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed
+    )
+    _check_length(comparison.calibration, sequence_length(dense, recipe), tokenizer)
+
+
+def _check_length(text: str, length: int, tokenizer: Any) -> None:
+    """Raise CompressionError if a text file has fewer than `length` tokens. Datasets are longer than any window."""
+    if text == "self" or text in DATASETS:
+        return
+    stream = token_stream(tokenizer, read_documents(text))
+    try:
+        windows(stream, length)
+    except CompressionError as error:
+        raise CompressionError(f"{text}: {error}") from None
 
 
 def compare(
-    comparison: Comparison, wanted: list[Candidate], out: Path, *, keep: bool = False, say: Say = print
+    comparison: Comparison, combinations: list[Candidate], out: Path, *, keep: bool = False, log: Log = print
 ) -> dict[str, Any]:
-    """Measure the dense model and every candidate, and write `results.json`; what an earlier run has finished is not done again.
+    """Measure the dense model and every candidate, and write `results.json`.
+
+    A combination that an earlier run finished is not measured again, unless its inputs have changed.
 
     Args:
-        out: `combinations/` in it takes one JSON file for each finished combination; with `keep`, `checkpoints/` the models;
-            `training/` holds the state of a training that broke off.
-        say: receives one line per combination.
+        out: output folder. `combinations/` in it receives one JSON file for each finished combination, `checkpoints/`
+            the compressed models if `keep` is set, and `training/` the state of a training that broke off.
+        log: receives one line per combination.
 
     Returns:
-        What `results.json` holds: what the figures depend on, the dense model's record, and the records of the candidates.
+        What `results.json` holds: what the figures depend on, the dense model's record, and the records of the
+        candidates.
 
     Raises:
-        CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that fails is recorded with
-            the reason instead.
+        CompressionError: if the dense model cannot be measured, or another process works in `out`. A candidate that
+            fails is recorded with the reason instead.
     """
     if compression_of(load_config(comparison.model)) is not None:
         raise CompressionError(f"{comparison.model}: is compressed already; compare starts from the dense model")
     inputs = comparison.inputs()
-    if finished(out / "combinations" / "dense.json", inputs, lambda line: None) is None:
+    # A dense model that was measured on these texts before proves that they are long enough.
+    if finished_record(_record_file(out, "dense"), inputs, log=lambda line: None) is None:
         check_texts(comparison)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        return _compare(comparison, wanted, inputs, out, keep, say)
-
-
-def _compare(
-    comparison: Comparison, wanted: list[Candidate], inputs: dict[str, Any], out: Path, keep: bool, say: Say
-) -> dict[str, Any]:
-    finished_files, working = out / "combinations", out / "working"
-    dense = finished(finished_files / "dense.json", inputs, say)
-    if dense is None:
-        finished_files.mkdir(parents=True, exist_ok=True)
-        dense = {"inputs": inputs, **dense_storage(comparison), "texts": _evaluate(comparison, comparison.model)}
-        write_json(finished_files / "dense.json", dense)
-    say(f"dense: {_summary(dense)}")
-    records = []
-    for number, candidate in enumerate(wanted, 1):
-        file = finished_files / f"{candidate.file_name}.json"
-        record = finished(file, inputs, say)
-        if record is None:
-            shutil.rmtree(working, ignore_errors=True)  # what a killed run left
-            record = {"inputs": inputs, "label": candidate.label, "ratio": candidate.ratio, "failed": None}
-            try:
-                record |= _measure(
-                    comparison, candidate, working / candidate.file_name, training_folder(out, candidate, inputs)
-                )
-                if keep:
-                    _move(working / candidate.file_name, out / "checkpoints" / candidate.file_name)
-            except ProcessError as error:
-                record["failed"] = str(error)
-                if error.explained:
-                    write_json(file, record)
-            else:
-                write_json(file, record)
-                for folder in out.glob(f"training/{glob.escape(candidate.file_name)}@*"):
-                    shutil.rmtree(folder)
-            finally:
-                shutil.rmtree(working, ignore_errors=True)
-        records.append(record)
-        say(
-            f"{number}/{len(wanted)} {candidate.label} at {candidate.ratio:.0%}: {record['failed'] or _summary(record)}"
-        )
-    for record in (dense, *records):
-        record.pop("inputs")
-    results = {
-        **inputs,
-        "command": shlex.join(["hf-lowrank", *sys.argv[1:]]),
-        "machine": {
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-        },
-        "dense": dense,
-        "combinations": records,
-    }
-    write_json(out / "results.json", results)
+        dense = _measure_dense(comparison, inputs, out, log)
+        log(f"dense: {_summary(dense)}")
+        records = []
+        for number, candidate in enumerate(combinations, 1):
+            record = _measure_candidate(comparison, candidate, inputs, out, keep=keep, log=log)
+            records.append(record)
+            outcome = record["failed"] or _summary(record)
+            log(f"{number}/{len(combinations)} {candidate.label} at {candidate.ratio:.0%}: {outcome}")
+        results = _results(inputs, dense, records)
+        write_json(out / "results.json", results)
     return results
 
 
-def training_folder(out: Path, candidate: Candidate, inputs: dict[str, Any]) -> Path:
-    """Where the state of a candidate's training lies: another folder for other inputs, as it would not go on from the old state."""
-    return (
-        out
-        / "training"
-        / f"{candidate.file_name}@{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]}"
-    )
+def _record_file(out: Path, name: str) -> Path:
+    return out / "combinations" / f"{name}.json"
 
 
-def finished(file: Path, inputs: dict[str, Any], say: Say) -> Record | None:
-    """The record in a file, if there is one and what it depends on is still the same; says what has changed if not."""
-    if not file.is_file():
-        return None
+def _measure_dense(comparison: Comparison, inputs: dict[str, Any], out: Path, log: Log) -> ComparisonRecord:
+    """Return the record of the dense model, from an earlier run if that still holds."""
+    file = _record_file(out, "dense")
+    record = finished_record(file, inputs, log)
+    if record is None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record = {"inputs": inputs, **dense_storage(comparison), "texts": _evaluate(comparison, comparison.model)}
+        write_json(file, record)
+    return record
+
+
+def _measure_candidate(
+    comparison: Comparison, candidate: Candidate, inputs: dict[str, Any], out: Path, *, keep: bool, log: Log
+) -> ComparisonRecord:
+    """Return the record of a candidate, from an earlier run if that still holds. A failure is recorded as well."""
+    file = _record_file(out, candidate.file_name)
+    finished = finished_record(file, inputs, log)
+    if finished is not None:
+        return finished
+    working = out / "working"
+    shutil.rmtree(working, ignore_errors=True)  # a run that was killed may have left its checkpoint
+    record = {"inputs": inputs, "label": candidate.label, "ratio": candidate.ratio, "failed": None}
     try:
-        record: Record = json.loads(file.read_text(encoding="utf-8"))
-        recorded = record["inputs"]
-    except (ValueError, KeyError, TypeError):
-        say(f"{file.stem}: the record {file} is damaged; computed again")
-        return None
-    changed = sorted(name for name in inputs.keys() | recorded.keys() if inputs.get(name) != recorded.get(name))
-    if not changed:
-        return record
-    say(f"{file.stem}: {', '.join(changed)} changed since the record was written; computed again")
-    return None
+        checkpoint = working / candidate.file_name
+        record |= _compress_and_measure(comparison, candidate, checkpoint, training_folder(out, candidate, inputs))
+        if keep:
+            _move(checkpoint, out / "checkpoints" / candidate.file_name)
+    except ProcessError as error:
+        record["failed"] = str(error)
+        # A process that gave a reason would give it again. One that crashed or was killed may succeed in the next run.
+        if error.explained:
+            write_json(file, record)
+    else:
+        write_json(file, record)
+        # Trainings of this candidate with other inputs are obsolete too, hence the pattern in place of one folder.
+        for folder in out.glob(f"training/{glob.escape(candidate.file_name)}@*"):
+            shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return record
 
 
-def write_json(file: Path, value: Any) -> None:
-    write_text(file, json.dumps(value, indent=1))
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write beside and rename, so that the file is complete or not there."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-def model_sha256(source: str) -> dict[str, str]:
-    """sha256 of a model's files, by name; a model on the Hub is downloaded if it is not there yet.
-
-    Raises:
-        CompressionError: if there is no such model, or it cannot be downloaded.
-    """
-    try:
-        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=MODEL_FILES))
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CompressionError(f"{source}: no such folder, and not to be had from the Hub ({reason})") from error
-    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
-    return {file.name: file_sha256(file) for file in files}
-
-
-def text_sha256(source: str) -> str | None:
-    """sha256 of a text file; None for "self", and for a dataset, which its name fixes.
-
-    Raises:
-        CompressionError: if it is none of these, or cannot be read as text.
-    """
-    if source == "self" or source in DATASETS:
-        return None
-    read_documents(source)
-    return file_sha256(Path(source))
-
-
-def file_sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        digest = hashlib.sha256()
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    return {"hf_lowrank": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def dense_storage(comparison: Comparison) -> Record:
-    """Bits per weight of the dense model in the dtype that the compressed ones are stored in."""
-    name = load_config(comparison.model).dtype if comparison.dtype == "auto" else getattr(torch, comparison.dtype)
-    return {
-        "label": "dense",
-        "ratio": 0.0,
-        "failed": None,
-        "bits_per_weight": float((name or torch.float32).itemsize * 8),
+def _results(inputs: dict[str, Any], dense: ComparisonRecord, records: list[ComparisonRecord]) -> dict[str, Any]:
+    """Return the content of `results.json`, where the inputs stand once and not in every record."""
+    for record in (dense, *records):
+        record.pop("inputs")
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
     }
+    command = shlex.join(["hf-lowrank", *sys.argv[1:]])
+    return {**inputs, "command": command, "machine": machine, "dense": dense, "combinations": records}
 
 
-def _measure(comparison: Comparison, candidate: Candidate, folder: Path, training: Path) -> Record:
+def training_folder(out: Path, candidate: Candidate, inputs: dict[str, Any]) -> Path:
+    """Return the folder for the state of a candidate's training.
+
+    Its name depends on the inputs, because a training cannot go on from a state that was reached with other inputs.
+    """
+    # Twelve digits are enough to tell apart the few trainings of one candidate.
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return out / "training" / f"{candidate.file_name}@{digest[:12]}"
+
+
+def dense_storage(comparison: Comparison) -> ComparisonRecord:
+    """Return the record of the dense model without its measurements, stored in the data type of the checkpoints."""
+    if comparison.dtype == "auto":
+        dtype = load_config(comparison.model).dtype or torch.float32
+    else:
+        dtype = getattr(torch, comparison.dtype)
+    return {"label": "dense", "ratio": 0.0, "failed": None, "bits_per_weight": float(dtype.itemsize * 8)}
+
+
+def _compress_and_measure(
+    comparison: Comparison, candidate: Candidate, folder: Path, training: Path
+) -> ComparisonRecord:
+    # A process of its own has a peak memory of its own.
     arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
-    stored = inspect_checkpoint(folder)
+    stored = inspect(folder)
     config = load_config(str(folder))
     compression = compression_of(config)
-    assert compression is not None, "inspect_checkpoint has read it"
-    weights = sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(skeleton(config))))
+    assert compression is not None, "inspect has read it"
+    weights = 0
+    for layer in find_layers(find_blocks(skeleton(config))):
+        weights += layer.out_features * layer.in_features
     return {
         "command": shlex.join(["hf-lowrank", *arguments]),
         "ratio_stored": stored.ratio_stored,
@@ -369,21 +349,22 @@ def _measure(comparison: Comparison, candidate: Candidate, folder: Path, trainin
     }
 
 
-def _evaluate(comparison: Comparison, model: str) -> list[Record]:
+def _evaluate(comparison: Comparison, model: str) -> list[ComparisonRecord]:
+    """Return the figures of a model on each text, measured in a process of its own."""
     output, _, _ = run(comparison.evaluate_command(model))
-    measured: list[Record] = json.loads(output)
-    return measured
+    figures: list[ComparisonRecord] = json.loads(output)
+    return figures
 
 
 def _move(folder: Path, target: Path) -> None:
+    # A folder cannot be renamed to one that has content, such as the checkpoint of an earlier run.
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     folder.replace(target)
 
 
-def _summary(record: Record) -> str:
-    losses = ", ".join(
-        f"{Path(text['text']).stem} {text['perplexity']:.4g} ({text['nats_lost']:+.4f} nats)"
-        for text in record["texts"]
-    )
-    return f"{record['bits_per_weight']:.2f} bits/weight; perplexity {losses}"
+def _summary(record: ComparisonRecord) -> str:
+    losses = []
+    for text in record["texts"]:
+        losses.append(f"{Path(text['text']).stem} {text['perplexity']:.4g} ({text['nats_lost']:+.4f} nats)")
+    return f"{record['bits_per_weight']:.2f} bits/weight; perplexity {', '.join(losses)}"

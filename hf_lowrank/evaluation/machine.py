@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Description of the machine and the software that a measurement was made on."""
 
 import os
 import platform
@@ -15,18 +15,23 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "peft", "trito
 
 
 def machine() -> dict[str, str]:
-    """Versions, processor, threads and devices, as text."""
-    found = {
+    """Return versions, processor, threads and devices as text, by what they are."""
+    facts = {
         "hf_lowrank": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    found |= {name: _version(name) for name in PACKAGES}
-    found["processor"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch's"
-    found["CPU kernels"] = native.instruction_set_in_use() if native.library_path() is not None else "not built"
-    found["kernels switch"] = os.environ.get(kernels.ENVIRONMENT_VARIABLE, "not set")
-    found["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return found
+    for package in PACKAGES:
+        facts[package] = _version(package)
+    facts["processor"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch's"
+    facts["CPU kernels"] = "not built"
+    if native.library_path() is not None:
+        facts["CPU kernels"] = native.instruction_set_in_use()
+    facts["kernels switch"] = os.environ.get(kernels.ENVIRONMENT_VARIABLE, "not set")
+    facts["GPU"] = "none"
+    if torch.cuda.is_available():
+        facts["GPU"] = torch.cuda.get_device_name()
+    return facts
 
 
 def _version(package: str) -> str:
@@ -37,9 +42,11 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name; the architecture where the system does not tell it."""
+    """Return the name of the processor, or its architecture where the system does not tell the name."""
     listing = Path("/proc/cpuinfo")
-    lines = listing.read_text().splitlines() if listing.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            # All cores have the same name, so the first entry is enough.
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

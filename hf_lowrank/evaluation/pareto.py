@@ -1,32 +1,33 @@
-"""What is lost at a given size: the table and the plot of a comparison, with the best method at each size marked."""
+"""Pareto front of a comparison: a table and a plot of loss against stored bits, with the best method at each ratio."""
 
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..execution.files import short_path
 from ..runtime.errors import CompressionError
-
-Record = dict[str, Any]
+from .comparison_records import ComparisonRecord
 
 COLUMNS = ["text", "method", "removed", "bits/weight", "perplexity", "nats lost", "KL", "top-1", "seconds", "peak MiB"]
+"""Header of the table."""
 LINEAR_BELOW = 0.01
-"""Nats: losses below are drawn on a linear scale, because they may be zero or, on a text unlike the training text, negative."""
+"""Losses below this many nats are drawn on a linear scale, because they may be zero or negative."""
 
 
 def check_plotting() -> None:
-    """Raise CompressionError if there is nothing to plot with."""
+    """Raise CompressionError if there is no library to plot with."""
     if find_spec("matplotlib") is None:
         raise CompressionError("plots need matplotlib: pip install 'hf_lowrank[eval]'")
 
 
-def text_name(source: str) -> str:
-    """A text as tables call it: the file with its folder, or the dataset."""
-    return "/".join(Path(source).parts[-2:])
+def best(records: list[ComparisonRecord], text: int) -> dict[float, ComparisonRecord]:
+    """Return the record that loses the fewest nats on a text, for each ratio asked for.
 
-
-def best(records: list[Record], text: int) -> dict[float, Record]:
-    """The record that loses the fewest nats on a text, for each ratio asked for."""
-    winners: dict[float, Record] = {}
+    Args:
+        text: position of the text among those of the comparison.
+    """
+    # Ratios are compared as they were asked for, because the stored ones of two methods are never quite equal.
+    winners: dict[float, ComparisonRecord] = {}
     for record in _measured(records):
         rival = winners.get(record["ratio"])
         if rival is None or _lost(record, text) < _lost(rival, text):
@@ -35,79 +36,115 @@ def best(records: list[Record], text: int) -> dict[float, Record]:
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
-    """Rows for `COLUMNS`: text by text, the dense model first, then from large to small; the best method at each size has a star."""
+    """Return the rows under `COLUMNS`, text by text: the dense model, then the others from large to small.
+
+    Rows of one ratio are ordered by their loss. A star marks the best method at each ratio.
+    """
     rows = []
     dense, records = results["dense"], results["combinations"]
-    for number, measured in enumerate(dense["texts"]):
-        name = text_name(measured["text"])
+    for number, figures in enumerate(dense["texts"]):
+        name = short_path(figures["text"])
         winners = best(records, number)
-        rows.append(
-            [name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{measured['perplexity']:.4g}", "", "", "", "", ""]
-        )
+        dense_cells = [name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{figures['perplexity']:.4g}"]
+        rows.append(dense_cells + [""] * (len(COLUMNS) - len(dense_cells)))
         for record in sorted(_measured(records), key=lambda record: (record["ratio"], _lost(record, number))):
-            found = record["texts"][number]
-            star = " ★" if winners[record["ratio"]] is record else ""
-            peak = "–" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:.0f}"
-            rows.append(
-                [
-                    name,
-                    record["label"] + star,
-                    f"{record['ratio_stored']:.2%}",
-                    f"{record['bits_per_weight']:.2f}",
-                    f"{found['perplexity']:.4g}",
-                    f"{found['nats_lost']:.4f}",
-                    f"{found['kl']:.4f}",
-                    f"{found['top1_agreement']:.1%}",
-                    f"{record['seconds']:.0f}",
-                    peak,
-                ]
-            )
+            is_best = winners[record["ratio"]] is record
+            rows.append([name, *_cells(record, number, is_best)])
     return rows
 
 
+def _cells(record: ComparisonRecord, text: int, is_best: bool) -> list[str]:
+    """Return the cells of one combination on one text, after the name of the text."""
+    figures = record["texts"][text]
+    label = record["label"]
+    if is_best:
+        label += " ★"
+    peak = "–"  # the peak memory is not known on every system
+    if record["peak_bytes"] is not None:
+        peak = f"{record['peak_bytes'] / 2**20:.0f}"
+    return [
+        label,
+        f"{record['ratio_stored']:.2%}",
+        f"{record['bits_per_weight']:.2f}",
+        f"{figures['perplexity']:.4g}",
+        f"{figures['nats_lost']:.4f}",
+        f"{figures['kl']:.4f}",
+        f"{figures['top1_agreement']:.1%}",
+        f"{record['seconds']:.0f}",
+        peak,
+    ]
+
+
 def failures(results: dict[str, Any]) -> list[str]:
-    """One line for each combination that could not be made, with the reason."""
-    failed = [record for record in results["combinations"] if record["failed"] is not None]
-    return [f"{record['label']} at {record['ratio']:.0%}: {record['failed']}" for record in failed]
+    """Return one line for each combination that could not be compressed, with the reason."""
+    lines = []
+    for record in results["combinations"]:
+        if record["failed"] is not None:
+            lines.append(f"{record['label']} at {record['ratio']:.0%}: {record['failed']}")
+    return lines
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table and the failures, as Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *table(results)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """Return the table and the failures as Markdown."""
+    text = ""
+    for cells in (COLUMNS, ["---"] * len(COLUMNS), *table(results)):
+        text += f"| {' | '.join(cells)} |\n"
     reasons = failures(results)
-    return text + ("\nNot reached:\n\n" + "\n".join(f"- {reason}" for reason in reasons) + "\n" if reasons else "")
+    if reasons:
+        text += "\nNot reached:\n\n"
+        for reason in reasons:
+            text += f"- {reason}\n"
+    return text
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
-    """Draw stored bits per weight against nats lost per token, one panel per text; a ring marks the best method at each size."""
+    """Draw nats lost per token against stored bits per weight into an image file, one panel per text.
+
+    A ring marks the best method at each ratio.
+    """
     from matplotlib.figure import Figure
 
     texts = results["dense"]["texts"]
+    colors = [f"C{position}" for position in range(10)]  # the color cycle of matplotlib
     figure = Figure(figsize=(6.4 * len(texts), 4.8), layout="constrained")
-    for number, axes in enumerate(figure.subplots(1, len(texts), squeeze=False)[0]):
-        draw(axes, results, number, [f"C{position}" for position in range(10)], "black")
-        axes.set_title(
-            f"{text_name(texts[number]['text'])}, dense perplexity {texts[number]['perplexity']:.4g}", fontsize=10
-        )
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for number, axes in enumerate(panels):
+        draw(axes, results, number, colors, ink="black")
+        axes.set_title(panel_title(results, number), fontsize=10)
         axes.grid(alpha=0.3)
+    # Without the name of the software and its version, the same results give the same bytes.
     figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
+def panel_title(results: dict[str, Any], text: int) -> str:
+    """Return the title of the panel of one text."""
+    figures = results["dense"]["texts"][text]
+    return f"{short_path(figures['text'])}, dense perplexity {figures['perplexity']:.4g}"
+
+
 def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: str) -> None:
-    """Draw the panel of one text on the axes of matplotlib; `colors` of the methods in turn, `ink` of the rings."""
-    records = results["combinations"]
-    for position, label in enumerate(sorted({record["label"] for record in records})):
-        points = sorted(
-            (each["bits_per_weight"], _lost(each, text)) for each in _measured(records) if each["label"] == label
-        )
+    """Draw the panel of one text.
+
+    Args:
+        axes: the axes of matplotlib to draw on.
+        text: position of the text among those of the comparison.
+        colors: colors of the methods, used in turn.
+        ink: color of the rings.
+    """
+    records = _measured(results["combinations"])
+    # Methods without a single success take a color too, so that a method keeps its color in every panel and run.
+    labels = sorted({record["label"] for record in results["combinations"]})
+    for position, label in enumerate(labels):
+        points = sorted(_point(record, text) for record in records if record["label"] == label)
         if points:
+            sizes, losses = zip(*points, strict=True)
             color = colors[position % len(colors)]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, color=color, label=label)
+            axes.plot(sizes, losses, marker="o", markersize=4, linewidth=1, color=color, label=label)
     for winner in best(records, text).values():
-        point = (winner["bits_per_weight"], _lost(winner, text))
+        point = _point(winner, text)
         axes.plot(*point, marker="o", markersize=11, fillstyle="none", color=ink, linestyle="none")
         axes.annotate(winner["label"], point, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=7)
+    # The loss spans several orders of magnitude between small and large ratios.
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("stored bits per weight of the block linears")
@@ -117,9 +154,15 @@ def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: 
         axes.legend(fontsize=7)
 
 
-def _measured(records: list[Record]) -> list[Record]:
+def _measured(records: list[ComparisonRecord]) -> list[ComparisonRecord]:
     return [record for record in records if record["failed"] is None]
 
 
-def _lost(record: Record, text: int) -> float:
+def _point(record: ComparisonRecord, text: int) -> tuple[float, float]:
+    """Return the stored bits per weight of a combination and its loss on a text."""
+    return record["bits_per_weight"], _lost(record, text)
+
+
+def _lost(record: ComparisonRecord, text: int) -> float:
+    """Return the nats per token that a combination loses on a text."""
     return float(record["texts"][text]["nats_lost"])

@@ -1,7 +1,9 @@
-"""How fast compressed layers and models are beside dense ones: both in turn within one run, so that both see the same machine."""
+"""Speed of compressed layers beside dense ones.
+
+The variants are measured in turn within one run, so that all of them see the same machine in the same state.
+"""
 
 import copy
-import gc
 import itertools
 import statistics
 import time
@@ -9,34 +11,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.generation import BaseStreamer
 
 from ..kernels.cpu import native, products
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.packing import pack_bits
 
-L = TypeVar("L", bound=nn.Linear)
+LinearT = TypeVar("LinearT", bound=nn.Linear)
 
+Layout = Callable[[int, int], LayerSpec]
+"""Function from the shape of a layer (out, in) to the description of what is stored for it."""
 Call = Callable[[Tensor], Tensor | None]
-Watch = Callable[[Sequence[Call], Tensor], Callable[[], float]]
-"""Makes of the copies of a product and their input what measures the seconds of one product, each time it is called."""
-DENSE, GEMV = "torch's dense product", "the package's dense product"
+"""Product of one copy of a layer with an input."""
+Timer = Callable[[], float]
+"""Function that measures one product in seconds each time it is called."""
+TimerBuilder = Callable[[Sequence[Call], Tensor], Timer]
+"""Function that builds a timer from the copies of one product and their input."""
+
+DENSE = "torch's dense product"
+"""Name of the variant that the compressed ones are compared with."""
+GEMV = "the package's dense product"
+"""Name of the variant that shows what memory allows: a dense product by loops like those of compressed layers."""
 WORKING_SET_BYTES = 256 << 20
-"""Copies of a layer take turns until they fill this much, so that weights come from memory and not from a cache, as in a model."""
-MOST_COPIES = 1000
-"""More copies than this of a tiny layer would take longer to make than to measure."""
+"""Size of all copies of a layer together, so that weights come from memory and not from a cache, as in a model."""
+MAX_COPIES = 1000
+"""Maximum number of copies, because more copies of a tiny layer would take longer to create than to measure."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, fastest, and the range of the middle half."""
+    """Seconds of one call: the median, the fastest, and the range of the middle half."""
 
     median: float
     minimum: float
@@ -44,16 +52,30 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-        return cls(statistics.median(seconds), min(seconds), quartiles[2] - quartiles[0])
+        """Return the timing of repeated calls."""
+        # Quartiles need two values. The range of the middle half ignores the outliers of a busy machine.
+        spread = 0.0
+        if len(seconds) > 1:
+            quartiles = statistics.quantiles(seconds, n=4)
+            spread = quartiles[2] - quartiles[0]
+        return cls(statistics.median(seconds), min(seconds), spread)
 
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """One layout of one shape beside the dense layer.
+    """Speed of one layout of one shape beside the dense layer.
 
-    `gemv` is a dense product by the package's own loops (CPU, few tokens): the yardstick for the share of the bytes limit, which
-    torch's dense product, often not bound by memory itself, cannot give.
+    Attributes:
+        layout: name of the layout.
+        rows, columns: shape of the layer (out, in).
+        tokens: number of input rows.
+        threads: number of torch's threads.
+        dense_bytes, stored_bytes: size of the dense and of the compressed layer.
+        dense: timing of torch's dense product.
+        compressed: timing of the compressed layer.
+        gemv: timing of a dense product by the package's own loops (CPU, few tokens), or None where there is none. It
+            is what the share of the bytes limit is measured against, because torch's dense product is often not bound
+            by memory itself.
     """
 
     layout: str
@@ -69,7 +91,7 @@ class LayerSpeed:
 
     @property
     def ratio(self) -> float:
-        """Times faster than dense."""
+        """How many times faster than dense the compressed layer is."""
         return self.dense.median / self.compressed.median
 
     @property
@@ -79,8 +101,10 @@ class LayerSpeed:
 
     @property
     def share_of_limit(self) -> float | None:
-        """Ratio to the yardstick, as a fraction of the bytes limit."""
-        return None if self.gemv is None else self.gemv.median / self.compressed.median / self.bytes_limit
+        """Speed relative to the package's dense product, as a fraction of the bytes limit."""
+        if self.gemv is None:
+            return None
+        return self.gemv.median / self.compressed.median / self.bytes_limit
 
     @property
     def bandwidth(self) -> float:
@@ -88,246 +112,188 @@ class LayerSpeed:
         return self.stored_bytes / self.compressed.median
 
 
-def layout(method: str, ratio: float, accounting: str = "paper") -> Callable[[int, int], LayerSpec]:
-    """The layer that `method` ("slab", "bitmask" or "lowrank") stores at a removed ratio.
+def _slab_spec(kept: int) -> LayerSpec:
+    return LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", kept=kept, binary_rank=1)
+
+
+def _bitmask_spec(kept: int) -> LayerSpec:
+    return LayerSpec(sparse="bitmask", kept=kept)
+
+
+def _lowrank_spec(rank: int) -> LayerSpec:
+    return LayerSpec(rank=rank)
+
+
+SPECS_BY_SIZE: dict[str, Callable[[int], LayerSpec]] = {
+    "slab": _slab_spec,
+    "bitmask": _bitmask_spec,
+    "lowrank": _lowrank_spec,
+}
+"""Functions from one number, the kept values per row or the rank, to what a method stores."""
+
+
+def layout(method: str, ratio: float, accounting: str = "paper") -> Layout:
+    """Return the largest layout of a method that stores no more than a removed ratio allows.
 
     Args:
-        accounting: "paper", mask bits not counted, or "bits", as `CompressionConfig.accounting`.
+        method: "slab", "bitmask" or "lowrank".
+        ratio: fraction of the bits of a 16-bit dense layer to remove.
+        accounting: "paper", which does not count mask bits, or "bits", as in `CompressionConfig.accounting`.
+
+    Raises:
+        ValueError: if the method is none of these.
     """
-    layouts: dict[str, Callable[[int], LayerSpec]] = {
-        "slab": lambda kept: LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", kept=kept, binary_rank=1),
-        "bitmask": lambda kept: LayerSpec(sparse="bitmask", kept=kept),
-        "lowrank": lambda rank: LayerSpec(rank=rank),
-    }
-    if method not in layouts:
-        raise ValueError(f"unknown layout {method!r}, expected one of {', '.join(layouts)}")
-    of_size = layouts[method]
-
-    def spec(rows: int, columns: int) -> LayerSpec:
-        empty, one = (of_size(size).stored_bits(rows, columns, 16, accounting) for size in (0, 1))
-        return of_size(max(int(((1 - ratio) * 16 * rows * columns - empty) // (one - empty)), 1))
-
-    return spec
+    if method not in SPECS_BY_SIZE:
+        raise ValueError(f"unknown layout {method!r}, expected one of {', '.join(SPECS_BY_SIZE)}")
+    return partial(_spec_at_ratio, SPECS_BY_SIZE[method], ratio, accounting)
 
 
-PAPER_LAYOUTS: dict[str, Callable[[int, int], LayerSpec]] = {
+def _spec_at_ratio(
+    spec_of_size: Callable[[int], LayerSpec], ratio: float, accounting: str, rows: int, columns: int
+) -> LayerSpec:
+    # Stored bits grow linearly with the size, so two sizes determine the largest that the budget pays for.
+    base = spec_of_size(0).stored_bits(rows, columns, 16, accounting)
+    step = spec_of_size(1).stored_bits(rows, columns, 16, accounting) - base
+    budget = (1 - ratio) * 16 * rows * columns
+    return spec_of_size(max(int((budget - base) // step), 1))
+
+
+PAPER_LAYOUTS: dict[str, Layout] = {
     "SLaB 50 %": layout("slab", 0.5),
     "SLaB 80 %": layout("slab", 0.8),
     "bitmask 50 %": layout("bitmask", 0.5),
     "low rank 30 %": layout("lowrank", 0.3),
 }
-"""The layouts whose speed is reported by default."""
+"""Layouts whose speed is reported by default."""
 
 
 def benchmark_layers(
     shapes: Sequence[tuple[int, int]],
-    layouts: Mapping[str, Callable[[int, int], LayerSpec]] = PAPER_LAYOUTS,
+    layouts: Mapping[str, Layout] = PAPER_LAYOUTS,
     tokens: Sequence[int] = (1,),
     threads: Sequence[int] = (),
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     repeats: int = 30,
     clock: Callable[[], float] = time.perf_counter,
-    watch: Watch | None = None,
+    build_timer: TimerBuilder | None = None,
 ) -> list[LayerSpeed]:
     """Time compressed layers of random content beside `nn.Linear`.
 
     Args:
         shapes: (out, in) of the layers.
-        layouts: what each compressed layer stores, as a function of (out, in).
-        tokens: rows of the input.
-        threads: numbers of torch's threads to measure with; those in use when empty.
-        clock: seconds; `time.thread_time`, for one thread, does not count what other processes take of a shared machine.
-        watch: how a product is measured; by `clock`, one copy after the other, when None.
+        layouts: what is stored for each compressed layer, by name.
+        tokens: numbers of input rows to measure with.
+        threads: numbers of torch's threads to measure with. By default, the number in use.
+        clock: function that returns seconds. `time.thread_time`, for one thread, does not count the time that other
+            processes take of a shared machine.
+        build_timer: function that builds the timer of a variant. By default, `clock` times one copy of the layer after
+            the other.
     """
-    watch = partial(_by_clock, clock) if watch is None else watch
+    build_timer = partial(_clock_timer, clock) if build_timer is None else build_timer
     results = []
     for rows, columns in shapes:
         dense = _copies(nn.Linear(columns, rows, bias=False, device=device, dtype=dtype))
-        compressed = {
-            name: _copies(random_layer(spec(rows, columns), rows, columns, dtype, device))
-            for name, spec in layouts.items()
-        }
+        compressed: dict[str, list[CompressedLinear]] = {}
+        for name, spec_of_shape in layouts.items():
+            compressed[name] = _copies(random_layer(spec_of_shape(rows, columns), rows, columns, dtype, device))
+        # The copies serve all numbers of threads and tokens, because to create them takes longer than to measure.
         for count in threads or (torch.get_num_threads(),):
             for batch in tokens:
-                with _threads(count):
+                with torch_threads(count):
                     x = torch.randn(batch, columns, device=device, dtype=dtype)
-                    calls: dict[str, list[Call]] = {
-                        name: [layer.forward for layer in copies] for name, copies in compressed.items()
-                    }
-                    calls[DENSE] = [layer.forward for layer in dense]
-                    yardstick = _yardsticks(dense, x)
-                    if yardstick:
-                        calls[GEMV] = yardstick
-                    timings = _in_turn({name: watch(copies, x) for name, copies in calls.items()}, repeats)
-                results += [
-                    LayerSpeed(
-                        name,
-                        rows,
-                        columns,
-                        batch,
-                        count,
-                        _stored_bytes(dense[0]),
-                        _stored_bytes(copies[0]),
-                        timings[DENSE],
-                        timings[name],
-                        timings.get(GEMV),
+                    timings = _time_variants(dense, compressed, x, build_timer, repeats)
+                for name, copies in compressed.items():
+                    speed = LayerSpeed(
+                        layout=name,
+                        rows=rows,
+                        columns=columns,
+                        tokens=batch,
+                        threads=count,
+                        dense_bytes=stored_bytes(dense[0]),
+                        stored_bytes=stored_bytes(copies[0]),
+                        dense=timings[DENSE],
+                        compressed=timings[name],
+                        gemv=timings.get(GEMV),
                     )
-                    for name, copies in compressed.items()
-                ]
+                    results.append(speed)
     return results
+
+
+def _time_variants(
+    dense: list[nn.Linear],
+    compressed: Mapping[str, list[CompressedLinear]],
+    x: Tensor,
+    build_timer: TimerBuilder,
+    repeats: int,
+) -> dict[str, Timing]:
+    """Return the timings of the compressed layers by name, of `DENSE`, and of `GEMV` where this machine has that."""
+    calls: dict[str, list[Call]] = {}
+    for name, copies in compressed.items():
+        calls[name] = [layer.forward for layer in copies]
+    # The dense variants come last, in this order, on which `_package_dense_calls` relies.
+    calls[DENSE] = [layer.forward for layer in dense]
+    package_calls = _package_dense_calls(dense, x)
+    if package_calls:
+        calls[GEMV] = package_calls
+    timers = {name: build_timer(variant_calls, x) for name, variant_calls in calls.items()}
+    return _time_in_turn(timers, repeats)
 
 
 def random_layer(
     spec: LayerSpec, rows: int, columns: int, dtype: torch.dtype, device: str = "cpu"
 ) -> CompressedLinear:
-    """A layer whose kept columns and signs are random: the mask decides how evenly a kernel's work is spread."""
+    """Return a layer with random kept columns and signs.
+
+    The mask must be random, because it decides how evenly the work of a kernel is spread.
+    """
     layer = build_layer(spec, columns, rows, dtype=dtype)
     if spec.sparse == "bitmask":
+        # A pattern of 256 rows is repeated, because sorting random numbers for all rows of a large layer takes long.
         packed = pack_bits(torch.rand(min(rows, 256), columns).argsort(dim=1) < spec.kept)
-        layer.get_buffer("weight_mask").copy_(packed.repeat(-(-rows // len(packed)), 1)[:rows])
+        repetitions = -(-rows // len(packed))
+        layer.get_buffer("weight_mask").copy_(packed.repeat(repetitions, 1)[:rows])
     if spec.binary_rank:
         layer.get_buffer("sign_bits").random_(0, 256)
     return layer.to(device)
 
 
-@dataclass(frozen=True)
-class ModelSpeed:
-    """End to end: one model of the pair. Memory is None where the system does not tell it (outside Linux)."""
-
-    name: str
-    stored_bytes: int
-    resident_bytes: int | None
-    prefill: Timing
-    decode: Timing
-    prompt_tokens: int
-    new_tokens: int
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill.median
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.new_tokens / self.decode.median
-
-
-def benchmark_model(
-    models: Mapping[str, Callable[[], PreTrainedModel]],
-    prompt_tokens: int = 512,
-    new_tokens: int = 32,
-    threads: int | None = None,
-    repeats: int = 5,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[ModelSpeed]:
-    """Prefill and decode of `generate`, greedy, batch 1, the models in turn.
-
-    Args:
-        models: for each name, what loads the model; the memory that stays resident is the growth of the process by the
-            load and one generation.
-        new_tokens: tokens decoded after the first, which belongs to the prefill.
-        clock: seconds, see `benchmark_layers`.
-    """
-    with _threads(threads or torch.get_num_threads()):
-        loaded, resident = {}, {}
-        for name, load in models.items():
-            before = resident_bytes()
-            loaded[name] = load().eval()
-            _generate(loaded[name], prompt_tokens=4, new_tokens=2, clock=clock)
-            gc.collect()
-            after = resident_bytes()
-            resident[name] = None if before is None or after is None else after - before
-        prefills: dict[str, list[float]] = {name: [] for name in loaded}
-        decodes: dict[str, list[float]] = {name: [] for name in loaded}
-        for _ in range(repeats):
-            for name, model in loaded.items():
-                prefill, decode = _generate(model, prompt_tokens, new_tokens + 1, clock)
-                prefills[name].append(prefill)
-                decodes[name].append(decode)
-    return [
-        ModelSpeed(
-            name,
-            _stored_bytes(model),
-            resident[name],
-            Timing.of(prefills[name]),
-            Timing.of(decodes[name]),
-            prompt_tokens,
-            new_tokens,
-        )
-        for name, model in loaded.items()
-    ]
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is in use now, or None where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) << 10
-
-
-class _Clock(BaseStreamer):
-    """Notes when `generate` hands out the prompt and each new token."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(self.clock())
-
-    def end(self) -> None:
-        pass
-
-
-def _generate(
-    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, clock: Callable[[], float]
-) -> tuple[float, float]:
-    """Seconds to the first token and from there to the last, greedy, from random tokens; an end-of-text token does not stop it.
-
-    `generate` moves every token to the CPU before it hands it out, so that a GPU has finished by then.
-    """
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
-    streamer = _Clock(clock)
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    generate: Any = model.generate
-    generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, streamer=streamer, **length)
-    return streamer.times[1] - streamer.times[0], streamer.times[-1] - streamer.times[1]
-
-
-def _yardsticks(dense: list[nn.Linear], x: Tensor) -> list[Call]:
-    """The package's own dense product of each copy, where this machine has one for x."""
+def _package_dense_calls(dense: list[nn.Linear], x: Tensor) -> list[Call]:
+    """Return the package's own dense product of each copy, or nothing if this machine has none for x."""
     if x.device.type != "cpu" or native.library() is None or products.dense_linear(x, dense[0].weight) is None:
         return []
-    # Not the copy that torch's product has just left in the cache.
+    # torch's product has just left one copy in the cache. To start in the middle keeps the two half a round apart.
     middle = len(dense) // 2
-    return [partial(_gemv, layer.weight) for layer in (*dense[middle:], *dense[:middle])]
+    return [partial(_package_dense_product, layer.weight) for layer in (*dense[middle:], *dense[:middle])]
 
 
-def _gemv(weight: Tensor, x: Tensor) -> Tensor | None:
+def _package_dense_product(weight: Tensor, x: Tensor) -> Tensor | None:
     return products.dense_linear(x, weight)
 
 
 @torch.inference_mode()
-def _in_turn(watches: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Timing]:
-    """Every variant once per repeat; the first round, which warms up, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in watches}
+def _time_in_turn(timers: Mapping[str, Timer], repeats: int) -> dict[str, Timing]:
+    """Call every timer once per round. The first round, which warms up, is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(repeats + 1):
-        for name, measure in watches.items():
-            seconds[name].append(measure())
+        for name, timer in timers.items():
+            seconds[name].append(timer())
     return {name: Timing.of(times[1:]) for name, times in seconds.items()}
 
 
-def _by_clock(clock: Callable[[], float], calls: Sequence[Call], x: Tensor) -> Callable[[], float]:
-    """A watch: each time the next copy is called."""
-    turn = itertools.cycle(calls)
-    return lambda: _seconds(partial(next(turn), x), x.device, clock)
+def _clock_timer(clock: Callable[[], float], calls: Sequence[Call], x: Tensor) -> Timer:
+    """Build a timer that calls the next copy each time, from the first to the last and again."""
+    remaining = itertools.cycle(calls)
+
+    def time_next_copy() -> float:
+        call = next(remaining)
+        return _seconds(partial(call, x), x.device, clock)
+
+    return time_next_copy
 
 
 def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    # A GPU computes after the call has returned, so it must be idle at the start and finished at the end.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = clock()
@@ -337,18 +303,22 @@ def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[
     return clock() - start
 
 
-def _copies(layer: L) -> list[L]:
+def _copies(layer: LinearT) -> list[LinearT]:
+    """Return the layer and copies of it that fill `WORKING_SET_BYTES` together: at least two, at most `MAX_COPIES`."""
     layer.requires_grad_(False)
-    count = min(max(-(-WORKING_SET_BYTES // _stored_bytes(layer)), 2), MOST_COPIES)
+    filling = -(-WORKING_SET_BYTES // stored_bytes(layer))
+    count = min(max(filling, 2), MAX_COPIES)
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 
-def _stored_bytes(module: nn.Module) -> int:
+def stored_bytes(module: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers of a module."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Set the number of torch's threads while the context is active."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

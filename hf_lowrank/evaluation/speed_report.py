@@ -1,4 +1,4 @@
-"""The measurements of `evaluation.speed` for a list of shapes or for a checkpoint, and their tables."""
+"""Measurements of speed for a list of shapes or for a checkpoint, and their tables."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,20 +13,22 @@ from ..models.loading import load_model
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from ..runtime.layers import CompressedLinear
-from .speed import PAPER_LAYOUTS, LayerSpeed, ModelSpeed, Timing, benchmark_layers, benchmark_model
+from .generation_speed import ModelSpeed, benchmark_model
+from .speed import PAPER_LAYOUTS, LayerSpeed, Layout, Timing, benchmark_layers
 
 Table = tuple[list[str], list[list[str]]]
+"""Header and rows of a table."""
 PROMPT = 512
-"""Tokens of the prompt by default."""
+"""Default number of tokens of the prompt."""
 MODEL_REPEATS = 5
-"""Times that a prompt is prefilled and continued, at most: these take seconds each."""
+"""Maximum number of times that a prompt is prefilled and continued, because each time takes seconds."""
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """(out, in) from "OUTxIN".
+    """Return (out, in) from "OUTxIN".
 
     Raises:
-        CompressionError: if it is no such pair of positive numbers.
+        CompressionError: if the text is not such a pair of positive numbers.
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -37,10 +39,8 @@ def parse_shape(text: str) -> tuple[int, int]:
 def of_shapes(
     shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: int | None, repeats: int, device: str
 ) -> list[LayerSpeed]:
-    """Layers of random content with the papers' layouts."""
-    return benchmark_layers(
-        shapes, PAPER_LAYOUTS, tokens, [threads] if threads else (), device=device, repeats=repeats
-    )
+    """Measure layers of random content with the papers' layouts."""
+    return benchmark_layers(shapes, PAPER_LAYOUTS, tokens, _thread_counts(threads), device=device, repeats=repeats)
 
 
 def of_model(
@@ -54,69 +54,103 @@ def of_model(
     dtype: str,
     device: str,
 ) -> tuple[list[LayerSpeed], list[ModelSpeed]]:
-    """Every kind of layer that a checkpoint has, and the whole model beside its reference.
+    """Measure every kind of layer that a checkpoint has, and the whole model beside its reference.
 
     Args:
-        reference: "dense", the model itself decompressed, or another model.
-        prompt: tokens of the prompt; by default `PROMPT`, or what the model's context holds beside the `new` ones.
+        reference: "dense" for the model itself, decompressed, or the name of another model.
+        prompt: tokens of the prompt. The default is `PROMPT`, or as many as the model's context holds beside the `new`
+            ones.
 
     Raises:
         CompressionError: if the model has no compressed layer, cannot be opened, or has too short a context.
     """
     subject = load_model(source, dtype, device)
-    kinds = Counter(
-        (m.out_features, m.in_features, m.spec) for m in subject.modules() if isinstance(m, CompressedLinear)
-    )
-    if not kinds:
+    # Layers of the same shape and description take the same time, so one of each kind is measured.
+    layer_kinds = _count_layer_kinds(subject)
+    if not layer_kinds:
         raise CompressionError(
             f"{source}: has no compressed layer; name a compressed checkpoint, and this one as --reference"
         )
-    context = context_length(subject.config) or PROMPT + new
-    prompt = min(PROMPT, context - new) if prompt is None else prompt
-    if not 1 <= prompt <= context - new:
-        raise CompressionError(f"{source}: has a context of {context} tokens; give a --prompt and a --new that fit")
+    prompt = _prompt_length(source, subject, prompt, new)
     model_dtype = subject.dtype
-    del subject
+    del subject  # the memory of the models is measured below, so none may be left from here
     layers = []
-    for (rows, columns, spec), count in sorted(kinds.items(), key=lambda kind: kind[0][:2]):
-        layout: dict[str, Callable[[int, int], LayerSpec]] = {f"{count} × {_name(spec)}": partial(_always, spec)}
+    # The key leaves the specs out, because they have no order.
+    for (rows, columns, spec), count in sorted(layer_kinds.items(), key=lambda kind: kind[0][:2]):
+        layouts: dict[str, Layout] = {f"{count} × {_describe(spec)}": partial(_constant_spec, spec)}
         layers += benchmark_layers(
-            [(rows, columns)], layout, tokens, [threads] if threads else (), model_dtype, device, repeats
+            [(rows, columns)], layouts, tokens, _thread_counts(threads), model_dtype, device, repeats
         )
-    other = (
-        partial(_decompressed, source, dtype, device)
-        if reference == "dense"
-        else partial(load_model, reference, dtype, device)
-    )
-    models = {
-        "dense" if reference == "dense" else reference: other,
-        source: partial(load_model, source, dtype, device),
-    }
+    models = _model_loaders(source, reference, dtype, device)
     return layers, benchmark_model(models, prompt, new, threads, min(repeats, MODEL_REPEATS))
 
 
-def _always(spec: LayerSpec, rows: int, columns: int) -> LayerSpec:
-    return spec
+def _count_layer_kinds(model: PreTrainedModel) -> Counter[tuple[int, int, LayerSpec]]:
+    """Return how many compressed layers of each shape (out, in) and description a model has."""
+    layer_kinds: Counter[tuple[int, int, LayerSpec]] = Counter()
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            layer_kinds[module.out_features, module.in_features, module.spec] += 1
+    return layer_kinds
 
 
-def _decompressed(source: str, dtype: str, device: str) -> PreTrainedModel:
+def _prompt_length(source: str, model: PreTrainedModel, prompt: int | None, new: int) -> int:
+    """Return the tokens of the prompt, which must leave room for the new ones in the model's context."""
+    context = context_length(model.config) or PROMPT + new
+    if prompt is None:
+        prompt = min(PROMPT, context - new)
+    if not 1 <= prompt <= context - new:
+        raise CompressionError(f"{source}: has a context of {context} tokens; give a --prompt and a --new that fit")
+    return prompt
+
+
+def _model_loaders(source: str, reference: str, dtype: str, device: str) -> dict[str, Callable[[], PreTrainedModel]]:
+    """Return the functions that load the reference and the compressed model, by the names that tables show."""
+    load_reference = partial(load_model, reference, dtype, device)
+    if reference == "dense":
+        load_reference = partial(_load_decompressed, source, dtype, device)
+    return {reference: load_reference, source: partial(load_model, source, dtype, device)}
+
+
+def _load_decompressed(source: str, dtype: str, device: str) -> PreTrainedModel:
     model: Any = load_model(source, dtype, device)
     model.dequantize()
     return model
 
 
-def _name(spec: LayerSpec) -> str:
-    """What a layer stores, in a few words."""
-    parts = [] if spec.sparse == "none" else [spec.sparse if spec.sparse == "full" else f"{spec.sparse} {spec.kept}"]
-    parts += [f"int{spec.weight_bits}"] if spec.weight_bits else []
-    parts += [f"{'pivoted ' if spec.pivoted else ''}rank {spec.rank}"] if spec.rank else []
-    parts += [f"int{spec.lowrank_bits}"] if spec.lowrank_bits else []
-    parts += [f"binary {spec.binary_rank}"] if spec.binary_rank else []
+def _constant_spec(spec: LayerSpec, rows: int, columns: int) -> LayerSpec:
+    """Return `spec` for any shape, as a layout of `benchmark_layers`."""
+    return spec
+
+
+def _thread_counts(threads: int | None) -> list[int]:
+    """Return the numbers of threads for `benchmark_layers`: none if torch's own number is to be used."""
+    if not threads:
+        return []
+    return [threads]
+
+
+def _describe(spec: LayerSpec) -> str:
+    """Describe in a few words what is stored for a layer, such as "bitmask 512 + rank 16"."""
+    parts = []
+    if spec.sparse == "full":
+        parts.append("full")
+    elif spec.sparse != "none":
+        parts.append(f"{spec.sparse} {spec.kept}")
+    if spec.weight_bits:
+        parts.append(f"int{spec.weight_bits}")
+    if spec.rank:
+        pivoted = "pivoted " if spec.pivoted else ""
+        parts.append(f"{pivoted}rank {spec.rank}")
+    if spec.lowrank_bits:
+        parts.append(f"int{spec.lowrank_bits}")
+    if spec.binary_rank:
+        parts.append(f"binary {spec.binary_rank}")
     return " + ".join(parts)
 
 
 def layer_fields(row: LayerSpeed) -> dict[str, Any]:
-    """A measurement with what follows from it; times in seconds."""
+    """Return a measurement with the figures that follow from it. Times are in seconds."""
     derived = {
         "ratio": row.ratio,
         "bytes_limit": row.bytes_limit,
@@ -127,16 +161,17 @@ def layer_fields(row: LayerSpeed) -> dict[str, Any]:
 
 
 def model_fields(row: ModelSpeed) -> dict[str, Any]:
-    """A measurement with what follows from it; times in seconds."""
-    speeds = {
+    """Return a measurement with the figures that follow from it. Times are in seconds."""
+    derived = {
         "prefill_tokens_per_second": row.prefill_tokens_per_second,
         "decode_tokens_per_second": row.decode_tokens_per_second,
     }
-    return asdict(row) | speeds
+    return asdict(row) | derived
 
 
 def layer_table(rows: Sequence[LayerSpeed]) -> Table:
-    """Columns and cells."""
+    """Return the table of layers: times in milliseconds as median (spread)."""
+    # "share" is how much of the bytes limit is reached, against the package's own dense product.
     columns = [
         "layer",
         "out × in",
@@ -149,41 +184,46 @@ def layer_table(rows: Sequence[LayerSpeed]) -> Table:
         "share",
         "GB/s",
     ]
-    cells = [
-        [
-            row.layout,
-            f"{row.rows} × {row.columns}",
-            str(row.tokens),
-            str(row.threads),
-            _milliseconds(row.dense),
-            _milliseconds(row.compressed),
-            f"{row.ratio:.2f}",
-            f"{row.bytes_limit:.2f}",
-            "" if row.share_of_limit is None else f"{row.share_of_limit:.2f}",
-            f"{row.bandwidth / 1e9:.1f}",
-        ]
-        for row in rows
+    return columns, [_layer_cells(row) for row in rows]
+
+
+def _layer_cells(row: LayerSpeed) -> list[str]:
+    share = ""
+    if row.share_of_limit is not None:
+        share = f"{row.share_of_limit:.2f}"
+    return [
+        row.layout,
+        f"{row.rows} × {row.columns}",
+        str(row.tokens),
+        str(row.threads),
+        _milliseconds(row.dense),
+        _milliseconds(row.compressed),
+        f"{row.ratio:.2f}",
+        f"{row.bytes_limit:.2f}",
+        share,
+        f"{row.bandwidth / 1e9:.1f}",
     ]
-    return columns, cells
 
 
 def model_table(rows: Sequence[ModelSpeed]) -> Table:
-    """Columns and cells; the first row is the reference."""
+    """Return the table of models. The first row is the reference of the others."""
     columns = ["model", "GB stored", "GB resident", "prefill tokens/s", "decode tokens/s", "× prefill", "× decode"]
-    first = rows[0]
-    cells = [
-        [
-            row.name,
-            f"{row.stored_bytes / 1e9:.3f}",
-            "" if row.resident_bytes is None else f"{row.resident_bytes / 1e9:.3f}",
-            f"{row.prefill_tokens_per_second:.1f}",
-            f"{row.decode_tokens_per_second:.1f}",
-            f"{first.prefill.median / row.prefill.median:.2f}",
-            f"{first.decode.median / row.decode.median:.2f}",
-        ]
-        for row in rows
+    return columns, [_model_cells(row, rows[0]) for row in rows]
+
+
+def _model_cells(row: ModelSpeed, reference: ModelSpeed) -> list[str]:
+    resident = ""
+    if row.resident_bytes is not None:
+        resident = f"{row.resident_bytes / 1e9:.3f}"
+    return [
+        row.name,
+        f"{row.stored_bytes / 1e9:.3f}",
+        resident,
+        f"{row.prefill_tokens_per_second:.1f}",
+        f"{row.decode_tokens_per_second:.1f}",
+        f"{reference.prefill.median / row.prefill.median:.2f}",
+        f"{reference.decode.median / row.decode.median:.2f}",
     ]
-    return columns, cells
 
 
 def _milliseconds(timing: Timing) -> str:

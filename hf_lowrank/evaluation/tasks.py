@@ -1,6 +1,7 @@
-"""Zero-shot and few-shot tasks, run by lm-eval: its own by name, task files (YAML), and local multiple-choice files (JSON lines).
+"""Zero-shot and few-shot tasks, run by lm-eval.
 
-A local file becomes a `ConfigurableTask` of lm-eval, which builds the requests, scores and aggregates as for its own tasks.
+Tasks are those of lm-eval by name, task files (YAML), and local files of items (JSON lines). A local file becomes a
+`ConfigurableTask` of lm-eval, which builds the requests, scores and aggregates as for its own tasks.
 """
 
 import difflib
@@ -17,24 +18,27 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..execution.files import one_line, short_path
 from ..runtime.errors import CompressionError
 from .items import Form, Item, read_items
 
 BOOTSTRAPS = 1000
-"""Resamplings for the standard errors that have no formula, such as that of a perplexity."""
+"""Number of resamplings for the standard errors that have no formula, such as the error of a perplexity."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task, or a group of tasks that lm-eval aggregates.
+    """Figures of one model on one task, or on a group of tasks that lm-eval aggregates.
 
     Attributes:
-        task: lm-eval's name, or of a local file the last two parts of its path.
-        dataset, config, split: id on the Hub, configuration and split, where the data comes from there.
-        items, shots: how many were scored, and with how many solved examples before each.
-        metrics: values by lm-eval's name of the metric; standard_errors: of those that have one.
-        reference: the metrics of the reference model.
-        lm_eval: version.
+        task: name in lm-eval; of a local file, the last two parts of its path.
+        dataset, config, split: id on the Hub, configuration and split, if the data come from there.
+        items: number of items that were scored.
+        shots: number of solved examples before each item.
+        metrics: values by the metric's name in lm-eval.
+        standard_errors: standard errors of the metrics that have one.
+        reference: metrics of the reference model.
+        lm_eval: version of lm-eval.
     """
 
     task: str
@@ -65,13 +69,14 @@ def evaluate_tasks(
     """Run tasks by lm-eval.
 
     Args:
-        tasks: names known to lm-eval, files of tasks (.yaml), or files of items (.jsonl, .jsonl.gz; see `items.FORMS`).
-        shots: solved examples before each item; default: the task's own, 0 for a local file.
-        limit: score only the first items of each task.
-        reference: the model to compare with, such as the dense one.
+        tasks: names known to lm-eval, task files (.yaml), or files of items (.jsonl, .jsonl.gz; see `items.FORMS`).
+        shots: number of solved examples before each item. The default is the task's own, and 0 for a local file.
+        limit: maximum number of items of each task that are scored, from the first on.
+        reference: model to compare with, such as the dense one.
 
     Raises:
-        CompressionError: without lm-eval, for an unknown task, a damaged file, or data that cannot be had.
+        CompressionError: if lm-eval is not installed, a task is unknown, a file is damaged, or the data cannot be
+            loaded.
     """
     if find_spec("lm_eval") is None:
         raise CompressionError("tasks need lm-eval: pip install 'hf_lowrank[eval]'")
@@ -82,170 +87,208 @@ def evaluate_tasks(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise CompressionError(f"{name}: found {value}, expected at least {least}")
-    run = _Run(tokenizer, list(tasks), shots, limit, batch_size)
-    results = run.results(model)
-    if reference is None:
-        return [TaskResult(**row, reference=None) for row in results]
-    dense = {row["task"]: row["metrics"] for row in run.results(reference)}
-    return [TaskResult(**row, reference=dense[row["task"]]) for row in results]
+    # Both models are measured by the same harness, with the same items and examples.
+    harness = _Harness(tokenizer, tasks, shots=shots, limit=limit, batch_size=batch_size)
+    rows = harness.evaluate(model)
+    reference_metrics: dict[str, dict[str, float]] = {}
+    if reference is not None:
+        for row in harness.evaluate(reference):
+            reference_metrics[row["task"]] = row["metrics"]
+    return [TaskResult(**row, reference=reference_metrics.get(row["task"])) for row in rows]
 
 
-class _Run:
-    """What every model of an evaluation is measured with."""
+class _Harness:
+    """Tasks and settings that every model of an evaluation is measured with.
+
+    Attributes:
+        local: form and items of each local file, by its path.
+        others: tasks that lm-eval finds by itself: names and task files.
+        manager: lm-eval's index of tasks.
+    """
 
     def __init__(
-        self, tokenizer: Any, tasks: list[str], shots: int | None, limit: int | None, batch_size: int
+        self, tokenizer: Any, tasks: Sequence[str], *, shots: int | None, limit: int | None, batch_size: int
     ) -> None:
-        from lm_eval.tasks import TaskManager
-
-        self.tokenizer, self.shots, self.limit, self.batch_size = tokenizer, shots, limit, batch_size
-        self.files = {source: read_items(Path(source)) for source in tasks if _is_items(source)}
-        for source, (_, items) in self.files.items():
+        self.tokenizer = tokenizer
+        self.shots = shots
+        self.limit = limit
+        self.batch_size = batch_size
+        self.local: dict[str, tuple[Form, list[Item]]] = {}
+        self.others: list[str] = []
+        for task in tasks:
+            if task.endswith((".jsonl", ".jsonl.gz")):
+                self.local[task] = read_items(Path(task))
+            else:
+                self.others.append(task)
+        # Examples are other items of the same file, so there must be one more than the shots.
+        for source, (_, items) in self.local.items():
             if shots is not None and shots >= len(items):
                 raise CompressionError(
                     f"{source}: {len(items)} items, expected more than {shots}, the number of shots"
                 )
-        self.others = [task for task in tasks if task not in self.files]
-        with _quiet():
-            named = [task for task in self.others if Path(task).suffix not in (".yaml", ".yml")]
-            self.manager = TaskManager(include_defaults=bool(named))
-            for task in named:
-                _check_known(task, self.manager.all_tasks)
-        for task in self.others:
-            if task not in named and not Path(task).is_file():
-                raise CompressionError(f"{task}: no such task file; check the path")
+        self.manager = self._index_tasks()
 
-    def results(self, model: PreTrainedModel) -> list[dict[str, Any]]:
-        """Fields of `TaskResult` but the reference, for each task."""
+    def _index_tasks(self) -> Any:
+        """Return lm-eval's index of tasks, in which all names must occur.
+
+        Raises:
+            CompressionError: if a task is unknown or a task file does not exist.
+        """
+        from lm_eval.tasks import TaskManager
+
+        names = [task for task in self.others if Path(task).suffix not in (".yaml", ".yml")]
+        with _quiet():
+            # Reading the thousands of task files that lm-eval brings takes seconds, so it is done only for tasks by
+            # name.
+            manager = TaskManager(include_defaults=bool(names))
+            for name in names:
+                _check_known(name, manager.all_tasks)
+        for task in self.others:
+            if task not in names and not Path(task).is_file():
+                raise CompressionError(f"{task}: no such task file; check the path")
+        return manager
+
+    def evaluate(self, model: PreTrainedModel) -> list[dict[str, Any]]:
+        """Return the fields of `TaskResult` without the reference, for each task.
+
+        Raises:
+            CompressionError: if the data of a task cannot be loaded.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         with _quiet():
             subject = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
-            local = [_local_task(source, form, items) for source, (form, items) in self.files.items()]
+            local_tasks = [_local_task(source, form, items) for source, (form, items) in self.local.items()]
             try:
-                found = simple_evaluate(
+                results = simple_evaluate(
                     subject,
-                    tasks=[*self.others, *local],
+                    tasks=[*self.others, *local_tasks],
                     num_fewshot=self.shots,
                     limit=self.limit,
                     bootstrap_iters=BOOTSTRAPS,
                     log_samples=False,
                     task_manager=self.manager,
                 )
-            except (
-                OSError
-            ) as error:  # what `datasets` raises offline, or for data that is not there or not open to all
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            # `datasets` raises OSError without network, and for data that do not exist or are not public.
+            except OSError as error:
                 raise CompressionError(
-                    f"tasks {', '.join(self.others)}: the data cannot be had ({reason}); give a local file instead"
+                    f"tasks {', '.join(self.others)}: the data cannot be loaded ({one_line(error)}); "
+                    "give a local file instead"
                 ) from error
-        assert found is not None, "this is the only process"
-        return [_row(found, name) for name in _top_level(found)]
+        assert results is not None, "only the first of several processes gets results, and there is one"
+        return [_row(results, name) for name in _top_level(results)]
 
 
 def _local_task(source: str, form: Form, items: list[Item]) -> Any:
-    """A task of lm-eval over the items of a local file; examples for shots are other items of the same file."""
+    """Return a task of lm-eval over the items of a local file. Examples for shots are other items of the same file."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    is_choice = "choices" in items[0]
-    asked = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
-    completed = {"output_type": "loglikelihood", "doc_to_target": "target"}
-    metrics = [
-        {
-            "metric": metric,
-            "aggregation": "perplexity" if metric == "perplexity" else "mean",
-            "higher_is_better": metric != "perplexity",
-        }
-        for metric in form.metrics
-    ]
-    return ConfigurableTask(
-        config={
-            "task": _file_name(source),
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
-            "test_split": "test",
-            "fewshot_split": "test",
-            "doc_to_text": "context",
-            "metric_list": metrics,
-            "metadata": {"version": 1.0},
-            **(asked if is_choice else completed),
-        }
-    )
+    config: dict[str, Any] = {
+        "task": short_path(source),
+        # lm-eval passes its own arguments for loading data, none of which are needed here.
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "context",
+        "metric_list": [_metric_config(metric) for metric in form.metrics],
+        "metadata": {"version": 1.0},
+    }
+    if "choices" in items[0]:
+        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
+    else:
+        config |= {"output_type": "loglikelihood", "doc_to_target": "target"}
+    return ConfigurableTask(config=config)
 
 
-def _top_level(found: Any) -> list[str]:
-    """Groups that lm-eval aggregates stand for their tasks."""
-    aggregated = {name for name in found.get("groups", {}) if _metrics(found["groups"][name])[0]}
-    inside = {child for name in aggregated for child in found.get("group_subtasks", {}).get(name, [])}
-    return [name for name, values in found["results"].items() if name not in inside and _metrics(values)[0]]
+def _metric_config(metric: str) -> dict[str, Any]:
+    if metric == "perplexity":
+        return {"metric": metric, "aggregation": "perplexity", "higher_is_better": False}
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
-def _row(found: Any, name: str) -> dict[str, Any]:
-    metrics, errors = _metrics(found["results"][name])
-    leaves = [name] if name in found["n-samples"] else found["group_subtasks"][name]
-    config = found["configs"].get(name, {})
+def _top_level(results: Any) -> list[str]:
+    """Return the names to show: a group that lm-eval aggregates stands for its tasks."""
+    inside: set[str] = set()
+    for group, values in results.get("groups", {}).items():
+        if _split_metrics(values)[0]:
+            inside.update(results.get("group_subtasks", {}).get(group, []))
+    return [name for name, values in results["results"].items() if name not in inside and _split_metrics(values)[0]]
+
+
+def _row(results: Any, name: str) -> dict[str, Any]:
+    """Return the fields of `TaskResult` without the reference, for one task or group."""
+    metrics, errors = _split_metrics(results["results"][name])
+    # A group has no samples of its own. Its tasks have them.
+    tasks = [name]
+    if name not in results["n-samples"]:
+        tasks = results["group_subtasks"][name]
+    config = results["configs"].get(name, {})
+    # Data from a local file have no id on the Hub, and what stands in their place must not look like one.
     if "custom_dataset" in config or "data_files" in (config.get("dataset_kwargs") or {}):
         config = {}
+    samples = results["n-samples"]
     return {
         "task": name,
         "dataset": config.get("dataset_path"),
         "config": config.get("dataset_name"),
         "split": config.get("test_split") or config.get("validation_split"),
-        "items": sum(found["n-samples"][leaf]["effective"] for leaf in leaves if leaf in found["n-samples"]),
-        "shots": max(int(found["n-shot"].get(leaf, 0)) for leaf in leaves),
+        "items": sum(samples[task]["effective"] for task in tasks if task in samples),
+        "shots": max(int(results["n-shot"].get(task, 0)) for task in tasks),
         "metrics": metrics,
         "standard_errors": errors,
         "lm_eval": version("lm_eval"),
     }
 
 
-def _metrics(values: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Values and standard errors by metric, from lm-eval's "metric,filter" keys."""
+def _split_metrics(values: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return values and standard errors by metric, from lm-eval's keys "metric,filter" and "metric_stderr,filter"."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in values.items():
-        metric, comma, used = key.partition(",")
+        metric, comma, used_filter = key.partition(",")
+        # Keys without a filter are not metrics ("alias"), and a text stands for an error that was not computed
+        # ("N/A").
         if not comma or isinstance(value, str):
             continue
-        is_error = metric.endswith("_stderr")
-        name = metric.removesuffix("_stderr") + ("" if used == "none" else f" ({used})")
-        (errors if is_error else metrics)[name] = float(value)
+        name = metric.removesuffix("_stderr")
+        if used_filter != "none":
+            name += f" ({used_filter})"
+        if metric.endswith("_stderr"):
+            errors[name] = float(value)
+        else:
+            metrics[name] = float(value)
     return metrics, errors
 
 
-def _check_known(task: str, known: Sequence[str]) -> None:
-    if task not in known:
-        near = difflib.get_close_matches(task, known, n=1)
+def _check_known(task: str, all_tasks: Sequence[str]) -> None:
+    if task not in all_tasks:
+        near = difflib.get_close_matches(task, all_tasks, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise CompressionError(
             f"unknown task {task!r}{hint} (`lm_eval ls tasks` lists all; files of items end in .jsonl or .jsonl.gz)"
         )
 
 
-def _is_items(source: str) -> bool:
-    return source.endswith((".jsonl", ".jsonl.gz"))
-
-
-def _file_name(source: str) -> str:
-    """The last two parts of a path: enough to tell files apart, no more of this machine than that."""
-    return "/".join(part for part in Path(source).parts[-2:] if part != "/")
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Around lm-eval: its remarks on what is done here on purpose (a model that is loaded already) are not shown, what it prints goes to
-    stderr, and its bootstrap stays in this process: a fork of a process whose torch runs threads may never come back.
+    """Keep lm-eval quiet and in this process while the context is active.
+
+    Its warnings about what is done here on purpose (a model that is loaded already) are not shown, and what it prints
+    goes to stderr. Its bootstrap runs in this process, because a fork of a process whose torch runs threads may never
+    come back.
     """
     logger = logging.getLogger("lm_eval")
-    before, forks = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    level = logger.level
+    multiprocessing_switch = os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
         os.environ.pop("DISABLE_MULTIPROC")
-        if forks is not None:
-            os.environ["DISABLE_MULTIPROC"] = forks
+        if multiprocessing_switch is not None:
+            os.environ["DISABLE_MULTIPROC"] = multiprocessing_switch

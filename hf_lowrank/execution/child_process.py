@@ -1,4 +1,4 @@
-"""`hf-lowrank` in a process of its own: its output or its one-line reason, its time and its peak memory; no child outlives us."""
+"""`hf-lowrank` in a process of its own, with its time and its peak memory. No child outlives this process."""
 
 import re
 import signal
@@ -14,13 +14,15 @@ from pathlib import Path
 from ..runtime.errors import CompressionError
 
 POLL_SECONDS = 0.02
+"""Time between two looks at a running child."""
 
 
 class ProcessError(CompressionError):
-    """A process of ours ended badly.
+    """A child process that ended badly.
 
     Attributes:
-        explained: whether it said why, so that it would say the same again; a crash or a kill may not happen twice.
+        explained: whether the child said why. Then it would say the same again, whereas a crash or a kill may not
+            happen twice.
     """
 
     def __init__(self, reason: str, explained: bool) -> None:
@@ -32,61 +34,81 @@ def run(arguments: list[str]) -> tuple[str, float, int | None]:
     """Run `hf-lowrank` in a process of its own.
 
     Returns:
-        Its output, its seconds from start to end, and the high-water mark of its resident memory in bytes. The mark is read from /proc
-        every 20 ms: what `wait4` reports is never less than the memory of the process that started it. None where there is no /proc.
+        Its output, its seconds from start to end, and the high-water mark of its resident memory in bytes. The mark is
+        read from /proc every 20 ms, because what `wait4` reports is never less than the memory of the process that
+        started the child. It is None where there is no /proc.
 
     Raises:
-        ProcessError: with the one line that it gave as the reason.
+        ProcessError: if it fails, with its last line as the reason.
     """
-    started, peak = time.monotonic(), None
+    started = time.monotonic()
+    peak = None
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as output,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-        noted_signals() as noted,
+        deferred_signals() as signals,
     ):
         process = subprocess.Popen([sys.executable, "-m", "hf_lowrank", *arguments], stdout=output, stderr=errors)
         try:
-            while process.poll() is None and not noted:
+            # The output goes to files, not pipes, so that a child that prints much does not block.
+            while process.poll() is None and not signals:
                 peak = _peak_memory(process.pid) or peak
                 time.sleep(POLL_SECONDS)
         finally:
-            process.kill()
+            process.kill()  # which does nothing to a child that has ended
             process.wait()
-        if noted:
-            raise KeyboardInterrupt if noted[0] == signal.SIGINT else SystemExit(128 + noted[0])
+        if signals:
+            _act_on(signals[0])
         seconds = time.monotonic() - started
         output.seek(0)
         errors.seek(0)
         if process.returncode == 0:
             return output.read(), seconds, peak
-        lines = [line.strip() for line in errors.read().splitlines() if line.strip()] or ["it gave no reason"]
-    if lines[-1].startswith("error: "):
-        raise ProcessError(lines[-1].removeprefix("error: "), explained=True)
-    raise ProcessError(f"{arguments[0]} ended with exit status {process.returncode}: {lines[-1]}", explained=False)
+        last_line = _last_line(errors.read())
+    # The command line puts this before what it says on purpose; anything else is the end of a crash.
+    if last_line.startswith("error: "):
+        raise ProcessError(last_line.removeprefix("error: "), explained=True)
+    raise ProcessError(f"{arguments[0]} ended with exit status {process.returncode}: {last_line}", explained=False)
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """While active, SIGINT and SIGTERM are only noted: one that comes while a child is started would leave it behind."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield noted
+def deferred_signals() -> Iterator[list[int]]:
+    """Yield a list to which SIGINT and SIGTERM are added while active, instead of ending the process.
+
+    A signal that raised an exception while a child is being started would leave that child behind.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield received
         return
-    before = {
-        number: signal.signal(number, lambda number, frame: noted.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
-        yield noted
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
+def _act_on(number: int) -> None:
+    """Raise what a signal would have raised when it came."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _last_line(errors: str) -> str:
+    """Return the last line of a child's standard error that is not blank."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return lines[-1] if lines else "it gave no reason"
+
+
 def _peak_memory(process: int) -> int | None:
+    """Return the high-water mark of a process's resident memory in bytes, or None if it cannot be read."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(match[1]) * 1024 if match else None

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that the system takes back when the process that holds it is gone, however it went."""
+"""A lock on a folder for one process at a time. The system releases it when the process is gone, however it ended."""
 
 import os
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from ..runtime.errors import CompressionError
 
 try:
     import fcntl
-except ImportError:  # Windows cannot lock a folder; two processes that share one there are not told apart
+except ImportError:  # Windows cannot lock a folder, so two processes in one folder go unnoticed there
     fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder; nothing is written into it for that.
+    """Hold the lock of a folder, without writing anything into it.
 
     Raises:
         CompressionError: if another process holds it.
@@ -33,11 +33,11 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         yield
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # which releases the lock
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process holds a folder."""
+    """Return whether a process holds the lock of a folder. Where folders cannot be locked, assume that one does."""
     try:
         with locked(folder):
             return fcntl is None

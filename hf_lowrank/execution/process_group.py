@@ -1,12 +1,11 @@
-"""Many processes on one run: who does what, sums over all of them, and what one finds given to the others.
+"""The processes that work on one run: who does what, sums over all of them, and results that one sends to the others.
 
-Every process holds the model, or the block of it that is in its turn. The calibration batches are dealt to the processes, the matrices of
-a block are solved by one process each, and what a process alone may do (write, ask for text) is done by the first. `ProcessGroup` is one process
-by itself, for which all of that is nothing; `TorchProcessGroup` are those of torch.distributed's process group.
+Every process holds the model, or the block of it that is being compressed. The calibration batches are split over the
+processes. Each matrix of a block is solved by one process. What only one process may do, such as writing files or
+asking for text, is done by the main one. `ProcessGroup` is a single process, for which all of this is trivial.
+`TorchProcessGroup` is the default group of torch.distributed.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,51 +19,51 @@ from torch import Tensor
 
 from ..runtime.errors import CompressionError
 from .threads import solve_in_threads
+from .torchrun import RemoteError, distributed_backends, first_sentence
 from .work_folder import Record, WorkFolder
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""How long a process waits for another, which may be solving its largest matrix; one that ends is noticed at once."""
-STARTUP_TIMEOUT = timedelta(minutes=5)
-"""How long the processes may take to start."""
+"""How long a process waits for another, which may be solving its largest matrix. One that ends is noticed at once."""
 
-SMALL = 2**17
-"""Values; tensors of no more are summed together."""
+LARGEST_FUSED_TENSOR = 2**17
+"""Maximum number of values of a tensor that is summed together with others, in one message instead of one for each."""
+
+CPU = torch.device("cpu")
 
 T = TypeVar("T")
 
 
-class RemoteError(CompressionError):
-    """What another process of the run raised, and reports."""
-
-
 class ProcessGroup:
-    """The processes that work on a run; here one, which is by itself.
+    """The processes that work on a run. This class is the case of a single process.
 
     Attributes:
-        rank: which this process is. size: how many there are.
+        rank: number of this process.
+        size: number of processes.
     """
 
-    rank, size = 0, 1
+    rank = 0
+    size = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first process, the one that writes and speaks."""
+        """Whether this is the main process, which writes files and prints."""
         return self.rank == 0
 
     def split(self, items: Sequence[T]) -> list[T]:
-        """The items that this process works on, of a list that all have: they are dealt in turn."""
+        """Return the items that this process works on, of a list that all have: every `size`-th from `rank` on."""
+        # In turn, so that no process has more than one item more than another, and long and short ones mix.
         return list(items[self.rank :: self.size])
 
     def gather(self, value: T) -> list[T]:
-        """A small value of every process, by rank."""
+        """Return a small value of every process, in the order of their ranks, on every process."""
         return [value]
 
     def broadcast(self, find: Callable[[], T]) -> T:
-        """What the first process finds; what it raises, all raise."""
+        """Run `find` on the main process and return its result on every process. An exception is raised everywhere."""
         return find()
 
     def all_reduce(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the processes by name, in place; a process that lacks a name adds nothing to it."""
+        """Replace each tensor by its sum over the processes. A process that lacks a name adds nothing to that sum."""
         return tensors
 
     def map_balanced(
@@ -75,25 +74,33 @@ class ProcessGroup:
         unpack: Callable[[str, Record], T],
         threads: int,
     ) -> Iterator[tuple[str, T]]:
-        """The solution of every task, in order, each found by one thread of one process and given to all; what it raises, all raise.
+        """Yield the solution of every task, in order, on every process. An exception is raised everywhere.
+
+        Each task is solved by one thread of one process, which sends the solution to the others.
 
         Args:
-            costs: by the name of the task, in any unit.
-            pack, unpack: a solution as a record, in which it travels, and the solution that a task's record holds.
-            threads: how many tasks a process may work on at a time.
+            costs: cost of each task by its name, in any unit.
+            solve: returns the solution of a task.
+            pack: returns the record in which a solution is sent.
+            unpack: returns the solution that a task's record holds.
+            threads: maximum number of tasks that a process works on at a time.
         """
         return solve_in_threads(costs, solve, threads)
 
     def gather_to_main(self, records: Sequence[Record], count: int) -> Iterator[Record]:
-        """The records that belong to the items of `split`, for all `count` items in order; at the first process only."""
+        """Yield the records of all `count` items in order, on the main process only.
+
+        Args:
+            records: one record for each item that `split` gives this process.
+        """
         return iter(records)
 
     def scatter(self, find: Callable[[], list[Record]]) -> list[Record]:
-        """Of the records that the first process finds, one for each item of a list, those of the items that `split` gives this one."""
+        """Run `find` on the main process and return to each process the records that `split` gives it."""
         return find()
 
     def work_folder(self, path: str | Path) -> WorkFolder:
-        """The run's work folder."""
+        """Return the run's work folder."""
         return WorkFolder(path)
 
 
@@ -101,49 +108,53 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 class TorchProcessGroup(ProcessGroup):
-    """The processes of the default process group.
+    """The processes of torch.distributed's default group.
 
     Args:
-        device: where this one's tensors are.
+        device: device of this process's tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
-        with self._talking():
-            self._group: Any = dist.new_group(backend=_backends(), timeout=COLLECTIVE_TIMEOUT)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.device = device
+        # A group of its own, because the default one may serve one kind of device only, and gives up sooner.
+        with self._one_line_errors():
+            self._group: Any = dist.new_group(backend=distributed_backends(), timeout=COLLECTIVE_TIMEOUT)
 
     def gather(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        with self._talking():
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.size
+        with self._one_line_errors():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def broadcast(self, find: Callable[[], T]) -> T:
         value, error = _attempt(find) if self.is_main else (None, None)
-        value, told = self._tell((value, _reason(error)))
+        # A failure is sent, too. Otherwise the other processes would wait for a result until the timeout.
+        value, message = self._broadcast_object((value, _message(error)))
         if error is not None:
             raise error
-        if told is not None:
-            raise RemoteError(told)
-        return value  # type: ignore[return-value]  # an error, if there is no value
+        if message is not None:
+            raise RemoteError(message)
+        return value  # type: ignore[return-value]  # without an error there is a value
 
     def all_reduce(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        known = self.gather(
-            {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()}
-        )
-        shapes = {name: shape for each in known for name, shape in each.items()}
-        small: dict[tuple[torch.dtype, str], list[str]] = {}
-        for name, (shape, dtype, kind) in shapes.items():
+        # All processes must make the same calls in the same order, so they first agree on what there is to sum.
+        layouts = self._layouts_of_all(tensors)
+        fused: dict[tuple[torch.dtype, str], list[str]] = {}
+        for name, (shape, dtype, device_type) in layouts.items():
             if name not in tensors:
-                tensors[name] = torch.zeros(shape, dtype=dtype, device=self._place(kind))
-            if shape.numel() <= SMALL:
-                small.setdefault((dtype, kind), []).append(name)
+                tensors[name] = torch.zeros(shape, dtype=dtype, device=self._local_device(device_type))
+            # The time of a small message is latency, so small tensors of one kind travel as one.
+            if shape.numel() <= LARGEST_FUSED_TENSOR:
+                fused.setdefault((dtype, device_type), []).append(name)
             else:
-                tensors[name] = self._add_up(tensors[name].contiguous())
-        for names in small.values():
-            flat = self._add_up(torch.cat([tensors[name].flatten() for name in names]))
+                tensors[name] = self._all_reduce_tensor(tensors[name].contiguous())
+        for names in fused.values():
+            flat = self._all_reduce_tensor(torch.cat([tensors[name].flatten() for name in names]))
             parts = flat.split([tensors[name].numel() for name in names])
-            tensors |= {name: part.view(shapes[name][0]) for name, part in zip(names, parts, strict=True)}
+            for name, part in zip(names, parts, strict=True):
+                tensors[name] = part.view(layouts[name][0])
         return tensors
 
     def map_balanced(
@@ -155,137 +166,166 @@ class TorchProcessGroup(ProcessGroup):
         threads: int,
     ) -> Iterator[tuple[str, T]]:
         owners = balanced(costs, self.size)
-        mine = {name: cost for name, cost in costs.items() if owners[name] == self.rank}
-        own = dict(solve_in_threads(mine, lambda name: _attempt(partial(solve, name)), threads))
+        own_costs = {name: cost for name, cost in costs.items() if owners[name] == self.rank}
+
+        # An error is kept until it is the task's turn, so that all processes raise the same one.
+        def attempt(name: str) -> tuple[T | None, Exception | None]:
+            return _attempt(partial(solve, name))
+
+        own_results = dict(solve_in_threads(own_costs, attempt, threads))
+        # Every process goes through all tasks in the same order, so each send meets its receives.
         for name, owner in owners.items():
             if owner != self.rank:
-                yield name, unpack(name, self._passed(None, owner))
+                yield name, unpack(name, self._receive_record(owner))
                 continue
-            solution, error = own.pop(name)
+            solution, error = own_results.pop(name)
             if error is not None:
-                self._tell(_reason(error), owner)
+                self._broadcast_object(_message(error), owner)
                 raise error
             assert solution is not None
-            self._passed(pack(solution), owner)
+            self._send_record(pack(solution))
             yield name, solution
 
     def gather_to_main(self, records: Sequence[Record], count: int) -> Iterator[Record]:
         for position in range(count):
-            owner, place = position % self.size, position // self.size
-            if owner == 0 and self.is_main:
-                yield records[place]
-            elif self.rank in (0, owner):
-                record = self._passed(records[place] if owner == self.rank else None, owner, 0)
+            owner = position % self.size
+            if owner == self.rank:
+                record = records[position // self.size]  # the inverse of `split`
                 if self.is_main:
                     yield record
+                else:
+                    self._send_record(record, target=0)
+            elif self.is_main:
+                yield self._receive_record(owner, target=0)
 
     def scatter(self, find: Callable[[], list[Record]]) -> list[Record]:
-        records: list[Record] = []
+        all_records: list[Record] = []
 
-        def count() -> int:
-            records.extend(find())
-            return len(records)
+        def find_and_count() -> int:
+            all_records.extend(find())
+            return len(all_records)
 
-        found = []
-        for position in range(self.broadcast(count)):
-            record, target = records[position] if self.is_main else None, position % self.size
-            if target != 0 and self.rank in (0, target):
-                record = self._passed(record, 0, target)
-            if target == self.rank:
-                assert record is not None
-                found.append(record)
-        return found
+        own_records = []
+        for position in range(self.broadcast(find_and_count)):
+            target = position % self.size
+            if self.is_main and target == 0:
+                own_records.append(all_records[position])
+            elif self.is_main:
+                self._send_record(all_records[position], target)
+            elif target == self.rank:
+                own_records.append(self._receive_record(source=0, target=target))
+        return own_records
 
-    def record(self, find: Callable[[], Record | None]) -> Record | None:
-        """A record that the first process finds, given to all; None if it finds none."""
+    def broadcast_record(self, find: Callable[[], Record | None]) -> Record | None:
+        """Run `find` on the main process and return the record, or None, on every process, as `broadcast` does."""
         record: Record | None = None
 
-        def there() -> bool:
+        def find_and_tell() -> bool:
             nonlocal record
             record = find()
             return record is not None
 
-        return self._passed(record, 0) if self.broadcast(there) else None
+        if not self.broadcast(find_and_tell):
+            return None
+        if record is None:
+            return self._receive_record(source=0)
+        self._send_record(record)
+        return record
 
     def work_folder(self, path: str | Path) -> WorkFolder:
         return _SharedWorkFolder(path, self)
 
-    def _add_up(self, tensor: Tensor) -> Tensor:
-        with self._talking():
+    def _layouts_of_all(self, tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, str]]:
+        """Return the shape, dtype and device type of every tensor that any process has, by name."""
+        own = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()}
+        layouts = {}
+        for of_one_process in self.gather(own):
+            layouts.update(of_one_process)
+        return layouts
+
+    def _all_reduce_tensor(self, tensor: Tensor) -> Tensor:
+        with self._one_line_errors():
             dist.all_reduce(tensor, group=self._group)
         return tensor
 
-    def _tell(self, value: T, source: int = 0) -> T:
-        """A small value of one process, at all."""
+    def _broadcast_object(self, value: T, source: int = 0) -> T:
+        """Return a small value of the process `source` on every process."""
         box = [value]
-        with self._talking():
-            dist.broadcast_object_list(box, group=self._group, src=source, device=torch.device("cpu"))
+        with self._one_line_errors():
+            dist.broadcast_object_list(box, group=self._group, src=source, device=CPU)
         return box[0]
 
-    def _passed(self, record: Record | None, source: int, target: int | None = None) -> Record:
-        """A record of one process, at all of them or at one.
+    def _send_record(self, record: Record, target: int | None = None) -> None:
+        """Send a record to one process, or to all if there is no target. Those call `_receive_record`."""
+        tensors = {name: tensor.detach().contiguous() for name, tensor in record.tensors.items()}
+        layouts = [(name, tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()]
+        header = (layouts, record.facts)  # tells the others how much memory to allocate
+        if target is None:
+            self._broadcast_object(header, self.rank)
+        else:
+            with self._one_line_errors():
+                dist.send_object_list([header], group=self._group, dst=target, device=CPU)
+        for tensor in tensors.values():
+            self._transfer_bytes(tensor, self.rank, target)
+
+    def _receive_record(self, source: int, target: int | None = None) -> Record:
+        """Return the record that the process `source` sends to this process alone (its `target`), or to all.
 
         Raises:
-            RemoteError: with the reason that the other process tells in its place.
+            RemoteError: if the other process sends the reason why there is no record.
         """
-        sends = self.rank == source
-        sent = (
-            {} if record is None else {name: tensor.detach().contiguous() for name, tensor in record.tensors.items()}
-        )
-        shapes = [(name, tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in sent.items()]
-        header: Any = None if record is None else (shapes, record.facts)
+        box: list[Any] = [None]
         if target is None:
-            header = self._tell(header, source)
+            box = [self._broadcast_object(None, source)]
         else:
-            box = [header]
-            with self._talking():
-                if sends:
-                    dist.send_object_list(box, group=self._group, dst=target, device=torch.device("cpu"))
-                else:
-                    dist.recv_object_list(box, group=self._group, src=source, device=torch.device("cpu"))
-            header = box[0]
-        if isinstance(header, str):
+            with self._one_line_errors():
+                dist.recv_object_list(box, group=self._group, src=source, device=CPU)
+        (header,) = box
+        if isinstance(header, str):  # in place of a record, `map_balanced` sends the message of an error
             raise RemoteError(header)
-        shapes, facts = header
-        tensors = (
-            sent
-            if sends
-            else {
-                name: torch.empty(shape, dtype=dtype, device=self._place(kind)) for name, shape, dtype, kind in shapes
-            }
-        )
-        for tensor in tensors.values():
-            if tensor.numel():
-                data = tensor.reshape(-1).view(torch.uint8)
-                with self._talking():
-                    if target is None:
-                        dist.broadcast(data, group=self._group, src=source)
-                    elif sends:
-                        dist.send(data, group=self._group, dst=target)
-                    else:
-                        dist.recv(data, group=self._group, src=source)
+        layouts, facts = header
+        tensors = {}
+        for name, shape, dtype, device_type in layouts:
+            tensors[name] = torch.empty(shape, dtype=dtype, device=self._local_device(device_type))
+            self._transfer_bytes(tensors[name], source, target)
         return Record(tensors, facts)
 
-    def _place(self, kind: str) -> torch.device:
-        return self.device if kind == self.device.type else torch.device(kind)
+    def _transfer_bytes(self, tensor: Tensor, source: int, target: int | None) -> None:
+        """Send the bytes of a contiguous tensor from the process `source`, or receive them into it there."""
+        if not tensor.numel():
+            return
+        data = tensor.reshape(-1).view(torch.uint8)  # as bytes, because not every back end knows every dtype
+        with self._one_line_errors():
+            if target is None:
+                dist.broadcast(data, group=self._group, src=source)
+            elif self.rank == source:
+                dist.send(data, group=self._group, dst=target)
+            else:
+                dist.recv(data, group=self._group, src=source)
+
+    def _local_device(self, device_type: str) -> torch.device:
+        """Return this process's device of a type, for a tensor that another process has on such a device."""
+        return self.device if device_type == self.device.type else torch.device(device_type)
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """What goes wrong between processes, as one line."""
+    def _one_line_errors(self) -> Iterator[None]:
+        """Turn errors of the communication between the processes into one line that names the cure."""
         try:
             yield
         except RuntimeError as error:
             raise CompressionError(
-                f"another of the {self.size} processes ended or cannot be reached ({_first_sentence(error)}); it said why if it could; "
+                f"another of the {self.size} processes ended or cannot be reached ({first_sentence(error)}); "
+                "it said why if it could; "
                 "the same command goes on from what is finished in its work folder, if it has one"
             ) from error
 
 
 class _SharedWorkFolder(WorkFolder):
-    """A work folder in the hands of the first process, the only one that sees it; the others are told what it holds."""
+    """A work folder that only the main process reads and writes. The other processes receive what it holds."""
 
     def __init__(self, path: str | Path, group: TorchProcessGroup) -> None:
-        self.path, self.group = Path(path), group
+        self.path = Path(path)
+        self.group = group
         group.broadcast(lambda: super(_SharedWorkFolder, self).__init__(path))
 
     def __exit__(self, *error: object) -> None:
@@ -296,10 +336,12 @@ class _SharedWorkFolder(WorkFolder):
         self.group.broadcast(lambda: super(_SharedWorkFolder, self).claim(identity))
 
     def read(self, name: str) -> Record | None:
-        return self.group.record(lambda: self.read_here(name))
+        return self.group.broadcast_record(lambda: self.read_here(name))
 
     def write(self, name: str, record: Record) -> None:
         self.group.broadcast(lambda: super(_SharedWorkFolder, self).write(name, record))
+
+    # Nothing waits for what these remove, so the other processes need not know.
 
     def discard(self, name: str) -> None:
         if self.group.is_main:
@@ -314,79 +356,42 @@ class _SharedWorkFolder(WorkFolder):
 
 
 def balanced(costs: dict[str, float], size: int) -> dict[str, int]:
-    """Which of `size` processes does which task: the costliest first, each to the one with the least to do."""
+    """Return the rank of the process, out of `size`, that solves each task.
+
+    The costliest task is assigned first, and each one to the process with the least to do so far. Over all tasks, no
+    process has more than the even share and one task.
+    """
     load = [0.0] * size
     owners = {}
-    for name in sorted(costs, key=lambda each: -costs[each]):
-        owners[name] = load.index(min(load))
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        owners[name] = load.index(min(load))  # of several, the first, so that all processes decide alike
         load[owners[name]] += costs[name]
-    return {name: owners[name] for name in costs}
+    return {name: owners[name] for name in costs}  # in the order of the tasks again
 
 
 def current_process_group(device: torch.device | None = None) -> ProcessGroup:
-    """The processes of the default process group, if there is one of several; else this process by itself.
+    """Return torch.distributed's default group if it has several processes, or else this process alone.
 
     Args:
-        device: where this one's tensors are; the CPU by default.
+        device: device of this process's tensors, the CPU by default.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return SINGLE_PROCESS
-    return TorchProcessGroup(device or torch.device("cpu"))
-
-
-@contextmanager
-def torchrun_group() -> Iterator[None]:
-    """While active, this process belongs to the group that `torchrun` or `accelerate launch` started it in, if one did.
-
-    Each process on a machine takes the accelerator of its number there.
-    """
-    if torchrun_rank() is None:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        dist.init_process_group(_backends(), timeout=STARTUP_TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        raise CompressionError(
-            f"the {os.environ['WORLD_SIZE']} processes that the environment tells of (WORLD_SIZE) did not come together "
-            f"({_first_sentence(error)}); start all of them by torchrun, or unset WORLD_SIZE to work with one"
-        ) from error
-    yield
-    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
-
-
-def torchrun_rank() -> int | None:
-    """This process's number among those that `torchrun` or `accelerate launch` started; None if it was started by itself."""
-    several = (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and {"RANK", "MASTER_ADDR"} <= os.environ.keys()
-        and dist.is_available()
-    )
-    return int(os.environ["RANK"]) if several else None
-
-
-def _backends() -> str:
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    return TorchProcessGroup(device or CPU)
 
 
 def _attempt(find: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return the result of a call and None, or None and the exception that it raised."""
     try:
         return find(), None
-    except Exception as error:  # whatever it is, the other processes must hear of it
+    except Exception as error:  # whatever it is, the other processes must learn of it
         return None, error
 
 
-def _first_sentence(error: Exception) -> str:
-    """What torch.distributed says, without the place in its code and its advice."""
-    return re.sub(r"^\[\S*\] ", "", str(error)).split(". ")[0].strip()
-
-
-def _reason(error: Exception | None) -> str | None:
-    return (
-        None
-        if error is None
-        else str(error)
-        if isinstance(error, CompressionError)
-        else f"{type(error).__name__}: {error}"
-    )
+def _message(error: Exception | None) -> str | None:
+    """Return the message that the other processes raise for an error of this one, or None without an error."""
+    if error is None:
+        return None
+    if isinstance(error, CompressionError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

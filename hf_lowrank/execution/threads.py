@@ -1,8 +1,8 @@
-"""Matrices solved one thread each, several at a time: what is solved does not depend on how many threads there are.
+"""Matrices are solved by one thread each, several at a time, so that solutions do not depend on the number of threads.
 
-Not so the largest, of which few would fit in memory at a time: they take all threads, one after the other.
-
-LAPACK's factorizations and sums over many values differ in their last bits with the number of threads that share one; products do not.
+LAPACK's factorizations, and sums over many values, differ in their last bits with the number of threads that share
+one. Products do not. The largest matrices are the exception, because few of them would fit into memory at a time: each
+takes all threads, one after the other.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,21 +13,29 @@ from typing import TypeVar
 import torch
 
 TOGETHER = 2**29
-"""Bytes that matrices which are solved at the same time may take; one that takes more gets all threads for itself."""
+"""Maximum number of bytes of the matrices that are solved at the same time. A larger one gets all threads."""
 
 T = TypeVar("T")
 
 
 def parallel_slots(working_memory: int) -> int:
-    """How many matrices that take so many bytes each are solved at the same time; 0 if each takes too many to be left to one thread."""
+    """Return how many matrices are solved at the same time, or 0 if each is too large to be left to one thread.
+
+    Args:
+        working_memory: bytes that one matrix takes while it is solved.
+    """
     return min(torch.get_num_threads(), TOGETHER // max(working_memory, 1))
 
 
 def solve_in_threads(costs: dict[str, float], solve: Callable[[str], T], count: int) -> Iterator[tuple[str, T]]:
-    """The solution of every task, in order, each found by one thread; `count` of them at a time, the costliest first.
+    """Yield the solution of every task, in order, each found by one thread.
 
-    With a count of 0, one after the other, each by all threads. Of several errors the first in order is raised, when the tasks that had
-    begun are over.
+    Of several errors, the first in the order of the tasks is raised, when the tasks that had begun are over.
+
+    Args:
+        costs: cost of each task by its name, in any unit; the costliest begin first.
+        solve: returns the solution of a task.
+        count: number of tasks that are solved at a time; with 0, one after the other, each by all threads.
     """
     if min(count, len(costs)) <= 1:
         for name in costs:
@@ -36,24 +44,26 @@ def solve_in_threads(costs: dict[str, float], solve: Callable[[str], T], count: 
             yield name, solution
         return
 
-    @torch.no_grad()  # which holds for the thread that asks for it
-    def alone(name: str) -> T:
+    @torch.no_grad()  # which holds only for the thread that asks for it
+    def solve_here(name: str) -> T:
         return solve(name)
 
-    # The number of threads is each thread's own where LAPACK reads it; a new one begins with that of the environment.
+    # LAPACK reads the number of threads of the thread it runs in. A new thread begins with that of the environment.
     with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            pending = {name: pool.submit(alone, name) for name in sorted(costs, key=lambda each: -costs[each])}
-            found = {name: pending[name].result() for name in costs}
-        except BaseException:
+            pending = {}
+            for name in sorted(costs, key=lambda name: -costs[name]):
+                pending[name] = pool.submit(solve_here, name)
+            solutions = {name: pending[name].result() for name in costs}
+        except BaseException:  # also an interruption: what has not begun is not begun any more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    yield from found.items()
+    yield from solutions.items()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While active, what torch and the libraries under it compute in this thread they compute in it alone."""
+    """While active, torch and the libraries under it use one thread for what this thread computes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

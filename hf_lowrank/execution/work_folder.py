@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,26 +13,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..runtime.errors import CompressionError
+from .files import atomic_file, system_message, write_atomically
 from .locking import locked
 
 IDENTITY = "run.json"
+"""Name of the file that says which run the records belong to."""
 FINISHED = "finished"
+"""Name of the empty file that says that the run is done."""
+LEFTOVERS = ("*.safetensors", "*.partial", "*.bin")
+"""Patterns of the other files that a run leaves."""
 
 
 class Record(NamedTuple):
-    """What was finished: tensors by name, and facts as plain JSON values."""
+    """A finished part of a run: tensors by name, and facts as plain JSON values."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
 
 class WorkFolder:
-    """One run's folder, locked while the run lives; a lock goes with its process, however that ends.
+    """The folder of one run, locked as long as the run's process lives.
 
     Every file takes its name only when it is complete and on the disk, so a kill leaves each record whole or absent.
 
     Args:
-        path: the folder; made if need be.
+        path: the folder, which is created if it does not exist.
 
     Raises:
         CompressionError: if another run works in it, or it cannot be written.
@@ -41,46 +45,48 @@ class WorkFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._held = ExitStack()
+        self._lock = ExitStack()  # released in `__exit__`, or by the system when the process is gone
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
-        self._held.enter_context(locked(self.path))
+        self._lock.enter_context(locked(self.path))
 
     def __enter__(self) -> "WorkFolder":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let other runs have the folder, or remove it if it holds nothing."""
-        with suppress(OSError):
+        """Release the folder for other runs, and remove it if it is empty."""
+        with suppress(OSError):  # which says that it is not empty
             self.path.rmdir()
-        self._held.close()
+        self._lock.close()
 
     def claim(self, identity: dict[str, Any]) -> None:
-        """Say what the run is: go on with what the folder holds of it, or start in a folder that is new or of a finished run.
+        """Say which run this is, and go on with its records if the folder holds them.
+
+        A folder that is new, or holds another run that is finished, is taken over.
 
         Args:
-            identity: plain JSON values by what they describe: weights, calibration, config, versions.
+            identity: plain JSON values that describe the run: weights, calibration, config, versions.
 
         Raises:
-            CompressionError: if the folder holds a run of something else that is not finished, naming what differs.
+            CompressionError: if the folder holds another run that is not finished; the message names what differs.
         """
-        known = self._read_identity()
-        wanted = json.loads(json.dumps(identity))
-        if known is not None and known != wanted:
+        recorded = self._read_identity()
+        current = json.loads(json.dumps(identity))  # as it will be read back
+        if recorded is not None and recorded != current:
             if not (self.path / FINISHED).exists():
                 raise CompressionError(
-                    f"{self.path}: holds a run with other {difference(known, wanted)}; "
+                    f"{self.path}: holds a run with other {difference(recorded, current)}; "
                     "repeat that one, or delete the folder, or name another"
                 )
-            self.clear()
-            known = None
-        if known is None:
-            self._write(IDENTITY, json.dumps(wanted, indent=1).encode())
+            self.clear()  # a run that is finished needs its records no more
+            recorded = None
+        if recorded is None:
+            self._write(IDENTITY, json.dumps(current, indent=1).encode())
 
     def read(self, name: str) -> Record | None:
-        """A record, in every process of the run; None if it was not finished.
+        """Return a record on every process of the run, or None if it was not finished.
 
         Raises:
             CompressionError: if it is damaged.
@@ -88,104 +94,96 @@ class WorkFolder:
         return self.read_here(name)
 
     def read_here(self, name: str) -> Record | None:
-        """A record, in the process that holds the folder."""
+        """Return a record on the process that holds the folder, or None if it was not finished.
+
+        Raises:
+            CompressionError: if it is damaged.
+        """
         file = self.file(name)
         if not file.exists():
             return None
         try:
-            with safe_open(file, "pt") as opened:
-                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  (no mapping)
-                recorded = opened.metadata() or {}
+            with safe_open(file, "pt") as stored:
+                # The tensors are copied, because the file may be replaced while they are in use.
+                tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118  (no mapping)
+                metadata = stored.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise self.damaged(name, str(error)) from error
-        facts = recorded.get("facts", "")
-        if recorded.get("sha256") != _checksum(name, tensors, facts):
+        # A disk may damage a file that was complete, so the content is compared with what was written.
+        facts = metadata.get("facts", "")
+        if metadata.get("sha256") != _checksum(name, tensors, facts):
             raise self.damaged(name, "its sha256 is not the recorded one")
         return Record(tensors, json.loads(facts))
 
     def write(self, name: str, record: Record) -> None:
-        """Finish a record.
+        """Write a finished record.
 
         Raises:
             CompressionError: if it cannot be written; what was finished before stays as it is.
         """
-        partial = self.file(name).with_suffix(".partial")
-        tensors, seen = {}, set()
-        for key, tensor in record.tensors.items():
-            whole = tensor.detach().contiguous()
-            storage = whole.untyped_storage().data_ptr()
-            tensors[key] = whole.clone() if storage in seen else whole  # safetensors refuses tensors that share memory
-            seen.add(storage)
+        tensors = _without_shared_memory(record.tensors)
         facts = json.dumps(record.facts)
+        metadata = {"facts": facts, "sha256": _checksum(name, tensors, facts)}
         try:
-            save_file(tensors, partial, metadata={"facts": facts, "sha256": _checksum(name, tensors, facts)})
-            self._settle(partial, self.file(name))
+            with atomic_file(self.file(name)) as partial:
+                save_file(tensors, partial, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def discard(self, name: str) -> None:
-        """Remove a record, if it is there."""
+        """Remove a record, if it exists."""
         self.file(name).unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Say that the run is done: its records stay, for a run that repeats it, until another run takes the folder."""
+        """Say that the run is done. Its records stay for a repetition until another run takes the folder over."""
         self._write(FINISHED, b"")
 
     def clear(self) -> None:
-        """Remove all that the run left."""
-        left = (file for kind in ("safetensors", "partial", "bin") for file in self.path.glob(f"*.{kind}"))
-        for file in (self.path / IDENTITY, self.path / FINISHED, *left):
+        """Remove everything that the run left."""
+        files = [self.path / IDENTITY, self.path / FINISHED]
+        for pattern in LEFTOVERS:
+            files += self.path.glob(pattern)
+        for file in files:
             file.unlink(missing_ok=True)
 
     def file(self, name: str) -> Path:
-        """Where a record is."""
+        """Return the path of a record."""
         return self.path / f"{name}.safetensors"
 
-    def damaged(self, name: str, found: str) -> CompressionError:
-        """What to raise for a record that cannot be used; those of other blocks do not tell what it held."""
+    def damaged(self, name: str, reason: str) -> CompressionError:
+        """Return the error for a record that cannot be used. The records of other blocks cannot replace it."""
         return CompressionError(
-            f"{self.file(name)}: is damaged ({found}); delete {self.path} and repeat the command, it starts over"
+            f"{self.file(name)}: is damaged ({reason}); delete {self.path} and repeat the command, it starts over"
         )
 
     def _read_identity(self) -> dict[str, Any] | None:
+        """Return what was recorded about the run in this folder, or None if there is no run."""
         file = self.path / IDENTITY
         if not file.exists():
             return None
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(known, dict):
-                raise ValueError(f"found {type(known).__name__}, expected a dictionary")
+            identity = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(identity, dict):
+                raise ValueError(f"found {type(identity).__name__}, expected a dictionary")
         except (OSError, ValueError, RecursionError) as error:
             raise CompressionError(f"{file}: cannot be read ({error}); delete the folder or name another") from error
-        return known
+        return identity
 
     def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / f"{name}.partial"
         try:
-            partial.write_bytes(content)
-            self._settle(partial, self.path / name)
+            write_atomically(self.path / name, content)
         except OSError as error:
             raise self._unwritable(error) from error
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _settle(self, partial: Path, file: Path) -> None:
-        """Bring a complete file to the disk, give it its name, and bring the name to the disk."""
-        _flush(partial)
-        partial.replace(file)
-        _flush(self.path)
 
     def _unwritable(self, error: Exception) -> CompressionError:
-        reason = getattr(error, "strerror", None) or error
         return CompressionError(
-            f"{self.path}: cannot be written ({reason}); what is finished stays, repeat the command to go on"
+            f"{self.path}: cannot be written ({system_message(error)}); "
+            "what is finished stays, repeat the command to go on"
         )
 
 
 def tensors_checksum(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> str:
-    """sha256 over `about` and the names, dtypes, shapes and bytes of tensors, in their order."""
+    """Return the sha256 of `about` and of the names, dtypes, shapes and bytes of tensors, in their order."""
     digest = hashlib.sha256(about.encode())
     for name, tensor in tensors:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -193,29 +191,37 @@ def tensors_checksum(tensors: Iterable[tuple[str, Tensor]], about: str = "") -> 
     return digest.hexdigest()
 
 
+def difference(
+    before: dict[str, Any], after: dict[str, Any], name: str = "", words: tuple[str, str] = ("then", "now")
+) -> str:
+    """Describe the first entry in which two identities differ, by its name and both values.
+
+    Args:
+        name: name of the entry that holds the two, if they are parts of larger identities.
+        words: what stands before the two values.
+    """
+    for key in [*before, *after]:
+        old, new = before.get(key), after.get(key)
+        if old != new:
+            path = f"{name}.{key}" if name else key
+            if isinstance(old, dict) and isinstance(new, dict):
+                return difference(old, new, path, words)
+            return f"{path} ({words[0]} {old!r}, {words[1]} {new!r})"
+    return "identity"
+
+
 def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
-    """sha256 of all that a record of this name holds."""
+    """Return the sha256 of everything that a record of this name holds."""
     return tensors_checksum(sorted(tensors.items()), f"{name} {facts}")
 
 
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def difference(
-    known: dict[str, Any], wanted: dict[str, Any], name: str = "", words: tuple[str, str] = ("then", "now")
-) -> str:
-    """The first of two identities' entries that differ: its name and both values, after the two words."""
-    for key in [*known, *wanted]:
-        was, now = known.get(key), wanted.get(key)
-        if was != now:
-            path = f"{name}.{key}" if name else key
-            if isinstance(was, dict) and isinstance(now, dict):
-                return difference(was, now, path, words)
-            return f"{path} ({words[0]} {was!r}, {words[1]} {now!r})"
-    return "identity"
+def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, none of which shares memory with another. Safetensors refuses those that do."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        separate[name] = whole.clone() if storage in storages else whole
+        storages.add(storage)
+    return separate

@@ -79,6 +79,7 @@ class CompressionConfig(QuantizationConfigMixin):
     )
 
     def __post_init__(self) -> None:
+        # `bool` has to be ruled out by itself wherever a number is expected: for Python, it is a kind of integer.
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(
                 f"ratio: found {self.ratio!r}, expected a number between 0 and 1, "
@@ -93,6 +94,7 @@ class CompressionConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, str) or not value or not value.isprintable():
                 raise CompressionError(f"{name}: found {value!r}, expected a name")
+        self.method = canonical_method_name(self.method)
         for name in ("options", "provenance", "checksums"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
@@ -125,6 +127,7 @@ class CompressionConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: for an unknown field, a newer format, or a layer that cannot be.
         """
+        # Transformers goes on using its dictionary.
         values = copy.deepcopy(config_dict)
         # A recipe that a user wrote has no layers, and need not name a version either.
         default_version = None if values.get("layers") else FORMAT_VERSION
@@ -155,6 +158,7 @@ class CompressionConfig(QuantizationConfigMixin):
             config = cls(**values, layers=specs)
         except CheckpointError:
             raise
+        # A mistake in a recipe is a fault of the caller; in a checkpoint it is a fault of the checkpoint.
         except CompressionError as error:
             raise CheckpointError(f"quantization_config.{error}") from error
         unused = {}
@@ -170,10 +174,32 @@ class CompressionConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON values."""
-        values = {}
-        for config_field in dataclasses.fields(self):
-            if config_field.name != "layers":
-                values[config_field.name] = copy.deepcopy(getattr(self, config_field.name))
-        values["layers"] = {name: spec.to_dict() for name, spec in self.layers.items()}
-        return values
+        """The config as plain JSON values."""
+        values = {
+            field.name: copy.deepcopy(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "layers"
+        }
+        return values | {"layers": {name: spec.to_dict() for name, spec in self.layers.items()}}
+
+
+def canonical_method_name(name: str) -> str:
+    """Return the form in which methods are registered and recorded: lower case, with hyphens ("SVD_LLM" becomes "svd-llm")."""
+    return name.lower().replace("_", "-")
+
+
+def _values(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The tensors of a matrix of values: themselves, or packed codes and a scale per group."""
+    if not bits:
+        return {name: (shape, "float")}
+    rows, columns = shape
+    return {
+        name: (packed_shape(rows, columns, bits), "uint8"),
+        f"{name}_scale": ((rows, -(-columns // group)), "float"),
+    }
+
+
+def _bad_field(layer: str, name: str, found: Any, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{layer}: {name} is {found!r}, expected {expected}; the config is damaged or was made for another model"
+    )

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_lowrank import CheckpointError, CompressionError, cli
-from hf_lowrank.checkpoints.verify import verify_checkpoint
+from hf_lowrank.checkpoints.verify import verify
 from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.fuzz.checkpoints import save_checkpoints
 from tests.fuzz.mutations import CANARY, code
@@ -50,12 +50,12 @@ def assert_refused_everywhere(folder: Path, *parts: str) -> None:
         with pytest.raises(CheckpointError) as error:
             AutoModelForCausalLM.from_pretrained(folder, **arguments)
         assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
-    assert any(all(part in problem for part in parts) for problem in verify_checkpoint(folder).problems)
+    assert any(all(part in problem for part in parts) for problem in verify(folder).problems)
 
 
 @pytest.mark.parametrize("name", ["slab", "shards", "sola", "bfloat16", "quantised", "pivoted", "gpt2"])
 def test_what_was_saved_is_sound(sources: dict[str, Path], name: str) -> None:
-    found = verify_checkpoint(sources[name])
+    found = verify(sources[name])
     assert found.problems == []
     assert found.layers > 0
     assert found.runtime.startswith("hf_lowrank ")
@@ -112,7 +112,7 @@ def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
 def test_a_value_that_changed_is_found_by_its_checksum(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("slab")
     change_tensor(folder, f"{Q_PROJ}.weight", lambda weight: weight + 1)
-    (problem,) = verify_checkpoint(folder).problems
+    (problem,) = verify(folder).problems
     assert problem.startswith("model.safetensors: sha256 is not the recorded")
     with pytest.raises(
         CheckpointError, match=r"model\.safetensors: sha256 is .* delete its line under checksums in config\.json"
@@ -140,14 +140,14 @@ def test_a_config_saved_beside_other_weights_does_not_speak_of_the_old_ones(
 def test_a_config_that_changed_is_found_by_its_checksum(copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("slab")
     change_config(folder, rms_norm_eps=1e-3)
-    assert any(problem.startswith("config.json: sha256") for problem in verify_checkpoint(folder).problems)
+    assert any(problem.startswith("config.json: sha256") for problem in verify(folder).problems)
 
 
 def test_a_saved_copy_records_its_own_checksums(copy_of: Callable[[str], Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(copy_of("slab"))
     torch.nn.init.ones_(model.get_submodule(Q_PROJ).weight)
     model.save_pretrained(tmp_path / "again")
-    assert verify_checkpoint(tmp_path / "again").sound
+    assert verify(tmp_path / "again").sound
 
 
 def test_tensors_that_no_config_accounts_for(copy_of: Callable[[str], Path]) -> None:
@@ -265,7 +265,7 @@ def test_the_checkpoints_code_never_runs_where_the_package_is(
         assert type(AutoModelForCausalLM.from_pretrained(folder, **arguments)).__module__.startswith(
             "transformers.models.llama"
         )
-    found = verify_checkpoint(folder)
+    found = verify(folder)
     assert not (tmp_path / "canary").exists()
     assert found.runtime == "unknown"
     assert any("layers.py" in problem and "trust_remote_code" in problem for problem in found.problems)
@@ -299,4 +299,4 @@ def test_the_command(copy_of: Callable[[str], Path]) -> None:
     assert "model.safetensors" in result.stdout and RUNTIME_FILES[0] in result.stdout
     assert json.loads(CliRunner().invoke(cli.app, ["verify", str(folder), "--json"]).stdout)["problems"]
     with pytest.raises(CompressionError, match="no such folder"):
-        verify_checkpoint(folder / "nowhere")
+        verify(folder / "nowhere")

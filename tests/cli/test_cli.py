@@ -99,8 +99,8 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_compress_writes_a_checkpoint_of_the_recipe(dense: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "er"
     result = run(
-        "compress", dense, "--method", "svd-llm", "--ratio", 0.35, "--calibration", text, "--seed", 3, "--dtype", "bfloat16",
-        "--skip", "down_proj", *QUICK, "-o", output,
+        "compress", dense, "--method", "svd-llm", "--ratio", 0.35, "--calibration", text, "--seed", 3,
+        "--dtype", "bfloat16", "--skip", "down_proj", *QUICK, "-o", output,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert f"wrote {output}" in result.stdout
@@ -132,6 +132,20 @@ def test_inspect_counts_what_is_stored(compressed: Path) -> None:
     assert "asked 40.0% removed" in shown
 
 
+def test_inspect_sums_up_by_kind_of_layer_before_it_lists_all(compressed: Path) -> None:
+    found = json.loads(run("inspect", compressed, "--json").stdout)
+    kinds = {kind["layers"]: kind for kind in found["layer_kinds"]}
+    assert [*kinds] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for name, kind in kinds.items():
+        layers = [layer for layer in found["layers"] if layer["name"].endswith(name)]
+        assert (kind["number"], kind["dense"]) == (len(layers), 0)
+        assert kind["bytes"] == sum(layer["bytes"] for layer in layers)
+        assert kind["bits_per_weight"] == pytest.approx(layers[0]["bits_per_weight"], rel=0.01)
+    shown = run("inspect", compressed).stdout
+    assert shown.index("by kind of layer") < shown.index("down_proj") < shown.index("every layer")
+    assert shown.index("every layer") < shown.index("model.layers.0.self_attn.q_proj")
+
+
 def test_evaluate_measures_against_a_reference(dense: Path, compressed: Path, text: Path) -> None:
     options = ["--text", text, "--window", 32, "--max-windows", 6]
     (alone,) = json.loads(run("evaluate", dense, *options, "--json").stdout)
@@ -143,6 +157,8 @@ def test_evaluate_measures_against_a_reference(dense: Path, compressed: Path, te
     shown = run("evaluate", compressed, *options, "--text", text, "--reference", dense).stdout
     assert shown.count(f"{found['perplexity']:.4g}") >= 2
     assert "top-1 agreement" in shown
+    assert shown.index("by kind of layer") < shown.index("q_proj") < shown.index("perplexity")
+    assert "by kind of layer" not in run("evaluate", dense, *options).stdout
 
 
 def test_dense_writes_what_any_engine_opens(compressed: Path, tmp_path: Path) -> None:
@@ -369,10 +385,12 @@ def test_ctrl_c_leaves_nothing_but_the_work_folder(dense: Path, tmp_path: Path) 
 
 
 def test_the_demo_compresses_reopens_measures_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reduced: one recipe at few samples on the tiny model; the command itself runs three systems on the bundled one."""
+    """Reduced to one recipe at few samples on the tiny model; the command itself runs four on the bundled one."""
     texts = tmp_path / "texts"
     texts.write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    monkeypatch.setattr(hf_lowrank.cli.demo, "BUNDLED_MODEL", tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
+    monkeypatch.setattr(
+        hf_lowrank.cli.demo, "BUNDLED_MODEL", tiny_models.saved(tiny_models.llama(), tmp_path / "dense")
+    )
     monkeypatch.setattr(hf_lowrank.cli.demo, "BUNDLED_TEXT", texts)
     recipe = CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=16, options={"iterations": 2})
     monkeypatch.setattr(hf_lowrank.cli.demo, "RECIPES", {"slab": recipe})
@@ -392,5 +410,5 @@ def test_the_demo_covers_the_three_systems_and_their_baseline() -> None:
         "soco": ("soco", 0.3),
         "slab": ("slab", 0.5),
     }
-    assert hf_lowrank.cli.demo.BUNDLED_MODEL.is_dir()
-    assert hf_lowrank.cli.demo.BUNDLED_TEXT.is_file()
+    assert Path(hf_lowrank.reference_model()).is_dir()
+    assert Path(hf_lowrank.reference_text()).is_file()

@@ -1,4 +1,4 @@
-"""`hf-lowrank distill`: nearer to the teacher, the same sparsity, the same bytes again after a kill, and one line for a mistake."""
+"""`hf-lowrank distill` comes nearer to the teacher, keeps the sparsity, survives a kill, and names mistakes."""
 
 import hashlib
 from pathlib import Path

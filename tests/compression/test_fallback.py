@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, compress
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.compression.from_disk import compress_checkpoint
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.methods import registered_methods
@@ -156,6 +156,6 @@ def test_a_layer_is_kept_dense_from_disk_too_and_the_card_says_so(
     monkeypatch.setattr("hf_lowrank.compression.from_disk.whole_model_reason", lambda *_: "the test wants it")
     compress_checkpoint(dense, tmp_path / "b" / "model", config, tiny_models.tokenizer())
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    inspection = inspect_checkpoint(tmp_path / "a" / "model")  # what the terminal shows
-    assert any(BROKEN in warning for warning in inspection.warnings)
+    found = inspect(tmp_path / "a" / "model")  # what the terminal shows
+    assert any(BROKEN in warning for warning in found.warnings)
     assert BROKEN in str(make_card(tmp_path / "a" / "model"))

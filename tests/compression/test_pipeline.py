@@ -276,6 +276,136 @@ def test_the_callers_modes_and_gradients_stay_as_they_are(method: str) -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "slab"])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_biases_are_kept_bit_for_bit(name: str, method: str) -> None:
+    dense = MODELS[name]()
+    model = compress(MODELS[name](), config(method), calibration=IDS)
+    for entry in model.save_pretrained.report["layers"]:
+        assert torch.equal(model.get_submodule(entry["name"]).bias, dense.get_submodule(entry["name"]).bias)
+
+
+def first_block_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The inputs (T, n), float64, of the linears of the first block for the calibration ids."""
+    seen: dict[str, Tensor] = {}
+    for layer in find_layers(find_blocks(model)):
+        if layer.block == 0:
+            model.get_submodule(layer.name).register_forward_pre_hook(
+                lambda module, inputs, name=layer.name: seen.update({name: inputs[0].flatten(0, -2).double()})
+            )
+    with torch.no_grad():
+        model(torch.tensor(IDS))
+    return seen
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reported_error_is_the_error_on_the_calibration_tokens(name: str, method: str) -> None:
+    """Inputs of the first block, which no compression changes; for whitened truncation it is the tail energy of the spectrum."""
+    dense = MODELS[name](dtype=torch.float64)
+    inputs = first_block_inputs(dense)
+    model = compress(MODELS[name](dtype=torch.float64), config(method), calibration=IDS)
+    report = {entry["name"]: entry for entry in model.save_pretrained.report["layers"]}
+    for layer, x in inputs.items():
+        module, made = dense.get_submodule(layer), model.get_submodule(layer)
+        weight = (module.weight.T if name == "gpt2" else module.weight).detach().double()
+        if method == "svd-llm":
+            found = float(((weight - made.to_dense()) @ x.T).norm() / (weight @ x.T).norm())
+            assert report[layer]["metric"] == "gram"
+            energies = factorize(weight, x.T @ x).sigma.square()
+            assert found**2 == pytest.approx(float(energies[made.spec.rank :].sum() / energies.sum()), rel=1e-6)
+        else:
+            assert report[layer]["metric"] == "column_norms"
+            found = float(((weight - made.to_dense()) * x.norm(dim=0)).norm() / (weight * x.norm(dim=0)).norm())
+        assert report[layer]["relative_error"] == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
+    model = MODELS[name](dtype=torch.float64)
+    ids = torch.tensor(IDS)
+    with torch.no_grad():
+        before = model(ids).logits
+        for block in find_blocks(model).values():
+            ffn = {
+                "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+                "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+                "opt": ("fc1", "fc2"),
+            }[name]
+            modules = [block.get_submodule(part) for part in ffn]
+            neurons = modules[-1].in_features if name != "gpt2" else modules[-1].weight.shape[0]
+            order = torch.randperm(neurons, generator=torch.Generator().manual_seed(3))
+            for module in modules[:-1]:
+                permute_outputs(module, order)
+            permute_inputs(modules[-1], order)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-12, atol=1e-12)
+
+
+def test_prime_neurons_of_sola_are_kept_bit_for_bit() -> None:
+    dense, model = tiny_models.llama(), compress(tiny_models.llama(), config("sola", 0.3), calibration=IDS)
+    checked = 0
+    for block in range(4):
+        gate, up, down = (
+            model.get_submodule(f"model.layers.{block}.mlp.{name}_proj") for name in ("gate", "up", "down")
+        )
+        if not isinstance(down, SparseLowRankLinear):
+            continue
+        columns = dense.get_submodule(f"model.layers.{block}.mlp.down_proj").weight
+        neurons = [int((columns == kept[:, None]).all(dim=0).nonzero()) for kept in down.weight.T]
+        assert neurons == sorted(set(neurons))
+        assert len(neurons) == int(0.15 * 80)
+        for layer, name in ((gate, "gate"), (up, "up")):
+            if isinstance(layer, SparseLowRankLinear):
+                assert torch.equal(
+                    layer.weight, dense.get_submodule(f"model.layers.{block}.mlp.{name}_proj").weight[neurons]
+                )
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_neurons_prime_reproduce_the_dense_network(dtype: torch.dtype) -> None:
+    make = lambda: tiny_models.llama(dtype=dtype, num_key_value_heads=4)  # noqa: E731
+    dense = make()
+    recipe = config("sola", 0.05, options={"prime_share": 1.0, "skip_blocks": 0})
+    model = compress(make(), recipe, calibration=IDS)
+    x = torch.randn(5, 7, 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    tolerance = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 1e-14}
+    with torch.no_grad():
+        for block in range(4):
+            torch.testing.assert_close(model.model.layers[block].mlp(x), dense.model.layers[block].mlp(x), **tolerance)
+
+
+@pytest.mark.parametrize("method", ["slab", "svd-llm"])
+def test_sequential_methods_see_the_compressed_blocks_before_them(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The query projection of a block reads what the blocks before it give: compressed ones in `slab`, dense ones in `svd-llm`."""
+    seen: list[Statistics] = []
+    usual = method_class(method).decompose
+
+    def recording(self: Method, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
+        seen.append(statistics)
+        return usual(self, weight, statistics, budget)
+
+    monkeypatch.setattr(method_class(method), "decompose", recording)
+    monkeypatch.setattr(
+        "hf_lowrank.compression.solving.parallel_slots", lambda working_memory: 1
+    )  # layer after layer, in order
+    model = compress(tiny_models.llama(), config(method), calibration=IDS)
+    queries = seen[::7]
+    source = model if method == "slab" else tiny_models.llama()
+    norms: list[Tensor] = []
+    for block in source.model.layers:
+        block.self_attn.q_proj.register_forward_pre_hook(
+            lambda module, inputs: norms.append(inputs[0].detach().flatten(0, -2).double().norm(dim=0))
+        )
+    with torch.no_grad():
+        source(torch.tensor(IDS))
+    for statistics, norm in zip(queries, norms, strict=True):
+        torch.testing.assert_close(statistics.column_norms, norm, rtol=1e-5, atol=1e-5)
+
+
 def test_loading_with_a_config_compresses_as_compress_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_models.llama().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config("svd-llm"))

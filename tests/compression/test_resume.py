@@ -82,7 +82,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, complete: bool) -> list
 def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
     config = recipe(method, refinement_steps=steps)
     expected = saved(compress(tiny_models.llama(), config, calibration=IDS), tmp_path / "whole")
     work = tmp_path / "work"
@@ -164,7 +164,7 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killing(patch, 0, complete=True)
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
-    monkeypatch.setattr("hf_lowrank.compression.pipeline.__version__", "0.0.0")
+    monkeypatch.setattr("hf_lowrank.version.__version__", "0.0.0")
     with pytest.raises(CompressionError, match=r"other versions\.hf_lowrank .*now '0\.0\.0'"):
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
 

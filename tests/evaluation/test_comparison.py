@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from hf_lowrank import CompressionError, cli
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.cli.demo import BUNDLED_TEXT
+from hf_lowrank import CompressionError, cli, reference_text
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.evaluation import comparison, pareto
 from hf_lowrank.evaluation.comparison import Candidate, Comparison, candidates, parse_method
-from hf_lowrank.evaluation.perplexity import evaluate_text
+from hf_lowrank.evaluation.comparison_records import finished_record, write_json
+from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution import child_process
 from hf_lowrank.execution.child_process import ProcessError
+from hf_lowrank.execution.files import file_checksum
 from hf_lowrank.models.loading import load_model, load_tokenizer
 
 from ..support import tiny_models
@@ -53,11 +54,11 @@ def test_figures_are_those_of_the_checkpoint(home: Path) -> None:
     """Bits, loss, KL and agreement of a record are what inspecting and measuring the kept checkpoint gives."""
     record = results(home)["combinations"][0]
     folder = home / "out" / "checkpoints" / Candidate("slab", RATIO, {"iterations": "2"}).file_name
-    stored = inspect_checkpoint(folder)
+    stored = inspect(folder)
     assert (record["ratio_stored"], record["disk_bytes"]) == (stored.ratio_stored, stored.disk_bytes)
     assert record["bits_per_weight"] == pytest.approx(32 * (1 - stored.ratio_stored))
     dense = load_model(str(home / "dense"), "float32")
-    measured = evaluate_text(
+    measured = evaluate(
         load_model(str(folder), "float32"), load_tokenizer(str(folder)), str(home / "text.txt"), max_windows=4, reference=dense
     ).to_dict()  # fmt: skip
     for name in ("perplexity", "nats_lost", "kl", "top1_agreement"):
@@ -68,8 +69,8 @@ def test_figures_are_those_of_the_checkpoint(home: Path) -> None:
 
 def test_results_name_everything_they_depend_on(home: Path) -> None:
     found = results(home)
-    assert found["model"]["model.safetensors"] == comparison.file_sha256(home / "dense" / "model.safetensors")
-    assert found["texts"] == {str(home / "text.txt"): comparison.file_sha256(home / "text.txt")}
+    assert found["model"]["model.safetensors"] == file_checksum(home / "dense" / "model.safetensors")
+    assert found["texts"] == {str(home / "text.txt"): file_checksum(home / "text.txt")}
     assert found["recipe"]["seed"] == 0
     assert set(found["versions"]) == {"hf_lowrank", "torch", "transformers"}
     assert len(found["combinations"][0]["calibration_sha256"]) == 64
@@ -178,18 +179,18 @@ def test_no_child_is_left_by_a_signal(number: signal.Signals, tmp_path: Path, mo
 def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
     file = tmp_path / "one.json"
     said: list[str] = []
-    comparison.write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
-    assert comparison.finished(file, {"model": "a", "texts": "b"}, said.append) == {
+    write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
+    assert finished_record(file, {"model": "a", "texts": "b"}, said.append) == {
         "inputs": {"model": "a", "texts": "b"},
         "value": 1,
     }
     assert said == []
-    assert comparison.finished(file, {"model": "a", "texts": "c"}, said.append) is None
+    assert finished_record(file, {"model": "a", "texts": "c"}, said.append) is None
     assert "texts changed" in said[-1]
     file.write_text("{", encoding="utf-8")
-    assert comparison.finished(file, {"model": "a"}, said.append) is None
+    assert finished_record(file, {"model": "a"}, said.append) is None
     assert "damaged" in said[-1]
-    assert comparison.finished(tmp_path / "none.json", {}, said.append) is None
+    assert finished_record(tmp_path / "none.json", {}, said.append) is None
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_inputs_change_with_whatever_the_figures_depend_on(home: Path) -> None:
         Comparison(model, [text], dtype="bfloat16"),
         Comparison(model, [text], window=8),
         Comparison(model, [text], max_windows=2),
-        Comparison(model, [text, str(BUNDLED_TEXT)]),
+        Comparison(model, [text, reference_text()]),
     ]
     found = [json.dumps(each.inputs(), sort_keys=True) for each in (base, *variants)]
     assert len(set(found)) == len(found)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_lowrank import CompressionError, NumericalError
 from hf_lowrank.calibration.texts import token_stream, windows
 from hf_lowrank.evaluation import perplexity
-from hf_lowrank.evaluation.perplexity import evaluate_text, evaluate_windows
+from hf_lowrank.evaluation.perplexity import evaluate, evaluate_windows
 
 from ..support import tiny_models
 from ..support.assets import asset_model, asset_text
@@ -75,10 +75,10 @@ def write(folder: Path, documents: int = 4) -> str:
 def test_a_text_file_is_scored_as_its_token_stream(tmp_path: Path) -> None:
     tokenizer = tiny_models.tokenizer()
     stream = token_stream(tokenizer, tiny_models.text(4))
-    found = evaluate_text(MODEL, tokenizer, write(tmp_path), window=16, stride=8, max_windows=5)
+    found = evaluate(MODEL, tokenizer, write(tmp_path), window=16, stride=8, max_windows=5)
     assert (found.windows, found.text) == (5, write(tmp_path))
     assert found.nll == pytest.approx(plain(MODEL, stream, 16, 8, max_windows=5)[0], rel=1e-5)
-    whole = evaluate_text(MODEL, tokenizer, write(tmp_path))
+    whole = evaluate(MODEL, tokenizer, write(tmp_path))
     assert (whole.window, whole.stride, whole.windows) == (
         tiny_models.CONTEXT,
         tiny_models.CONTEXT,
@@ -95,19 +95,19 @@ def test_impossible_windows_are_errors_that_say_what_is_possible(
 ) -> None:
     expected = "window: found .*, expected 2 to 64" if stride is None else "stride: found .*, expected 1 to 16"
     with pytest.raises(CompressionError, match=expected):
-        evaluate_text(MODEL, tiny_models.tokenizer(), write(tmp_path), window=window, stride=stride)
+        evaluate(MODEL, tiny_models.tokenizer(), write(tmp_path), window=window, stride=stride)
 
 
 @pytest.mark.parametrize("option", ["window", "stride", "max_windows"])
 def test_zero_is_an_error_and_not_a_default(tmp_path: Path, option: str) -> None:
     with pytest.raises(CompressionError, match=f"{option}: found 0"):
-        evaluate_text(MODEL, tiny_models.tokenizer(), write(tmp_path), **{option: 0})
+        evaluate(MODEL, tiny_models.tokenizer(), write(tmp_path), **{option: 0})
 
 
 def test_a_text_shorter_than_a_window_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(CompressionError, match="fewer than one window of 64"):
-        evaluate_text(MODEL, tiny_models.tokenizer(), str(tmp_path / "short.txt"))
+        evaluate(MODEL, tiny_models.tokenizer(), str(tmp_path / "short.txt"))
 
 
 def test_a_model_agrees_with_itself() -> None:
@@ -154,5 +154,5 @@ def test_published_references_are_reproduced(
     file.write_text(asset_text(text), encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = evaluate_text(model, tokenizer, str(file), window=window, max_windows=max_windows)
+    found = evaluate(model, tokenizer, str(file), window=window, max_windows=max_windows)
     assert found.nll == pytest.approx(nll, abs=5e-4)

@@ -97,9 +97,9 @@ def test_linear_layers_are_the_yardstick_of_bytes() -> None:
     assert row.dense_bytes == nn.Linear(24, 16, bias=False, dtype=torch.bfloat16).weight.nbytes
 
 
-def test_a_watch_of_the_callers_measures_every_variant_with_all_its_copies() -> None:
+def test_a_timer_of_the_callers_measures_every_variant_with_all_its_copies() -> None:
     rows = speed.benchmark_layers(
-        [(16, 24)], repeats=3, watch=lambda calls, x: lambda: float(len([call(x) for call in calls]))
+        [(16, 24)], repeats=3, build_timer=lambda calls, x: lambda: float(len([call(x) for call in calls]))
     )
     assert {(row.dense.median, row.compressed.median) for row in rows} == {(2.0, 2.0)}
 

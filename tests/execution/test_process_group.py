@@ -13,14 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from hf_lowrank.execution.process_group import SINGLE_PROCESS, balanced, current_process_group, torchrun_rank
+from hf_lowrank.execution.process_group import SINGLE_PROCESS, balanced, current_process_group
+from hf_lowrank.execution.torchrun import torchrun_rank
 from tests.support.assets import PROJECT
 from tests.support.processes import RECIPES
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process makes what all its tests look at
 
 TOLERANCE = {"soco": 1e-3, "refined": 1e-3}
-"""Relative; where it is trained, rounding in float32 grows from step to step; elsewhere sums in float64 differ in their last bits."""
+"""Relative tolerance where layers are trained, as rounding in float32 grows from step to step.
+
+Elsewhere, sums in float64 differ in their last bits only.
+"""
 
 
 @pytest.fixture(scope="module")

@@ -215,6 +215,7 @@ class Interruption:
         if name == "torch":
             os.kill(os.getpid(), signal.{fault})
 sys.meta_path.insert(0, Interruption())
+sys.argv = ["hf-lowrank", "methods"]
 import hf_lowrank_command
 hf_lowrank_command.main()
 """

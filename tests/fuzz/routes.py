@@ -17,9 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import hf_lowrank
 from hf_lowrank import CompressionError, cli
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.checkpoints.verify import verify_checkpoint
 from tests.fuzz.mutations import CANARY
 from tests.support.fresh_process import INPUT_IDS
 
@@ -65,15 +64,15 @@ def config(folder: Path) -> str:
 
 
 def verify(folder: Path) -> str:
-    verification = verify_checkpoint(folder)
-    if not verification.sound:
-        assert all("\n" not in problem for problem in verification.problems)
-        raise CompressionError(verification.problems[0])
+    found = hf_lowrank.verify(folder)
+    if not found.sound:
+        assert all("\n" not in problem for problem in found.problems)
+        raise CompressionError(found.problems[0])
     return "sound"
 
 
 def inspect(folder: Path) -> str:
-    return inspect_checkpoint(folder).method
+    return hf_lowrank.inspect(folder).method
 
 
 def command(*arguments: str) -> str:

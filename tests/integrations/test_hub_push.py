@@ -13,9 +13,10 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import CheckpointError, CompressionConfig, compress
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.publishing.hub import check_complete
-from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, text_quality, write_model_card
+from hf_lowrank.publishing.measurements import text_quality
+from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, write_model_card
 from hf_lowrank.runtime.reports import REPORT_FILE
 from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.hub_card import check_card
@@ -156,7 +157,7 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
         assert "model.safetensors" in config["quantization_config"]["checksums"]
     card = ModelCard.load(Repository(hub.root / "tester/first").content_path(first.files["README.md"]))
     assert {"hf_lowrank", "slab"} <= set(card.data.tags)
-    assert "removed, reached" in card.text
+    assert "| removed |" in card.text
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_the_card_says_what_the_files_hold(folder):
     reached = f"{report['ratio_stored']:.2%}"
     record(folder, ratio_stored=0.99)
     text = (folder / "README.md").read_text()
-    assert f"| removed, reached | {reached} (" in text
+    assert f"| removed | {reached} (" in text
     assert "99.00%" not in text
     assert f"| whole model | {(tensors + saved_bytes(report)) / 1e3:.2f} kB | {tensors / 1e3:.2f} kB |" in text
 
@@ -286,7 +287,7 @@ def test_the_card_says_what_the_files_hold(folder):
 def test_only_a_base_model_on_the_hub_is_linked(folder, base, linked):
     config = read_config(folder)
     config["quantization_config"]["provenance"]["base_model"] = base
-    card = model_card(config, asdict(inspect_checkpoint(folder)), {}, "name")
+    card = model_card(config, asdict(inspect(folder)), {}, "name")
     expected = (base, "quantized") if linked else (None, None)
     assert (card.data.base_model, card.data.get("base_model_relation")) == expected
     assert (f"https://huggingface.co/{base}" in card.text) == linked

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionError, LayerSpec, cli
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.peft import recompress
 from hf_lowrank.peft.merging import add_lowrank
 from hf_lowrank.peft.recompression import truncate_layer
@@ -59,10 +59,7 @@ def test_a_merged_model_goes_back_to_its_size(
     assert done.exit_code == 0, done.output
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert specs(again) == specs(compressed.saved)
-    sizes = [
-        inspect_checkpoint(folder).block_bytes
-        for folder in (compressed.folder, tmp_path / "merged", tmp_path / "small")
-    ]
+    sizes = [inspect(folder).block_bytes for folder in (compressed.folder, tmp_path / "merged", tmp_path / "small")]
     assert sizes[0] == sizes[2] < sizes[1]
     printed = {layer["name"]: layer for layer in json.loads(done.stdout)}
     assert printed.keys() == specs(again).keys()
@@ -99,14 +96,14 @@ def test_a_rank_of_the_users_own(slab: Compressed) -> None:
 @pytest.mark.parametrize(
     ("name", "rank", "message"),
     [
-        ("quantised factors", 4, "its factors are quantised to 5 bits"),
-        ("rows of quantised values", 4, "its kept rows are quantised to 4 bits"),
+        ("quantized factors", 4, "its factors are quantized to 5 bits"),
+        ("rows of quantized values", 4, "its kept rows are quantized to 4 bits"),
         ("bitmask", 0, "rank 0 would take its low-rank part of rank 3 out"),
     ],
 )
 def test_what_would_lose_the_adapter_is_refused(name: str, rank: int, message: str) -> None:
-    quantised_rows = LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES)
-    layer = layer_of(name) if name in ALL else random_layer(quantised_rows, M, N)
+    quantized_rows = LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES)
+    layer = layer_of(name) if name in ALL else random_layer(quantized_rows, M, N)
     add_lowrank(layer, *product(3))
     with pytest.raises(CompressionError, match=f"^q_proj: {message}") as error:
         truncate_layer(layer, rank, "q_proj")

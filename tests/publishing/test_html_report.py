@@ -12,9 +12,9 @@ import transformers
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionConfig, CompressionError, cli, compress
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
+from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.evaluation import pareto
-from hf_lowrank.publishing.html_report import write_report
+from hf_lowrank.publishing.html_report import write_html_report
 from hf_lowrank.publishing.model_card import record
 
 from ..support import tiny_models
@@ -129,7 +129,7 @@ def comparison(folder: Path) -> Path:
 
 
 def page(folder: Path, out: Path, **options: Any) -> tuple[str, Page]:
-    write_report(folder, out, **options)
+    write_html_report(folder, out, **options)
     text = out.read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -170,7 +170,7 @@ def test_the_same_files_give_the_same_page(soco: Path, tmp_path: Path) -> None:
 
 
 def test_it_says_what_the_files_say(slab: Path, slab_page: tuple[str, Page]) -> None:
-    found = inspect_checkpoint(slab)
+    found = inspect(slab)
     text, parsed = slab_page
     shown = " ".join(parsed.texts)
     assert all(layer.name in shown for layer in found.layers)
@@ -200,12 +200,12 @@ def test_spectra_training_and_ranks_of_a_learned_spectrum(soco: Path, tmp_path: 
     assert "exploration" in shown and "re-fit" in shown
 
 
-def test_the_frontier_of_a_comparison(slab: Path, slab_page: tuple[str, Page], tmp_path: Path) -> None:
+def test_the_pareto_front_of_a_comparison(slab: Path, slab_page: tuple[str, Page], tmp_path: Path) -> None:
     _, parsed = page(slab, tmp_path / "page.html", comparison=comparison(tmp_path))
     shown = " ".join(parsed.texts)
     assert "a/one.txt, dense perplexity 20" in shown and "a/two.txt, dense perplexity 30" in shown
     assert "wanda at 99%: out of reach" in shown
-    assert "Beside other methods" not in slab_page[0]
+    assert "Comparison with other methods" not in slab_page[0]
 
 
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
@@ -241,4 +241,4 @@ def test_mistakes_are_one_line(slab: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not out.exists()
     monkeypatch.setattr(pareto, "find_spec", lambda name: None)
     with pytest.raises(CompressionError, match="plots need matplotlib: pip install 'hf_lowrank\\[eval\\]'"):
-        write_report(slab, out)
+        write_html_report(slab, out)

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
+import hf_lowrank
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
-from hf_lowrank.calibration.statistics import Seen, seen_by_both
-from hf_lowrank.checkpoints.inspect import inspect_checkpoint
-from hf_lowrank.checkpoints.verify import verify_checkpoint
+from hf_lowrank.calibration.statistics import LayerInput, on_common_tokens
 from hf_lowrank.compression import soco_training as spectrum_training
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.architectures import find_blocks, separate_experts
@@ -134,13 +133,13 @@ def inputs_of_expert(index: int, calls: list[tuple[Tensor, ...]], batches: list[
 
 def test_two_passes_are_compared_token_by_token() -> None:
     """An expert may see other tokens, in another order, once the layers before it are compressed."""
-    first = Seen(torch.tensor([[4.0], [1.0], [7.0]]), torch.tensor([4, 1, 7]))
-    second = Seen(torch.tensor([[70.0], [20.0], [40.0]]), torch.tensor([7, 2, 4]))
-    one, other = seen_by_both(first, second)
+    first = LayerInput(torch.tensor([[4.0], [1.0], [7.0]]), torch.tensor([4, 1, 7]))
+    second = LayerInput(torch.tensor([[70.0], [20.0], [40.0]]), torch.tensor([7, 2, 4]))
+    one, other = on_common_tokens(first, second)
     assert one.x.flatten().tolist() == [4, 7]
     assert other.x.flatten().tolist() == [40, 70]
     assert one.tokens is other.tokens
-    assert not len(seen_by_both(first, Seen(torch.ones(1, 1), torch.tensor([3])))[0].x)
+    assert not len(on_common_tokens(first, LayerInput(torch.ones(1, 1), torch.tensor([3])))[0].x)
 
 
 @pytest.mark.parametrize("method", ["slab", "svd-llm", "sola", "auto", "fwsvd"])
@@ -199,10 +198,9 @@ def module_types(model: nn.Module) -> dict[str, type[nn.Module]]:
 def test_a_killed_run_goes_on_to_the_same_weights(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}
-    config = recipe(method, **options)
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
-    family, expected, written = FAMILIES["Mixtral"], compressed("Mixtral", config).state_dict(), []
+    config = recipe(method, **({"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}))
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
+    family, expected, written = FAMILIES["Mixtral"], made("Mixtral", config).state_dict(), []
     usual = WorkFolder.write
 
     def write(self: WorkFolder, name: str, record: Record) -> None:
@@ -238,10 +236,10 @@ def test_a_dense_expert_among_compressed_ones_is_stored_by_itself(saved: Path) -
     expert = model.get_submodule(f"{BANK}.2")
     assert torch.equal(expert.down.weight, weight)
     assert expert.down.weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
-    assert inspect_checkpoint(saved).ratio_stored == pytest.approx(
+    assert hf_lowrank.inspect(saved).ratio_stored == pytest.approx(
         json.loads((saved / "compression_report.json").read_text())["ratio_stored"]
     )
-    assert verify_checkpoint(saved).sound
+    assert hf_lowrank.verify(saved).sound
 
 
 def test_a_mixture_opens_as_its_base_model_and_is_saved_from_there(saved: Path, tmp_path: Path) -> None:

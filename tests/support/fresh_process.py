@@ -88,6 +88,7 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             output = opened(torch.tensor(INPUT_IDS))
         answer["logits"] = output[0].float().flatten().tolist()
+        answer["report"] = getattr(opened, "compression_report", None)
         if "save_to" in task:
             opened.save_pretrained(task["save_to"])
         if "merge" in task:

@@ -21,7 +21,7 @@ from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.budget import Layer
 from hf_lowrank.calibration import batches
 from hf_lowrank.cli import app
-from hf_lowrank.compression.run import Run
+from hf_lowrank.compression.session import Session
 from hf_lowrank.methods import Decomposition
 from hf_lowrank.methods.slab import SLaB
 from hf_lowrank.runtime.errors import NumericalError
@@ -70,21 +70,16 @@ def compressed_llama(config: CompressionConfig) -> dict[str, Tensor]:
 
 
 def breaking(patch: pytest.MonkeyPatch, attempts: int, name: str) -> None:
-    """Let the first attempts at a layer fail as they do when its factors overflow.
+    """Let so many attempts at a layer fail as those do whose factors overflow."""
+    usual, failed = Session.compressed_layer, []
 
-    Args:
-        attempts: how many of them fail.
-        name: name of the layer.
-    """
-    usual, failed = Run.compressed_layer, []
-
-    def compressed_layer(self: Run, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
+    def compressed_layer(self: Session, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
         if layer.name == name and len(failed) < attempts:
             failed.append(layer.name)
             raise NumericalError("a lowrank_a that is not finite in torch.float16")
         return usual(self, layer, decomposition)
 
-    patch.setattr(Run, "compressed_layer", compressed_layer)
+    patch.setattr(Session, "compressed_layer", compressed_layer)
 
 
 def refusals() -> dict[str, str]:
@@ -130,22 +125,24 @@ def command(folder: Path, dies: bool = False) -> None:
     os.chdir(folder)
     with open(f"errors-{rank}-{'killed' if dies else 'whole'}", "w") as errors:
         os.dup2(errors.fileno(), 2)
-    usual, calls = Run.compressed_layer, []
+    usual, calls = Session.compressed_layer, []
 
-    def compressed_layer(self: Run, *arguments: Any) -> Any:
+    def compressed_layer(self: Session, *arguments: Any) -> Any:
         calls.append(arguments)
         if dies and rank == "1" and len(calls) == 8:
             os.kill(os.getpid(), signal.SIGKILL)
         return usual(self, *arguments)
 
-    Run.compressed_layer = compressed_layer  # type: ignore[method-assign]
+    Session.compressed_layer = compressed_layer  # type: ignore[method-assign]
     options = ["--calibration", "../words.txt", "--samples", "10", "--sequence-length", "24", "--work-dir", "work"]
     app(["compress", "../dense", "-o", "result", *options])
 
 
 def run(act: Callable[[], None], size: int = 2) -> list[int]:
-    """Call a function in several processes, or in one that no launcher started, and return their exit codes."""
-    variables: list[dict[str, str]] = torchrun_variables(size) if size > 1 else [{}]
+    """Session this in several processes, or in one that no launcher started; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     processes = []
     for of_rank in variables:
         process = os.fork()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
-from hf_lowrank.checkpoints.inspect import read_report
+from hf_lowrank.checkpoints.inspect import read_checked_report
 from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.publishing.model_card import make_card, record
 from hf_lowrank.runtime.reports import OTHER_WEIGHTS
@@ -138,7 +138,7 @@ def test_figures_of_other_weights_are_not_kept(
     for card in changed:
         assert card.data.eval_results is None and card.data.license == "mit"
         assert "61.53" not in card.text if package else "Written before the weights were changed" in card.text
-    reports = [read_report(tmp_path / name) for name in ("measured", "again", "trained")]
+    reports = [read_checked_report(tmp_path / name) for name in ("measured", "again", "trained")]
     assert [report.get("quality") for report in reports] == [[figure], [figure], None]
     assert [OTHER_WEIGHTS in report["warnings"] for report in reports] == [False, False, True]
     record(tmp_path / "trained", quality=[{**figure, "compressed": 50.25}])

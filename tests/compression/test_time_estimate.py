@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lowrank import CompressionConfig
-from hf_lowrank.compression import duration
-from hf_lowrank.compression.duration import extrapolated
-from hf_lowrank.compression.from_disk import describe
+from hf_lowrank.compression import time_estimate
+from hf_lowrank.compression.dry_run import describe
+from hf_lowrank.compression.time_estimate import TimeEstimate, estimate_time, extrapolated
 
 from ..support import tiny_models
 
@@ -31,13 +31,13 @@ def test_times_that_follow_a_law_are_extrapolated_by_it(coefficients: list[float
 
 @pytest.mark.parametrize("method", ["wanda", "svd-llm", "sola", "lowrank", "fwsvd"])
 def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr(duration, "_timed", lambda task: 0.01)
+    monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
 
-    def estimate(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> duration.Duration:
+    def found(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> TimeEstimate:
         config = CompressionConfig(
             method=method, ratio=0.4, samples=samples, sequence_length=24, calibration="c4", options=options or {}
         )
-        return duration.duration(tiny_models.llama(**shape), config)
+        return estimate_time(tiny_models.llama(**shape), config)
 
     few = estimate()
     assert estimate(samples=8).calibration == pytest.approx(2 * few.calibration)
@@ -50,12 +50,12 @@ def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: 
 
 
 def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of four experts work on a token, so they cost what two dense networks of their size would cost."""
-    monkeypatch.setattr(duration, "_timed", lambda task: 0.01)
+    """Two experts of four at a time cost what two dense networks of their size would, not four."""
+    monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
     seen: list[dict[str, float]] = []
-    usual = duration._seen
-    monkeypatch.setattr(duration, "_seen", lambda *arguments: seen.append(usual(*arguments)) or seen[-1])
-    duration.duration(
+    usual = time_estimate._token_shares
+    monkeypatch.setattr(time_estimate, "_token_shares", lambda *arguments: seen.append(usual(*arguments)) or seen[-1])
+    estimate_time(
         tiny_models.mixtral(), CompressionConfig(method="wanda", ratio=0.4, calibration="c4", sequence_length=24)
     )
     assert seen[0]["model.layers.0.mlp.experts.3.gate_up"] == 0.5

@@ -143,7 +143,7 @@ def test_sequential_methods_see_the_compressed_blocks_before_them(
 
     monkeypatch.setattr(method_class(method), "decompose", recording)
     # One layer after the other, so that the statistics come in the order of the layers.
-    monkeypatch.setattr("hf_lowrank.compression.run.parallel_slots", lambda working_memory: 1)
+    monkeypatch.setattr("hf_lowrank.compression.solving.parallel_slots", lambda working_memory: 1)
     model = compress(tiny_models.llama(), config(method), calibration=IDS)
     queries = recorded[::7]  # the query projection is the first of the seven layers of a block
     source = model if method == "slab" else tiny_models.llama()

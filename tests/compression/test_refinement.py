@@ -112,10 +112,10 @@ def test_tokens_that_do_not_count_teach_nothing() -> None:
         name, block = next(iter(blocks.items()))
         target = block_output(block, batch.hidden, batch.calls[0])
         compressed = model.get_submodule(name)
-        train_block(compressed, 0, [batch], [target[0] if isinstance(target, tuple) else target], 4)
-        found.append(compressed.state_dict())
-    for key, value in found[0].items():
-        torch.testing.assert_close(value, found[1][key], rtol=1e-4, atol=1e-6)
+        train_block(compressed, 0, [batch], [target], 4)
+        states.append(compressed.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], rtol=1e-4, atol=1e-6)
 
 
 def test_a_negative_number_of_steps_is_refused() -> None:

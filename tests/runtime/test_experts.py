@@ -19,7 +19,7 @@ import hf_lowrank
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.calibration.statistics import LayerInput, on_common_tokens
-from hf_lowrank.compression import soco_training as spectrum_training
+from hf_lowrank.compression import soco_training
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.architectures import find_blocks, separate_experts
 from hf_lowrank.models.linears import dense_weight
@@ -198,15 +198,16 @@ def module_types(model: nn.Module) -> dict[str, type[nn.Module]]:
 def test_a_killed_run_goes_on_to_the_same_weights(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = recipe(method, **({"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}))
-    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
-    family, expected, written = FAMILIES["Mixtral"], made("Mixtral", config).state_dict(), []
+    options = {"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}
+    config = recipe(method, **options)
+    monkeypatch.setattr(soco_training, "STEPS_BETWEEN_STATES", 3)
+    family, expected, written = FAMILIES["Mixtral"], compressed("Mixtral", config).state_dict(), []
     usual = WorkFolder.write
 
     def write(self: WorkFolder, name: str, record: Record) -> None:
         usual(self, name, record)
         written.append(name)
-        if name in ("measured-00000", spectrum_training.STATE, "built-00000") and written.count(name) == 1:
+        if name in ("measured-00000", soco_training.STATE, "built-00000") and written.count(name) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(WorkFolder, "write", write)

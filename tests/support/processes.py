@@ -70,7 +70,12 @@ def compressed_llama(config: CompressionConfig) -> dict[str, Tensor]:
 
 
 def breaking(patch: pytest.MonkeyPatch, attempts: int, name: str) -> None:
-    """Let so many attempts at a layer fail as those do whose factors overflow."""
+    """Let the first attempts at a layer fail as they do when its factors overflow.
+
+    Args:
+        attempts: how many of them fail.
+        name: name of the layer.
+    """
     usual, failed = Session.compressed_layer, []
 
     def compressed_layer(self: Session, layer: Layer, decomposition: Decomposition) -> CompressedLinear:
@@ -139,10 +144,8 @@ def command(folder: Path, dies: bool = False) -> None:
 
 
 def run(act: Callable[[], None], size: int = 2) -> list[int]:
-    """Session this in several processes, or in one that no launcher started; their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """Call a function in several processes, or in one that no launcher started, and return their exit codes."""
+    variables: list[dict[str, str]] = torchrun_variables(size) if size > 1 else [{}]
     processes = []
     for of_rank in variables:
         process = os.fork()

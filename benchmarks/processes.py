@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from hf_lowrank import CompressionConfig, compress, data
-from hf_lowrank.calibration import blocks
+from hf_lowrank.calibration import block_inputs
 from hf_lowrank.compression.strategies import layerwise
 from hf_lowrank.execution.process_group import TorchProcessGroup
 from hf_lowrank.models.loading import load_model, load_tokenizer
@@ -68,17 +68,17 @@ class Clock:
 
     def time_communication(self) -> None:
         """Have the time that the process group sends and waits counted for "other processes"."""
-        usual = TorchProcessGroup._one_line_errors
+        talking = TorchProcessGroup._one_line_errors
         enter = self.enter
 
         @contextmanager
-        def timed(self: TorchProcessGroup) -> Iterator[None]:
+        def timed_talking(self: TorchProcessGroup) -> Iterator[None]:
             before = enter("other processes")
-            with usual(self):
+            with talking(self):
                 yield
             enter(before)
 
-        TorchProcessGroup._one_line_errors = timed  # type: ignore[method-assign]
+        TorchProcessGroup._one_line_errors = timed_talking  # type: ignore[method-assign]
 
 
 def measure(rank: int, size: int, method: str, port: int, folder: Path) -> None:
@@ -88,14 +88,10 @@ def measure(rank: int, size: int, method: str, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(str(DATA / "reference-7m")), load_tokenizer(str(DATA / "reference-7m"))
     clock = Clock()
-    timed_functions = (
-        (blocks, "_capture_batch", "calibration"),
-        (layerwise, "collect_statistics", "calibration"),
-        (layerwise, "run_block", "calibration"),
-        (layerwise._Decompose, "_build", "solving"),
-    )
-    for place, name, part in timed_functions:
-        setattr(place, name, clock.timed(part, getattr(place, name)))
+    clock.time_calls(block_inputs, "_capture_batch", part="calibration")
+    clock.time_calls(layerwise, "collect_statistics", part="calibration")
+    clock.time_calls(layerwise, "run_block", part="calibration")
+    clock.time_calls(layerwise._Decompose, "_build", part="solving")
     if size > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -104,16 +100,7 @@ def measure(rank: int, size: int, method: str, port: int, folder: Path) -> None:
             "MASTER_PORT": str(port),
         }
         dist.init_process_group("gloo")
-        usual = TorchProcessGroup._one_line_errors
-
-        @contextmanager
-        def timed_talking(self: TorchProcessGroup) -> Iterator[None]:
-            before = clock.enter("other processes")
-            with usual(self):
-                yield
-            clock.enter(before)
-
-        TorchProcessGroup._one_line_errors = timed_talking  # type: ignore[method-assign]
+        clock.time_communication()
         dist.barrier()
     clock.enter("all else")
     clock.seconds.clear()

@@ -8,7 +8,6 @@ Each folder is the --out of `hf-lowrank compare`. Its command, versions and tabl
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from hf_lowrank.evaluation import pareto
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.evaluation.comparison_records import finished_record, model_sha256, text_sha256, write_json
+from hf_lowrank.evaluation.comparison_records import model_sha256, text_sha256, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers
@@ -123,9 +123,7 @@ def measure(
     window = table["models"][model]["window"]
     figures: dict[str, float] = {}
     for name, text in table["texts"].items():
-        found[name] = evaluate(
-            subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows")
-        )
+        found[name] = evaluate(subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows"))
         figures[name] = evaluation.perplexity
     if tasks and table["tasks"]:
         figures |= accuracies(subject, tokenizer, table["tasks"], device, batch_size, task_folder)

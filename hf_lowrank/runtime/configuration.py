@@ -174,32 +174,18 @@ class CompressionConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON values."""
-        values = {
-            field.name: copy.deepcopy(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name != "layers"
-        }
-        return values | {"layers": {name: spec.to_dict() for name, spec in self.layers.items()}}
+        """Return the config as plain JSON values."""
+        values = {}
+        for config_field in dataclasses.fields(self):
+            if config_field.name != "layers":
+                values[config_field.name] = copy.deepcopy(getattr(self, config_field.name))
+        values["layers"] = {name: spec.to_dict() for name, spec in self.layers.items()}
+        return values
 
 
 def canonical_method_name(name: str) -> str:
-    """Return the form in which methods are registered and recorded: lower case, with hyphens ("SVD_LLM" becomes "svd-llm")."""
+    """Return the form in which methods are registered and recorded: lower case, with hyphens.
+
+    "SVD_LLM" becomes "svd-llm".
+    """
     return name.lower().replace("_", "-")
-
-
-def _values(name: str, shape: tuple[int, ...], bits: int, group: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The tensors of a matrix of values: themselves, or packed codes and a scale per group."""
-    if not bits:
-        return {name: (shape, "float")}
-    rows, columns = shape
-    return {
-        name: (packed_shape(rows, columns, bits), "uint8"),
-        f"{name}_scale": ((rows, -(-columns // group)), "float"),
-    }
-
-
-def _bad_field(layer: str, name: str, found: Any, expected: str) -> CheckpointError:
-    return CheckpointError(
-        f"{layer}: {name} is {found!r}, expected {expected}; the config is damaged or was made for another model"
-    )

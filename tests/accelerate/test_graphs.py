@@ -8,7 +8,7 @@ from tests.support.compressed import compressed_model, logits
 from tests.support.fresh_process import INPUT_IDS
 
 
-@pytest.mark.parametrize("name", ["sola", "slab", "quantised"])
+@pytest.mark.parametrize("name", ["sola", "slab", "quantized"])
 def test_a_model_compiles_in_one_graph(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     torch._dynamo.reset()
     model = compressed_model(name, tmp_path_factory).model()

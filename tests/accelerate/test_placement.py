@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,14 @@ def test_another_dtype_is_that_of_the_values_and_not_of_the_bits(compressed: Com
     assert_same(AutoModelForCausalLM.from_pretrained(compressed.folder, low_cpu_mem_usage=True), compressed)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
-)
-def test_a_copy_answers_alike_and_shares_nothing(compressed: Compressed, copied) -> None:  # type: ignore[no-untyped-def]
+def pickled(model: PreTrainedModel) -> PreTrainedModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_answers_alike_and_shares_nothing(
+    compressed: Compressed, copied: Callable[[PreTrainedModel], PreTrainedModel]
+) -> None:
     twin = copied(compressed.saved)
     assert_same(twin, compressed)
     with torch.no_grad():

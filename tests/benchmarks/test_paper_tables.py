@@ -1,4 +1,4 @@
-"""The tables of the papers: they fill themselves, here with tiny models of the same architectures and local texts and tasks."""
+"""The tables of the papers fill themselves, here with tiny models of the same architectures and with local texts."""
 
 import json
 from functools import partial
@@ -27,6 +27,7 @@ from ..support import tiny_models
 TABLES = ("sola", "soco", "slab")
 SHAPE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPE |= {"max_position_embeddings": 64, "vocab_size": tiny_models.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+"""Sizes that all tiny models share."""
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
@@ -41,7 +42,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 
 def tiny(name: str) -> PreTrainedModel:
-    """The architecture of a model in the tables: grouped-query attention and tied embeddings where it has them."""
+    """Build a tiny model like one in the tables, with grouped-query attention and tied embeddings if that has them."""
     torch.manual_seed(0)
     if "Mistral" in name:
         return MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=None))
@@ -51,19 +52,19 @@ def tiny(name: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, and an lm-eval task."""
+    """A folder with a text and an lm-eval task."""
     folder = tmp_path_factory.mktemp("papers")
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    items = [
-        {"question": "the cat " * number, "choices": [" sat", " ran"], "label": number % 2} for number in range(1, 8)
-    ]
+    items = []
+    for number in range(1, 8):
+        items.append({"question": "the cat " * number, "choices": [" sat", " ran"], "label": number % 2})
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     (folder / "tiny.yaml").write_text(TASK.format(name="tiny_choice", data=folder / "items.jsonl"), encoding="utf-8")
     return folder
 
 
 def rehearsal(name: str, home: Path) -> papers.Table:
-    """A paper's table with tiny models, local texts, one task and short training in place of its own."""
+    """Load a paper's table, and put tiny models, local texts, one task and short training in the place of its own."""
     table = papers.load_table(name)
     for model, entry in table["models"].items():
         entry |= {"id": str(tiny_models.saved(tiny(model), home / name / model)), "window": 32}
@@ -76,8 +77,8 @@ def rehearsal(name: str, home: Path) -> papers.Table:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_table_is_consistent(name: str) -> None:
-    """Every published figure belongs to a row and a column; every method and option exists; second-hand figures say so."""
+def test_a_table_is_consistent(name: str) -> None:
+    """Every published figure belongs to a row and a column and has a source. Every method and option exists."""
     table = papers.load_table(name)
     columns = {*table["texts"], *table["tasks"], "mean"}
     for figure in table["published"]:
@@ -94,12 +95,11 @@ def test_table_is_consistent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_table_fills_itself(
+def test_a_table_fills_itself_and_does_nothing_twice(
     name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    )  # reading all is slow
+    own_tasks_only = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # listing lm-eval's tasks is slow
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", own_tasks_only)
     table = rehearsal(name, home)
     model, setting = list(table["models"])[-1], list(table["settings"])[0 if name != "slab" else -1]
     arguments: dict[str, Any] = {"device": "cpu", "batch_size": 4, "task_folder": home}
@@ -111,7 +111,8 @@ def test_table_fills_itself(
     for value in record["measured"].values():
         assert f"· {value:.4g} |" in row
     for figure in table["published"]:
-        assert f" {figure['value']}{'' if figure['source'] == 'paper' else '†'} · " in text
+        mark = "" if figure["source"] == "paper" else "†"  # for figures that are second-hand
+        assert f" {figure['value']}{mark} · " in text
 
     finished = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     capsys.readouterr()
@@ -120,8 +121,8 @@ def test_table_fills_itself(
     assert capsys.readouterr().err == ""
 
 
-def test_ratio_of_the_whole_model_is_met(home: Path, tmp_path: Path) -> None:
-    """SoLA's ratios are shares of all parameters: so much of the model is gone, whatever the share of its blocks."""
+def test_a_ratio_of_the_whole_model_is_met(home: Path, tmp_path: Path) -> None:
+    """SoLA's ratios are shares of all parameters. That much of the model is gone, whatever the share of its blocks."""
     table = rehearsal("sola", home)
     record = papers.run_cell(
         table, "LLaMA-2-7B", "20 %", "sola", tmp_path, tasks=False, device="cpu", batch_size=1, task_folder=None
@@ -131,13 +132,13 @@ def test_ratio_of_the_whole_model_is_met(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("setting", "kept", "group"), [("50 %", 0, 0), ("4:8", 4, 8), ("2:4", 2, 4)])
-def test_slab_settings_follow_the_paper(setting: str, kept: int, group: int, home: Path) -> None:
+def test_settings_of_slab_follow_the_paper(setting: str, kept: int, group: int, home: Path) -> None:
     """The ratio leaves out mask bits, and N:M holds in every group."""
     table = rehearsal("slab", home)
-    made = papers.recipe(table, "Llama-2-7B", setting, "slab")
-    assert isinstance(made, CompressionConfig)
-    assert (made.ratio, made.accounting) == (0.5, "paper")
-    assert made.options.get("pattern", "unstructured") == (f"{kept}:{group}" if group else "unstructured")
+    config = papers.recipe(table, "Llama-2-7B", setting, "slab")
+    assert isinstance(config, CompressionConfig)
+    assert (config.ratio, config.accounting) == (0.5, "paper")
+    assert config.options.get("pattern", "unstructured") == (f"{kept}:{group}" if group else "unstructured")
 
 
 def test_every_architecture_is_in_reach_of_every_setting(home: Path) -> None:

@@ -156,6 +156,6 @@ def test_a_layer_is_kept_dense_from_disk_too_and_the_card_says_so(
     monkeypatch.setattr("hf_lowrank.compression.from_disk.whole_model_reason", lambda *_: "the test wants it")
     compress_checkpoint(dense, tmp_path / "b" / "model", config, tiny_models.tokenizer())
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    found = inspect(tmp_path / "a" / "model")  # what the terminal shows
-    assert any(BROKEN in warning for warning in found.warnings)
+    inspection = inspect(tmp_path / "a" / "model")  # what the terminal shows
+    assert any(BROKEN in warning for warning in inspection.warnings)
     assert BROKEN in str(make_card(tmp_path / "a" / "model"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
-from hf_lowrank.compression import soco_training as spectrum_training
+from hf_lowrank.compression import soco_training
 from hf_lowrank.execution import work_folder
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 
@@ -82,7 +82,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, complete: bool) -> list
 def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
+    monkeypatch.setattr(soco_training, "STEPS_BETWEEN_STATES", 3)
     config = recipe(method, refinement_steps=steps)
     expected = saved(compress(tiny_models.llama(), config, calibration=IDS), tmp_path / "whole")
     work = tmp_path / "work"

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, NumericalError, compress
-from hf_lowrank.compression import pipeline
-from hf_lowrank.compression import soco_training as spectrum_training
+from hf_lowrank.compression import pipeline, soco_training
 from hf_lowrank.compression.spectral_linear import SpectralLinear
 from hf_lowrank.methods.soco import SoCo, effective_score, gate, polarization, score, with_learned_scores
 from hf_lowrank.methods.spectral import Measurement, factorize
@@ -59,10 +58,9 @@ def test_scores_of_one_at_full_rank_store_the_dense_weight() -> None:
     model = tiny_models.llama(dtype=torch.float64)
     for name, measurement in measurements_of(model).items():
         weight = model.get_submodule(name).weight
-        made = with_learned_scores(measurement, torch.ones_like(measurement.factorization.sigma), None).truncate(
-            min(weight.shape)
-        )
-        torch.testing.assert_close(made.lowrank_b @ made.lowrank_a, weight.detach(), rtol=1e-9, atol=1e-9)
+        scores = torch.ones_like(measurement.factorization.sigma)
+        full = with_learned_scores(measurement, scores, None).truncate(min(weight.shape))
+        torch.testing.assert_close(full.lowrank_b @ full.lowrank_a, weight.detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_phases_follow_each_other_and_cover_all_steps() -> None:
@@ -112,7 +110,7 @@ def interrupting(after: int, steps_done: list[int]) -> Callable:
 def test_a_killed_training_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
+    monkeypatch.setattr(soco_training, "STEPS_BETWEEN_STATES", 3)
     work = tmp_path / "work"
     compress(tiny_models.llama(), recipe(), calibration=IDS).save_pretrained(tmp_path / "whole")
 

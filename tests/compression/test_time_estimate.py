@@ -1,6 +1,7 @@
 """The estimated time of a compression is counted, and extrapolated from small pieces."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,33 +34,37 @@ def test_times_that_follow_a_law_are_extrapolated_by_it(coefficients: list[float
 def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
 
-    def estimate(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> TimeEstimate:
+    def estimated(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> TimeEstimate:
         config = CompressionConfig(
             method=method, ratio=0.4, samples=samples, sequence_length=24, calibration="c4", options=options or {}
         )
         return estimate_time(tiny_models.llama(**shape), config)
 
-    few = estimate()
-    assert estimate(samples=8).calibration == pytest.approx(2 * few.calibration)
-    assert estimate(num_hidden_layers=8).solving > few.solving
-    assert estimate(num_hidden_layers=8).calibration == pytest.approx(2 * few.calibration)
-    assert estimate(hidden_size=64).calibration > few.calibration
+    few = estimated()
+    assert estimated(samples=8).calibration == pytest.approx(2 * few.calibration)
+    assert estimated(num_hidden_layers=8).solving > few.solving
+    assert estimated(num_hidden_layers=8).calibration == pytest.approx(2 * few.calibration)
+    assert estimated(hidden_size=64).calibration > few.calibration
     assert few.total == few.start + few.calibration + few.solving + few.files
     if method == "svd-llm":
-        assert estimate(options={"update": True}).calibration > few.calibration
+        assert estimated(options={"update": True}).calibration > few.calibration
 
 
 def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four experts work on a token, so they cost what two dense networks of their size would cost."""
     monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
-    seen: list[dict[str, float]] = []
+    recorded: list[dict[str, float]] = []
     usual = time_estimate._token_shares
-    monkeypatch.setattr(time_estimate, "_token_shares", lambda *arguments: seen.append(usual(*arguments)) or seen[-1])
-    estimate_time(
-        tiny_models.mixtral(), CompressionConfig(method="wanda", ratio=0.4, calibration="c4", sequence_length=24)
-    )
-    assert seen[0]["model.layers.0.mlp.experts.3.gate_up"] == 0.5
-    assert seen[0]["model.layers.0.self_attn.q_proj"] == 1.0
+
+    def record(*arguments: Any) -> dict[str, float]:
+        recorded.append(usual(*arguments))
+        return recorded[-1]
+
+    monkeypatch.setattr(time_estimate, "_token_shares", record)
+    config = CompressionConfig(method="wanda", ratio=0.4, calibration="c4", sequence_length=24)
+    estimate_time(tiny_models.mixtral(), config)
+    assert recorded[0]["model.layers.0.mlp.experts.3.gate_up"] == 0.5
+    assert recorded[0]["model.layers.0.self_attn.q_proj"] == 1.0
 
 
 def test_a_dry_run_counts_the_values_as_they_will_be_stored() -> None:

@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def undisturbed(run: Run, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a compression writes that nothing strikes."""
+    """The files that a compression writes when nothing strikes."""
     output = tmp_path_factory.mktemp("undisturbed") / "output"
     assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", output)["code"] == 0
     return contents(output)

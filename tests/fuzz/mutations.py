@@ -28,7 +28,7 @@ NEW_KEYS = ("new", "quantization_config", "num_hidden_layers", "transformers_wei
 """Keys that are added to JSON objects."""
 
 NOTHING_TO_CHANGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What a mutation raises where an earlier one has left nothing that it could change."""
+"""Errors of a mutation where an earlier one has left nothing that it could change."""
 
 Mutation = Callable[[random.Random, Path], None]
 

@@ -64,10 +64,10 @@ def config(folder: Path) -> str:
 
 
 def verify(folder: Path) -> str:
-    found = hf_lowrank.verify(folder)
-    if not found.sound:
-        assert all("\n" not in problem for problem in found.problems)
-        raise CompressionError(found.problems[0])
+    verification = hf_lowrank.verify(folder)
+    if not verification.sound:
+        assert all("\n" not in problem for problem in verification.problems)
+        raise CompressionError(verification.problems[0])
     return "sound"
 
 

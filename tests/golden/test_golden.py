@@ -25,7 +25,7 @@ def test_it_opens_and_answers_as_it_did(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_nobody_has_changed_it(folder: Path) -> None:
-    """Golden checkpoints come without loading code, so its sums are all that is missing."""
+    """Golden checkpoints come without loading code, so its files are all that is missing."""
     assert all(".py: missing" in problem for problem in verify(folder).problems)
 
 

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
+import hf_lowrank
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, cli, compress
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.calibration.statistics import LayerInput, on_common_tokens
-from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.checkpoints.verify import verify
-from hf_lowrank.compression import soco_training as spectrum_training
+from hf_lowrank.compression import soco_training
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.architectures import find_blocks, separate_experts
 from hf_lowrank.models.linears import dense_weight
@@ -203,14 +202,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 ) -> None:
     options = {"steps": 4, "finish_steps": 2, "batch_tokens": 12} if method == "soco" else {}
     config = recipe(method, **options)
-    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
+    monkeypatch.setattr(soco_training, "STEPS_BETWEEN_STATES", 3)
     family, expected, written = FAMILIES["Mixtral"], compressed("Mixtral", config).state_dict(), []
     usual = WorkFolder.write
 
     def write(self: WorkFolder, name: str, record: Record) -> None:
         usual(self, name, record)
         written.append(name)
-        if name in ("measured-00000", spectrum_training.STATE, "built-00000") and written.count(name) == 1:
+        if name in ("measured-00000", soco_training.STATE, "built-00000") and written.count(name) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(WorkFolder, "write", write)
@@ -240,10 +239,10 @@ def test_a_dense_expert_among_compressed_ones_is_stored_by_itself(saved: Path) -
     expert = model.get_submodule(f"{BANK}.2")
     assert torch.equal(expert.down.weight, weight)
     assert expert.down.weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
-    assert inspect(saved).ratio_stored == pytest.approx(
+    assert hf_lowrank.inspect(saved).ratio_stored == pytest.approx(
         json.loads((saved / "compression_report.json").read_text())["ratio_stored"]
     )
-    assert verify(saved).sound
+    assert hf_lowrank.verify(saved).sound
 
 
 def test_a_mixture_opens_as_its_base_model_and_is_saved_from_there(saved: Path, tmp_path: Path) -> None:

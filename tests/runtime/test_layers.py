@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -165,11 +166,13 @@ def test_a_layer_compiles_with_inductor() -> None:
     assert_close(torch.compile(layer, fullgraph=True)(x), layer(x).double(), torch.float32)
 
 
+def pickled(layer: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(layer))
+
+
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
-)
-def test_copies_are_equal_and_independent(spec: LayerSpec, copied) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_independent(spec: LayerSpec, copied: Callable[[nn.Module], nn.Module]) -> None:
     layer = random_layer(spec, 12, 11)
     twin = copied(layer)
     x = tokens(3, 11)
@@ -307,7 +310,9 @@ def test_autocast_does_as_for_an_nn_linear(spec: LayerSpec, dtype: torch.dtype) 
         assert y.dtype == linear(x).dtype
     assert_close(y, expected(layer, x), torch.bfloat16)
     y.sum().backward()
-    assert all(parameter.grad.dtype == parameter.dtype for parameter in stored_parameters(layer))  # type: ignore[union-attr]
+    for parameter in stored_parameters(layer):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == parameter.dtype
 
 
 @pytest.mark.parametrize(

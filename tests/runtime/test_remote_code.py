@@ -67,11 +67,11 @@ def test_a_checkpoint_opens_without_the_package_by_its_own_code_alone(
     for refused in answers[:4]:
         assert refused["error"] == "RuntimeError", refused
     assert answers[4]["class"].endswith("LlamaConfig")
-    for found, checkpoint in zip((*answers[5:7], *answers[8:]), (slab, gpt2) * 2, strict=True):
-        assert found["class"].rpartition(".")[2] == type(checkpoint.model).__name__, found
-        assert all(module.startswith("transformers_modules.") for module in found["layers"])
-        assert torch.equal(torch.tensor(found["logits"]), checkpoint.logits.flatten())
-        assert found["report"] == json.loads((checkpoint.folder / REPORT_FILE).read_text())
+    for opened, checkpoint in zip((*answers[5:7], *answers[8:]), (slab, gpt2) * 2, strict=True):
+        assert opened["class"].rpartition(".")[2] == type(checkpoint.model).__name__, opened
+        assert all(module.startswith("transformers_modules.") for module in opened["layers"])
+        assert torch.equal(torch.tensor(opened["logits"]), checkpoint.logits.flatten())
+        assert opened["report"] == json.loads((checkpoint.folder / REPORT_FILE).read_text())
     assert answers[7]["class"].endswith(".LlamaModel")
 
     for task, checkpoint in zip(remote, (slab, gpt2), strict=True):

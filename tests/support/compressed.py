@@ -20,7 +20,7 @@ RECIPES = {
     "slab": ("slab", 0.5, {}),
     "slab-gpt2": ("slab", 0.5, {}),
     "pivoted": ("lowrank", 0.3, {}),
-    "quantised": ("auto", 0.7, {}),
+    "quantized": ("auto", 0.7, {}),
 }
 """Method, ratio and options of every model, by its name."""
 

@@ -70,7 +70,7 @@ def compress(
             a dataset, or batches.
         work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to
             the same bytes. Delete it, or use it for another run, once the model is saved.
-        progress: whether to show the progress.
+        progress: whether to show a bar on a terminal, or else log a line per block at level INFO.
 
     Returns:
         The same model, of its own class, with compressed layers. Its `save_pretrained` writes a complete checkpoint.

@@ -1,4 +1,4 @@
-"""`verify` finds every change, and `from_pretrained` every one that matters to it. Neither runs a checkpoint's code."""
+"""`verify` finds every change, and `from_pretrained` every one that matters to it. Neither runs code it is given."""
 
 import json
 import os

@@ -130,7 +130,7 @@ def combination(label: str, nats_lost: tuple[float, float]) -> dict[str, Any]:
 
 
 def comparison(folder: Path) -> Path:
-    """Write the results of a comparison of three methods on two texts, one of which failed, and return their folder."""
+    """Write the results of a comparison of three methods on two texts and return their folder. One method failed."""
     texts = [{"text": "a/one.txt", "perplexity": 20.0}, {"text": "a/two.txt", "perplexity": 30.0}]
     combinations: list[dict[str, Any]] = [
         combination("slab", nats_lost=(0.1, 0.2)),

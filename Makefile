@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint docs digests audit clean
+.PHONY: demo test lint docs notebooks digests audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-lowrank demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+# runs the notebooks from an installed package in empty folders, and stores their outputs
+notebooks: $(VENV)/.installed
+	$(BIN)/python -m tests.support.notebooks
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material "mkdocstrings[python]"

@@ -17,9 +17,9 @@ def register() -> None:
     package = importlib.util.find_spec("hf_lowrank")
     if package is None or package.origin is None:
         return
-    spec = importlib.util.spec_from_file_location(
-        "hf_lowrank_registration", Path(package.origin).with_name("registration.py")
-    )
+    # By its path, as an import of the package itself would import transformers.
+    file = Path(package.origin).with_name("registration.py")
+    spec = importlib.util.spec_from_file_location("hf_lowrank_registration", file)
     if spec is None or spec.loader is None:
         return
     registration = importlib.util.module_from_spec(spec)  # by its path, so that the package itself is not imported yet

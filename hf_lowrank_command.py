@@ -11,7 +11,7 @@ ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 def main() -> None:
     """Run the command line. Its verbs handle signals themselves once they have imported torch."""
     for number in ENDINGS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # whoever ignores it, `nohup` for one, wants that
             signal.signal(number, _end)
     from hf_lowrank.cli import app
 

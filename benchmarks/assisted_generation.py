@@ -1,8 +1,9 @@
-"""The table of assisted_generation.md: a model generating by itself, and with its compressed self as a draft (`assistant_model`).
+"""Makes the table of assisted_generation.md: a model that generates alone, and with its compressed self as a draft.
 
-`python benchmarks/assisted_generation.py [--model hf_lowrank/data/reference-7m] [--method slab] [--ratio 0.5] [--threads 2] [--kernels]`
+`python benchmarks/assisted_generation.py [--method slab] [--ratio 0.5] [--threads 2] [--kernels]`
 
-Greedy, so the text must be the same, which is checked. Both are run in turn on the same prompts; the times are the fastest of the rounds.
+The draft is transformers' `assistant_model`. Generation is greedy, so that both texts must be the same, which is
+checked. Both are run in turn on the same prompts. The times are those of the fastest round.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from hf_lowrank import CompressionConfig, compress
 
 
 def prompts(tokenizer: Any, count: int, length: int) -> list[torch.Tensor]:
-    """Token ids (1, length) from the bundled text."""
+    """Return the token ids (1, length) of prompts from the bundled text."""
     text = files("hf_lowrank").joinpath("data/demo.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     return [window[None] for window in ids[: count * length].split(length)]
@@ -28,17 +29,26 @@ def prompts(tokenizer: Any, count: int, length: int) -> list[torch.Tensor]:
 def generate(
     model: PreTrainedModel, ids: list[torch.Tensor], new: int, **arguments: Any
 ) -> tuple[list[torch.Tensor], float]:
-    """What is written after each prompt, and the seconds that took."""
+    """Return the token ids of each prompt with `new` tokens more, and the seconds that this took."""
     start = time.perf_counter()
     length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    outputs = []
     with torch.no_grad():
-        outputs = [
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **arguments) for prompt in ids
-        ]
+        for prompt in ids:
+            outputs.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), **length, **arguments))
     return outputs, time.perf_counter() - start
 
 
-def main() -> None:
+def count_passes(model: PreTrainedModel, name: str, passes: Counter[str]) -> None:
+    """Have every forward pass of a model counted under a name."""
+
+    def count(*_: Any) -> None:
+        passes[name] += 1
+
+    model.register_forward_hook(count)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(files("hf_lowrank").joinpath("data/reference-7m")))
     parser.add_argument("--method", default="slab")
@@ -50,20 +60,23 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernels", action="store_true", help="compute with the C++ kernels")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     if arguments.kernels:
         hf_lowrank.kernels.load()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    dense, draft = (
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
-        for _ in range(2)
-    )
+    dtype = getattr(torch, arguments.dtype)
+    dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+    draft = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
     compress(draft, CompressionConfig(method=arguments.method, ratio=arguments.ratio), tokenizer, progress=False)
     ids = prompts(tokenizer, arguments.prompts, arguments.prompt)
     passes: Counter[str] = Counter()
-    for name, model in (("dense", dense), ("draft", draft)):
-        model.register_forward_hook(lambda *_, name=name: passes.update([name]))
+    count_passes(dense, "dense", passes)
+    count_passes(draft, "draft", passes)
     seconds: dict[str, list[float]] = {"alone": [], "assisted": [], "draft": []}
     for _ in range(arguments.rounds):
         alone, elapsed = generate(dense, ids, arguments.new)
@@ -72,19 +85,22 @@ def main() -> None:
         assisted, elapsed = generate(dense, ids, arguments.new, assistant_model=draft)
         seconds["assisted"].append(elapsed)
         assert all(map(torch.equal, alone, assisted)), "a draft must not change what is written"
-        counted = Counter(passes)
+        passes_when_assisted = Counter(passes)
         seconds["draft"].append(generate(draft, ids, arguments.new)[1])
     tokens = arguments.new * len(ids)
     rate = {name: tokens / min(times) for name, times in seconds.items()}
-    print(
-        "| draft | dense alone | draft alone | dense with its draft | speed-up | tokens per dense pass | draft passes per token |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    print(
-        f"| {arguments.method} {arguments.ratio:.0%} | {rate['alone']:.0f} tokens/s | {rate['draft']:.0f} tokens/s | "
-        f"{rate['assisted']:.0f} tokens/s | {rate['assisted'] / rate['alone']:.2f}× | {tokens / counted['dense']:.2f} | "
-        f"{counted['draft'] / tokens:.2f} |"
-    )
+    columns = {
+        "draft": f"{arguments.method} {arguments.ratio:.0%}",
+        "dense alone": f"{rate['alone']:.0f} tokens/s",
+        "draft alone": f"{rate['draft']:.0f} tokens/s",
+        "dense with its draft": f"{rate['assisted']:.0f} tokens/s",
+        "speed-up": f"{rate['assisted'] / rate['alone']:.2f}×",
+        "tokens per dense pass": f"{tokens / passes_when_assisted['dense']:.2f}",
+        "draft passes per token": f"{passes_when_assisted['draft'] / tokens:.2f}",
+    }
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    print(f"| {' | '.join(columns.values())} |")
 
 
 if __name__ == "__main__":

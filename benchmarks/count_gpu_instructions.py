@@ -1,9 +1,11 @@
-"""What the GPU kernels' compiled code says, without a GPU: `python benchmarks/count_gpu_instructions.py [--tokens 1] [--capability 90]`.
+"""Counts the instructions of the compiled GPU kernels. It needs no GPU.
 
-Each kernel is compiled for the shapes of real layers (4096 × 4096) in every configuration that the tuner would try, and disassembled by
-the `nvdisasm` that comes with Triton. Printed are the instructions that a warp executes per entry of the matrix and lane: a scheduler
-issues one per cycle at best. Short loops before the first product, which ask for rows ahead, are counted once. Kinds of instructions
-that take longer are listed for the innermost loop.
+`python benchmarks/count_gpu_instructions.py [--tokens 1] [--capability 90]`
+
+Each kernel is compiled for the shape of a real layer (4096 × 4096) in every configuration that the tuner would try,
+and disassembled by the `nvdisasm` that comes with Triton. The program prints the instructions that a warp executes per
+entry of the matrix and lane, of which a scheduler issues one per cycle at best. Short loops before the first product,
+which prefetch rows, are counted once. Kinds of instructions that take longer are listed for the innermost loop.
 """
 
 import argparse
@@ -28,15 +30,15 @@ from hf_lowrank.kernels.triton.tuning import TunedKernel
 
 ROWS = COLUMNS = 4096
 RANK = 1433
-"""Of factors that store 0.7 of the matrix."""
+"""Rank of factors that store 0.7 of the matrix."""
 QUARTERS = 4
-"""Passes of the loop within a span, where the compiler leaves it a loop."""
+"""Number of passes of the loop within a span, where the compiler leaves it a loop."""
 SLOW = ("LDG", "LDS", "LDSM", "STS", "SHFL", "POPC", "I2F", "BAR")
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 
 
 class NoGPU:
-    """What the compiler asks of a driver."""
+    """A driver without a GPU, which answers what Triton's compiler asks of a driver."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -52,7 +54,7 @@ class NoGPU:
 
 
 def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions, without predicates, and the first and last of every loop."""
+    """Return the instructions, without predicates, and the indices of the first and last instruction of every loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -64,40 +66,58 @@ def disassembled(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
             labels[label[1]] = len(instructions)
         elif instruction := re.search(r"/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(.*?) ?;", line):
             instructions.append(instruction[1])
-    jumps = [
-        (index, re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction)) for index, instruction in enumerate(instructions)
-    ]
-    loops = [
-        (labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] < index - 2
-    ]  # not the end's jump to itself
+    loops = []
+    for index, instruction in enumerate(instructions):
+        jump = re.search(r"^BRA.*`\((\.L_x_\d+)\)", instruction)
+        # A program ends with a jump to itself, which is no loop.
+        if jump and labels[jump[1]] < index - 2:
+            loops.append((labels[jump[1]], index))
     return instructions, loops
 
 
 def count_only(self: TunedKernel, device: torch.device, grid: Any, **arguments: Any) -> None:
+    """Compile the kernel in each configuration and print the counts, in place of `TunedKernel.launch`."""
     for configuration in self.configurations:
         sizes = configuration.kwargs
         compiled = self.kernel.warmup(**arguments, **sizes, num_warps=configuration.num_warps, grid=(1,))
         instructions, loops = disassembled(compiled.asm["cubin"])
         outer = max(loops, key=length)
-        within = max((loop for loop in loops if outer[0] < loop[0] and loop[1] < outer[1]), key=length, default=None)
+        within = innermost(loops, outer)
         width = sizes["BLOCK_COLUMNS"] if "BLOCK_COLUMNS" in sizes else 1024 * sizes["SPANS"]
+        passes = -(-arguments["columns"] // width)
+        # The code holds each loop once. A pass of the outer one executes the inner one for every quarter.
+        instructions_per_pass = length(outer)
+        if within:
+            instructions_per_pass += (QUARTERS - 1) * length(within)
+        executed = len(instructions) - length(outer) + passes * instructions_per_pass
         entries = sizes["BLOCK_ROWS"] * arguments["columns"] / 32 / configuration.num_warps
-        body = length(outer) + ((QUARTERS - 1) * length(within) if within else 0)
-        count = (len(instructions) - length(outer) + -(-arguments["columns"] // width) * body) / entries
-        first, last = within or outer
-        kinds = Counter(re.split(r"[. ]", instruction)[0] for instruction in instructions[first : last + 1])
-        slow = ", ".join(f"{kind} {kinds[kind]}" for kind in SLOW if kinds[kind])
+        loop = within or outer
         print(
-            f"  {self.kernel.__name__} {sizes}, {configuration.num_warps} warps: {count:.1f}; loop of {last - first + 1} ({slow})"
+            f"  {self.kernel.__name__} {sizes}, {configuration.num_warps} warps: {executed / entries:.1f}; "
+            f"loop of {length(loop)} ({slow_instructions(instructions, loop)})"
         )
 
 
+def innermost(loops: list[tuple[int, int]], outer: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the longest loop within another, or None if there is none."""
+    within = [loop for loop in loops if outer[0] < loop[0] and loop[1] < outer[1]]
+    return max(within, key=length, default=None)
+
+
+def slow_instructions(instructions: list[str], loop: tuple[int, int]) -> str:
+    """Return how many instructions of each slow kind a loop has, as text."""
+    first, last = loop
+    kinds = Counter(re.split(r"[. ]", instruction)[0] for instruction in instructions[first : last + 1])
+    return ", ".join(f"{kind} {kinds[kind]}" for kind in SLOW if kinds[kind])
+
+
 def length(loop: tuple[int, int]) -> int:
+    """Return the number of instructions of a loop."""
     return loop[1] - loop[0] + 1
 
 
 def layers() -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Operation and tensors, all zeros, by what a layer stores."""
+    """Return an operation and its tensors, all zeros, for each layer by what it stores."""
 
     def values(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
@@ -105,7 +125,8 @@ def layers() -> dict[str, tuple[str, tuple[Any, ...]]]:
     def packed(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.uint8)
 
-    bitmap, binary = packed(ROWS, COLUMNS // 8), (packed(ROWS, COLUMNS // 8), values(1, COLUMNS), values(ROWS, 1))
+    bitmap = packed(ROWS, COLUMNS // 8)
+    binary = (packed(ROWS, COLUMNS // 8), values(1, COLUMNS), values(ROWS, 1))
     return {
         "bitmask 50 %": ("bitmask_linear", (values(ROWS, COLUMNS // 2), bitmap)),
         "SLaB 50 %": ("bitmask_binary_linear", (values(ROWS, 1788), bitmap, *binary)),

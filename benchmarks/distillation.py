@@ -1,9 +1,12 @@
-"""How much of what compression lost distillation gives back: python benchmarks/distillation.py MODEL --help."""
+"""Measures how much of the loss by compression is recovered by distillation.
+
+`python benchmarks/distillation.py MODEL --help` lists the options.
+"""
 
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +21,48 @@ BATCH = 16
 
 @torch.no_grad()
 def nats_per_token(model: PreTrainedModel, rows: Tensor) -> float:
-    """Mean cross-entropy of the next token over windows (rows, length)."""
+    """Return the mean cross-entropy of the next token over windows (rows, length)."""
     model.eval()
-    losses = [float(model(input_ids=batch, labels=batch).loss) * len(batch) for batch in rows.split(BATCH)]
-    return sum(losses) / len(rows)
+    total = 0.0
+    for batch in rows.split(BATCH):
+        total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
+    return total / len(rows)
 
 
-def sizes(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    for recipe in arguments.recipes:
-        method, ratio = recipe.split(",")
-        yield method, float(ratio)
+def evaluate(model: PreTrainedModel, texts: Sequence[Tensor]) -> list[float]:
+    """Return the nats per token of a model on each text."""
+    return [nats_per_token(model, rows) for rows in texts]
 
 
-def main() -> None:
-    """Print one row per recipe."""
+def lost(model: PreTrainedModel, texts: Sequence[Tensor], dense: Sequence[float]) -> list[float]:
+    """Return by how many nats per token a model is worse than the dense one on each text."""
+    return [own - reference for own, reference in zip(evaluate(model, texts), dense, strict=True)]
+
+
+def train(model: PreTrainedModel, teacher: PreTrainedModel, rows: Tensor, arguments: argparse.Namespace) -> float:
+    """Train a compressed model towards the teacher, and return the seconds that it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=arguments.steps // 20,
+            logging_steps=arguments.steps,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+        )
+        trainer = DistillationTrainer(
+            model, settings, train_dataset=Windows(rows), teacher_model=teacher, lm_weight=arguments.lm_weight
+        )
+        start = time.monotonic()
+        trainer.train()
+        return time.monotonic() - start
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of a dense model")
     parser.add_argument("recipes", nargs="+", metavar="METHOD,RATIO", help="for example slab,0.5")
@@ -42,46 +73,36 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps of 16 windows")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--lm-weight", type=float, default=0.0, help="weight of the labels beside the teacher")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print one row per recipe."""
+    arguments = parse_arguments()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    train = windows(token_stream(tokenizer, read_documents(arguments.train)), arguments.length)
-    texts = [
-        windows(token_stream(tokenizer, read_documents(text)), arguments.length)[: arguments.windows]
-        for text in arguments.text
-    ]
+
+    def read_windows(text: str) -> Tensor:
+        return windows(token_stream(tokenizer, read_documents(text)), arguments.length)
+
+    training_rows = read_windows(arguments.train)
+    texts = [read_windows(text)[: arguments.windows] for text in arguments.text]
     teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    dense = [nats_per_token(teacher, rows) for rows in texts]
+    dense = evaluate(teacher, texts)
     heads = " | ".join(f"{text}: lost | after training | recovered" for text in arguments.text)
     print(f"| method | removed | {heads} | training seconds |\n|" + "---|" * (3 + 3 * len(texts)), flush=True)
-    for method, ratio in sizes(arguments):
+    for recipe in arguments.recipes:
+        method, ratio = recipe.split(",")
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         config = CompressionConfig(
-            method=method, ratio=ratio, calibration=arguments.train, sequence_length=arguments.length
+            method=method, ratio=float(ratio), calibration=arguments.train, sequence_length=arguments.length
         )
         compress(model, config, tokenizer)
-        before = [nats_per_token(model, rows) - each for rows, each in zip(texts, dense, strict=True)]
-        with tempfile.TemporaryDirectory() as folder:
-            settings = TrainingArguments(
-                folder,
-                max_steps=arguments.steps,
-                per_device_train_batch_size=BATCH,
-                learning_rate=arguments.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=arguments.steps // 20,
-                logging_steps=arguments.steps,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-            )
-            trainer = DistillationTrainer(
-                model, settings, train_dataset=Windows(train), teacher_model=teacher, lm_weight=arguments.lm_weight
-            )
-            start = time.monotonic()
-            trainer.train()
-            seconds = time.monotonic() - start
-        after = [nats_per_token(model, rows) - each for rows, each in zip(texts, dense, strict=True)]
-        cells = " | ".join(f"{b:.3f} | {a:.3f} | {(b - a) / b:.0%}" for b, a in zip(before, after, strict=True))
-        print(f"| {method} | {ratio:.0%} | {cells} | {seconds:.0f} |", flush=True)
+        lost_before = lost(model, texts, dense)
+        seconds = train(model, teacher, training_rows, arguments)
+        cells = []
+        for before, after in zip(lost_before, lost(model, texts, dense), strict=True):
+            cells.append(f"{before:.3f} | {after:.3f} | {(before - after) / before:.0%}")
+        print(f"| {method} | {float(ratio):.0%} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""A Llama checkpoint of any size with random bf16 weights, written shard by shard: what memory and time at scale are measured on.
+"""Writes a Llama checkpoint of any size with random bf16 weights, to measure memory and time at scale on.
+
+Shards are written one by one, so that a large checkpoint needs little memory.
 
 python benchmarks/make_checkpoint.py 7b OUT        # 13.5 GB
 python benchmarks/make_checkpoint.py 7b OUT --blocks 2
@@ -39,13 +41,17 @@ SHAPES = {
         "num_key_value_heads": 32,
     },
 }
-"""TinyLlama 1.1B, OpenLLaMA 3B and Llama-2 7B."""
+"""The shapes of TinyLlama 1.1B, OpenLLaMA 3B and Llama-2 7B."""
 BUNDLED = Path(hf_lowrank.__file__).parent / "data" / "reference-7m"
 STANDARD_DEVIATION = 0.02
+"""Standard deviation of the random weights, which is that of Llama's initialization."""
 
 
 def make(size: str, folder: Path, blocks: int | None, seed: int) -> None:
-    """Write the checkpoint, with the tokenizer of the bundled model, whose tokens are the first of the vocabulary."""
+    """Write the checkpoint, with the tokenizer of the bundled model.
+
+    The tokens of that tokenizer are the first ones of the vocabulary.
+    """
     config = LlamaConfig(
         vocab_size=32000,
         max_position_embeddings=4096,
@@ -64,23 +70,29 @@ def make(size: str, folder: Path, blocks: int | None, seed: int) -> None:
         shutil.copyfile(file, folder / file.name)
     shards: dict[str, list[str]] = {}
     for name in shapes:
-        parts = name.split(".")
-        part = f"block-{int(parts[2]):03}" if "layers" in parts else parts[-2]
-        shards.setdefault(f"model-{part}.safetensors", []).append(name)
+        shards.setdefault(shard_of(name), []).append(name)
     generator = torch.Generator().manual_seed(seed)
+    weight_map = {}
     for file, names in shards.items():
+        # One shard is in memory at a time.
         save_file({name: weight(shapes[name], generator) for name in names}, folder / file, metadata={"format": "pt"})
-    sizes = sum(shape.numel() * 2 for shape in shapes.values())
-    index = {
-        "metadata": {"total_size": sizes},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
+        weight_map |= dict.fromkeys(names, file)
+    total_bytes = sum(shape.numel() * 2 for shape in shapes.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    print(f"{folder}: {sizes / 1e9:.2f} GB in {len(shards)} files")
+    print(f"{folder}: {total_bytes / 1e9:.2f} GB in {len(shards)} files")
+
+
+def shard_of(name: str) -> str:
+    """Return the file of a tensor: there is one for each block, and one for each layer outside of the blocks."""
+    parts = name.split(".")
+    if "layers" in parts:
+        return f"model-block-{int(parts[2]):03}.safetensors"
+    return f"model-{parts[-2]}.safetensors"
 
 
 def weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Normal values for a matrix, ones for a norm; bf16."""
+    """Return normal values for a matrix and ones for a norm, in bf16."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     return torch.randn(shape, generator=generator).mul_(STANDARD_DEVIATION).bfloat16()

@@ -1,4 +1,7 @@
-"""Nats lost per token by recipes, each at its stored size: python benchmarks/quality_ablation.py MODEL --help."""
+"""Measures how many nats per token each recipe loses, at its stored size.
+
+`python benchmarks/quality_ablation.py MODEL --help` lists the options.
+"""
 
 import argparse
 
@@ -14,7 +17,7 @@ BATCH = 16
 
 @torch.no_grad()
 def nats_per_token(model: PreTrainedModel, rows: Tensor) -> float:
-    """Mean cross-entropy of the next token over windows (rows, length)."""
+    """Return the mean cross-entropy of the next token over windows (rows, length)."""
     total = 0.0
     for batch in rows.split(BATCH):
         logits = model(batch).logits[:, :-1].float()
@@ -40,14 +43,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=200, help="windows per text")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    texts = [
-        windows(token_stream(tokenizer, read_documents(text)), arguments.length)[: arguments.windows]
-        for text in arguments.text
-    ]
+    texts = []
+    for text in arguments.text:
+        rows = windows(token_stream(tokenizer, read_documents(text)), arguments.length)
+        texts.append(rows[: arguments.windows])
     dense_model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     dense = [nats_per_token(dense_model, rows) for rows in texts]
     print("| recipe | bits per weight |", " | ".join(arguments.text), "|\n|---|---|" + "---|" * len(texts), flush=True)
-    print("| dense |  |", " | ".join(f"{each:.4f}" for each in dense), "|", flush=True)
+    print("| dense |  |", " | ".join(f"{nats:.4f}" for nats in dense), "|", flush=True)
     for recipe in arguments.recipes:
         method, ratio, *options = recipe.split(",")
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
@@ -59,9 +62,9 @@ def main() -> None:
             sequence_length=arguments.length,
         )
         compress(model, config, tokenizer)
-        stored = 16 * (1 - model.save_pretrained.report["ratio_stored"])
-        lost = [nats_per_token(model, rows) - each for rows, each in zip(texts, dense, strict=True)]
-        print(f"| {recipe} | {stored:.3f} |", " | ".join(f"{each:.4f}" for each in lost), "|", flush=True)
+        bits_per_weight = 16 * (1 - model.save_pretrained.report["ratio_stored"])
+        lost = [nats_per_token(model, rows) - nats for rows, nats in zip(texts, dense, strict=True)]
+        print(f"| {recipe} | {bits_per_weight:.3f} |", " | ".join(f"{nats:.4f}" for nats in lost), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""SLaB's alternation against the same loop with a full SVD in every step: `python benchmarks/slab_speed.py [--size 4096] [--threads 2]`.
+"""Measures SLaB's alternation against the same loop with a full SVD in every step.
 
-Both get the same matrix, input norms and budget. Times are wall and CPU seconds; the objective is ‖(W − Ŵ) diag(c)‖_F / ‖W diag(c)‖_F.
+`python benchmarks/slab_speed.py [--size 4096] [--threads 2]`
+
+Both get the same matrix, input norms and budget. Times are wall and CPU seconds. The objective is
+‖(W − Ŵ) diag(c)‖_F / ‖W diag(c)‖_F.
 """
 
 import argparse
@@ -18,7 +21,11 @@ VALUE_BITS = 16
 
 
 def full_svd_loop(weight: Tensor, c: Tensor, kept: int, iterations: int) -> Tensor:
-    """Ŵ after `iterations` of the paper's steps (papers: SLaB §3.2), with the leading pair of a full decomposition of |R|."""
+    """Return Ŵ after `iterations` of the steps of SLaB (arXiv 2604.04493), computed with full decompositions.
+
+    A step takes the leading singular pair of |R| and the signs of R for the residual R = W − S, and keeps in every row
+    of S the entries of the rest that are largest when scaled by c.
+    """
     S = torch.zeros_like(weight)
     binary = S
     for _ in range(iterations):
@@ -32,8 +39,9 @@ def full_svd_loop(weight: Tensor, c: Tensor, kept: int, iterations: int) -> Tens
 
 
 def timed(work: Callable[[], Tensor | Decomposition]) -> tuple[Tensor | Decomposition, float, float]:
-    """The result, the wall seconds and the CPU seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Return the result of `work`, its wall seconds, and the CPU seconds of all threads."""
+    wall = time.perf_counter()
+    cpu = time.process_time()
     result = work()
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
@@ -59,17 +67,16 @@ def main() -> None:
 
     print("| loop | wall s | CPU s | objective |\n|---|---|---|---|", flush=True)
     method = make_method("slab", {"iterations": arguments.iterations})
-    ours, wall, cpu = timed(lambda: method.decompose(weight, statistics, budget))
+    ours, wall, cpu = timed(work=lambda: method.decompose(weight, statistics, budget))
     assert isinstance(ours, Decomposition)
     own_error = error(ours.to_layer(n, n).to_dense(torch.float64).detach())
     print(f"| hf_lowrank | {wall:.1f} | {cpu:.1f} | {own_error:.6f} |", flush=True)
-    full, full_wall, full_cpu = timed(lambda: full_svd_loop(weight, c, kept, arguments.iterations))
+    full, full_wall, full_cpu = timed(work=lambda: full_svd_loop(weight, c, kept, arguments.iterations))
     assert isinstance(full, Tensor)
     full_error = error(full)
     print(f"| full SVDs | {full_wall:.1f} | {full_cpu:.1f} | {full_error:.6f} |", flush=True)
-    print(
-        f"\n{full_wall / wall:.1f} × in wall time, {full_cpu / cpu:.1f} × in CPU time; objective {own_error / full_error - 1:+.4%}"
-    )
+    change = own_error / full_error - 1
+    print(f"\n{full_wall / wall:.1f} × in wall time, {full_cpu / cpu:.1f} × in CPU time; objective {change:+.4%}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Layers on a GPU beside cuBLAS: `python benchmarks/speed_gpu.py [--shapes 4096x4096 ...] [--tokens 1 2048] [--repeats 50]`.
+"""Measures layers on a GPU beside cuBLAS.
 
-Every variant is a CUDA graph of all copies of its layer, one after the other, so that launches cost what they cost in a captured model
-and weights come from memory; its time, between two events, is divided by the number of copies. The kernels are loaded, whatever
-`HF_LOWRANK_KERNELS` says, and tuned before the capture.
+`python benchmarks/speed_gpu.py [--shapes 4096x4096 ...] [--tokens 1 2048] [--repeats 50]`
+
+Every variant is a CUDA graph of all copies of its layer, one after the other. So launches cost what they cost in a
+captured model, and weights come from memory. The time of a graph, between two events, is divided by the number of
+copies. The kernels are loaded, whatever `HF_LOWRANK_KERNELS` says, and tuned before the capture.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,19 +25,24 @@ COPIED_BYTES = 1 << 30
 
 @torch.inference_mode()
 def replayed(calls: Sequence[Call], x: Tensor) -> Callable[[], float]:
-    """Build a timer for `benchmark_layers`: seconds of one product within a replayed graph of all."""
+    """Return a timer for `benchmark_layers`: it measures the seconds of one product within a replayed graph of all."""
     calls[0](x)  # tunes the shape, which a capture cannot
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call(x)
-    return lambda: between_events(graph.replay) / len(calls)
+
+    def seconds_per_call() -> float:
+        return between_events(graph.replay) / len(calls)
+
+    return seconds_per_call
 
 
 def between_events(work: Callable[[], object]) -> float:
-    """Seconds that the GPU takes."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    """Return the seconds that the GPU takes for some work."""
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
     work()
     end.record()
@@ -43,19 +51,21 @@ def between_events(work: Callable[[], object]) -> float:
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes read and written per second by a copy within the GPU's memory, at its median."""
+    """Return the bytes read and written per second by a copy within the GPU's memory, at the median of its times."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    seconds = [between_events(lambda: target.copy_(source)) for _ in range(repeats + 1)]
-    return 2 * COPIED_BYTES / Timing.of(seconds[1:]).median
+    seconds = [between_events(partial(target.copy_, source)) for _ in range(repeats + 1)]
+    return 2 * COPIED_BYTES / Timing.of(seconds[1:]).median  # the first copy warms up
 
 
 def row(result: LayerSpeed, copy: float) -> str:
-    bandwidth = f"{result.bandwidth / 1e9:.0f} | {result.bandwidth / copy:.2f}" if result.tokens == 1 else "– | –"
+    bandwidth = "– | –"
+    if result.tokens == 1:  # with more tokens a product is no longer bound by memory
+        bandwidth = f"{result.bandwidth / 1e9:.0f} | {result.bandwidth / copy:.2f}"
     return (
         f"| {result.layout} | {result.rows} × {result.columns} | {result.tokens} | {result.dense.median * 1e6:.1f} "
-        f"| {result.compressed.median * 1e6:.1f} ({result.compressed.spread * 1e6:.1f}) | {result.ratio:.2f} | {result.bytes_limit:.2f} "
-        f"| {bandwidth} |"
+        f"| {result.compressed.median * 1e6:.1f} ({result.compressed.spread * 1e6:.1f}) "
+        f"| {result.ratio:.2f} | {result.bytes_limit:.2f} | {bandwidth} |"
     )
 
 
@@ -70,7 +80,8 @@ def main() -> None:
     kernels.load()
     copy = copy_bandwidth(arguments.repeats)
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}; copy bandwidth {copy / 1e9:.0f} GB/s\n"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}; "
+        f"copy bandwidth {copy / 1e9:.0f} GB/s\n"
     )
     print(HEADER)
     for shape in arguments.shapes:

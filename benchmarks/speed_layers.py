@@ -1,4 +1,6 @@
-"""The per-layer table of speed.md: `python benchmarks/speed_layers.py [--threads 1 4] [--tokens 1] [--shapes 4096x4096 ...]`.
+"""Makes the per-layer table of speed.md.
+
+`python benchmarks/speed_layers.py [--threads 1 4] [--tokens 1] [--shapes 4096x4096 ...]`
 
 With `--cpu-time` (one thread) the clock is the thread's own, which other processes on a shared machine do not disturb.
 """
@@ -9,7 +11,8 @@ import time
 from hf_lowrank.evaluation.speed import LayerSpeed, benchmark_layers
 
 HEADER = (
-    "| layout | shape | tokens | threads | dense ms | compressed ms (spread) | × dense | bytes limit | share of limit | GB/s |\n"
+    "| layout | shape | tokens | threads | dense ms | compressed ms (spread) "
+    "| × dense | bytes limit | share of limit | GB/s |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -17,9 +20,10 @@ HEADER = (
 def row(result: LayerSpeed) -> str:
     share = "–" if result.share_of_limit is None else f"{result.share_of_limit:.2f}"
     return (
-        f"| {result.layout} | {result.rows} × {result.columns} | {result.tokens} | {result.threads} | {result.dense.median * 1e3:.3f} "
-        f"| {result.compressed.median * 1e3:.3f} ({result.compressed.spread * 1e3:.3f}) | {result.ratio:.2f} | {result.bytes_limit:.2f} "
-        f"| {share} | {result.bandwidth / 1e9:.1f} |"
+        f"| {result.layout} | {result.rows} × {result.columns} | {result.tokens} | {result.threads} "
+        f"| {result.dense.median * 1e3:.3f} "
+        f"| {result.compressed.median * 1e3:.3f} ({result.compressed.spread * 1e3:.3f}) "
+        f"| {result.ratio:.2f} | {result.bytes_limit:.2f} | {share} | {result.bandwidth / 1e9:.1f} |"
     )
 
 

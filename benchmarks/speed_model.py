@@ -1,4 +1,7 @@
-"""The end-to-end table of speed.md: a Llama of 1.1 B parameters with random weights, dense and with every block linear compressed.
+"""Makes the end-to-end table of speed.md.
+
+The model is a Llama of 1.1 B parameters with random weights, once dense and once with every linear layer of its blocks
+compressed.
 
 `python benchmarks/speed_model.py [--threads 4] [--layout "SLaB 50 % of the bits"] [--prompt 512] [--new 32]`
 
@@ -14,8 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank.evaluation import speed
-from hf_lowrank.evaluation.generation_speed import benchmark_model
-from hf_lowrank.evaluation.speed import PAPER_LAYOUTS, random_layer
+from hf_lowrank.evaluation.speed import PAPER_LAYOUTS, ModelSpeed, benchmark_model, random_layer
 from hf_lowrank.runtime.configuration import LayerSpec
 
 CONFIG = LlamaConfig(
@@ -27,6 +29,11 @@ CONFIG = LlamaConfig(
     vocab_size=32000,
     max_position_embeddings=2048,
 )
+HEADER = (
+    "| model | GB stored | GB resident | prefill tokens/s (spread s) | decode tokens/s (spread s) "
+    "| × dense prefill | × dense decode |\n"
+    "|---|---|---|---|---|---|---|"
+)
 LAYOUTS = {
     "SLaB 50 % of the bits": speed.layout("slab", 0.5, "bits"),
     "low rank 50 %": speed.layout("lowrank", 0.5),
@@ -34,21 +41,30 @@ LAYOUTS = {
 }
 
 
-def dense(layers: int) -> LlamaForCausalLM:
+def without_memory(layers: int) -> LlamaForCausalLM:
+    """Return the model on the meta device, in bfloat16."""
     config = LlamaConfig.from_dict({**CONFIG.to_dict(), "num_hidden_layers": layers})
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def with_rotary_embedding(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Make the rotary embedding of a model again: it has buffers, which have no values after the meta device."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model
 
 
+def dense(layers: int) -> LlamaForCausalLM:
+    """Return the dense model with random weights."""
+    model = without_memory(layers).to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return with_rotary_embedding(model)
+
+
 def compressed(layers: int, layout: Callable[[int, int], LayerSpec]) -> LlamaForCausalLM:
-    config = LlamaConfig.from_dict({**CONFIG.to_dict(), "num_hidden_layers": layers})
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    """Return the model with random compressed layers in its blocks. The dense layers never take memory."""
+    model = without_memory(layers)
     for block in model.model.layers:
         for name, linear in list(block.named_modules()):
             if isinstance(linear, nn.Linear):
@@ -57,11 +73,20 @@ def compressed(layers: int, layout: Callable[[int, int], LayerSpec]) -> LlamaFor
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(
-                    module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02))
-                )
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model
+                values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
+                setattr(module, name, nn.Parameter(values))
+    return with_rotary_embedding(model)
+
+
+def row(result: ModelSpeed, reference: ModelSpeed) -> str:
+    resident = "–" if result.resident_bytes is None else f"{result.resident_bytes / 1e9:.2f}"
+    return (
+        f"| {result.name} | {result.stored_bytes / 1e9:.2f} | {resident} "
+        f"| {result.prefill_tokens_per_second:.1f} ({result.prefill.spread:.2f}) "
+        f"| {result.decode_tokens_per_second:.2f} ({result.decode.spread:.2f}) "
+        f"| {reference.prefill.median / result.prefill.median:.2f} "
+        f"| {reference.decode.median / result.decode.median:.2f} |"
+    )
 
 
 def main() -> None:
@@ -85,18 +110,9 @@ def main() -> None:
         repeats=arguments.repeats,
         clock=time.thread_time if arguments.cpu_time else time.perf_counter,
     )
-    reference = results[0]
-    print(
-        "| model | GB stored | GB resident | prefill tokens/s (spread s) | decode tokens/s (spread s) | × dense prefill | × dense decode |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print(HEADER)
     for result in results:
-        resident = "–" if result.resident_bytes is None else f"{result.resident_bytes / 1e9:.2f}"
-        print(
-            f"| {result.name} | {result.stored_bytes / 1e9:.2f} | {resident} | {result.prefill_tokens_per_second:.1f} "
-            f"({result.prefill.spread:.2f}) | {result.decode_tokens_per_second:.2f} ({result.decode.spread:.2f}) "
-            f"| {reference.prefill.median / result.prefill.median:.2f} | {reference.decode.median / result.decode.median:.2f} |"
-        )
+        print(row(result, reference=results[0]))
 
 
 if __name__ == "__main__":

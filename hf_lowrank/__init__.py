@@ -118,9 +118,11 @@ def _compress_on_load(model: Any, config: "CompressionConfig") -> None:
     _import(".compression.pipeline").compress_on_load(model, config)
 
 
+# The runtime imports nothing outside itself, because it travels in checkpoints. The package adds what it lacks there.
 after_import(f"{__name__}.runtime.saving", _add_publisher)
 after_import(f"{__name__}.runtime.ops", _offer_kernels)
 after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
+# Every way of opening a model reads its config, and then asks the quantizers for the format.
 after_import("transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs())
 after_import("transformers.tokenization_utils_base", lambda: _import(".runtime.load_hooks").hook_tokenizers())
 after_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"))

@@ -1,7 +1,12 @@
-"""What may be stored: by one layer, and by a whole model. All ratios have one denominator: the block linears, dense, in their dtype."""
+"""Budgets in stored bits: for one layer and for a whole model.
+
+All ratios have one denominator: the stored bits of the linear layers of the model's blocks, dense, in their dtype in
+the checkpoint.
+"""
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +20,8 @@ class Layer:
     Attributes:
         name: module name.
         block, blocks: index of its block and number of blocks.
-        role: "query", "key", "value", "output", "ffn_in", "ffn_out", "router" or "other" (see `architectures.py`).
+        role: "query", "key", "value", "output", "ffn_in", "ffn_out", "router" or "other" (see
+            `models/architectures.py`).
         out_features, in_features: m and n.
     """
 
@@ -45,28 +51,31 @@ class Budget:
     accounting: str = "bits"
 
     def rank(self, spec: LayerSpec = LayerSpec()) -> int:  # noqa: B008  (frozen)
-        """The largest rank with which a layer of this spec still fits."""
+        """Return the largest rank with which a layer of this spec still fits."""
         return self._largest("rank", spec, min(spec.lowrank_shape(self.out_features, self.in_features)))
 
     def kept_per_row(self, spec: LayerSpec = LayerSpec(sparse="bitmask")) -> int:  # noqa: B008
-        """The largest number of kept values per row with which a bitmask layer of this spec still fits."""
+        """Return the largest number of kept values per row with which a bitmask layer of this spec still fits."""
         return self._largest("kept", spec, self.in_features - 1)
 
     def stored(self, spec: LayerSpec) -> int:
-        """Bits that a layer of this spec takes."""
+        """Return the bits that a layer of this spec takes."""
         return spec.stored_bits(self.out_features, self.in_features, self.value_bits, self.accounting)
 
     def _largest(self, field: str, spec: LayerSpec, limit: int) -> int:
-        def stored(value: int) -> int:
+        """Return the largest value from 0 to `limit` of a field of `spec` that fits, or 0 if none does."""
+
+        def stored_with(value: int) -> int:
             fields: dict[str, Any] = {field: value}
             return self.stored(replace(spec, **fields))
 
-        return max(bisect_right(range(limit + 1), self.bits, key=stored) - 1, 0)  # stored bits grow with either field
+        # Stored bits grow with either field, so the largest value that fits can be found by bisection.
+        return max(bisect_right(range(limit + 1), self.bits, key=stored_with) - 1, 0)
 
 
 @dataclass(frozen=True)
 class ModelBudget:
-    """The stored bits of a whole model's block linears.
+    """The stored bits of the linear layers of all blocks of a model.
 
     Attributes:
         ratio: fraction of the dense bits to remove.
@@ -81,28 +90,35 @@ class ModelBudget:
     accounting: str = "bits"
 
     def dense_bits(self, layer: Layer) -> int:
-        """Bits of the dense layer, with its bias."""
+        """Return the bits of the dense layer, its bias included."""
         return layer.out_features * layer.in_features * self.value_bits[layer.name] + self.bias_bits[layer.name]
 
+    def total_dense_bits(self, layers: Iterable[Layer]) -> int:
+        """Return the bits of several dense layers together."""
+        return sum(self.dense_bits(layer) for layer in layers)
+
     def stored_bits(self, layer: Layer, spec: LayerSpec) -> int:
-        """Bits of the compressed layer without its own bias; a bias that the method adds goes into that one where there is one."""
+        """Return the bits of the compressed layer without its own bias.
+
+        A bias that the method adds costs nothing where the layer has a bias of its own, into which it is added.
+        """
         if self.bias_bits[layer.name]:
             spec = replace(spec, bias=False)
         return spec.stored_bits(layer.out_features, layer.in_features, self.value_bits[layer.name], self.accounting)
 
     def available(self, compressed: list[Layer], dense: list[Layer]) -> int:
-        """Bits that the compressed layers may take together, without their biases."""
-        total = sum(self.dense_bits(layer) for layer in compressed + dense)
-        unchanged = sum(self.dense_bits(layer) for layer in dense) + sum(
-            self.bias_bits[layer.name] for layer in compressed
-        )
+        """Return the bits that the compressed layers may take together, without their biases."""
+        total = self.total_dense_bits(compressed + dense)
+        biases = sum(self.bias_bits[layer.name] for layer in compressed)
+        unchanged = self.total_dense_bits(dense) + biases
+        # The small number makes up for the rounding of a product that would be whole, such as 0.3 · 10.
         return math.floor((1 - self.ratio) * total + 1e-6) - unchanged
 
     def removed(self, bits: int, compressed: list[Layer], dense: list[Layer]) -> float:
-        """The ratio that results if the compressed layers take `bits` together, without their biases."""
-        total = sum(self.dense_bits(layer) for layer in compressed + dense)
+        """Return the ratio that results if the compressed layers take `bits` together, without their biases."""
+        total = self.total_dense_bits(compressed + dense)
         return (self.available(compressed, dense) - bits) / total + self.ratio
 
     def layer_budget(self, layer: Layer, bits: int) -> Budget:
-        """A budget of `bits` for one layer."""
+        """Return a budget of `bits` for one layer."""
         return Budget(bits, layer.out_features, layer.in_features, self.value_bits[layer.name], self.accounting)

@@ -1,4 +1,4 @@
-"""Do something as soon as a module has been imported, without importing it."""
+"""Doing something as soon as a module has been imported, without importing it."""
 
 import importlib.abc
 import importlib.machinery
@@ -33,7 +33,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # so that the search below finds the module and not this watcher again
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec

@@ -1,10 +1,11 @@
-"""The version of the package, and of the libraries that a result depends on."""
+"""The version of the package, and those of the libraries that a result depends on."""
 
 __version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of hf_lowrank, torch and transformers, as checkpoints and comparisons record them."""
+    """Return the versions of hf_lowrank, torch and transformers, as checkpoints and work folders record them."""
+    # Imported here, so that the version alone costs nothing.
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Make the example cards in this folder from real runs: compress a model with each of the three systems, reload, measure, write the card.
+"""Make the example cards in this folder from real runs: compress by each of the three systems, reload, measure, write the card.
 
     python model_cards/make.py MODEL --calibration FILE --text FILE...
 
@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_lowrank import CompressionConfig, compress
-from hf_lowrank.evaluation.perplexity import evaluate
+from hf_lowrank import CompressionConfig, compress, evaluate
 from hf_lowrank.publishing.measurements import text_quality
 from hf_lowrank.publishing.model_card import record
 

@@ -5,15 +5,14 @@ import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
-os.environ["HF_LOWRANK_KERNELS"] = "off"  # plugin and remote code are compared bit for bit; tests/kernels loads them
-os.environ.setdefault(
-    "TRITON_INTERPRET", "1"
-)  # before anything imports Triton; 0 on a machine with a GPU lets the GPU compute
+# Plugin and remote code are compared bit for bit, so no test loads kernels but those in tests/kernels.
+os.environ["HF_LOWRANK_KERNELS"] = "off"
+# Triton reads this when it is first imported. On a machine with a GPU, 0 lets the GPU compute.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
 torch.set_num_threads(2)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background jobs, and their children, are started deaf to it
+# A shell starts its background jobs and their children deaf to this signal, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)

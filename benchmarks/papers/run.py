@@ -1,12 +1,14 @@
-"""Fill the headline table of a paper: compress as the paper did, reload, measure, and put the published figures beside.
+"""Fill the main table of a paper: compress as the paper did, reload, measure, and put the published figures beside.
 
     python benchmarks/papers/run.py sola --models LLaMA-2-7B --device cuda --out out/papers/sola
 
-A table is a JSON file in this folder, or of your own with the same fields. Every finished cell is a file in the output folder; the same
-command run again goes on where it stopped, and `table.md` there is written anew after each.
+A table is a JSON file in this folder, or one of your own with the same fields. Every finished cell is a file in the
+output folder. The same command, run again, goes on where it stopped. `table.md` in that folder is written anew after
+each cell.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -20,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.evaluation.comparison_records import finished_record, model_sha256, text_sha256, write_json
+from hf_lowrank.evaluation.comparison_records import model_sha256, text_sha256, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers
@@ -32,38 +34,46 @@ Record = dict[str, Any]
 
 
 def load_table(name: str) -> Table:
-    """A table by its name in this folder, or from a file."""
+    """Return a table by its name in this folder, or from a file.
+
+    Raises:
+        CompressionError: if there is neither.
+    """
     file = Path(__file__).with_name(f"{name}.json")
-    file = file if file.is_file() else Path(name)
     if not file.is_file():
-        known = ", ".join(sorted(each.stem for each in Path(__file__).parent.glob("*.json")))
-        raise CompressionError(f"table {name!r}: no such file, and not one of {known}")
+        file = Path(name)
+    if not file.is_file():
+        names = ", ".join(sorted(table.stem for table in Path(__file__).parent.glob("*.json")))
+        raise CompressionError(f"table {name!r}: no such file, and not one of {names}")
     table: Table = json.loads(file.read_text(encoding="utf-8"))
     return table
 
 
 def block_ratio(table: Table, ratio: float, model: str) -> float:
-    """The paper's ratio as a share of the block linears: a share of the whole model grows by (all parameters) / (block weights)."""
+    """Return the paper's ratio as a share of the weights of the blocks' linear layers.
+
+    A share of the whole model grows by (all parameters) / (weights of these layers).
+    """
     if table["removed_share_of"] == "block linears":
         return ratio
     dense = skeleton(load_config(model))
-    everything = sum(parameter.numel() for parameter in dense.parameters())
-    return (
-        ratio * everything / sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(dense)))
-    )
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+    block_weights = sum(layer.out_features * layer.in_features for layer in find_layers(find_blocks(dense)))
+    return ratio * parameters / block_weights
 
 
 def recipe(table: Table, model: str, setting: str, method: str) -> CompressionConfig:
-    """How the paper compresses a model in one setting.
+    """Return the config by which the paper compresses a model in one setting.
 
     Raises:
-        CompressionError: if the paper's ratio is more than all of the block linears.
+        CompressionError: if the paper's ratio is more than all of the blocks' linear layers.
     """
-    chosen, calibration = table["settings"][setting], table["calibration"]
+    table_setting = table["settings"][setting]
+    calibration = table["calibration"]
     return CompressionConfig(
         method=method,
-        ratio=block_ratio(table, chosen["ratio"], table["models"][model]["id"]),
-        options={**table["methods"][method], **chosen.get("options", {})},
+        ratio=block_ratio(table, table_setting["ratio"], table["models"][model]["id"]),
+        options={**table["methods"][method], **table_setting.get("options", {})},
         calibration=calibration["source"],
         samples=calibration["samples"],
         sequence_length=calibration["sequence_length"],
@@ -73,10 +83,10 @@ def recipe(table: Table, model: str, setting: str, method: str) -> CompressionCo
 
 
 def run_cell(table: Table, model: str, setting: str, method: str, out: Path, **arguments: Any) -> Record:
-    """Compress a model in one setting, reload it from disk and measure it; the dense model is only measured.
+    """Compress a model in one setting, reload it from disk and measure it. The dense model is only measured.
 
     Args:
-        arguments: as for `measure`, with `device`.
+        arguments: the arguments of `measure`, `device` among them.
     """
     source = table["models"][model]["id"]
     if method == "dense":
@@ -100,24 +110,26 @@ def run_cell(table: Table, model: str, setting: str, method: str, out: Path, **a
 def measure(
     table: Table, model: str, folder: str, *, device: str, batch_size: int, tasks: bool, task_folder: Path | None
 ) -> Record:
-    """Perplexities and accuracies in percent, by the names of the table's columns.
+    """Return perplexities, and accuracies in percent, by the names of the table's columns.
 
     Args:
-        model: name of the model in the table, which sets the window. folder: where the model to measure is.
-        batch_size: sequences per batch of the tasks. tasks: whether to run them. task_folder: where lm-eval finds tasks of your own.
+        model: name of the model in the table, which sets the window.
+        folder: folder or name of the model to measure.
+        batch_size: sequences per batch of the tasks.
+        tasks: whether to run the tasks.
+        task_folder: folder in which lm-eval finds tasks of your own.
     """
     subject, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
     window = table["models"][model]["window"]
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for name, text in table["texts"].items():
-        found[name] = evaluate(
-            subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows")
-        ).perplexity
+        found[name] = evaluate(subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows"))
+        figures[name] = evaluation.perplexity
     if tasks and table["tasks"]:
-        found |= accuracies(subject, tokenizer, table["tasks"], device, batch_size, task_folder)
+        figures |= accuracies(subject, tokenizer, table["tasks"], device, batch_size, task_folder)
         if table["mean_of"]:
-            found["mean"] = sum(found[name] for name in table["mean_of"]) / len(table["mean_of"])
-    return {"measured": found}
+            figures["mean"] = sum(figures[name] for name in table["mean_of"]) / len(table["mean_of"])
+    return {"measured": figures}
 
 
 def accuracies(
@@ -128,47 +140,58 @@ def accuracies(
     batch_size: int,
     task_folder: Path | None,
 ) -> dict[str, float]:
-    """Accuracies in percent by lm-eval, in one run for all tasks with the same number of examples in the prompt."""
+    """Return accuracies in percent by lm-eval, with one run for all tasks of the same number of examples (shots)."""
+    # Imported here, as perplexities can be measured without lm-eval.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
     manager = TaskManager(include_path=task_folder)
-    found: dict[str, float] = {}
-    for shots in sorted({task.get("shots", 0) for task in tasks.values()}):
-        chosen = {name: task for name, task in tasks.items() if task.get("shots", 0) == shots}
+    by_shots: dict[int, dict[str, Any]] = {}
+    for name, task in tasks.items():
+        by_shots.setdefault(task.get("shots", 0), {})[name] = task
+    percent: dict[str, float] = {}
+    for shots in sorted(by_shots):
         results = simple_evaluate(
-            subject, tasks=[task["task"] for task in chosen.values()], num_fewshot=shots, task_manager=manager, bootstrap_iters=0,
+            subject,
+            tasks=[task["task"] for task in by_shots[shots].values()],
+            num_fewshot=shots,
+            task_manager=manager,
+            bootstrap_iters=0,
             log_samples=False,
-        )  # fmt: skip
-        assert results is not None, "only the first of several processes gets None"
-        found |= {
-            name: 100 * float(results["results"][task["task"]][f"{task['metric']},none"])
-            for name, task in chosen.items()
-        }
-    return found
+        )
+        assert results is not None, "of several processes only the first gets results, and here is one"
+        for name, task in by_shots[shots].items():
+            percent[name] = 100 * float(results["results"][task["task"]][f"{task['metric']},none"])
+    return percent
 
 
 def inputs(table: Table, model: str, setting: str, method: str, tasks: bool) -> dict[str, Any]:
-    """Everything that the figures of a cell depend on."""
+    """Return everything that the figures of a cell depend on."""
     import lm_eval
 
-    found = {
+    texts = {}
+    for name, text in table["texts"].items():
+        texts[name] = {**text, "sha256": text_sha256(text["source"])}
+    measurement = {
         "model": model_sha256(table["models"][model]["id"]),
         "window": table["models"][model]["window"],
-        "texts": {name: {**text, "sha256": text_sha256(text["source"])} for name, text in table["texts"].items()},
+        "texts": texts,
         "tasks": table["tasks"] if tasks else {},
         "versions": {**library_versions(), "lm_eval": lm_eval.__version__},
     }
     if method == "dense":
-        return found
-    fields = ("removed_share_of", "accounting", "calibration")
-    compression = {name: table[name] for name in fields} | {
+        return measurement
+    compression = {
+        "removed_share_of": table["removed_share_of"],
+        "accounting": table["accounting"],
+        "calibration": table["calibration"],
         "options": table["methods"][method],
         "setting": table["settings"][setting],
+        "calibration_sha256": text_sha256(table["calibration"]["source"]),
     }
-    return {**found, "compression": {**compression, "calibration_sha256": text_sha256(table["calibration"]["source"])}}
+    return {**measurement, "compression": compression}
 
 
 def fill(
@@ -181,19 +204,23 @@ def fill(
     tasks: bool = True,
     **arguments: Any,
 ) -> Path:
-    """Run every cell that is not finished, the dense models first, and write `table.md`; its path."""
+    """Run every cell that is not finished, the dense models first, and write `table.md`.
+
+    Returns:
+        The path of `table.md`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     cells = [(model, "dense", "dense") for model in models]
-    cells += [(model, setting, method) for model in models for setting in settings for method in methods]
+    cells += itertools.product(models, settings, methods)
     for model, setting, method in cells:
         file = cell_file(out, model, setting, method)
-        needed = inputs(table, model, setting, method, tasks)
-        if finished_record(file, needed, log=say) is None:
+        cell_inputs = inputs(table, model, setting, method, tasks)
+        if finished(file, cell_inputs, say) is None:
             say(f"{model}, {setting}, {method} ...")
             try:
                 record = run_cell(table, model, setting, method, out, tasks=tasks, **arguments)
             except CompressionError as error:
-                if method == "dense":
+                if method == "dense":  # without the dense model's figures the rest says nothing
                     raise
                 record = {"failed": str(error)}
             write_json(file, {"inputs": needed, **record})
@@ -202,31 +229,36 @@ def fill(
 
 
 def markdown(table: Table, out: Path) -> str:
-    """The table: in every cell the published figure, then ours."""
-    metrics = [*table["texts"], *table["tasks"], *(["mean"] if table["mean_of"] else [])]
-    published = {(each["model"], each["setting"], each["method"], each["metric"]): each for each in table["published"]}
-    lines = [
-        ["model", "setting", "method", "removed from blocks", "without masks", "from the model", *metrics, "seconds"],
+    """Return the table as Markdown. In every cell stands the published figure, then ours."""
+    metrics = [*table["texts"], *table["tasks"]]
+    if table["mean_of"]:
+        metrics.append("mean")
+    heads = [
+        "model",
+        "setting",
+        "method",
+        "removed from blocks",
+        "without masks",
+        "from the model",
+        *metrics,
+        "seconds",
     ]
-    lines.append(["---"] * len(lines[0]))
+    lines = [heads, ["---"] * len(heads)]
     failures = []
+    published = published_figures(table)
     for model, setting, method in rows(table, out):
         file = cell_file(out, model, setting, method)
         record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if "failed" in record:
             failures.append(f"- {model}, {setting}, {method}: {record['failed']}")
-        ratios = [
-            f"{record[name]:.2%}" if name in record else "" for name in ("ratio_stored", "ratio_paper", "model_ratio")
-        ]
-        figures = []
+        line = [model, setting, method]
+        for name in ("ratio_stored", "ratio_paper", "model_ratio"):
+            line.append(f"{record[name]:.2%}" if name in record else "")
         for metric in metrics:
-            figure = published.get((model, setting, method, metric))
-            known = "?" if figure is None else str(figure["value"]) + ("" if figure["source"] == "paper" else "†")
             measured = record.get("measured", {}).get(metric)
-            figures.append(f"{known} · " + ("–" if measured is None else f"{measured:.4g}"))
-        lines.append(
-            [model, setting, method, *ratios, *figures, f"{record['seconds']:.0f}" if "seconds" in record else ""]
-        )
+            line.append(published_and_measured(published.get((model, setting, method, metric)), measured))
+        line.append(f"{record['seconds']:.0f}" if "seconds" in record else "")
+        lines.append(line)
     text = f"# {table['title']}\n\nIn every cell: published · measured. Perplexities, and accuracies in percent. "
     text += f"The paper's ratio is a share of the {table['removed_share_of']}.\n"
     text += "?: not known. –: not run. †: second-hand, or from the paper of a rival.\n\n"
@@ -236,32 +268,61 @@ def markdown(table: Table, out: Path) -> str:
     return text + "\n" + "\n".join(f"- {note}" for note in table["notes"]) + "\n"
 
 
+def published_figures(table: Table) -> dict[tuple[str, str, str, str], Record]:
+    """Return the published figures of a table by model, setting, method and metric."""
+    figures = {}
+    for figure in table["published"]:
+        figures[figure["model"], figure["setting"], figure["method"], figure["metric"]] = figure
+    return figures
+
+
+def published_and_measured(figure: Record | None, measured: float | None) -> str:
+    """Return the text of a cell: the published figure, or "?", and the measured one, or "–"."""
+    published = "?"
+    if figure is not None:
+        published = str(figure["value"])
+        if figure["source"] != "paper":
+            published += "†"
+    return f"{published} · " + ("–" if measured is None else f"{measured:.4g}")
+
+
 def rows(table: Table, out: Path) -> list[tuple[str, str, str]]:
-    """Model, setting and method of every row: the paper's method everywhere, others where something is published or was run."""
-    known = {(each["model"], each["setting"], each["method"]) for each in table["published"]}
-    found = []
+    """Return model, setting and method of every row.
+
+    The paper's method has a row everywhere, other methods where something is published or was run.
+    """
+    published = {cell[:3] for cell in published_figures(table)}
+    cells = []
     for model in table["models"]:
         for setting in ("dense", *table["settings"]):
-            methods = ["dense"] if setting == "dense" else list(table["methods"])
-            others = sorted(
-                method for one, two, method in known if (one, two) == (model, setting) and method not in methods
-            )
-            for method in (*methods, *others):
+            for method in methods_of_rows(table, published, model, setting):
                 cell = (model, setting, method)
-                if method in (table["method"], "dense") or cell in known or cell_file(out, *cell).is_file():
-                    found.append(cell)
-    return found
+                if method in (table["method"], "dense") or cell in published or cell_file(out, *cell).is_file():
+                    cells.append(cell)
+    return cells
+
+
+def methods_of_rows(table: Table, published: set[tuple[str, str, str]], model: str, setting: str) -> list[str]:
+    """Return the table's methods, then others that are published for a model in a setting, in alphabetical order."""
+    methods = ["dense"] if setting == "dense" else list(table["methods"])
+    only_published = []
+    for published_model, published_setting, method in published:
+        if (published_model, published_setting) == (model, setting) and method not in methods:
+            only_published.append(method)
+    return methods + sorted(only_published)
 
 
 def cell_file(out: Path, model: str, setting: str, method: str) -> Path:
-    return out / f"{'_'.join((model, re.sub(r'[ %]', '', setting).replace(':', 'of'), method))}.json"
+    """Return the file of a cell, whose name has no space, percent sign or colon."""
+    setting_in_name = re.sub(r"[ %]", "", setting).replace(":", "of")
+    return out / f"{model}_{setting_in_name}_{method}.json"
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", help="sola, soco, slab, or a JSON file of the same form")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished cells and table.md")
@@ -272,19 +333,37 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per batch of the tasks")
     parser.add_argument("--no-tasks", action="store_true", help="perplexities only")
     parser.add_argument("--task-folder", type=Path, help="folder of lm-eval tasks of your own")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def check_names(table: Table, field: str, names: Sequence[str]) -> None:
+    """Raise CompressionError if a name is not one of a field of the table."""
+    for name in names:
+        if name not in table[field]:
+            raise CompressionError(f"{name!r} is not one of the table's {field}: {', '.join(table[field])}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
     try:
         table = load_table(arguments.table)
-        models, settings = arguments.models or list(table["models"]), arguments.settings or list(table["settings"])
+        models = arguments.models or list(table["models"])
+        settings = arguments.settings or list(table["settings"])
         methods = arguments.methods or [table["method"]]
-        for chosen, known in ((models, "models"), (settings, "settings"), (methods, "methods")):
-            for name in chosen:
-                if name not in table[known]:
-                    raise CompressionError(f"{name!r} is not one of the table's {known}: {', '.join(table[known])}")
+        check_names(table, "models", models)
+        check_names(table, "settings", settings)
+        check_names(table, "methods", methods)
         file = fill(
-            table, arguments.out, models, settings, methods, tasks=not arguments.no_tasks,
-            device=arguments.device, batch_size=arguments.batch_size, task_folder=arguments.task_folder,
-        )  # fmt: skip
+            table,
+            arguments.out,
+            models,
+            settings,
+            methods,
+            tasks=not arguments.no_tasks,
+            device=arguments.device,
+            batch_size=arguments.batch_size,
+            task_folder=arguments.task_folder,
+        )
     except CompressionError as error:
         sys.exit(f"error: {error}")
     print(file.read_text(encoding="utf-8"))

@@ -1,9 +1,17 @@
-"""Texts → token batches; block inputs; statistics."""
+"""Batches of tokens, the inputs that they give to the blocks of a model, and statistics of its linear layers."""
 
 from .activations import ActivationCache
-from .batches import TokenBatch, calibration_batches, fingerprint, passes
-from .blocks import BlockBatch, block_statistics, capture, compressed_input_sums, noting_calls, run_block, starts_anew
-from .correction import DensePasses, Sums, stage_sums, stages, stream_writers
+from .batches import TokenBatch, calibration_batches, fingerprint, split_into_passes
+from .block_inputs import capture
+from .blocks import (
+    BlockBatch,
+    block_statistics,
+    compressed_input_sums,
+    record_calls,
+    run_block,
+    starts_new_block_list,
+)
+from .correction import CorrectionSums, DenseReference, are_residual_writers, correction_sums, input_stages
 from .curvature import output_grams
 from .gradients import squared_gradients
 from .unigrams import with_unigram_sequences
@@ -11,22 +19,22 @@ from .unigrams import with_unigram_sequences
 __all__ = [
     "ActivationCache",
     "BlockBatch",
-    "DensePasses",
-    "Sums",
+    "CorrectionSums",
+    "DenseReference",
     "TokenBatch",
+    "are_residual_writers",
     "block_statistics",
     "calibration_batches",
     "capture",
     "compressed_input_sums",
+    "correction_sums",
     "fingerprint",
-    "noting_calls",
+    "input_stages",
     "output_grams",
-    "passes",
+    "record_calls",
     "run_block",
+    "split_into_passes",
     "squared_gradients",
-    "stage_sums",
-    "stages",
-    "starts_anew",
-    "stream_writers",
+    "starts_new_block_list",
     "with_unigram_sequences",
 ]

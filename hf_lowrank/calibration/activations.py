@@ -1,4 +1,7 @@
-"""Where activations wait between two blocks: in memory up to a limit, the others in files that are mapped while they are used."""
+"""A cache for the activations between two blocks.
+
+It keeps them in memory up to a limit. Those beyond the limit are in files, which are mapped when they are used.
+"""
 
 import itertools
 from pathlib import Path
@@ -7,36 +10,52 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS_IN_MEMORY = 2**28
-"""Bytes that wait in memory where there is a folder for more."""
+"""Maximum number of bytes that a cache with a folder keeps in memory."""
 
 
 class ActivationCache:
-    """Room for tensors that wait.
+    """Keeps tensors until they are used again.
 
     Args:
-        folder: where files go; None keeps everything in memory.
-        limit: bytes that may wait in memory; `ACTIVATIONS_IN_MEMORY` by default.
-        owner: the number of the process, of those that share the folder.
+        folder: the folder for the tensors that do not fit into memory. None keeps all of them in memory.
+        limit: maximum number of bytes in memory, `ACTIVATIONS_IN_MEMORY` by default. Without a folder it is ignored.
+        owner: rank of this process. It keeps file names apart where processes share the folder.
+
+    Attributes:
+        bytes_in_memory: bytes of the tensors that are in memory now.
     """
 
     def __init__(self, folder: Path | None = None, limit: int | None = None, owner: int = 0) -> None:
-        self.folder, self.limit, self.owner = folder, ACTIVATIONS_IN_MEMORY if limit is None else limit, owner
-        self.held = 0
-        self._numbers = itertools.count()
+        self.folder = folder
+        # the default is looked up at every call, so that the module's constant can be changed at run time
+        self.limit = ACTIVATIONS_IN_MEMORY if limit is None else limit
+        self.owner = owner
+        self.bytes_in_memory = 0
+        self._file_numbers = itertools.count()
 
     def put(self, tensor: Tensor) -> "CachedTensor":
-        """A tensor on the cache."""
+        """Store a tensor and return the handle by which it is read."""
         size = tensor.numel() * tensor.itemsize
-        if self.folder is None or self.held + size <= self.limit:
-            self.held += size
+        if self.folder is None or self.bytes_in_memory + size <= self.limit:
+            self.bytes_in_memory += size
             return CachedTensor(self, size, tensor)
-        file = self.folder / f"activations-{self.owner}-{next(self._numbers)}.bin"
+        file = self.folder / f"activations-{self.owner}-{next(self._file_numbers)}.bin"
+        # NumPy has no bfloat16: the file holds the bytes of any dtype
         file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        # on the meta device the tensor has its shape and dtype, and no memory
         return CachedTensor(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
 
 
 class CachedTensor:
-    """A tensor on a cache; its place is free again when nobody holds it."""
+    """A tensor in an `ActivationCache`. Its memory or its file is freed together with the last reference to it.
+
+    Args:
+        cache: the cache that counts its bytes.
+        size: number of bytes.
+        tensor: the tensor itself, or a tensor on the meta device with its shape and dtype if `file` has the values.
+        file: the file with the values. None if the tensor is in memory.
+        device: the device from which the tensor was written to the file.
+    """
 
     def __init__(
         self,
@@ -46,19 +65,25 @@ class CachedTensor:
         file: Path | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._shelf, self._size, self._tensor, self._file, self._device = cache, size, tensor, file, device
+        self._cache = cache
+        self._size = size
+        self._tensor = tensor
+        self._file = file
+        self._device = device
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor; of one that waits in a file, a view of the file that is in memory only while it is used."""
+        """The tensor. A file is mapped anew at every access, so that it is in memory only while the result is used."""
         if self._file is None:
             return self._tensor
         empty = self._tensor
+        # a private mapping: what is computed in place on the result does not reach the file
         mapped = torch.from_file(str(self._file), shared=False, size=empty.numel(), dtype=empty.dtype)
         return mapped.view(empty.shape).to(self._device or "cpu")
 
     def __del__(self) -> None:
+        # a batch replaces its hidden states after every block, so that the old ones need no call to be given up
         if self._file is None:
-            self._shelf.held -= self._size
+            self._cache.bytes_in_memory -= self._size
         else:
             self._file.unlink(missing_ok=True)

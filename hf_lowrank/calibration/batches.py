@@ -1,4 +1,4 @@
-"""Whatever the user calibrates on → batches of token ids with a mask of the tokens that count."""
+"""Turn what the user calibrates on into batches of token ids, with a mask of the tokens that count."""
 
 import hashlib
 import inspect
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..runtime.configuration import CompressionConfig
@@ -18,21 +19,33 @@ from .sampling import sample_sequences
 from .texts import context_length, read_documents, token_stream, windows
 
 LONGEST_SEQUENCE = 2048
+"""Default sequence length, in tokens, of a model with a longer context or with an unknown one."""
+
 TOKENS_PER_BATCH = 8192
+"""Maximum number of tokens in a batch of several sequences."""
+
 TOKENS_PER_PASS = 2048
-"""Through a block on a CPU: what it computes for fewer tokens takes less memory, and stays closer to the processor."""
+"""Maximum number of tokens that go through a block at a time on a CPU.
+
+Intermediate results of fewer tokens take less memory and stay in the caches of the processor.
+"""
+
+DOCUMENTS_PER_SAMPLE = 8
+"""Number of documents that are read from a dataset for every calibration sequence."""
+
 IGNORED_LABEL = -100
+"""Label of a token that does not count in a loss, as in `transformers`."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What a model is given in calibration.
+    """The inputs of a model for one forward pass of the calibration.
 
     Attributes:
-        input_ids: token ids (B, T); (B, 0) for a model that reads none.
-        attention_mask: (B, T) of those that are no padding; None if all count.
+        input_ids: token ids (B, T). Empty, (B, 0), for a model that reads no tokens.
+        attention_mask: (B, T), nonzero where a token is no padding. None if all tokens count.
         others: the model's other inputs by name: `pixel_values`, `input_features`, `decoder_input_ids`, ...
     """
 
@@ -42,28 +55,40 @@ class TokenBatch:
 
     @property
     def tokens(self) -> int:
-        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        """The number of tokens that count."""
+        if self.attention_mask is None:
+            return self.input_ids.numel()
+        return int(self.attention_mask.sum())
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """All that there is, by name."""
-        given = {
-            "input_ids": self.input_ids if self.input_ids.numel() else None,
-            "attention_mask": self.attention_mask,
-            **self.others,
-        }
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
+        """All inputs of the batch by name, without those that it does not have."""
+        inputs: dict[str, Tensor] = {}
+        if self.input_ids.numel():
+            inputs["input_ids"] = self.input_ids
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        return inputs | self.others
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The arguments for a forward pass of the model, on its device and in its dtype, without a cache."""
-        arguments: dict[str, Any] = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.inputs.items()
-        }
-        parameters = inspect.signature(model.forward).parameters.values()
-        if any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        """Return the arguments for a forward pass of the model, on its device and in its dtype.
+
+        The pass fills no key-value cache.
+        """
+        arguments: dict[str, Any] = {}
+        for name, tensor in self.inputs.items():
+            dtype = model.dtype if tensor.is_floating_point() else None
+            arguments[name] = tensor.to(model.device, dtype)
+        if _accepts_use_cache(model):
             arguments["use_cache"] = False
         return arguments
+
+
+def _accepts_use_cache(model: PreTrainedModel) -> bool:
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD:
+            return True
+    return False
 
 
 def calibration_batches(
@@ -72,10 +97,10 @@ def calibration_batches(
     """Make calibration batches from `calibration`, or from `config.calibration` if it is None.
 
     Args:
-        calibration: "self", a dataset name, a file of texts, or an iterable of texts, token ids, chat conversations (lists of
-            messages), rows with one of them as `text` or `messages`, or batches of the model's inputs (a DataLoader). An
-            encoder-decoder model without `decoder_input_ids` gets the batch's `labels`, or else the text itself, one token late, as
-            in its training.
+        calibration: "self", a dataset name, a file of texts, or an iterable. Its items are texts, token ids, chat
+            conversations (lists of messages), rows with one of them as `text` or `messages`, or batches of the model's
+            inputs (a DataLoader). An encoder-decoder model whose batches have no `decoder_input_ids` gets the batch's
+            `labels`, or else the text itself, delayed by one token as in its training.
 
     Raises:
         CompressionError: if there is nothing to calibrate on, or too little for one sequence.
@@ -83,13 +108,15 @@ def calibration_batches(
     batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
     if model.config.is_encoder_decoder:
         batches = [_with_decoder_inputs(model, batch) for batch in batches]
+    # an input that the model cannot read is an error before any work is done
     for batch in batches:
         _check_inputs(model, batch)
     return batches
 
 
 def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
-    """Raise CompressionError if a batch is not what the model can read."""
+    """Raise CompressionError if the model cannot read a batch."""
+    # embeddings may stand in place of the main input
     if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
         raise CompressionError(
             f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
@@ -98,64 +125,105 @@ def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
     context = context_length(model.config)
     if context is not None and batch.input_ids.shape[1] > context:
         raise CompressionError(
-            f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a context of {context}; "
-            f"cut it (truncation=True, max_length={context})"
+            f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a "
+            f"context of {context}; cut it (truncation=True, max_length={context})"
         )
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if vocabulary is None or not batch.input_ids.numel():
         return
-    least, most = (int(bound) for bound in batch.input_ids.aminmax())
-    if least < 0 or most >= vocabulary:
+    smallest, largest = map(int, batch.input_ids.aminmax())
+    if smallest < 0 or largest >= vocabulary:
         raise CompressionError(
-            f"calibration: found token id {least if least < 0 else most}, expected 0 to {vocabulary - 1}, the vocabulary of "
-            f"{type(model).__name__}; use the model's own tokenizer"
+            f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to {vocabulary - 1}, "
+            f"the vocabulary of {type(model).__name__}; use the model's own tokenizer"
         )
 
 
 def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, source: Any) -> list[TokenBatch]:
+    """Make the batches by what `source` is: a name, or an iterable whose first item tells the kind of all."""
     length = sequence_length(model, config)
     if isinstance(source, str) and source == "self":
-        if model.config.is_encoder_decoder:
-            raise CompressionError(
-                f"{type(model).__name__} reads one text and writes another: it cannot calibrate on itself; give calibration= texts"
-            )
-        return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed).cpu())
+        return _batches_from_model(model, config, length)
     if isinstance(source, str):
-        documents = read_documents(source, limit=8 * config.samples)
-        return _rows_to_batches(_choose_windows(token_stream(_needed(tokenizer, source), documents), length, config))
+        documents = read_documents(source, limit=DOCUMENTS_PER_SAMPLE * config.samples)
+        return _batches_from_texts(_required(tokenizer, source), documents, length, config)
     items = list(source)
     if not items:
         raise CompressionError("calibration: found an empty iterable, expected texts, token ids, chats or batches")
-    if isinstance(items[0], str):
+    first = items[0]
+    if isinstance(first, str):
         for item in items:
             if not isinstance(item, str):
-                raise _no_sample(item)
-        return _rows_to_batches(_choose_windows(token_stream(_needed(tokenizer, "texts"), items), length, config))
-    if isinstance(items[0], Mapping) and "input_ids" not in items[0]:
-        if (column := next((name for name in ("text", "messages") if name in items[0]), None)) is not None:
+                raise _unusable_sample(item)
+        return _batches_from_texts(_required(tokenizer, "texts"), items, length, config)
+    if isinstance(first, Mapping):
+        column = _text_column(first)
+        if column is not None:
             return _batches(model, config, tokenizer, [item[column] for item in items])
-    if isinstance(items[0], Mapping):
         return [_batch_from_mapping(item, model) for item in items]
-    rows = [_token_ids(item, tokenizer)[:length] for item in items[: config.samples]]
-    return _pad_rows([row for row in rows if row.numel()])
+    # token ids and chats: every item is a sequence by itself
+    rows = []
+    for item in items[: config.samples]:
+        row = _token_ids(item, tokenizer)[:length]
+        if row.numel():
+            rows.append(row)
+    return _pad_rows(rows)
 
 
-def passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
-    """The batches as they go through the blocks: on a CPU in parts of whole sequences; those with inputs beside tokens stay whole."""
+def _batches_from_model(model: PreTrainedModel, config: CompressionConfig, length: int) -> list[TokenBatch]:
+    """Sample the calibration sequences from the model itself."""
+    if model.config.is_encoder_decoder:
+        raise CompressionError(
+            f"{type(model).__name__} reads one text and writes another: it cannot calibrate on itself; "
+            "give calibration= texts"
+        )
+    return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed).cpu())
+
+
+def _batches_from_texts(
+    tokenizer: Any, documents: Iterable[str], length: int, config: CompressionConfig
+) -> list[TokenBatch]:
+    return _rows_to_batches(_choose_windows(token_stream(tokenizer, documents), length, config))
+
+
+def _text_column(row: Mapping[str, Any]) -> str | None:
+    """Return the column of a row of text or of a chat. None if the row holds the model's own inputs."""
+    if "input_ids" in row:
+        return None
+    for column in ("text", "messages"):
+        if column in row:
+            return column
+    return None
+
+
+def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
+    """Split batches into the parts that go through a block at a time.
+
+    On a CPU a part is one or more whole sequences, of about `TOKENS_PER_PASS` tokens together. A batch that has inputs
+    beside its tokens stays whole. On other devices every batch stays whole.
+    """
     if device.type != "cpu":
         return list(batches)
-    return [part for batch in batches for part in ([batch] if batch.others else _parts(batch))]
+    passes: list[TokenBatch] = []
+    for batch in batches:
+        if batch.others:
+            passes.append(batch)
+        else:
+            passes += _parts(batch)
+    return passes
 
 
 def _parts(batch: TokenBatch) -> list[TokenBatch]:
+    # a sequence longer than a pass is a part by itself
     rows = max(TOKENS_PER_PASS // max(batch.input_ids.shape[1], 1), 1)
     ids = batch.input_ids.split(rows)
-    masks = [None] * len(ids) if batch.attention_mask is None else batch.attention_mask.split(rows)
-    return [TokenBatch(part, mask) for part, mask in zip(ids, masks, strict=True)]
+    if batch.attention_mask is None:
+        return [TokenBatch(part) for part in ids]
+    return list(map(TokenBatch, ids, batch.attention_mask.split(rows)))
 
 
 def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
-    """Tokens per calibration sequence: as asked, else the model's context, at most 2048.
+    """Return the number of tokens per calibration sequence: as asked for, else the model's context, at most 2048.
 
     Raises:
         CompressionError: if more than the model's context is asked for.
@@ -163,15 +231,20 @@ def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
     context = context_length(model.config) or LONGEST_SEQUENCE
     if config.sequence_length is not None and config.sequence_length > context:
         raise CompressionError(
-            f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} tokens"
+            f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} "
+            "tokens"
         )
     return config.sequence_length or min(context, LONGEST_SEQUENCE)
 
 
 def fingerprint(batches: Iterable[TokenBatch]) -> str:
-    """sha256 over the token ids, masks and other inputs, which names a calibration set in reports and guards a resumed run."""
+    """Return the sha256 over the token ids, masks and other inputs.
+
+    It names a calibration set in reports. A resumed run is refused if it differs.
+    """
     digest = hashlib.sha256()
     for batch in batches:
+        # the shape keeps apart batches whose tokens are the same, in other rows
         digest.update(repr(tuple(batch.input_ids.shape)).encode())
         digest.update(batch.input_ids.cpu().to(torch.int64).numpy().tobytes())
         if batch.attention_mask is not None:
@@ -183,6 +256,7 @@ def fingerprint(batches: Iterable[TokenBatch]) -> str:
 
 
 def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> Tensor:
+    """Draw `config.samples` windows of the stream by the seed, in the order of the text, (samples, length)."""
     rows = windows(stream, length)
     if len(rows) < config.samples:
         logger.warning(
@@ -191,92 +265,131 @@ def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> T
             length,
             config.samples,
         )
+    # drawn without repetition, and sorted so that a larger sample only adds rows between those of a smaller one
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     return rows[order[: config.samples].sort().values]
 
 
 def _rows_to_batches(rows: Tensor) -> list[TokenBatch]:
-    return [TokenBatch(part) for part in rows.split(max(TOKENS_PER_BATCH // rows.shape[1], 1))]
+    """Batch sequences of one length, (rows, length)."""
+    parts = rows.split(max(TOKENS_PER_BATCH // rows.shape[1], 1))
+    return [TokenBatch(part) for part in parts]
 
 
 def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
+    """Batch sequences of different lengths, padded on the right with a mask.
+
+    Raises:
+        CompressionError: if there are none.
+    """
     if not rows:
         raise CompressionError("calibration: all samples are empty")
     batches = []
-    step = max(TOKENS_PER_BATCH // max(row.numel() for row in rows), 1)
+    longest = max(map(len, rows))
+    step = max(TOKENS_PER_BATCH // longest, 1)
     for first in range(0, len(rows), step):
         part = rows[first : first + step]
-        input_ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in part], batch_first=True)
+        input_ids = pad_sequence(part, batch_first=True)
+        mask = pad_sequence(list(map(torch.ones_like, part)), batch_first=True)
+        # a mask that masks nothing is left out
         batches.append(TokenBatch(input_ids, None if bool(mask.all()) else mask))
     return batches
 
 
 def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
-    """A batch of the inputs that the model reads; what else the mapping holds is for its head or for the user."""
-    read = {*inspect.signature(model.base_model.forward).parameters} - {"input_ids", "attention_mask"}
+    """Make a batch of the inputs that the model reads. Other entries are for the model's head or for the user."""
+    readable = {*inspect.signature(model.base_model.forward).parameters} - {"input_ids", "attention_mask"}
+    # an encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss
     if model.config.is_encoder_decoder:
-        read.add("labels")
+        readable.add("labels")
     else:
-        read.discard("labels")
-    others = {name: torch.as_tensor(item[name]) for name in sorted(read & {*item}) if item[name] is not None}
+        readable.discard("labels")
+    others = {}
+    # sorted, as a set of names has another order in every process
+    for name in sorted(readable & {*item}):
+        if item[name] is not None:
+            others[name] = torch.as_tensor(item[name])
     if not others and item.get("input_ids") is None:
         raise CompressionError(
-            f"calibration: found samples with the fields {', '.join(map(str, item))}; expected text or messages, or what "
-            f"{type(model).__name__} reads, such as {model.main_input_name}"
+            f"calibration: found samples with the fields {', '.join(map(str, item))}; expected text or messages, or "
+            f"what {type(model).__name__} reads, such as {model.main_input_name}"
         )
-    mask = None if item.get("attention_mask") is None else torch.as_tensor(item["attention_mask"])
+    mask = item.get("attention_mask")
+    if mask is not None:
+        mask = torch.as_tensor(mask)
     if item.get("input_ids") is None:
         return TokenBatch(torch.empty(0, 0, dtype=torch.long), mask, others)
     input_ids = torch.as_tensor(item["input_ids"])
-    if input_ids.dim() == 1:
+    if input_ids.dim() == 1:  # a row of a tokenized dataset is a batch of one sequence
         input_ids = input_ids[None]
-    return TokenBatch(input_ids, None if mask is None else mask.reshape(input_ids.shape), others)
+    if mask is not None:
+        mask = mask.reshape(input_ids.shape)
+    return TokenBatch(input_ids, mask, others)
 
 
 def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
-    """The batch with what the decoder reads, by teacher forcing: the labels, or else the encoder's own text, one token late."""
-    others = {name: tensor for name, tensor in batch.others.items() if name != "labels"}
+    """Return the batch with the inputs of the decoder, by teacher forcing.
+
+    They are the labels, or else the encoder's own text, delayed by one token.
+
+    Raises:
+        CompressionError: if the batch has neither.
+    """
+    others = dict(batch.others)
+    labels = others.pop("labels", None)
     if not others.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"}):
         return replace(batch, others=others)
-    text, counted = batch.input_ids, batch.attention_mask
-    if "labels" in batch.others:
-        text = batch.others["labels"]
-        counted = text != IGNORED_LABEL
-        text = text.masked_fill(~counted, 0)
+    if labels is None:
+        text = batch.input_ids
+        mask = batch.attention_mask
+    else:
+        # labels mark what does not count by a number that is no token id
+        mask = labels != IGNORED_LABEL
+        text = labels.masked_fill(~mask, 0)
     if not text.numel():
         raise CompressionError(
-            f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or labels"
+            f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or "
+            "labels"
         )
+    # T5 and others start their decoders with the padding token
     start = getattr(model.config, "decoder_start_token_id", None)
-    first = torch.full_like(text[:, :1], model.config.pad_token_id or 0 if start is None else start)
+    if start is None:
+        start = model.config.pad_token_id or 0
+    first = torch.full_like(text[:, :1], start)
     others["decoder_input_ids"] = torch.cat([first, text[:, :-1]], dim=1)
-    if counted is not None and not bool(counted.all()):
-        others["decoder_attention_mask"] = torch.cat([torch.ones_like(first), counted[:, :-1].to(first.dtype)], dim=1)
+    if mask is not None and not bool(mask.all()):
+        # the mask moves with the tokens, and the start token counts
+        others["decoder_attention_mask"] = torch.cat([torch.ones_like(first), mask[:, :-1].to(first.dtype)], dim=1)
     return replace(batch, others=others)
 
 
 def _token_ids(item: Any, tokenizer: Any) -> Tensor:
+    """Return the token ids of a sample, (T,) int64. The sample is a tensor or a sequence of ids, or a chat.
+
+    Raises:
+        CompressionError: for any other sample, or if the tokenizer has no chat template.
+    """
     if isinstance(item, Tensor):
         return item.flatten().long()
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], dict):
         try:
-            encoded = _needed(tokenizer, "chats").apply_chat_template(list(item), tokenize=True, return_dict=True)
+            encoded = _required(tokenizer, "chats").apply_chat_template(list(item), tokenize=True, return_dict=True)
         except (ValueError, TemplateError) as error:
             raise CompressionError(f"calibration: the tokenizer makes no tokens of a chat ({error})") from error
         return torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
     if isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item):
         return torch.tensor(item, dtype=torch.long)
-    raise _no_sample(item)
+    raise _unusable_sample(item)
 
 
-def _no_sample(item: Any) -> CompressionError:
+def _unusable_sample(item: Any) -> CompressionError:
     return CompressionError(
         f"calibration: found a sample of type {type(item).__name__}, expected a text, token ids, a chat or a batch"
     )
 
 
-def _needed(tokenizer: Any, what: str) -> Any:
+def _required(tokenizer: Any, source: str) -> Any:
+    """Return the tokenizer, or raise CompressionError if there is none."""
     if tokenizer is None:
-        raise CompressionError(f"calibration on {what} needs a tokenizer: compress(model, config, tokenizer=...)")
+        raise CompressionError(f"calibration on {source} needs a tokenizer: compress(model, config, tokenizer=...)")
     return tokenizer

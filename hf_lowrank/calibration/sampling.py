@@ -9,25 +9,29 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from ..runtime.errors import CompressionError, NumericalError
 
 TOKENS_AT_ONCE = 65_536
-"""Of the sequences that are sampled together; bounds the memory of their caches."""
+"""Maximum number of tokens that are sampled together. It bounds the memory of the key-value caches."""
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Lets only logits pass that can be sampled from; suppressed tokens have −∞."""
+    """Raises NumericalError for logits that cannot be sampled from.
+
+    A logit of −∞ is allowed, as suppressed tokens have it.
+    """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not bool((scores < float("inf")).all()):
+        if not bool((scores < float("inf")).all()):  # the comparison is false for NaN, too
             raise NumericalError(
-                f"self-calibration: the logits of token {input_ids.shape[1]} are not finite; check the weights or use a wider dtype"
+                f"self-calibration: the logits of token {input_ids.shape[1]} are not finite; check the weights or use "
+                "a wider dtype"
             )
         return scores
 
 
 def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: int) -> Tensor:
-    """Sequences sampled from the model at temperature 1, (samples, length) int64, each after its start token.
+    """Sample sequences from the model at temperature 1, (samples, length) int64, each after its start token.
 
-    A model without a start token gets a random first token. An end token only separates documents when it is also the
-    start token; otherwise it is not sampled, as nothing follows it in the text that the model knows.
+    A model without a start token gets a random first token. An end token is sampled only if it is also the start token
+    and so separates documents. Any other end token is suppressed: in the text that the model knows nothing follows it.
 
     Raises:
         CompressionError: if the model cannot generate.
@@ -37,41 +41,55 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
         raise CompressionError(
             f"{type(model).__name__} cannot generate text to calibrate on itself; give calibration= texts or a file"
         )
-    config = model.generation_config
-    starts = [
-        token for token in (config.bos_token_id, model.config.get_text_config().bos_token_id) if isinstance(token, int)
-    ]
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    suppressed = [token for token in ends if token is not None and token not in starts]
-    arguments: dict[str, Any] = {
+    starts = _start_tokens(model)
+    suppressed = _suppressed_tokens(model, starts)
+    batches = []
+    # generate() draws from torch's global generators, whose states are the caller's and are put back
+    cuda_devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices):
+        torch.manual_seed(seed)
+        batch_size = max(TOKENS_AT_ONCE // length, 1)
+        for first in range(0, samples, batch_size):
+            count = min(batch_size, samples - first)
+            # without a start token any token begins a sequence with equal probability
+            if starts:
+                prompt = torch.full((count, 1), starts[0], device=model.device)
+            else:
+                prompt = torch.randint(model.config.get_text_config().vocab_size, (count, 1), device=model.device)
+            batches.append(_continued(model, prompt, length, suppressed))
+    return torch.cat(batches)
+
+
+def _start_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the start tokens that the model's configs name. The first one starts the sequences."""
+    named = (model.generation_config.bos_token_id, model.config.get_text_config().bos_token_id)
+    return [token for token in named if isinstance(token, int)]
+
+
+def _suppressed_tokens(model: PreTrainedModel, starts: list[int]) -> list[int]:
+    """Return the end tokens that do not start a document, too."""
+    ends = model.generation_config.eos_token_id
+    if not isinstance(ends, list):
+        ends = [ends]
+    return [token for token in ends if token is not None and token not in starts]
+
+
+def _continued(model: PreTrainedModel, prompt: Tensor, length: int, suppressed: list[int]) -> Tensor:
+    """Continue prompts (B, 1) to sequences (B, length)."""
+    if length == 1:  # generate() refuses to add no token
+        return prompt
+    # the model's own distribution: sampling is not sharpened and not cut off, whatever the generation config says
+    settings: dict[str, Any] = {
         "do_sample": True,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
         "eos_token_id": None,
         "pad_token_id": 0,
+        "suppress_tokens": suppressed or None,
+        "logits_processor": LogitsProcessorList([_FiniteLogits()]),
     }
-    batches = []
-    # generate() draws from torch's global generator; its state is the caller's and is put back
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        parallel_slots = max(TOKENS_AT_ONCE // length, 1)
-        for first in range(0, samples, parallel_slots):
-            count = min(parallel_slots, samples - first)
-            if starts:
-                prompt = torch.full((count, 1), starts[0], device=model.device)
-            else:
-                prompt = torch.randint(model.config.get_text_config().vocab_size, (count, 1), device=model.device)
-            batches.append(
-                model.generate(  # type: ignore[operator]
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=length - 1,
-                    suppress_tokens=suppressed or None,
-                    logits_processor=LogitsProcessorList([_FiniteLogits()]),
-                    **arguments,
-                )
-                if length > 1
-                else prompt
-            )
-    return torch.cat(batches)
+    sequences: Tensor = model.generate(  # type: ignore[operator]
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length - 1, **settings
+    )
+    return sequences

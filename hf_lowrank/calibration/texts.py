@@ -1,4 +1,4 @@
-"""Texts → one stream of tokens → windows; the same for calibration and for perplexity."""
+"""Read texts, join them into one stream of tokens and cut it into windows, for calibration and for perplexity."""
 
 import gzip
 import lzma
@@ -15,6 +15,7 @@ from ..execution.files import one_line
 from ..runtime.errors import CompressionError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
+"""Separates the documents of a text file."""
 
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
@@ -26,16 +27,21 @@ DATASETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Datasets by the names that papers use, as `datasets.load_dataset` takes them."""
+"""Arguments of `datasets.load_dataset` by dataset, under the names that papers use."""
 
 ROWS = {".jsonl": "json", ".parquet": "parquet"}
-"""Files of rows with a column `text`, by suffix, and what `datasets` calls their kind."""
+"""Formats of `datasets` for files of rows with a column `text`, by file suffix."""
 
 
 def read_documents(source: str, split: str = "train", limit: int | None = None) -> list[str]:
-    """The documents of a text file (plain, .gz or .xz), of a file of rows (`ROWS`), or of a dataset named in `DATASETS`.
+    """Return the documents of a text file (plain, .gz or .xz), a file of rows (`ROWS`) or a dataset (`DATASETS`).
 
-    A text file is cut at lines that hold only the document separator. `limit` bounds the number of documents of a dataset.
+    A text file is cut at its document separators.
+
+    Args:
+        source: path of a file, or name of a dataset.
+        split: "train", "validation" or "test". It is used for datasets only.
+        limit: maximum number of documents from a dataset that is streamed.
 
     Raises:
         CompressionError: if there is no such file or dataset, it cannot be read, or it holds no text.
@@ -47,31 +53,52 @@ def read_documents(source: str, split: str = "train", limit: int | None = None) 
         raise CompressionError(
             f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path"
         )
-    kind = next((kind for suffix, kind in ROWS.items() if suffix in path.suffixes), None)
-    documents = _file_documents(path) if kind is None else _row_documents(source, kind)
+    row_format = _row_format(path)
+    if row_format is None:
+        documents = _file_documents(path)
+    else:
+        documents = _row_documents(source, row_format)
     if not documents:
         raise CompressionError(f"{source}: holds no text")
     return documents
 
 
+def _row_format(path: Path) -> str | None:
+    """Return the format of a file of rows. None for a file of plain text."""
+    for suffix, row_format in ROWS.items():
+        if suffix in path.suffixes:  # not only the last suffix: rows.jsonl.gz
+            return row_format
+    return None
+
+
 def _file_documents(path: Path) -> list[str]:
+    """Return the documents of a text file."""
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
             text = stream.read()
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise CompressionError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    documents = [part.strip("\n") for part in text.split(DOCUMENT_SEPARATOR)] if DOCUMENT_SEPARATOR in text else [text]
-    return [document.strip() if len(documents) > 1 else document for document in documents if document.strip()]
+    if DOCUMENT_SEPARATOR not in text:  # one document, whose white space is part of it
+        return [text] if text.strip() else []
+    documents = []
+    for part in text.split(DOCUMENT_SEPARATOR):
+        document = part.strip()
+        if document:
+            documents.append(document)
+    return documents
 
 
-def _row_documents(source: str, kind: str) -> list[str]:
+def _row_documents(source: str, row_format: str) -> list[str]:
+    """Return the texts of a file of rows."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(kind, data_files=source, split="train")
+        rows = load_dataset(row_format, data_files=source, split="train")
     except Exception as error:  # datasets raises many kinds; all mean the same here
-        raise CompressionError(f"{source}: cannot be read as rows of {kind} ({error.__cause__ or error})") from error
+        raise CompressionError(
+            f"{source}: cannot be read as rows of {row_format} ({error.__cause__ or error})"
+        ) from error
     if "text" not in rows.column_names:
         raise CompressionError(
             f"{source}: has the columns {', '.join(rows.column_names)}, expected one that is called text"
@@ -80,16 +107,20 @@ def _row_documents(source: str, kind: str) -> list[str]:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The most tokens that a model of this config was made for; None if the config does not tell."""
+    """Return the maximum number of tokens for which a model was made. None if its config does not tell."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def token_stream(tokenizer: Any, documents: Iterable[str]) -> Tensor:
-    """All documents as one stream of token ids, (T,) int64; each starts with the beginning-of-sequence token, if there is one."""
+    """Join all documents into one stream of token ids, (T,) int64.
+
+    Every document starts with the tokenizer's beginning-of-sequence token, if it has one.
+    """
     stream: list[int] = []
     for document in documents:
         ids = tokenizer(document, verbose=False).input_ids
         start = tokenizer.bos_token_id
+        # some tokenizers add the token by themselves
         if start is not None and (not ids or ids[0] != start):
             ids = [start, *ids]
         stream += ids
@@ -97,21 +128,32 @@ def token_stream(tokenizer: Any, documents: Iterable[str]) -> Tensor:
 
 
 def windows(stream: Tensor, length: int, stride: int | None = None) -> Tensor:
-    """Windows of the stream, (W, length), `stride` apart (default: not overlapping); the remainder is dropped.
+    """Cut the stream into windows, (W, length). The remainder is dropped.
+
+    Args:
+        length: tokens per window.
+        stride: distance between the starts of two windows, `length` by default.
 
     Raises:
         CompressionError: if the stream is shorter than one window.
     """
     if stream.numel() < length:
         raise CompressionError(
-            f"the text has {stream.numel()} tokens, fewer than one window of {length}; give more text or a shorter sequence length"
+            f"the text has {stream.numel()} tokens, fewer than one window of {length}; give more text or a shorter "
+            "sequence length"
         )
+    # unfold drops the remainder, and its windows are views that take no memory
     return stream.unfold(0, length, stride or length)
 
 
 def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
+    """Return the documents of a dataset.
+
+    All rows of WikiText make one document. Of C4 the first `limit` rows are streamed, each a document of its own.
+    """
     from datasets import load_dataset
 
+    # C4 is read from one of its many files, and that one is streamed
     arguments = dict(DATASETS[name])
     streaming = "data_files" in arguments
     if streaming and split == "test":

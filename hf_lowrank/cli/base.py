@@ -37,6 +37,7 @@ class Terminated(KeyboardInterrupt):
 @app.callback()
 def main() -> None:
     """Let warnings and progress of this package reach the terminal, and only errors of other packages."""
+    # Of several processes all have the same warnings, so only the main one prints them.
     level = logging.ERROR if torchrun_rank() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger(PROGRESS_LOGGER).setLevel(logging.INFO)
@@ -54,10 +55,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            # Until both are done, a signal ends the process at once (`hf_lowrank_command`).
             _import_libraries()
             _handle_signals()
             command(*args, **kwargs)
-        except RemoteError:
+        except RemoteError:  # the process that raised it has said why
             raise typer.Exit(1) from None
         except CompressionError as error:
             _fail(str(error))
@@ -65,7 +67,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             _fail(OUT_OF_MEMORY)
         except RuntimeError as error:
             message = _runtime_error(error)
-            if message is None:
+            if message is None:  # a fault of ours, which shall be seen with its traceback
                 raise
             _fail(message)
         except OSError as error:
@@ -92,7 +94,7 @@ def _handle_signals() -> None:
     if threading.current_thread() is not threading.main_thread():  # the only one in which Python allows it
         return
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` and shells ignore some on purpose
             signal.signal(number, handler)
 
 

@@ -63,7 +63,8 @@ def compress(
     ] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
-    from ..compression.from_disk import compress_checkpoint, describe
+    from ..compression.dry_run import describe
+    from ..compression.from_disk import compress_checkpoint
     from ..execution.output_folder import check_free
     from ..methods import make_method
     from ..models.loading import compression_of, load_config, load_tokenizer
@@ -82,7 +83,7 @@ def compress(
         modules_to_not_convert=skip or [],
     )
     make_method(config.method, config.options)  # which refuses unknown methods and options
-    check_free(output, overwrite)
+    check_free(output, overwrite)  # before hours of work, not after them
     if compression_of(load_config(model)) is not None:
         raise CompressionError(
             f"{model}: is compressed already; "
@@ -91,6 +92,7 @@ def compress(
     if dry_run:
         typer.echo(describe(model, config, device, dtype))
         return
+    # Text needs a tokenizer. Sequences that the model samples from itself do not.
     tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
     with torchrun_group():
         compress_checkpoint(
@@ -104,7 +106,7 @@ def compress(
             overwrite=overwrite,
             command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
         )
-    if not torchrun_rank():
+    if not torchrun_rank():  # 0 or None: the main process, or the only one
         _show_summary(output)
 
 

@@ -52,6 +52,7 @@ def _rows(folder: Path) -> list[list[str]]:
     source = reference_model()
     rows = [_row("dense", None, 0.0, Path(source), _measure(Path(source)), 0.0)]
     tokenizer = load_tokenizer(source)
+    # The text is sampled once, so that all recipes are calibrated on the same.
     typer.echo("sampling calibration text from the model itself ...", err=True)
     model = load_model(source)
     calibration = list(sample_sequences(model, SAMPLES, sequence_length(model, CompressionConfig()), seed=0))

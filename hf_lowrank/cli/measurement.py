@@ -79,7 +79,7 @@ def evaluate(
     if as_json:
         print_json([result.to_dict() for result in texts] + [result.to_dict() for result in scores])
         return
-    _show_stored(Path(model))
+    _show_stored(Path(model))  # what was measured, then the figures
     if texts:
         _show_texts(model, texts, with_reference=dense is not None)
     if scores:
@@ -193,7 +193,7 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file to write")],
     comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
 ) -> None:
-    """Show a compressed checkpoint on one HTML page: sizes, quality, layers, spectra, training. It needs no network."""
+    """Show a compressed checkpoint on an HTML page: sizes, quality, layers, spectra, training. It needs no network."""
     from ..publishing.html_report import write_html_report
 
     write_html_report(folder, out, comparison)
@@ -238,7 +238,7 @@ def compare(
     from ..evaluation.comparison import Comparison, candidates, compare
     from ..execution.files import write_atomically
 
-    pareto.check_plotting()
+    pareto.check_plotting()  # before hours of work, not after them
     comparison = Comparison(
         model,
         text,
@@ -262,7 +262,7 @@ def compare(
     pareto.plot(results, out / "pareto.png")
     rows = []
     for row in pareto.table(results):
-        rows.append([escape(cell) for cell in row])
+        rows.append([escape(cell) for cell in row])  # rich would read `[option=value]` as markup
     print_table(f"{model} (★ the best method at each size)", pareto.COLUMNS, rows)
     for failure in pareto.failures(results):
         typer.echo(f"not reached: {failure}")

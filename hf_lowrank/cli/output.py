@@ -38,6 +38,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
+    # In a file or a pipe, rich would assume 80 columns and break the names of layers.
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
     console.print(table)
@@ -109,6 +110,7 @@ def kinds_summary(layers: "list[StoredLayer]") -> list[dict[str, Any]]:
     """Return the sums of each kind of layer as plain values for JSON."""
     summary = []
     for name, group in by_kind(layers).items():
+        # The number of weights is not stored, but follows from two values that are.
         weights = sum(8 * layer.bytes / layer.bits_per_weight for layer in group)
         stored_bytes = sum(layer.bytes for layer in group)
         dense_layers = sum(layer.kind == "dense" for layer in group)

@@ -71,6 +71,7 @@ def benchmark(
     for option, value in counts.items():
         if value is not None and value < 1:
             raise CompressionError(f"{option}: found {value}, expected at least 1")
+    # Without a model there is nothing to generate with, so only layers are timed.
     if model is None:
         parsed_shapes = [speed_report.parse_shape(shape) for shape in shapes or ["4096x4096"]]
         layers = speed_report.of_shapes(parsed_shapes, batches, threads, repeats, device)

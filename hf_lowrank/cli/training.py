@@ -48,12 +48,14 @@ def distill(
             f"{folder}: is not compressed by hf_lowrank; "
             "name a compressed checkpoint, and the dense model as --teacher"
         )
+    # The student trains in float32 and is saved as it was stored, which is known only after a load.
     stored_dtype = load_model(str(folder), dtype, device).dtype
     student = load_model(str(folder), "float32", device)
     tokenizer = load_tokenizer(str(folder))
     length = window_length(student, CompressionConfig(sequence_length=sequence_length, seed=seed))
     rows = windows(token_stream(tokenizer, read_documents(text)), length)
     start = time.monotonic()
+    # The trainer needs a folder for its state even if nobody wants to go on from there.
     with tempfile.TemporaryDirectory() as scratch:
         losses = train(
             student,

@@ -1,5 +1,6 @@
-"""What a compression from disk to disk will take, by formula, before it starts."""
+"""Estimate of the memory and the disk that a compression takes, by formula. `time_estimate.py` estimates the time."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -10,30 +11,31 @@ from ..calibration.batches import TOKENS_PER_PASS, sequence_length
 from ..calibration.statistics import TOKENS_AT_ONCE
 from ..execution.threads import parallel_slots
 from ..methods import Method, make_method
-from ..methods.spectral import SpectralMethod
 from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..models.linears import CHUNK
 from ..models.offloading import device_map, shard_size
 from ..runtime.configuration import CompressionConfig
+from .strategies import strategy_of
 
-FLOAT64 = 8
-CHUNKS = 8
+FLOAT64_BYTES = 8
+CHUNKS_IN_USE = 8
 """Row chunks of a matrix that are in use at a time."""
-LIBRARIES = 200_000_000
+LIBRARY_BYTES = 200_000_000
 """Bytes that transformers and what it imports take beside torch."""
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Bytes, all of them.
+class Estimate:
+    """Memory and disk of a compression from disk to disk, in bytes.
 
     Attributes:
-        resident: what stays in memory: embeddings and norms, and the libraries beside torch.
+        resident: memory that is never freed: embeddings and norms, and the libraries beside torch.
         block: the weights of the largest block.
         activations: hidden states that wait in memory, and those of the batch that is in the block.
-        working: the statistics of a block, and what the method needs for the layer that needs most.
-        shard: of the output, while it is written.
-        work_folder, output: on disk.
+        working: the statistics of a block, and the memory that the method needs for the layer that needs most.
+        shard: the largest file of the output, which is in memory while it is written.
+        work_folder: the work folder at its largest.
+        output: the compressed checkpoint.
     """
 
     resident: int
@@ -50,73 +52,101 @@ class Forecast:
         return self.resident + max(self.block + self.activations + self.working, self.shard)
 
 
-def forecast(dense: PreTrainedModel, config: CompressionConfig) -> Forecast:
-    """What compressing a model of this skeleton, whose fused experts are separated, from disk to disk takes."""
+def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
+    """Estimate what compressing a model from disk to disk takes.
+
+    Args:
+        dense: the skeleton of the model. Its fused experts are separated.
+    """
     method = make_method(config.method, config.options)
     blocks = find_blocks(dense)
-    banks = separate_experts(blocks)
+    expert_banks = separate_experts(blocks)
     layers = find_layers(blocks)
-    on_disk = {name for name, place in device_map(dense).items() if place == "disk"}
     sizes = {name: tensor.numel() * tensor.itemsize for name, tensor in dense.named_parameters()}
-    kept = sum(size for name, size in sizes.items() if not any(name.startswith(f"{part}.") for part in on_disk))
-    block = max(sum(size for name, size in sizes.items() if name.startswith(f"{each}.")) for each in blocks)
-    converted = sum(size for name, size in sizes.items() if any(name.startswith(f"{bank}.") for bank in banks))
+    total = sum(sizes.values())
+    on_disk = [name for name, place in device_map(dense).items() if place == "disk"]
     linears = sum(sizes[f"{layer.name}.weight"] for layer in layers)
+    output = total - round(config.ratio * linears)
+
+    # Hidden states of all calibration tokens, at the block and for a compressed twin; one more set is being written.
     length = sequence_length(dense, config)
     width = dense.config.get_text_config().hidden_size * dense.dtype.itemsize
     hidden = config.samples * length * width
-    batch = min(max(TOKENS_PER_PASS // length, 1), config.samples) * length
-    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
     streams = 2 if method.needs_compressed_inputs else 1
     waiting = min((streams + 1) * hidden, ACTIVATIONS_IN_MEMORY)
-    output = sum(sizes.values()) - round(config.ratio * linears)
-    return Forecast(
-        resident=kept + LIBRARIES,
-        block=block,
-        activations=waiting
-        + 3 * batch * widest * dense.dtype.itemsize
-        + 2 * min(batch, TOKENS_AT_ONCE) * widest * FLOAT64,
-        working=max(
-            _working(method, [layer for layer in layers if layer.block == index]) for index in range(len(blocks))
-        ),
+
+    return Estimate(
+        resident=total - _size_under(sizes, on_disk) + LIBRARY_BYTES,
+        block=max(_size_under(sizes, [name]) for name in blocks),
+        activations=waiting + _batch_bytes(dense, config, layers, length),
+        working=_largest_working_memory(method, layers, len(blocks)),
         shard=min(shard_size(dense), output),
-        work_folder=converted + round((1 - config.ratio) * linears) + 2 * streams * hidden + _measured(method, layers),
+        work_folder=_size_under(sizes, expert_banks)
+        + round((1 - config.ratio) * linears)
+        + 2 * streams * hidden
+        + strategy_of(method).survey_bytes(layers),
         output=output,
     )
 
 
-def curvature(dense: PreTrainedModel, config: CompressionConfig) -> int:
-    """Bytes of the Gram matrices of output gradients, which are of all layers at once; 0 for methods that need none."""
+def curvature_bytes(dense: PreTrainedModel, config: CompressionConfig) -> int:
+    """Return the bytes of the Gram matrices of output gradients of all layers, or 0 if the method needs none."""
     blocks = find_blocks(dense)
     separate_experts(blocks)
-    needed = make_method(config.method, config.options).needs_output_gram
-    return sum(FLOAT64 * layer.out_features**2 for layer in find_layers(blocks)) if needed else 0
-
-
-def _working(method: Method, layers: list[Layer]) -> int:
-    """Of one block: all its Gram matrices once they are summed; then for each layer in its turn what it needs itself, its Gram matrix,
-    and those of layers that are not done yet, of which large ones wait in files. Small layers are solved several at a time.
-    """
-    grams = {statistics_input(layer): FLOAT64 * layer.in_features**2 for layer in layers} if method.needs_gram else {}
-    shifted = 2 * sum(grams.values()) if method.needs_compressed_inputs else 0
-    most = sum(grams.values()) + shifted
-    for position, layer in enumerate(layers):
-        own = grams.get(statistics_input(layer), 0)
-        others = {statistics_input(each) for each in layers[position:]} - {statistics_input(layer)}
-        waiting = sum(grams[each] for each in others if each in grams and grams[each] <= ACTIVATIONS_IN_MEMORY)
-        most = max(most, own + waiting + shifted + method.working_memory(layer))
-    largest = max((method.working_memory(layer) for layer in layers), default=0)
-    return most + max(parallel_slots(largest) - 1, 0) * largest + CHUNKS * FLOAT64 * CHUNK
+    if not make_method(config.method, config.options).needs_output_gram:
+        return 0
+    return sum(FLOAT64_BYTES * layer.out_features**2 for layer in find_layers(blocks))
 
 
 def statistics_input(layer: Layer) -> str:
-    """The same for layers that see the same input."""
+    """Return a name for the input of a layer, which is the same for layers that see the same input."""
     shared = {"query": "attention", "key": "attention", "value": "attention", "ffn_in": "ffn_in"}
     return shared.get(layer.role, layer.name)
 
 
-def _measured(method: Method, layers: list[Layer]) -> int:
-    """Factors that a method keeps on disk until it knows the ranks of all layers."""
-    if not isinstance(method, SpectralMethod):
-        return 0
-    return sum(FLOAT64 * (m + n) * min(m, n) for m, n in ((layer.out_features, layer.in_features) for layer in layers))
+def _size_under(sizes: dict[str, int], modules: Iterable[str]) -> int:
+    """Return the bytes of the parameters that lie in any of these modules."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return sum(size for name, size in sizes.items() if name.startswith(prefixes))
+
+
+def _batch_bytes(dense: PreTrainedModel, config: CompressionConfig, layers: list[Layer], length: int) -> int:
+    """Return the bytes of the activations of one batch while it is in a block, and of the sums over its tokens."""
+    batch_tokens = min(max(TOKENS_PER_PASS // length, 1), config.samples) * length
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    in_block = 3 * batch_tokens * widest * dense.dtype.itemsize
+    in_sums = 2 * min(batch_tokens, TOKENS_AT_ONCE) * widest * FLOAT64_BYTES
+    return in_block + in_sums
+
+
+def _largest_working_memory(method: Method, layers: list[Layer], blocks: int) -> int:
+    """Return what the block that needs most takes for its statistics and decompositions."""
+    by_block: list[list[Layer]] = [[] for _ in range(blocks)]
+    for layer in layers:
+        by_block[layer.block].append(layer)
+    return max(_working_memory(method, layers_of_block) for layers_of_block in by_block)
+
+
+def _working_memory(method: Method, layers: list[Layer]) -> int:
+    """Return the memory that the statistics and the decompositions of one block take at most.
+
+    First all Gram matrices of the block are there, once they are summed. Then each layer in its turn needs its own
+    working memory, its Gram matrix, and those of layers that are not done yet, of which large ones wait in files.
+    Small layers are solved several at a time.
+    """
+    grams = {}
+    if method.needs_gram:
+        grams = {statistics_input(layer): FLOAT64_BYTES * layer.in_features**2 for layer in layers}
+    compressed_input_grams = 2 * sum(grams.values()) if method.needs_compressed_inputs else 0
+    most = sum(grams.values()) + compressed_input_grams
+    for position, layer in enumerate(layers):
+        own_input = statistics_input(layer)
+        waiting = 0
+        for name in {statistics_input(later) for later in layers[position:]} - {own_input}:
+            if grams.get(name, 0) <= ACTIVATIONS_IN_MEMORY:
+                waiting += grams.get(name, 0)
+        own = grams.get(own_input, 0)
+        most = max(most, own + waiting + compressed_input_grams + method.working_memory(layer))
+    largest = max((method.working_memory(layer) for layer in layers), default=0)
+    solved_beside = max(parallel_slots(largest) - 1, 0) * largest
+    return most + solved_beside + CHUNKS_IN_USE * FLOAT64_BYTES * CHUNK

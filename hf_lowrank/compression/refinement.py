@@ -1,149 +1,89 @@
-"""Block refinement: a few optimiser steps on the stored values of a compressed block, so that it gives the dense block's outputs again."""
+"""After any strategy: every compressed block is trained to give the outputs of the dense block again."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict
 
-import torch
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..calibration import BlockBatch, run_block
-from ..calibration.statistics import counted
-from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
-from ..runtime.errors import NumericalError
+from ..budget import Layer
+from ..calibration import BlockBatch, block_statistics, capture, run_block
+from ..execution.work_folder import Record
+from ..models.linears import dense_weight
 from ..runtime.layers import CompressedLinear
+from .block_training import train_block
+from .collecting import no_data
+from .fallback import BuildResult
+from .report import BlockRefinement, LayerReport, layer_report
+from .session import BlockVisit, Session
+from .solving import survey_layers
+from .walk import Stage, walk
 
-LEARNING_RATE = 0.05
-"""Of Adam, relative to the block's relative error and to the root mean square of each tensor; it falls linearly to zero."""
-BETAS = (0.9, 0.95)
 
-
-def refine_block(
-    block: nn.Module,
-    index: int,
-    batches: list[BlockBatch],
-    targets: list[Tensor],
-    steps: int,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> tuple[float, float]:
-    """Train the float tensors of a block's compressed layers, in place: min ‖f(ĥ) − f_dense(h)‖² over the calibration tokens.
-
-    Training is in float32; the result is rounded once to the block's dtype. A block that does not come nearer stays as it was.
+def refine(session: Session, dense: PreTrainedModel) -> None:
+    """Refine every block on the inputs that the refined blocks before it give, and report on its layers anew.
 
     Args:
-        batches: this process's, with the inputs ĥ that the block sees in the compressed model.
-        targets: the dense block's outputs f_dense(h), (B, T, d), one per batch.
-        steps: how many; each takes one batch of the group's, in turn, and all processes step by its gradients.
-
-    Returns:
-        The error relative to the targets' own size, before and after.
-
-    Raises:
-        NumericalError: if the error is not finite.
+        dense: the model as it was, with its neurons in the order in which the method put them.
     """
-    parameters = [
-        p for layer in block.modules() if isinstance(layer, CompressedLinear) for p in layer.parameters() if p.numel()
-    ]
-    shares = group.gather([batch.calls[index] is not None for batch in batches])
-    called = [
-        (at, rank)
-        for at in range(len(shares[0]))
-        for rank, share in enumerate(shares)
-        if at < len(share) and share[at]
-    ]
-    own = [at for at, rank in called if rank == group.rank]
-    if not parameters or not called or not steps:
-        return 0.0, 0.0
-    dtypes = [parameter.dtype for parameter in parameters]
-    with _in_float32(block, parameters), torch.enable_grad():
-        inputs = {at: _as_float32(batches[at], index) for at in own}
-        wanted = {at: _counted_outputs(targets[at], batches[at], index) for at in own}
-        size = sum(group.gather(sum(float(each.square().sum()) for each in wanted.values())))
-
-        def error(at: int) -> Tensor:
-            output = run_block(block, index, inputs[at])
-            return (_counted_outputs(output, batches[at], index) - wanted[at]).square().sum() / size
-
-        def total() -> float:
-            with torch.no_grad():
-                return sum(group.gather(sum(float(error(at)) for at in own)))
-
-        before = total()
-        start = [p.detach().clone() for p in parameters]
-        groups = [
-            {"params": [p], "lr": LEARNING_RATE * before**0.5 * float(p.detach().square().mean().sqrt())}
-            for p in parameters
-        ]
-        optimizer = torch.optim.Adam(groups, betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-        for step in range(steps):
-            optimizer.zero_grad()
-            at, rank = called[step % len(called)]
-            found = {}
-            if rank == group.rank:
-                loss = error(at)
-                loss.backward()
-                found = {"loss": loss.detach()} | {
-                    str(each): p.grad for each, p in enumerate(parameters) if p.grad is not None
-                }
-            found = group.all_reduce(found)
-            if not bool(found["loss"].isfinite()):
-                raise NumericalError(
-                    f"block {index}: the error of its refinement is {found['loss'].item()} at step {step}; use a wider dtype"
-                )
-            for each, parameter in enumerate(parameters):
-                parameter.grad = found.get(str(each))
-            optimizer.step()
-            schedule.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, dtype in zip(parameters, dtypes, strict=True):
-                parameter.copy_(parameter.to(dtype))
-        after = total()
-        if after >= before:  # so near to the dense block that rounding is what is left
-            for parameter, value in zip(parameters, start, strict=True):
-                parameter.data = value
-        return before, min(after, before)
+    blocks = {name: dense.get_submodule(name) for name in session.plan.blocks}
+    batches = capture(dense, blocks, session.group.split(session.tokens))
+    for batch in batches:
+        batch.track_compressed()
+    session.log.refinement = []
+    walk(session, _Refine(session, dense, batches), batches)
 
 
-def _counted_outputs(output: Tensor, batch: BlockBatch, index: int) -> Tensor:
-    call = batch.calls[index]
-    return counted(output.float(), call.mask if call is not None else None)
+class _Refine(Stage[None]):
+    """Train a block in place. The trained values are its findings, so that a resumed run restores them from there."""
 
+    name = "refined"
+    surveys = True
 
-@contextmanager
-def _in_float32(block: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """While active, the block computes in float32; after it, what was trained is rounded to its dtype and all else is as it was."""
-    tensors = [each for each in (*block.parameters(), *block.buffers()) if each.is_floating_point()]
-    before = [each.data for each in tensors]
-    required = [each.requires_grad for each in block.parameters()]
-    chosen = {id(each) for each in trained}
-    for each in tensors:
-        each.data = each.data.float()
-    for parameter in block.parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        yield
-    finally:
-        for each, data in zip(tensors, before, strict=True):
-            each.data = each.data.to(data.dtype) if id(each) in chosen else data
-        for parameter, was in zip(block.parameters(), required, strict=True):
-            parameter.requires_grad_(was)
+    def __init__(self, session: Session, dense: PreTrainedModel, batches: list[BlockBatch]) -> None:
+        self.session = session
+        self.dense = dense
+        self.batches = batches
+        self._report_positions = {report.name: position for position, report in enumerate(session.log.reports)}
 
+    def collect(self, visit: BlockVisit) -> None:
+        """Nothing is collected before the training."""
 
-def _as_float32(batch: BlockBatch, index: int) -> BlockBatch:
-    """A batch whose hidden states and arguments of one block are float32."""
-    call = batch.calls[index]
-    calls = list(batch.calls)
-    calls[index] = None if call is None else call._replace(args=_float32(call.args), kwargs=_float32(call.kwargs))
-    return BlockBatch(batch.hidden.float(), calls)
+    def solve(self, visit: BlockVisit, statistics: None) -> Iterable[tuple[Layer, BuildResult]]:
+        session, index = self.session, visit.index
+        dense_block = self.dense.get_submodule(visit.name)
+        layers = [layer for layer in visit.layers if layer.name in self._report_positions]
+        originals = {layer.name: self.dense.get_submodule(layer.name) for layer in layers}
+        # The batches move on to the dense outputs, which are the targets of the training.
+        measured = block_statistics(
+            dense_block, index, self.batches, originals, session.method.needs_gram, True, session.group
+        )
+        twins = [batch.compressed_twin for batch in self.batches if batch.compressed_twin is not None]
+        targets = [batch.hidden for batch in self.batches]
+        losses = train_block(visit.block, index, twins, targets, session.plan.config.refinement_steps, session.group)
 
+        def report(layer: Layer) -> Record:
+            original = originals[layer.name]
+            statistics = measured[layer.name] or no_data(layer, original)
+            compressed = session.model.get_submodule(layer.name)
+            assert isinstance(compressed, CompressedLinear)
+            weight = dense_weight(original).detach().double()
+            bits = session.plan.budget.dense_bits(layer)
+            spectrum = session.log.reports[self._report_positions[layer.name]].spectrum
+            new_report = layer_report(layer.name, compressed, weight, statistics, bits, spectrum)
+            return Record({}, {layer.name: asdict(new_report)})
 
-def _float32(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _float32(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_float32(each) for each in value)
-    return value
+        reports = survey_layers(session, layers, examine=report).facts.values()
+        for twin in twins:
+            twin.hidden = run_block(visit.block, index, twin)
+        facts = {"losses": [*losses], "reports": [*reports]}
+        visit.findings = Record(dict(visit.block.state_dict()), facts)
+        return ()
+
+    def accept(self, visit: BlockVisit) -> None:
+        assert visit.findings is not None and self.session.log.refinement is not None
+        visit.block.load_state_dict(visit.findings.tensors)
+        before, after = visit.findings.facts["losses"]
+        self.session.log.refinement.append(BlockRefinement(visit.name, before, after))
+        for report in visit.findings.facts["reports"]:
+            position = self._report_positions[report["name"]]
+            self.session.log.reports[position] = LayerReport(**report)

@@ -1,120 +1,202 @@
-"""What becomes of a block as a record of the work folder, and the block as it was from its record."""
+"""The way a killed run goes on: its identity, and the records of its finished blocks in the work folder.
+
+Each stage of a run records every block that it finished, with what the run logged about it, and the inputs of the next
+block. A run that is started again reads these records in place of the work: a bug in resuming is here, in
+`RunLog.restore`, or in `work_folder.py`.
+"""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import ActivationCache, BlockBatch
+from ..calibration import ActivationCache, BlockBatch, fingerprint
 from ..execution.process_group import ProcessGroup
-from ..execution.work_folder import Record, WorkFolder
+from ..execution.work_folder import Record, WorkFolder, tensors_checksum
+from ..models.architectures import find_feed_forwards
 from ..models.linears import dense_weight
+from ..models.offloading import OffloadedBlocks, every_weight
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.quantizer import swap_module
+from ..version import library_versions
 from .fallback import BuildResult
+from .neurons import apply_neuron_order
 from .report import LayerReport
-
-if TYPE_CHECKING:
-    from .run import Run
+from .session import BlockVisit, LogPosition, Session
 
 
-@dataclass(frozen=True)
-class LogPosition:
-    """How far the notes of a run had come when it entered a block."""
-
-    reports: int
-    warnings: int
-    kept_dense: int
-    noted: frozenset[str]
-
-    @staticmethod
-    def of(run: "Run") -> "LogPosition":
-        return LogPosition(
-            len(run.reports), len(run.warnings), len(run.kept_dense), frozenset(run.reasons | run.retried | run.failed)
-        )
-
-    def notes_since(self, run: "Run") -> dict[str, Any]:
-        """What the run noted about the block, as plain JSON values."""
-
-        def new(notes: dict[str, str]) -> dict[str, str]:
-            return {name: note for name, note in notes.items() if name not in self.noted}
-
-        return {
-            "reports": [asdict(report) for report in run.reports[self.reports :]],
-            "warnings": run.warnings[self.warnings :],
-            "kept_dense": run.kept_dense[self.kept_dense :],
-            "reasons": new(run.reasons),
-            "retried": new(run.retried),
-            "bad": new(run.failed),
-        }
-
-
-def restore_log(run: "Run", notes: dict[str, Any]) -> None:
-    """Note again what `LogPosition.notes_since` gave."""
-    run.reports += [LayerReport(**report) for report in notes["reports"]]
-    run.warnings += notes["warnings"]
-    run.kept_dense += notes["kept_dense"]
-    run.reasons |= notes["reasons"]
-    run.retried |= notes["retried"]
-    run.failed |= notes["bad"]
-
-
-def block_record(block: nn.Module, notes: dict[str, Any]) -> Record:
-    """All that a block holds, which of its layers are compressed and how, and what was noted on the way."""
-    specs = {
-        name: module.spec.to_dict() for name, module in block.named_modules() if isinstance(module, CompressedLinear)
+def run_identity(session: Session) -> dict[str, Any]:
+    """Return all that the result of a run depends on. A work folder goes on with a run of the same identity only."""
+    return {
+        "weights": weights_fingerprint(session.model, session.offloaded),
+        "calibration": fingerprint(session.tokens),
+        "config": session.plan.config.to_dict(),
+        "versions": library_versions(),
     }
-    return Record(dict(block.state_dict()), {"specs": specs, "notes": notes})
+
+
+def weights_fingerprint(model: PreTrainedModel, blocks: OffloadedBlocks | None = None) -> str:
+    """Return the sha256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
+    return tensors_checksum(every_weight(model, blocks))
+
+
+def record_name(stage: str, index: int) -> str:
+    """Return the name of the record of a block in the work folder."""
+    return f"{stage}-{index:05}"
+
+
+def inputs_name(stage: str, index: int) -> str:
+    """Return the name of the record that holds the inputs of a block."""
+    return f"{stage}-inputs-{index:05}"
+
+
+class StageRecords:
+    """The records of one walk over the blocks. Without a work folder nothing is read or written.
+
+    Args:
+        session: the run.
+        stage: the name of the stage.
+        surveys: whether the stage only finds out about blocks, so that a record holds its findings, not a block.
+        batches: this process's calibration batches, which every `read` brings to where they were before the block.
+    """
+
+    def __init__(self, session: Session, stage: str, surveys: bool, batches: list[BlockBatch]) -> None:
+        self.session = session
+        self.stage = stage
+        self.surveys = surveys
+        self.batches = batches
+        self._batch_count = sum(session.group.gather(len(batches)))
+        self._previous_was_recorded = False
+
+    def read(self, visit: BlockVisit) -> Record | None:
+        """Return the record of a block, or None if it is not finished.
+
+        At the first block that is not finished, the batches get the inputs that the last finished block left for it.
+        """
+        work = self.session.work
+        if work is None:
+            return None
+        record = work.read(record_name(self.stage, visit.index))
+        if record is None and self._previous_was_recorded:
+            name = inputs_name(self.stage, visit.index)
+            restore_inputs(self.batches, self._batch_count, self.session.group, work, name)
+        self._previous_was_recorded = record is not None
+        return record
+
+    def restore(self, visit: BlockVisit, record: Record) -> None:
+        """Bring the block, the log and the findings into the state that was recorded with the block."""
+        session = self.session
+        session.log.restore(record.facts["log"])
+        if not self.surveys:
+            restore_block(visit.block, record, values=session.offloaded is None)
+            return
+        self._restore_neuron_orders(visit, record.facts["orders"])
+        visit.findings = Record(record.tensors, record.facts["findings"])
+
+    def write(self, visit: BlockVisit, position: LogPosition) -> None:
+        """Record a finished block and the inputs of the next one.
+
+        Args:
+            position: where the log was when the run entered the block.
+        """
+        session, work = self.session, self.session.work
+        if work is None:
+            return
+        entries = session.log.entries_since(position)
+        if visit.findings is None:
+            record = block_record(visit.block, entries)
+        else:
+            orders = {
+                name: order.tolist()
+                for name, order in session.log.neuron_orders.items()
+                if name.startswith(f"{visit.name}.")
+            }
+            facts = {"findings": visit.findings.facts, "log": entries, "orders": orders}
+            record = Record(visit.findings.tensors, facts)
+        # The next inputs come first: where the block's record is there, they are there, too.
+        inputs = inputs_record(self.batches, self._batch_count, session.group, session.cache)
+        work.write(inputs_name(self.stage, visit.index + 1), inputs)
+        work.write(record_name(self.stage, visit.index), record)
+        work.discard(inputs_name(self.stage, visit.index))
+
+    def _restore_neuron_orders(self, visit: BlockVisit, orders: dict[str, list[int]]) -> None:
+        session = self.session
+        networks = {f"{visit.name}.{network.output}": network for network in find_feed_forwards(visit.block)}
+        for name, indices in orders.items():
+            if name in session.log.neuron_orders:
+                continue
+            session.log.neuron_orders[name] = torch.tensor(indices)
+            # A block on disk gets its order whenever it is loaded.
+            if session.offloaded is None:
+                apply_neuron_order(session, visit, networks[name], session.log.neuron_orders[name])
+
+
+def block_record(block: nn.Module, log_entries: dict[str, Any]) -> Record:
+    """Return the tensors of a block, which of its layers are compressed and how, and the log entries about it."""
+    specs = {}
+    for name, module in block.named_modules():
+        if isinstance(module, CompressedLinear):
+            specs[name] = module.spec.to_dict()
+    return Record(dict(block.state_dict()), {"specs": specs, "log": log_entries})
 
 
 def restore_block(block: nn.Module, record: Record, values: bool = True) -> None:
-    """Make a block what it was when it was recorded, or only its layers without their values."""
+    """Bring a block into the state that was recorded.
+
+    Args:
+        values: whether to restore the values, too, or only which layers are compressed and how.
+    """
     for name, spec in record.facts["specs"].items():
         weight = dense_weight(block.get_submodule(name))
-        made = build_layer(
+        layer = build_layer(
             LayerSpec.from_dict(name, spec), weight.shape[1], weight.shape[0], weight.device, weight.dtype
         )
-        replace_layer(block, name, made)
+        replace_layer(block, name, layer)
     if values:
         block.load_state_dict(record.tensors)
 
 
-def replace_layer(model: nn.Module, name: str, made: CompressedLinear) -> None:
-    """Put a compressed layer in the place of a dense one, in its mode."""
+def replace_layer(model: nn.Module, name: str, layer: CompressedLinear) -> None:
+    """Put a compressed layer in the place of a dense one, with the dense one's training mode and `requires_grad`."""
     dense = model.get_submodule(name)
     assert isinstance(dense.weight, Tensor)
-    made.replaces_conv1d = isinstance(dense, Conv1D)
-    made.requires_grad_(dense.weight.requires_grad)
-    swap_module(model, name, made.train(dense.training))
+    layer.replaces_conv1d = isinstance(dense, Conv1D)
+    layer.requires_grad_(dense.weight.requires_grad)
+    swap_module(model, name, layer.train(dense.training))
 
 
-def layer_record(built: BuildResult) -> Record:
-    """What became of a layer."""
-    facts: dict[str, Any] = {"fault": built.fault, "remedy": built.remedy}
-    if built.layer is None or built.report is None:
+def build_result_record(result: BuildResult) -> Record:
+    """Return a build result as a record, in which it travels between processes."""
+    facts: dict[str, Any] = {"fault": result.fault, "remedy": result.remedy}
+    if result.layer is None or result.report is None:
         return Record({}, facts)
-    return Record(
-        dict(built.layer.state_dict()), {**facts, "spec": built.layer.spec.to_dict(), "report": asdict(built.report)}
-    )
+    facts |= {"spec": result.layer.spec.to_dict(), "report": asdict(result.report)}
+    return Record(dict(result.layer.state_dict()), facts)
 
 
-def layer_from(record: Record, dense: nn.Module) -> BuildResult:
-    """What became of a layer, as its record holds it; its compressed layer stands for the dense one."""
+def build_result_from(record: Record, dense: nn.Module) -> BuildResult:
+    """Return the build result that a record holds.
+
+    Args:
+        dense: the layer that the compressed one stands for; gives its shape, device and dtype.
+    """
     facts = record.facts
     if "report" not in facts:
         return BuildResult(None, None, facts["fault"])
     report, weight = LayerReport(**facts["report"]), dense_weight(dense)
     spec = LayerSpec.from_dict(report.name, facts["spec"])
-    made = build_layer(spec, weight.shape[1], weight.shape[0], weight.device, weight.dtype)
-    made.load_state_dict(record.tensors)
-    return BuildResult(made, report, facts["fault"], facts["remedy"])
+    layer = build_layer(spec, weight.shape[1], weight.shape[0], weight.device, weight.dtype)
+    layer.load_state_dict(record.tensors)
+    return BuildResult(layer, report, facts["fault"], facts["remedy"])
 
 
-def merged(records: Iterable[Record]) -> Record:
-    """Records of different things as one."""
+def merge_records(records: Iterable[Record]) -> Record:
+    """Return records of different things as one."""
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for record in records:
@@ -124,36 +206,48 @@ def merged(records: Iterable[Record]) -> Record:
 
 
 def inputs_record(batches: Iterable[BlockBatch], count: int, group: ProcessGroup, cache: ActivationCache) -> Record:
-    """The inputs of the next block, of all the group's `count` batches; at the first process only. Those of others go to the cache."""
+    """Return the inputs of the next block for all `count` batches of the group, on the main process only.
+
+    Inputs of other processes are put into the cache, as they do not fit into the memory of one.
+    """
     tensors = {}
-    for position, part in enumerate(group.gather_to_main([_inputs(batch) for batch in batches], count)):
-        for name, tensor in part.tensors.items():
-            tensors[f"{name}.{position}"] = tensor if position % group.size == 0 else cache.put(tensor).tensor
+    own = [batch_inputs(batch) for batch in batches]
+    for position, inputs in enumerate(group.gather_to_main(own, count)):
+        is_own = position % group.size == 0
+        for name, tensor in inputs.tensors.items():
+            tensors[f"{name}.{position}"] = tensor if is_own else cache.put(tensor).tensor
     return Record(tensors, {})
 
 
 def restore_inputs(
     batches: Iterable[BlockBatch], count: int, group: ProcessGroup, work: WorkFolder, name: str
 ) -> None:
-    """Bring the batches to where `inputs_record` gave them to the record of this name."""
+    """Bring the batches to where they were when `inputs_record` gave the record of this name.
 
-    def parts() -> list[Record]:
+    Raises:
+        CompressionError: if the record is not there, as the folder is damaged.
+    """
+
+    def read_parts() -> list[Record]:
         record = work.read_here(name)
         if record is None:
             raise work.damaged(name, "missing, or the record of the block is")
         kinds = {key.rpartition(".")[0] for key in record.tensors}
-        return [
-            Record({kind: record.tensors[f"{kind}.{position}"] for kind in kinds}, {}) for position in range(count)
-        ]
+        parts = []
+        for position in range(count):
+            parts.append(Record({kind: record.tensors[f"{kind}.{position}"] for kind in kinds}, {}))
+        return parts
 
-    for batch, part in zip(batches, group.scatter(parts), strict=True):
-        batch.hidden = part.tensors["hidden"].to(batch.hidden.device)
+    for batch, part in zip(batches, group.scatter(read_parts), strict=True):
+        device = batch.hidden.device
+        batch.hidden = part.tensors["hidden"].to(device)
         if batch.compressed_twin is not None:
-            batch.compressed_twin.hidden = part.tensors["shifted"].to(batch.hidden.device)
+            batch.compressed_twin.hidden = part.tensors["compressed_hidden"].to(device)
 
 
-def _inputs(batch: BlockBatch) -> Record:
+def batch_inputs(batch: BlockBatch) -> Record:
+    """Return the hidden states of a batch, and those of its compressed twin."""
     tensors = {"hidden": batch.hidden}
     if batch.compressed_twin is not None:
-        tensors["shifted"] = batch.compressed_twin.hidden
+        tensors["compressed_hidden"] = batch.compressed_twin.hidden
     return Record(tensors, {})

@@ -1,5 +1,6 @@
-"""Which linear layers are compressed, and why the others are not."""
+"""The choice of the linear layers to compress, and the reasons of those that stay dense."""
 
+from collections import Counter
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -7,9 +8,10 @@ from transformers import PreTrainedModel
 
 from ..budget import Layer
 from ..methods import Method
-from ..models.architectures import fused_experts, in_list, is_linear
+from ..models.architectures import fused_experts, in_module_list
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
+from ..runtime.validation import is_linear
 
 TIED = "its weight is tied to another module"
 UNREACHED = "no calibration batch comes through its block; give batches with the inputs that it reads"
@@ -20,7 +22,7 @@ ROUTER = "it routes tokens to experts or weighs them, and is tiny"
 def select_layers(
     model: PreTrainedModel, layers: list[Layer], method: Method, config: CompressionConfig
 ) -> tuple[list[Layer], dict[str, str]]:
-    """The layers to compress, and the reason of each layer that stays dense, by name.
+    """Return the layers to compress, and the reason of each layer that stays dense, by name.
 
     Raises:
         CompressionError: if no layer is left to compress, or a pattern of `modules_to_not_convert` matches none.
@@ -30,13 +32,13 @@ def select_layers(
             raise CompressionError(
                 f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
             )
-    shared = _shared_weights(model)
+    shared_weights = _shared_weights(model)
     compressed, reasons = [], {}
     for layer in layers:
-        module = model.get_submodule(layer.name)
+        weight = model.get_submodule(layer.name).weight
         if any(matches(layer.name, pattern) for pattern in config.modules_to_not_convert):
             reasons[layer.name] = "left dense by modules_to_not_convert"
-        elif id(module.weight) in shared:
+        elif id(weight) in shared_weights:
             reasons[layer.name] = TIED
         elif layer.role == "router":
             reasons[layer.name] = ROUTER
@@ -45,32 +47,38 @@ def select_layers(
         else:
             compressed.append(layer)
     if not compressed:
-        raise CompressionError(
-            f"{method.name} leaves every layer dense ({next(iter(reasons.values()))}); nothing to compress"
-        )
+        first_reason = next(iter(reasons.values()))
+        raise CompressionError(f"{method.name} leaves every layer dense ({first_reason}); nothing to compress")
     return compressed, reasons
 
 
 def uncalled_layers(blocks: dict[str, nn.Module], layers: list[Layer], called: set[str]) -> dict[str, str]:
-    """The reason of each layer that calibration never calls, by name: the model may read its weight in another way.
+    """Return the reason of each layer that calibration never calls, by name.
 
-    Experts (layers in a list inside a block) are called only for some tokens: those without any are compressed without data.
+    The model may not use such a layer, or read its weight in another way.
+
+    Experts (layers in a list inside a block) are called only for some tokens. Those without any are compressed without
+    data.
     """
-    used = {layer.block for layer in layers if layer.name in called}
-    left = {}
+    reached_blocks = {layer.block for layer in layers if layer.name in called}
+    reasons = {}
     for layer in layers:
-        if layer.block not in used:
-            left[layer.name] = UNREACHED
-        elif layer.name not in called and not in_list(blocks, layer):
-            left[layer.name] = UNCALLED
-    return left
+        if layer.block not in reached_blocks:
+            reasons[layer.name] = UNREACHED
+        elif layer.name not in called and not in_module_list(blocks, layer):
+            reasons[layer.name] = UNCALLED
+    return reasons
 
 
 def left_out(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
-    """What the user must know about weights of the blocks that are no linear layers, though they compute nearly that."""
+    """Return warnings about weights of the blocks that are no linear layers, though they compute nearly the same."""
     warnings = []
-    if experts := fused_experts(model, blocks):
-        share = sum(experts.values()) / max(sum(p.numel() for block in blocks.values() for p in block.parameters()), 1)
+    experts = fused_experts(model, blocks)
+    if experts:
+        block_parameters = 0
+        for block in blocks.values():
+            block_parameters += sum(parameter.numel() for parameter in block.parameters())
+        share = sum(experts.values()) / max(block_parameters, 1)
         warnings.append(
             f"{len(experts)} fused expert tensors ({share:.0%} of the blocks' weights, such as {next(iter(experts))}) "
             "are no linear layers and stay dense"
@@ -78,14 +86,13 @@ def left_out(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
     for block_name, block in blocks.items():
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and not is_linear(module):
-                warnings.append(
-                    f"{block_name}.{name} stays dense: {type(module).__name__} may compute something else than nn.Linear"
-                )
+                kind = type(module).__name__
+                warnings.append(f"{block_name}.{name} stays dense: {kind} may compute something else than nn.Linear")
     return warnings
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module name is the pattern, ends with it after a dot, lies under it, or fits it as a shell pattern."""
+    """Return whether a module name is the pattern, ends with it, lies under it, or fits it as a shell pattern."""
     return (
         name == pattern
         or name.endswith(f".{pattern}")
@@ -96,8 +103,8 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    seen: dict[int, int] = {}
+    """Return the ids of the parameters that more than one module holds."""
+    holders: Counter[int] = Counter()
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    return {key for key, count in seen.items() if count > 1}
+        holders.update(id(parameter) for parameter in module.parameters(recurse=False))
+    return {parameter_id for parameter_id, count in holders.items() if count > 1}

@@ -50,11 +50,12 @@ def run(arguments: list[str]) -> tuple[str, float, int | None]:
     ):
         process = subprocess.Popen([sys.executable, "-m", "hf_lowrank", *arguments], stdout=output, stderr=errors)
         try:
+            # The output goes to files, not pipes, so that a child that prints much does not block.
             while process.poll() is None and not signals:
                 peak = _peak_memory(process.pid) or peak
                 time.sleep(POLL_SECONDS)
         finally:
-            process.kill()
+            process.kill()  # which does nothing to a child that has ended
             process.wait()
         if signals:
             _act_on(signals[0])
@@ -64,6 +65,7 @@ def run(arguments: list[str]) -> tuple[str, float, int | None]:
         if process.returncode == 0:
             return output.read(), seconds, peak
         last_line = _last_line(errors.read())
+    # The command line puts this before what it says on purpose; anything else is the end of a crash.
     if last_line.startswith("error: "):
         raise ProcessError(last_line.removeprefix("error: "), explained=True)
     raise ProcessError(f"{arguments[0]} ended with exit status {process.returncode}: {last_line}", explained=False)

@@ -53,6 +53,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     any instant leaves the old file or the new one, never a part of it. Two processes may not write the same file at a
     time.
     """
+    # In the same folder, because a file can be renamed only within its file system.
     partial = path.with_name(f"{path.name}.partial")
     try:
         yield partial
@@ -60,7 +61,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
         flush_to_disk(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)  # after the rename there is none
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -89,6 +90,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     message = str(error).strip()
     if not message:
         return type(error).__name__
+    # A message may quote a file of a stranger, which must not control the terminal.
     return printable(message.splitlines()[0][:limit])
 
 

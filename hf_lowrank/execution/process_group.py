@@ -51,6 +51,7 @@ class ProcessGroup:
 
     def split(self, items: Sequence[T]) -> list[T]:
         """Return the items that this process works on, of a list that all have: every `size`-th from `rank` on."""
+        # In turn, so that no process has more than one item more than another, and long and short ones mix.
         return list(items[self.rank :: self.size])
 
     def gather(self, value: T) -> list[T]:
@@ -117,6 +118,7 @@ class TorchProcessGroup(ProcessGroup):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.device = device
+        # A group of its own, because the default one may serve one kind of device only, and gives up sooner.
         with self._one_line_errors():
             self._group: Any = dist.new_group(backend=distributed_backends(), timeout=COLLECTIVE_TIMEOUT)
 
@@ -128,6 +130,7 @@ class TorchProcessGroup(ProcessGroup):
 
     def broadcast(self, find: Callable[[], T]) -> T:
         value, error = _attempt(find) if self.is_main else (None, None)
+        # A failure is sent, too. Otherwise the other processes would wait for a result until the timeout.
         value, message = self._broadcast_object((value, _message(error)))
         if error is not None:
             raise error
@@ -136,11 +139,13 @@ class TorchProcessGroup(ProcessGroup):
         return value  # type: ignore[return-value]  # without an error there is a value
 
     def all_reduce(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # All processes must make the same calls in the same order, so they first agree on what there is to sum.
         layouts = self._layouts_of_all(tensors)
         fused: dict[tuple[torch.dtype, str], list[str]] = {}
         for name, (shape, dtype, device_type) in layouts.items():
             if name not in tensors:
                 tensors[name] = torch.zeros(shape, dtype=dtype, device=self._local_device(device_type))
+            # The time of a small message is latency, so small tensors of one kind travel as one.
             if shape.numel() <= LARGEST_FUSED_TENSOR:
                 fused.setdefault((dtype, device_type), []).append(name)
             else:
@@ -168,6 +173,7 @@ class TorchProcessGroup(ProcessGroup):
             return _attempt(partial(solve, name))
 
         own_results = dict(solve_in_threads(own_costs, attempt, threads))
+        # Every process goes through all tasks in the same order, so each send meets its receives.
         for name, owner in owners.items():
             if owner != self.rank:
                 yield name, unpack(name, self._receive_record(owner))
@@ -184,7 +190,7 @@ class TorchProcessGroup(ProcessGroup):
         for position in range(count):
             owner = position % self.size
             if owner == self.rank:
-                record = records[position // self.size]
+                record = records[position // self.size]  # the inverse of `split`
                 if self.is_main:
                     yield record
                 else:
@@ -211,10 +217,7 @@ class TorchProcessGroup(ProcessGroup):
         return own_records
 
     def broadcast_record(self, find: Callable[[], Record | None]) -> Record | None:
-        """Run `find` on the main process and return the record, or None, on every process.
-
-        An exception is raised everywhere.
-        """
+        """Run `find` on the main process and return the record, or None, on every process, as `broadcast` does."""
         record: Record | None = None
 
         def find_and_tell() -> bool:
@@ -256,7 +259,7 @@ class TorchProcessGroup(ProcessGroup):
         """Send a record to one process, or to all if there is no target. Those call `_receive_record`."""
         tensors = {name: tensor.detach().contiguous() for name, tensor in record.tensors.items()}
         layouts = [(name, tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()]
-        header = (layouts, record.facts)
+        header = (layouts, record.facts)  # tells the others how much memory to allocate
         if target is None:
             self._broadcast_object(header, self.rank)
         else:
@@ -278,7 +281,7 @@ class TorchProcessGroup(ProcessGroup):
             with self._one_line_errors():
                 dist.recv_object_list(box, group=self._group, src=source, device=CPU)
         (header,) = box
-        if isinstance(header, str):
+        if isinstance(header, str):  # in place of a record, `map_balanced` sends the message of an error
             raise RemoteError(header)
         layouts, facts = header
         tensors = {}
@@ -338,6 +341,8 @@ class _SharedWorkFolder(WorkFolder):
     def write(self, name: str, record: Record) -> None:
         self.group.broadcast(lambda: super(_SharedWorkFolder, self).write(name, record))
 
+    # Nothing waits for what these remove, so the other processes need not know.
+
     def discard(self, name: str) -> None:
         if self.group.is_main:
             super().discard(name)
@@ -359,9 +364,9 @@ def balanced(costs: dict[str, float], size: int) -> dict[str, int]:
     load = [0.0] * size
     owners = {}
     for name in sorted(costs, key=lambda name: -costs[name]):
-        owners[name] = load.index(min(load))
+        owners[name] = load.index(min(load))  # of several, the first, so that all processes decide alike
         load[owners[name]] += costs[name]
-    return {name: owners[name] for name in costs}
+    return {name: owners[name] for name in costs}  # in the order of the tasks again
 
 
 def current_process_group(device: torch.device | None = None) -> ProcessGroup:

@@ -84,11 +84,12 @@ class _Log:
                 self.pass_started = now  # another pass over the model, at a pace of its own
             self.block = what
             self.done = done
+        # Work of one name, such as training, may take hours, so it is named again from time to time.
         if not is_new and now - self.logged < REPEAT_AFTER:
             return
         self.logged = now
         line = f"{self.block}: {self.done} of {total} done, {_clock(now - self.started)} elapsed"
-        if 0 < self.done < total:
+        if 0 < self.done < total:  # before the first block is done, nothing is known about its pace
             remaining = (now - self.pass_started) / self.done * (total - self.done)
             line += f", about {_clock(remaining)} remaining"
         logger.info(line)

@@ -55,7 +55,7 @@ def solve_in_threads(costs: dict[str, float], solve: Callable[[str], T], count: 
             for name in sorted(costs, key=lambda name: -costs[name]):
                 pending[name] = pool.submit(solve_here, name)
             solutions = {name: pending[name].result() for name in costs}
-        except BaseException:
+        except BaseException:  # also an interruption: what has not begun is not begun any more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     yield from solutions.items()

@@ -22,6 +22,7 @@ class RemoteError(CompressionError):
 
 def torchrun_rank() -> int | None:
     """Return the rank that `torchrun` or `accelerate launch` gave this process, or None if it was started alone."""
+    # The environment is asked before torch, which takes seconds to import.
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
     if is_alone or not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         return None
@@ -45,7 +46,7 @@ def torchrun_group() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # before the group is made, because NCCL ties a process to its device
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         dist.init_process_group(distributed_backends(), timeout=STARTUP_TIMEOUT)

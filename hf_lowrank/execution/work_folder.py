@@ -45,7 +45,7 @@ class WorkFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = ExitStack()
+        self._lock = ExitStack()  # released in `__exit__`, or by the system when the process is gone
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -57,7 +57,7 @@ class WorkFolder:
 
     def __exit__(self, *error: object) -> None:
         """Release the folder for other runs, and remove it if it is empty."""
-        with suppress(OSError):  # it is not empty
+        with suppress(OSError):  # which says that it is not empty
             self.path.rmdir()
         self._lock.close()
 
@@ -80,7 +80,7 @@ class WorkFolder:
                     f"{self.path}: holds a run with other {difference(recorded, current)}; "
                     "repeat that one, or delete the folder, or name another"
                 )
-            self.clear()
+            self.clear()  # a run that is finished needs its records no more
             recorded = None
         if recorded is None:
             self._write(IDENTITY, json.dumps(current, indent=1).encode())
@@ -109,6 +109,7 @@ class WorkFolder:
                 metadata = stored.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise self.damaged(name, str(error)) from error
+        # A disk may damage a file that was complete, so the content is compared with what was written.
         facts = metadata.get("facts", "")
         if metadata.get("sha256") != _checksum(name, tensors, facts):
             raise self.damaged(name, "its sha256 is not the recorded one")

@@ -1,5 +1,16 @@
-"""One file per method, the maths only; importing this package registers them all."""
+"""The methods of compression: one file per method, which holds its mathematics only.
 
+There are three kinds of method, by the strategy that `compress()` follows with them (`compression/strategies/`):
+
+- `Method` (base.py), "layerwise": a layer has its budget before it is looked at, and is decomposed within it;
+- `SpectralMethod` (spectral.py), "spectral": the spectra of all layers are measured before the ranks are decided on;
+- `MixedMethod` (mixed.py), "mixed": a layer can become one of several things, and all layers are chosen for from one
+  budget.
+
+Importing this package registers all methods. CONTRIBUTING.md shows how one is added.
+"""
+
+from ..budget import Budget, Layer
 from . import (
     asvd,
     auto,
@@ -18,14 +29,20 @@ from . import (
     svd_llm,
     wanda,
 )
-from .base import Budget, Decomposition, Layer, Method, Statistics
+from .base import Decomposition, Method, Statistics
+from .mixed import Choice, MixedMethod
 from .registry import make_method, method_class, register_method, registered_methods
+from .spectral import Measurement, SpectralMethod
 
 __all__ = [
     "Budget",
+    "Choice",
     "Decomposition",
     "Layer",
+    "Measurement",
     "Method",
+    "MixedMethod",
+    "SpectralMethod",
     "Statistics",
     "asvd",
     "auto",

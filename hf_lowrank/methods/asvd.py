@@ -18,8 +18,8 @@ from .svd import affordable_rank, column_weighted_svd
 class ASVD(Method):
     """SVD of the weight scaled by the mean magnitude of its inputs, at the same keep ratio for every layer.
 
-    The paper also searches a keep ratio per matrix by the perplexity of a model in which that matrix alone is truncated; a method sees
-    one matrix and no model, so that search is not part of it.
+    The paper also searches a keep ratio per matrix, by the perplexity of a model in which that matrix alone is
+    truncated. A method sees one matrix and no model, so that search is not part of it.
     """
 
     alpha: float = field(default=0.5, metadata={"help": "exponent of the scale (mean |X_j|)^α"})
@@ -31,7 +31,6 @@ class ASVD(Method):
             raise CompressionError(f"asvd: alpha={self.alpha}, expected a number from 0 to 1")
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """W ≈ B A, minimising ‖(W − B A) D‖_F with D = diag((mean_t |X_jt|)^α)."""
-        return column_weighted_svd(
-            weight, relative_scales(statistics.mean_abs) ** self.alpha, affordable_rank(self.name, budget)
-        )
+        """W ≈ B A, minimizing ‖(W − B A) D‖_F with D = diag((mean_t |X_jt|)^α)."""
+        d = relative_scales(statistics.mean_abs) ** self.alpha
+        return column_weighted_svd(weight, d, affordable_rank(self.name, budget))

@@ -1,7 +1,7 @@
-"""What every method shares: the statistics it gets, the budget it must keep, the decomposition it returns."""
+"""The base class of all methods, the statistics that a method is given, and the decomposition that it returns."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,9 @@ from ..runtime.quantization import Quantized
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration tokens say about the input x of a linear layer; linears that see the same input share one.
+    """Statistics of the input x of a linear layer over the calibration tokens.
+
+    Linear layers with the same input share them, apart from those that belong to one layer alone.
 
     Attributes:
         tokens: number T of tokens seen.
@@ -24,13 +26,15 @@ class Statistics:
         column_norms: ‖X_j‖₂ = √(Σ_t x_tj²), (n,) float64.
         mean: (Σ_t x_t) / T, (n,) float64.
         mean_abs: (Σ_t |x_t|) / T, (n,) float64.
-        squared_gradients: Σ_i F_ij of one linear layer, (n,) float64, F = mean over calibration batches of (∂L/∂W)²; belongs to that
-            layer alone. None unless the method `needs_gradients`.
-        compressed_input_gram: Ĉ = Σ_t x̂_t x̂_tᵀ, (n, n) float64, of the inputs x̂ that the layer sees in the compressed model. None unless the
-            method `needs_compressed_inputs`.
-        cross_gram: M = Σ_t x_t x̂_tᵀ, (n, n) float64: dense inputs against shifted ones, token by token. As `compressed_input_gram`.
-        output_gram: G = Σ_t g_t g_tᵀ, (m, m) float64, of the gradients of the loss by the layer's outputs; belongs to that layer
-            alone. None unless the method `needs_output_gram`, or if no token reached it: then all outputs count alike.
+        squared_gradients: Σ_i F_ij of one linear layer, (n,) float64, with F the mean of (∂L/∂W)² over the calibration
+            batches. It belongs to that layer alone. None unless the method `needs_gradients`.
+        compressed_input_gram: Ĉ = Σ_t x̂_t x̂_tᵀ, (n, n) float64, of the inputs x̂ that the layer sees in the compressed
+            model. None unless the method `needs_compressed_inputs`.
+        cross_gram: M = Σ_t x_t x̂_tᵀ, (n, n) float64, of the inputs in the dense and in the compressed model, token by
+            token. None where `compressed_input_gram` is.
+        output_gram: G = Σ_t g_t g_tᵀ, (m, m) float64, of the gradients g of the loss by the layer's outputs. It
+            belongs to that layer alone. None unless the method `needs_output_gram`, or if no token reached the layer;
+            all outputs then count alike.
     """
 
     tokens: int
@@ -44,73 +48,95 @@ class Statistics:
     output_gram: Tensor | None = None
 
     def require(self, name: str, method: str) -> Tensor:
-        """The statistic `name`, which `method` cannot do without.
+        """Return the statistic `name`, which `method` cannot do without.
 
         Raises:
             CompressionError: if it was not measured.
         """
-        value = getattr(self, name)
-        if value is None:
+        statistic: Tensor | None = getattr(self, name)
+        if statistic is None:
             raise CompressionError(
                 f"{method}: the statistics hold no {name}, which this method needs; collect it during calibration"
             )
-        found: Tensor = value
-        return found
+        return statistic
 
     def damped(self, share: float) -> "Statistics":
-        """As if noise had come to every input, and to every output's gradient, that has `split` of their mean energy.
+        """Return the statistics as if noise had been added to every input and to the gradient of every output.
 
-        Small shares leave weak directions no longer free to be anything; with large ones all inputs count nearly alike.
+        With a small share the directions that no token reaches are no longer free to take any value. With a large one
+        all inputs count nearly alike.
+
+        Args:
+            share: energy of the noise, relative to the mean energy of the inputs (or of the gradients).
         """
 
-        def raised(gram: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+        def with_noise(gram: Tensor | None, like: Tensor | None = None) -> Tensor | None:
+            """Add the noise to the diagonal of a Gram matrix, relative to the mean diagonal of `like` or of itself."""
             if gram is None:
                 return None
+            reference = gram if like is None else like
             noisy = gram.clone()
-            noisy.diagonal().add_(share * (gram if like is None else like).diagonal().mean())
+            noisy.diagonal().add_(share * reference.diagonal().mean())
             return noisy
 
-        def raised_scale(scale: Tensor) -> Tensor:
+        def with_noise_in_scale(scale: Tensor) -> Tensor:
             return (scale.square() + share * scale.square().mean()).sqrt()
 
         gradients = self.squared_gradients
+        if gradients is not None:
+            gradients = gradients + share * gradients.mean()
         return replace(
             self,
-            column_norms=raised_scale(self.column_norms),
-            mean_abs=raised_scale(self.mean_abs),
-            gram=raised(self.gram),
-            squared_gradients=None if gradients is None else gradients + share * gradients.mean(),
-            compressed_input_gram=raised(self.compressed_input_gram, self.gram),
-            cross_gram=raised(self.cross_gram, self.gram),  # the same noise in both models
-            output_gram=raised(self.output_gram),
+            column_norms=with_noise_in_scale(self.column_norms),
+            mean_abs=with_noise_in_scale(self.mean_abs),
+            gram=with_noise(self.gram),
+            squared_gradients=gradients,
+            # The noise is the same in the dense and in the compressed model, so that it is part of all three matrices.
+            compressed_input_gram=with_noise(self.compressed_input_gram, like=self.gram),
+            cross_gram=with_noise(self.cross_gram, like=self.gram),
+            output_gram=with_noise(self.output_gram),
         )
 
     def select(self, order: Tensor) -> "Statistics":
-        """The statistics of the inputs `order`, (k,) indices: a permutation or a part."""
+        """Return the statistics of the inputs `order`, (k,) indices: a permutation or a part of all inputs."""
+
+        def submatrix(gram: Tensor | None) -> Tensor | None:
+            if gram is None:
+                return None
+            return gram[order][:, order]
+
+        gradients = self.squared_gradients
+        if gradients is not None:
+            gradients = gradients[order]
         return replace(
             self,
             column_norms=self.column_norms[order],
             mean=self.mean[order],
             mean_abs=self.mean_abs[order],
-            gram=None if self.gram is None else self.gram[order][:, order],
-            squared_gradients=None if self.squared_gradients is None else self.squared_gradients[order],
-            compressed_input_gram=None
-            if self.compressed_input_gram is None
-            else self.compressed_input_gram[order][:, order],
-            cross_gram=None if self.cross_gram is None else self.cross_gram[order][:, order],
+            gram=submatrix(self.gram),
+            squared_gradients=gradients,
+            compressed_input_gram=submatrix(self.compressed_input_gram),
+            cross_gram=submatrix(self.cross_gram),
         )
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The parts of one weight (m, n), in the precision of the method; see `SparseLowRankLinear.from_parts` for the shapes.
+    """The parts of one weight (m, n), in the precision of the method.
+
+    `SparseLowRankLinear.from_parts` documents their shapes.
 
     Attributes:
         sparse: layout of the sparse part.
-        weight: its values: (p, n), (m, p), (m, n), or for a bitmask the dense (m, n) matrix that `mask` selects from; or quantised.
-        lowrank_a, lowrank_b: the factors A and B; or both quantised.
-        pivots: which rows of the low-rank part are stored as they are, if B comes without its identity block (see `pivot`).
-        bias: what the method adds to the output (m,), beside the layer's own bias.
+        weight: its values: (p, n), (m, p) or (m, n), or for a bitmask the dense (m, n) matrix that `mask` selects
+            from, or quantized.
+        mask: which entries a bitmask keeps, (m, n), boolean.
+        lowrank_a, lowrank_b: the factors A and B, or both of them quantized.
+        pivots: which rows of the low-rank part are stored as they are, if B comes without its identity block (see
+            `pivot`).
+        signs, scale_in, scale_out: the sign matrix of the binary part, (m, n), and the factors V (r, n) and U (m, r)
+            of its magnitudes.
+        bias: a term (m,) that the method adds to the output, beside the layer's own bias.
     """
 
     sparse: str = "none"
@@ -127,30 +153,46 @@ class Decomposition:
     def to_layer(
         self, out_features: int, in_features: int, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> SparseLowRankLinear:
-        """The compressed layer, rounded once to `dtype`; `bias` (m,) is that of the dense layer."""
+        """Return the compressed layer, rounded once to `dtype`.
+
+        Args:
+            bias: bias (m,) of the dense layer.
+            dtype: by default that of the parts.
+        """
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        # A layer has one bias: the sum of its own and of what the method adds, in the method's precision.
         if bias is not None:
-            parts["bias"] = bias if self.bias is None else bias.to(self.bias.dtype) + self.bias
+            if self.bias is not None:
+                bias = bias.to(self.bias.dtype) + self.bias
+            parts["bias"] = bias
         return SparseLowRankLinear.from_parts(in_features, out_features, **parts, dtype=dtype)
 
 
 class Method:
-    """A method is its mathematics: weight + statistics + budget → decomposition. No model, no I/O, no global state.
+    """A method is its mathematics: weight + statistics + budget → decomposition. It knows no model and no files.
 
-    Subclasses are dataclasses whose fields, with help texts in their metadata, are the method's options.
+    Subclasses are dataclasses. Their fields, with help texts in the metadata, are the options of the method.
 
     Attributes:
         name: set by `register_method`.
+        source: where the method was published.
+        strategy: how `compress()` walks a model with this method (`compression/strategies/`). "layerwise" gives every
+            layer its budget first and decomposes block by block, "spectral" measures the spectra of all layers before
+            it decides on their ranks, "mixed" lets every layer become one of several things, chosen from one budget.
+        trains: whether the method learns by training through the whole model.
         needs_gram: whether `Statistics.gram` is needed.
         needs_gradients: whether `Statistics.squared_gradients` is needed.
         needs_output_gram: whether `Statistics.output_gram` is needed.
-        sequential: whether a block sees the compressed blocks before it (else the dense ones).
-        factorizes: whether its work grows with the third power of a layer's side, or, entry by entry, with the second.
-        source: where it was published.
+        sequential: whether a block is calibrated on the outputs of the compressed blocks before it, or else of the
+            dense ones.
+        factorizes: whether the work grows with the third power of a layer's side (as for an SVD), or else with the
+            second.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
+    strategy: ClassVar[str] = "layerwise"
+    trains: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_output_gram: ClassVar[bool] = False
@@ -159,39 +201,62 @@ class Method:
 
     @property
     def needs_compressed_inputs(self) -> bool:
-        """Whether `Statistics.compressed_input_gram` and `cross_gram` are needed, beside the statistics of the dense model."""
+        """Whether `Statistics.compressed_input_gram` and `cross_gram` are needed, beside those of the dense model."""
         return False
 
+    @property
+    def learns_from_loss(self) -> bool:
+        """Whether the method uses the loss of the next token, by its gradients or by training.
+
+        It then compresses only models that predict one.
+        """
+        return self.needs_gradients or self.needs_output_gram or self.trains
+
     def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
-        """Why the method leaves a layer dense at this ratio; None if it compresses it."""
+        """Return the reason why the method leaves a layer dense at this ratio, or None if it compresses the layer."""
         return None
 
     def neuron_order(self, statistics: Statistics, weight: Tensor) -> Tensor | None:
-        """The order, (f,) indices, in which the method wants the neurons of a feed-forward network; None if it does not care.
+        """Return the order in which the method wants the neurons of a feed-forward network, None if any will do.
 
         Args:
-            statistics: of the neurons, the inputs of the output matrix.
+            statistics: of the neurons, which are the inputs of the output matrix.
             weight: the output matrix W_d, (d, f).
+
+        Returns:
+            (f,) indices.
         """
         return None
 
     def min_spec(self, layer: Layer) -> LayerSpec:
-        """The smallest thing that the method makes of a layer, which bounds the ratios it can reach."""
+        """Return the spec of the smallest layer that the method makes of `layer`. It bounds the reachable ratios."""
         return LayerSpec(rank=1)
 
     def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
-        """The next larger thing: one more rank, or one more value per row. Budgets are spread in these steps."""
+        """Return the spec one step larger than `spec`: by one rank, one kept value per row or one bit per weight.
+
+        Budgets are spread over layers in these steps.
+        """
         return replace(spec, rank=spec.rank + 1)
 
     def max_steps(self, layer: Layer) -> int:
-        """How many such steps a layer can take: up to the last rank at which it is smaller than the dense layer."""
+        """Return how many times `next_spec` can be taken from `min_spec`.
+
+        By default that is up to the last rank at which the factors are smaller than the dense layer.
+        """
         m, n = layer.out_features, layer.in_features
         return (m * n - 1) // (m + n) - 1
 
     def working_memory(self, layer: Layer) -> int:
-        """About how many bytes are in use at most while a layer is decomposed and reported on: float64 matrices, its weight among them."""
+        """Return about how many bytes are in use at most while a layer is decomposed and reported on.
+
+        These are float64 matrices, the layer's weight among them.
+        """
         m, n = layer.out_features, layer.in_features
-        return 8 * (4 * m * n + (3 * n * n if self.needs_gram else 0))
+        values = 4 * m * n
+        if self.needs_gram:
+            values += 3 * n * n
+        return 8 * values
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """Decompose `weight` (m, n), float64, within the budget.
@@ -202,69 +267,14 @@ class Method:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One thing that a layer could become.
-
-    Attributes:
-        spec: what it would store.
-        loss: what that is expected to cost, comparable between layers.
-    """
-
-    spec: LayerSpec
-    loss: float
-
-
-@dataclass
-class MixedMethod(Method):
-    """A method that looks at every layer of the dense model, chooses what each becomes from one budget, and then makes them in turn.
-
-    Layers are made in the order of the data's way, each fitted to the dense outputs on the inputs that the compressed layers before
-    it give (`calibration/correction.py`).
-
-    Raises:
-        CompressionError: if the share of drawn sequences is not one.
-    """
-
-    unigram_share: float = field(
-        default=0.25,
-        metadata={
-            "help": "share of the calibration sequences whose tokens are drawn at random from all of them, for text unlike it"
-        },
-    )
-
-    needs_gram: ClassVar[bool] = True
-    needs_output_gram: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.unigram_share <= 1:
-            raise CompressionError(
-                f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1"
-            )
-
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
-        """What the layer could become, in any order; the dense layer is always possible and not listed."""
-        raise NotImplementedError
-
-    def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
-        """Decompose `weight` (m, n), float64, into what `spec` says."""
-        raise NotImplementedError
-
-    def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """One layer by itself: the best choice within its budget."""
-        statistics.require("gram", self.name)
-        m, n = weight.shape
-        choices = self.choices(Layer("layer", 0, 1, "other", m, n), weight, statistics, budget.value_bits)
-        fitting = [choice for choice in choices if budget.stored(choice.spec) <= budget.bits]
-        if not fitting:
-            raise too_small(self.name, budget)
-        return self.build(
-            weight, statistics, min(fitting, key=lambda choice: (choice.loss, budget.stored(choice.spec))).spec
-        )
+def single_layer(weight: Tensor) -> Layer:
+    """Return the layer of a weight (m, n) that is decomposed by itself, outside a model."""
+    out_features, in_features = weight.shape
+    return Layer("layer", 0, 1, "other", out_features, in_features)
 
 
 def too_small(method: str, budget: Budget) -> CompressionError:
-    """The error of a budget in which a method cannot store anything useful."""
+    """Return the error for a budget in which a method cannot store anything useful."""
     dense = budget.out_features * budget.in_features * budget.value_bits
     return CompressionError(
         f"{method}: {budget.bits} bits for a {budget.out_features} × {budget.in_features} layer "

@@ -21,6 +21,9 @@ class FWSVD(Method):
     needs_gradients: ClassVar[bool] = True
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """W ≈ B A, minimising ‖(W − B A) diag(f)‖_F with f_j = √(Σ_i F_ij), F the mean squared gradient of the loss (papers §4)."""
+        """W ≈ B A, minimizing ‖(W − B A) diag(f)‖_F with f_j = √(Σ_i F_ij) (arXiv 2207.00112).
+
+        F_ij, the Fisher information of a weight, is the mean of (∂L/∂W_ij)² over the calibration batches.
+        """
         f = relative_scales(statistics.require("squared_gradients", self.name).sqrt())
         return column_weighted_svd(weight, f, affordable_rank(self.name, budget))

@@ -1,4 +1,4 @@
-"""Low rank by what the loss cares about: whitened on both sides, pivoted factors, one budget for the model."""
+"""Low rank by what the loss depends on: whitened on both sides, pivoted factors, ranks from the model's budget."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,18 +9,19 @@ from torch import Tensor
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.pivoting import pivot
-from .base import Choice, Decomposition, MixedMethod, Statistics
+from .base import Decomposition, Statistics
+from .factorization import factorize
+from .mixed import Choice, MixedMethod
 from .registry import register_method
-from .spectral import factorize
 
 OUTPUT_DAMPING = 0.1
-"""Added to the output Gram matrix, as a share of its mean eigenvalue: no direction is given away for nothing."""
+"""λ that is added to the output Gram matrix, as a share of its mean eigenvalue. No direction is then free to err."""
 
 
 @register_method("lowrank")
 @dataclass
 class LowRank(MixedMethod):
-    """Low rank only, whitened by inputs and by output gradients; pivoted factors; ranks from one budget by loss per byte."""
+    """Low rank only, whitened by inputs and output gradients, pivoted factors, ranks chosen by loss per byte."""
 
     source: ClassVar[str] = "after IO-SVD, arXiv 2605.15626, and SAES-SVD, arXiv 2602.03051"
 
@@ -28,32 +29,36 @@ class LowRank(MixedMethod):
         return LayerSpec(rank=1, pivoted=True)
 
     def max_steps(self, layer: Layer) -> int:
-        """Up to the last rank that is below full: with pivots, r (m + n − r) < m n for all of them."""
+        """Return the steps up to the last rank below full. With pivots r (m + n − r) < m n holds for all of them."""
         return max(min(layer.out_features, layer.in_features) - 2, 0)
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
-        """Every rank; truncation loses tr(G D C Dᵀ) = Σ_{i>r} σ_i² of G^½ W C^½."""
+        """Return every rank r. Truncation loses tr(G D C Dᵀ) = Σ_{i>r} σ_i², with σ the spectrum of G^½ W C^½.
+
+        Whitening both sides is IO-SVD's (arXiv 2605.15626).
+        """
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
         sigma = factorize(root @ weight, statistics.require("gram", self.name)).sigma
-        energy = sigma.square().flip(0).cumsum(0).flip(0) / max(statistics.tokens, 1)
-        return [
-            Choice(replace(self.min_spec(layer), rank=rank), float(energy[rank]))
-            for rank in range(1, self.max_steps(layer) + 2)
-            if rank < len(energy)
-        ]
+        tail_energy = sigma.square().flip(0).cumsum(0).flip(0) / max(statistics.tokens, 1)  # entry r: Σ_{i>r} σ_i²
+        choices = []
+        for rank in range(1, min(self.max_steps(layer) + 2, len(tail_energy))):
+            choices.append(Choice(replace(self.min_spec(layer), rank=rank), float(tail_energy[rank])))
+        return choices
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
-        """W ≈ B A of rank r, minimising tr(G D C Dᵀ): the whitened SVD of G^½ W, and G^½ undone in B."""
+        """W ≈ B A of rank r, minimizing tr(G D C Dᵀ): the whitened SVD of G^½ W, with G^½ undone in B."""
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
         a, b = factorize(root @ weight, statistics.require("gram", self.name)).truncate(spec.rank)
+        # Pivoted factors store r (m + n − r) values in place of r (m + n): r rows of B become the identity.
         lowrank_a, lowrank_b, pivots = pivot(a, torch.linalg.solve(root, b))
         return Decomposition(lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=pivots)
 
 
 def output_root(gram: Tensor | None, features: int) -> Tensor:
-    """(G + λ I)^½, (m, m), symmetric, λ = `OUTPUT_DAMPING` · mean G_ii; the identity if there is no G or it is zero."""
+    """Return the symmetric (G + λ I)^½, (m, m), λ = `OUTPUT_DAMPING` · mean G_ii, or the identity without a G."""
     if gram is None or not float(mean := gram.diagonal().mean()) > 0:
         return torch.eye(features, dtype=torch.float64)
+    # A symmetric root, unlike a Cholesky factor, exists for a G without full rank, too.
     eigenvalues, vectors = torch.linalg.eigh(gram / mean)
     root: Tensor = (vectors * (eigenvalues.clamp(min=0) + OUTPUT_DAMPING).sqrt()) @ vectors.T * mean.sqrt()
     return root

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the yardstick of every pruning paper."""
+"""Magnitude pruning, the baseline of every pruning paper."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +23,8 @@ class Magnitude(SparseMethod):
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W_S = W on the largest entries of every row.
 
-        Published runs compare the entries of a whole layer; the bitmask layout keeps equally many per row, so a row is the group here.
+        Published runs compare the entries of a whole layer. The bitmask layout keeps equally many per row, so here a
+        row is compared.
         """
         mask = largest_per_row(weight.abs(), self.kept_per_row(budget), self.pattern)
         return Decomposition(sparse="bitmask", weight=torch.where(mask, weight, 0.0), mask=mask)

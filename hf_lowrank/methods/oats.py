@@ -14,9 +14,13 @@ from .registry import register_method
 from .sparsity import PATTERN_HELP, SparseMethod, largest_per_row, relative_scales
 
 OVERSAMPLING = 16
-"""Directions carried along beside the rank, so that a slowly falling spectrum is still cut in the right place."""
-FIRST_PASSES, PASSES = 4, 2
-"""Of subspace iteration: from random directions, and from the basis of the last alternation, whose matrix differs little."""
+"""Number of directions carried along beside the rank. A slowly falling spectrum is then cut in the right place."""
+
+FIRST_PASSES = 4
+"""Passes of subspace iteration from random directions."""
+
+PASSES = 2
+"""Passes of subspace iteration from the basis of the last alternation, whose matrix differs little."""
 
 
 @register_method("oats")
@@ -41,27 +45,36 @@ class OATS(SparseMethod):
             )
 
     def max_steps(self, layer: Layer) -> int:
-        return layer.in_features - 2  # what an N:M pattern does not let be kept goes into the rank
+        # What an N:M pattern does not let be kept goes into the rank, so the pattern sets no limit here.
+        return layer.in_features - 2
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """W ≈ S + B A with A_scaled = W D, D ∝ diag(√mean x_j²): L = SVD_r(W D − S), then S = the largest entries per row of W D − L."""
+        """W ≈ S + L by alternating thresholding of A = W D, D ∝ diag(√mean x_j²) (arXiv 2409.13652).
+
+        L = SVD_r(A − S), then S = the largest entries per row of A − L. Both are multiplied by D⁻¹ at the end.
+        """
         rank, kept = self.split(budget)
+        # Column norms are √T times the root mean square, and a common factor of D cancels.
         d = relative_scales(statistics.column_norms)
-        scaled = weight * d
-        S, L = torch.zeros_like(scaled), torch.zeros_like(scaled)
+        A = weight * d
+        S, L = torch.zeros_like(A), torch.zeros_like(A)
         U, V, basis = None, None, None
         for _ in range(self.iterations):
+            # Each call starts from the last basis, as A − S changes little between alternations.
             if rank:
-                U, V, basis = truncated(scaled - S, rank, basis)
+                U, V, basis = truncated(A - S, rank, basis)
                 L = U @ V
-            mask = largest_per_row((scaled - L).abs(), kept, self.pattern)
-            S = torch.where(mask, scaled - L, 0.0)
-        return Decomposition(
-            sparse="bitmask", weight=S / d, mask=mask, lowrank_a=None if V is None else V / d, lowrank_b=U
-        )
+            mask = largest_per_row((A - L).abs(), kept, self.pattern)
+            S = torch.where(mask, A - L, 0.0)
+        if V is not None:
+            V = V / d
+        return Decomposition(sparse="bitmask", weight=S / d, mask=mask, lowrank_a=V, lowrank_b=U)
 
     def split(self, budget: Budget) -> tuple[int, int]:
-        """Rank and kept values per row: r = κ · values / (m + n), the rest sparse; an N:M part is filled first, the rest is rank.
+        """Return the rank and the kept values per row.
+
+        Without a pattern r = κ · values / (m + n), and the rest is sparse. With an N:M pattern the sparse part is
+        filled first, and the rest is rank.
 
         Raises:
             CompressionError: if no value is left for the sparse part.
@@ -78,16 +91,21 @@ class OATS(SparseMethod):
 
 
 def truncated(matrix: Tensor, rank: int, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r) and V (r, n) with U V ≈ SVD_r(matrix), by subspace iteration; and the basis (r + p, n) to start the next call from."""
-    passes = FIRST_PASSES if basis is None else PASSES
+    """Return U (m, r) and V (r, n) with U V ≈ SVD_r(matrix), by subspace iteration, and the basis for the next call.
+
+    Args:
+        basis: (r + p, n), p = `OVERSAMPLING`, from the last call, to start from; random without one.
+    """
+    passes = PASSES
     if basis is None:
+        passes = FIRST_PASSES
         width = min(rank + OVERSAMPLING, *matrix.shape)
-        basis = torch.rand(width, matrix.shape[1], dtype=matrix.dtype, generator=torch.Generator().manual_seed(0)).to(
-            matrix.device
-        )
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.rand(width, matrix.shape[1], dtype=matrix.dtype, generator=generator).to(matrix.device)
     for _ in range(passes):
         Q = torch.linalg.qr(matrix @ basis.T).Q
         basis = Q.T @ matrix
+    # Within the span of Q the truncated SVD is exact: the eigenvectors of (Qᵀ M)(Qᵀ M)ᵀ are its left singular vectors.
     energies, rotation = torch.linalg.eigh(basis @ basis.T)
     P = rotation[:, -rank:]
     root = energies[-rank:].clamp(min=torch.finfo(energies.dtype).tiny) ** 0.25  # √σ: half of the scale to either side

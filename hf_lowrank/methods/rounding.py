@@ -1,115 +1,146 @@
-"""Rounding to grouped levels by second-order means: compensation along inputs and outputs, then descent over single codes."""
+"""Rounding to grouped levels by second-order means: compensation along inputs and outputs, descent over codes."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.quantization import BITS, Quantized, group_scales, nearest_codes, nearest_levels, spread_scale
+from .factorization import inverse_cholesky
 from .second_order import COLUMNS_AT_ONCE, sampled_rows
-from .spectral import inverse_cholesky
 
 INPUT_DAMPING = 0.01
+"""λ that is added to the diagonal of the Gram matrix of the inputs, as a share of its mean."""
+
 OUTPUT_DAMPING = 0.3
-"""Added to the diagonals of the Gram matrices of inputs and output gradients, as shares of their means."""
+"""λ that is added to the diagonal of the Gram matrix of the output gradients, as a share of its mean."""
+
 LARGEST_MEASURED_BITS = 4
-"""Of the estimates that the allocation goes by; at more bits errors follow the law of fine rounding."""
+"""Largest number of bits at which the loss of rounding is measured. Beyond it the law of fine rounding holds."""
 
 
 def searched_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> Tensor:
-    """The best scales (m, ⌈n/group⌉) of the groups of `weight` (m, n) for squared errors weighted by `importance` (n,)."""
+    """Return the scales (m, ⌈n/group⌉) of the groups of `weight` (m, n) that make the weighted squared error least.
+
+    Args:
+        importance: weights (n,) of the squared errors.
+    """
+    # The last group of a row may be shorter. Zeros fill it up, which have no say in its scale.
     padding = (0, -weight.shape[1] % group)
     groups = F.pad(weight, padding).float().unflatten(1, (-1, group))
     return group_scales(groups, bits, F.pad(importance, padding).float().view(-1, group)).to(weight)
 
 
 def rounding_losses(weight: Tensor, group: int, rows: Tensor, columns: Tensor) -> dict[int, float]:
-    """About tr(G D C Dᵀ) after `compensated_both`, by bits: Σ_ij δ_ij² / (U_ii² U_jj²), δ the errors of rounding each weight by itself.
+    """Return about tr(G D C Dᵀ) after `compensated_both`, by bits.
 
-    Measured on a sample of the rows up to `LARGEST_MEASURED_BITS`; from there on each bit divides the loss by four.
+    It is Σ_ij δ_ij² / (U_ii² U_jj²), with δ the errors of rounding each weight by itself, measured on a sample of the
+    rows. From `LARGEST_MEASURED_BITS` on each bit halves the distance between levels and divides the loss by four.
 
     Args:
         weight: (m, n).
         rows, columns: U_ii⁻² (m,) and U_jj⁻² (n,), see `compensated_both`.
     """
-    some, row_weights = sampled_rows(weight, rows)
-    found: dict[int, float] = {}
+    sample, row_weights = sampled_rows(weight, rows)
+    # Scales are searched as in `compensated_both`. Its compensation is what the weights U_ii⁻² and U_jj⁻² stand for.
+    losses: dict[int, float] = {}
     for bits in BITS:
         if bits > LARGEST_MEASURED_BITS:
-            found[bits] = found[bits - 1] / 4
+            losses[bits] = losses[bits - 1] / 4
             continue
-        scale = spread_scale(searched_scales(some, bits, group, columns), group, weight.shape[1])
-        found[bits] = float(row_weights @ (some - nearest_levels(some, scale, bits)).square() @ columns)
-    return found
+        scale = spread_scale(searched_scales(sample, bits, group, columns), group, weight.shape[1])
+        losses[bits] = float(row_weights @ (sample - nearest_levels(sample, scale, bits)).square() @ columns)
+    return losses
 
 
 def compensated_both(weight: Tensor, input_root: Tensor, output_root: Tensor, bits: int, group: int) -> Quantized:
-    """`weight` (m, n) quantised so that tr(G D C Dᵀ) is small: inputs and outputs not yet rounded make up for each error.
+    """Return `weight` (m, n) quantized so that tr(G D C Dᵀ) is small. Entries not yet rounded make up for each error.
 
-    With upper triangular U of (C + λ I)⁻¹ = Uᵀ U and likewise for G, and each divided by its diagonal row by row to L_C and L_G, entry
-    (i, j) is rounded from w_ij − (L_Gᵀ E L_C)_ij, E the errors of the entries with i' ≤ i, j' ≤ j. What remains is
-    Σ E_ij² / (U_ii² U_jj²), as in GPTQ for G = I (two-sided adaptive rounding: YAQA, arXiv 2505.22988). Antidiagonals are independent.
+    With upper triangular U of (C + λ I)⁻¹ = Uᵀ U and likewise for G, and each divided by its diagonal row by row to
+    L_C and L_G, entry (i, j) is rounded from w_ij − (L_Gᵀ E L_C)_ij, E the errors of the entries with i' ≤ i, j' ≤ j.
+    What remains is Σ E_ij² / (U_ii² U_jj²), as in GPTQ for G = I (two-sided adaptive rounding: YAQA, arXiv
+    2505.22988).
 
     Args:
         input_root, output_root: U of C, (n, n), and of G, (m, m), see `inverse_cholesky`.
     """
     m, n = weight.shape
     scale = searched_scales(weight, bits, group, input_root.diagonal() ** -2)
-    # transposed and columns from last to first, so that an antidiagonal is a diagonal; in float32, against which codes are coarse
-    W, spread = (each.T.flip(0).float() for each in (weight, spread_scale(scale, group, n)))
-    L_C, L_G = (root.float() / root.float().diagonal()[:, None] for root in (input_root, output_root))
-    L_C, L_G = L_C.flip(0, 1), L_G.T.contiguous()
-    pushed, restored = torch.zeros_like(W), torch.zeros_like(W)  # (E L_C)ᵀ, and what the codes stand for
+    # Entries of an antidiagonal do not depend on each other and are rounded together. Transposed, and with columns
+    # from last to first, an antidiagonal is a diagonal. Float32 is enough, as codes are coarse.
+    W = _columns_from_last_to_first(weight)
+    spread = _columns_from_last_to_first(spread_scale(scale, group, n))
+    L_C = _unit_diagonal(input_root).flip(0, 1)
+    L_G = _unit_diagonal(output_root).T.contiguous()
+    pushed = torch.zeros_like(W)  # (E L_C)ᵀ
+    restored = torch.zeros_like(W)  # the levels that the codes stand for
     for diagonal in range(1 - n, m):
-        i, j = slice(max(0, diagonal), min(m, n + diagonal)), slice(max(0, -diagonal), min(n, m - diagonal))
-        made_up = torch.linalg.vecdot(L_G[i, : i.stop], pushed[j, : i.stop])
-        wanted = W.diagonal(diagonal) - made_up
-        rounded = nearest_levels(wanted, spread.diagonal(diagonal), bits)
+        i = slice(max(0, diagonal), min(m, n + diagonal))
+        j = slice(max(0, -diagonal), min(n, m - diagonal))
+        compensation = torch.linalg.vecdot(L_G[i, : i.stop], pushed[j, : i.stop])
+        adjusted = W.diagonal(diagonal) - compensation
+        rounded = nearest_levels(adjusted, spread.diagonal(diagonal), bits)
         restored.diagonal(diagonal).copy_(rounded)
-        pushed[: j.stop, i] += L_C[j, : j.stop].T * (wanted - rounded)
+        pushed[: j.stop, i] += L_C[j, : j.stop].T * (adjusted - rounded)
     codes = nearest_codes(restored.flip(0).T.to(weight), spread_scale(scale, group, n), bits)
     return Quantized(codes, scale, bits, group)
+
+
+def _columns_from_last_to_first(matrix: Tensor) -> Tensor:
+    """Return the transpose of a matrix (m, n), with its columns, which are rows now, in reverse order, in float32."""
+    return matrix.T.flip(0).float()
+
+
+def _unit_diagonal(root: Tensor) -> Tensor:
+    """Return a matrix with every row divided by its entry on the diagonal, in float32."""
+    root = root.float()
+    return root / root.diagonal()[:, None]
 
 
 def rounded_values(
     target: Tensor, gram: Tensor, mask: Tensor, values: Tensor, unscale: Tensor, bits: int, group: int
 ) -> tuple[Quantized, Tensor]:
-    """Kept values as codes, (m, k), and dense, (m, n): each to its nearest level, then one pass of descent over columns of codes.
+    """Return kept values rounded, as codes (m, k) and dense (m, n).
+
+    Each goes to its nearest level. Then one pass of coordinate descent over the columns improves the codes.
 
     Args:
         target: what the values stand for in the metric of `gram`, (m, n).
-        mask: (m, n), k True per row. values: (m, n), zero elsewhere.
-        unscale: (n,); what is stored is values · unscale.
+        mask: (m, n), with k entries True in each row.
+        values: (m, n), zero off the mask.
+        unscale: (n,); the values are stored as values · unscale.
     """
     m, n = mask.shape
     stored = (values * unscale)[mask].view(m, -1)
     kept = stored.shape[1]
-    scale = searched_scales(stored, bits, min(group, kept), torch.ones_like(stored[0]))
-    spread = (
-        torch.zeros_like(values).masked_scatter(mask, spread_scale(scale, min(group, kept), kept).contiguous())
-        / unscale
-    )
+    group = min(group, kept)
+    scale = searched_scales(stored, bits, group, torch.ones_like(stored[0]))
+    # The scale of every kept value, at its place in the matrix and without `unscale`, as the descent is on W diag(d).
+    stored_scale = spread_scale(scale, group, kept).contiguous()
+    spread = torch.zeros_like(values).masked_scatter(mask, stored_scale) / unscale
     S = nearest_levels(values, spread, bits) * mask
-    E = ((target - S) @ gram).float().T.contiguous()  # columns as rows, which lie together
-    S, spread, kept_here, C = (
-        S.float().T.contiguous(),
-        spread.float().T.contiguous(),
-        mask.T.contiguous(),
-        gram.float(),
-    )
+    # Transposed: a column of the problem is a row here, which lies together in memory.
+    E = ((target - S) @ gram).float().T.contiguous()
+    S = S.float().T.contiguous()
+    spread = spread.float().T.contiguous()
+    is_kept = mask.T.contiguous()
+    C = gram.float()
     for start in range(0, n, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, n)
         before = S[start:end].clone()
+        # The best value for entry j, all others fixed, is S_j + E_j / C_jj. Its nearest level is the best code.
         for j in range(start, end):
-            new = nearest_levels(S[j] + E[j] / C[j, j], spread[j], bits) * kept_here[j]
+            new = nearest_levels(S[j] + E[j] / C[j, j], spread[j], bits) * is_kept[j]
             E[j:end] -= torch.outer(C[j:end, j], new - S[j])
             S[j] = new
         E[end:] -= C[end:, start:end] @ (S[start:end] - before)
-    quantised = Quantized(nearest_codes(S, spread, bits).T[mask].view(m, kept), scale, bits, min(group, kept))
-    return quantised, torch.zeros_like(values).masked_scatter(mask, quantised.dequantize()) / unscale
+    codes = nearest_codes(S, spread, bits).T[mask].view(m, kept)
+    quantized = Quantized(codes, scale, bits, group)
+    dense = torch.zeros_like(values).masked_scatter(mask, quantized.dequantize()) / unscale
+    return quantized, dense
 
 
 def gram_root(gram: Tensor | None, features: int, damping: float) -> Tensor:
-    """U of (G + λ I)⁻¹ = Uᵀ U, upper triangular; the identity if there is no G or it is zero."""
+    """Return the upper triangular U of (G + λ I)⁻¹ = Uᵀ U, or the identity if there is no G or it is zero."""
     if gram is None or not float(gram.diagonal().mean()) > 0:
         return torch.eye(features, dtype=torch.float64)
     return inverse_cholesky(gram, damping)

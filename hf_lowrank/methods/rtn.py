@@ -1,21 +1,22 @@
-"""Round to nearest: plain weight quantisation, the yardstick of every compressor."""
+"""Round to nearest: plain weight quantization, the baseline of every compressor."""
 
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
 
+from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from ..runtime.quantization import BITS, quantize
-from .base import Budget, Decomposition, Layer, Method, Statistics, too_small
+from .base import Decomposition, Method, Statistics, too_small
 from .registry import register_method
 
 
 @register_method("rtn")
 @dataclass
 class RTN(Method):
-    """Every weight to the nearest of 2ᵇ even levels of its group; blind to the activations."""
+    """Every weight to the nearest of 2ᵇ even levels of its group, blind to the activations."""
 
     bits: int | None = field(
         default=None, metadata={"help": "bits per weight, 2 to 8; default: the most that the budget holds"}
@@ -37,30 +38,33 @@ class RTN(Method):
         return self.spec(self.bits or BITS[0])
 
     def next_spec(self, layer: Layer, spec: LayerSpec) -> LayerSpec:
-        """One more bit per weight."""
+        """Return the spec with one more bit per weight."""
         return replace(spec, weight_bits=spec.weight_bits + 1)
 
     def max_steps(self, layer: Layer) -> int:
-        """How many bits a weight can grow by."""
-        return 0 if self.bits else BITS[-1] - BITS[0]
+        """Return how many bits a weight can grow by."""
+        if self.bits:
+            return 0
+        return BITS[-1] - BITS[0]
 
     def spec(self, bits: int) -> LayerSpec:
-        """What a layer stores at so many bits per weight."""
+        """Return the spec of a layer at so many bits per weight."""
         return LayerSpec(sparse="full", weight_bits=bits, weight_group=self.group_size)
 
     def affordable_bits(self, budget: Budget) -> int:
-        """The bits per weight asked for, or the most that fit.
+        """Return the bits per weight that were asked for, or else the most that fit.
 
         Raises:
             CompressionError: if they do not fit.
         """
-        fitting = [
-            bits for bits in ((self.bits,) if self.bits else BITS) if budget.stored(self.spec(bits)) <= budget.bits
-        ]
-        if not fitting:
+        candidates: tuple[int, ...] = BITS
+        if self.bits:
+            candidates = (self.bits,)
+        affordable = [bits for bits in candidates if budget.stored(self.spec(bits)) <= budget.bits]
+        if not affordable:
             raise too_small(self.name, budget)
-        return max(fitting)
+        return max(affordable)
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """ŵ = (⌊w/s⌋ + ½) s, clamped to 2ᵇ levels; s is such that they just cover the group."""
+        """ŵ = (⌊w/s⌋ + ½) s, clamped to 2ᵇ levels, with the scale s at which they just cover the group."""
         return Decomposition(sparse="full", weight=quantize(weight, self.affordable_bits(budget), self.group_size))

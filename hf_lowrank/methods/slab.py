@@ -11,9 +11,9 @@ from ..models.linears import row_chunks
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from .base import Decomposition, Method, Statistics, too_small
+from .factorization import leading_components
 from .registry import register_method
 from .sparsity import PATTERN_HELP, largest_kept, largest_per_row, parse_pattern, relative_scales
-from .spectral import leading_components
 
 
 @register_method("slab")
@@ -49,29 +49,39 @@ class SLaB(Method):
         return largest_kept(self.pattern, layer.in_features)
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """W ≈ W_S + W_L ⊙ W_B, minimising ‖(W − Ŵ) diag(c)‖_F with c_j = ‖X_j‖₂ (papers §3.2, §3.3 item 5).
+        """W ≈ W_S + W_L ⊙ W_B, minimizing ‖(W − Ŵ) diag(c)‖_F with c_j = ‖X_j‖₂ (arXiv 2604.04493).
 
-        With `weighted` the problem is solved for A = W diag(c), whose signs are those of W as c > 0, and c is divided out at the
-        end; every step then lowers the loss. Without it, magnitudes are fitted to |R| itself and only the sparse step sees c.
+        An alternation of the paper has these steps:
+
+            R = W − W_S,   W_B = sign(R),   W_L = the best rank-r approximation of |R|,
+            W_S = Y on the entries of each row with the largest |Y_ij| c_j,   Y = W − W_L ⊙ W_B.
+
+        Here W_S starts at zero, and the signs are those of R ⊙ W_L. For r = 1 they are the paper's, because W_L ≥ 0
+        (Perron–Frobenius), and signs and magnitudes are jointly optimal. For r > 1 magnitudes may be negative, and
+        these signs are the best ones for them.
+
+        With `weighted` the problem is solved for A = W diag(c), whose signs are those of W because c > 0, and c is
+        divided out at the end. Every step then lowers the loss. Without it, as in the paper, magnitudes are fitted to
+        |R| itself and only the sparse step sees c.
         """
-        layer = LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", binary_rank=self.binary_rank)
-        if budget.bits < budget.stored(layer):
+        spec = LayerSpec(kind="sparse_lowrank_binary", sparse="bitmask", binary_rank=self.binary_rank)
+        if budget.bits < budget.stored(spec):  # not even the signs and scales fit
             raise too_small(self.name, budget)
-        kept = min(budget.kept_per_row(layer), largest_kept(self.pattern, weight.shape[1]))
+        kept = min(budget.kept_per_row(spec), largest_kept(self.pattern, weight.shape[1]))
         c = relative_scales(statistics.column_norms)
-        A, score_weight = (weight * c, torch.ones_like(c)) if self.weighted else (weight, c)
+        A, score_weight = weight, c
+        if self.weighted:
+            A, score_weight = weight * c, torch.ones_like(c)
 
         S = torch.zeros_like(A)  # W_S
         mask = torch.zeros(A.shape, dtype=torch.bool, device=A.device)
-        signs = torch.empty_like(mask)
+        signs = torch.empty_like(mask)  # W_B, True for +1
         V: Tensor | None = None
         for _ in range(self.iterations):
-            U, V = leading_components(
-                (A - S).abs_(), self.binary_rank, V
-            )  # W_L = U V ≥ 0 for rank 1 (Perron–Frobenius)
-            for rows in row_chunks(
-                A
-            ):  # all that follows is row by row; whole matrices of it would be most of the memory
+            # W_L = U V. Power iteration starts from the last V, as |R| changes little between alternations.
+            U, V = leading_components((A - S).abs_(), self.binary_rank, V)
+            # All that follows is row by row. Whole matrices of it would be most of the memory.
+            for rows in row_chunks(A):
                 R, L = A[rows] - S[rows], U[rows] @ V
                 signs[rows] = (R >= 0) == (L >= 0)  # sign(R ⊙ W_L), sign(0) := +1
                 Y = A[rows] - torch.where(signs[rows], L, -L)

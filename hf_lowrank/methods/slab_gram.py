@@ -1,4 +1,4 @@
-"""Second-order SLaB: sparse plus rank-one times binary, fitted to the layer's outputs on the whole Gram matrix of its inputs."""
+"""Second-order SLaB: sparse plus rank-one times binary, fitted on the whole Gram matrix of a layer's inputs."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,9 @@ from torch import Tensor
 from ..budget import Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.quantization import Quantized
-from .base import Choice, Decomposition, MixedMethod, Statistics
+from .base import Decomposition, Statistics
+from .factorization import leading_components
+from .mixed import Choice, MixedMethod
 from .registry import register_method
 from .second_order import (
     admm_support,
@@ -26,19 +28,27 @@ from .second_order import (
     sign_descent,
 )
 from .sparsity import largest_per_row
-from .spectral import leading_components
 
 FIRST_GUESS_ITERATIONS = 10
-"""Of plain SLaB, from which the alternation starts."""
+"""Iterations of plain SLaB, from which the alternation starts."""
+
 ROUNDS = 2
-"""Of the alternation over support, values, signs and scales; a third one gains about one percent of the error."""
+"""Rounds of the alternation over support, values, signs and scales. A third gains about one percent of the error."""
+
 ESTIMATED_SHARES = (0.0, 0.03, 0.1, 0.25, 0.5)
-"""BudgetShares of kept values at which the loss of a layer is measured before the budget is spread; log loss is linear elsewhere."""
+"""Shares of kept values at which the loss of a layer is measured before the budget is spread."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """W ≈ S + (u vᵀ) ⊙ B: values (m, n) on a mask, scales u (m,) and v (n,), signs B = ±1 (m, n)."""
+    """W ≈ S + (u vᵀ) ⊙ B.
+
+    Attributes:
+        values: S, (m, n), zero off the mask.
+        mask: (m, n), boolean.
+        scale_out, scale_in: u (m,) and v (n,).
+        signs: B, ±1, (m, n).
+    """
 
     values: Tensor
     mask: Tensor
@@ -47,26 +57,35 @@ class Parts:
     signs: Tensor
 
     def binary(self) -> Tensor:
-        """(u vᵀ) ⊙ B."""
+        """Return (u vᵀ) ⊙ B."""
         return torch.outer(self.scale_out, self.scale_in) * self.signs
 
-    def decomposition(self, d: Tensor, quantised: Quantized | None = None) -> Decomposition:
-        """The parts of W from those of W diag(d), d (n,); `quantised` holds the values if they are stored as codes."""
-        kept = bool(self.mask.any())
+    def decomposition(self, d: Tensor, quantized: Quantized | None = None) -> Decomposition:
+        """Return the parts of W from those of W diag(d), d (n,).
+
+        Args:
+            quantized: the values of W, if they are stored as codes.
+        """
+        signs, scale_in, scale_out = self.signs > 0, (self.scale_in / d)[None], self.scale_out[:, None]
+        if not bool(self.mask.any()):
+            return Decomposition(signs=signs, scale_in=scale_in, scale_out=scale_out)
+        values: Tensor | Quantized
+        if quantized is None:
+            values = self.values / d
+        else:
+            values = quantized
         return Decomposition(
-            sparse="bitmask" if kept else "none",
-            weight=None if not kept else self.values / d if quantised is None else quantised,
-            mask=self.mask if kept else None,
-            signs=self.signs > 0,
-            scale_in=(self.scale_in / d)[None],
-            scale_out=self.scale_out[:, None],
+            sparse="bitmask", weight=values, mask=self.mask, signs=signs, scale_in=scale_in, scale_out=scale_out
         )
 
 
 @register_method("slab-gram")
 @dataclass
 class SLaBGram(MixedMethod):
-    """SLaB's layer by second-order means: ADMM support, least-squares values and scales, sign descent; densities from one budget."""
+    """SLaB's layer by second-order means: ADMM support, least-squares values and scales, sign descent.
+
+    Densities come from one budget for the model.
+    """
 
     source: ClassVar[str] = "SLaB, arXiv 2604.04493, with the support step of 3BASiL"
 
@@ -80,26 +99,26 @@ class SLaBGram(MixedMethod):
         return layer.in_features - 1
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
-        """Every number of kept values per row; see `interpolated_losses`."""
+        """Return every number of kept values per row, with losses from `interpolated_losses`."""
         C, d = damped(statistics.require("gram", self.name))
-        some, weights = sampled_rows(
-            weight, output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
-        )
+        row_weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
+        sample, sample_weights = sampled_rows(weight, row_weights)
 
         def loss(parts: Parts) -> float:
-            return float((row_errors(some * d - parts.values - parts.binary(), C) * weights).sum())
+            return float((row_errors(sample * d - parts.values - parts.binary(), C) * sample_weights).sum())
 
-        losses = interpolated_losses(some * d, C, layer.in_features - 1, loss)
+        losses = interpolated_losses(sample * d, C, layer.in_features - 1, loss=loss)
         return [Choice(kept_spec(kept), value) for kept, value in enumerate(losses)]
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
-        """W ≈ W_S + (u vᵀ) ⊙ B, approximately minimising ‖(W − Ŵ) X‖_F; see `fit`."""
+        """W ≈ W_S + (u vᵀ) ⊙ B, approximately minimizing ‖(W − Ŵ) X‖_F by `fit`."""
         C, d = damped(statistics.require("gram", self.name))
-        return fit(weight * d, C, spec.kept, output_weights(statistics.output_gram, weight.shape[0])).decomposition(d)
+        row_weights = output_weights(statistics.output_gram, weight.shape[0])
+        return fit(weight * d, C, spec.kept, row_weights).decomposition(d)
 
 
 def kept_spec(kept: int, bits: int = 0, group: int = 0) -> LayerSpec:
-    """Signs and scales, and `kept` values per row beside them, quantised if `bits` are given."""
+    """Return the spec of signs and scales with `kept` values per row beside them, quantized if `bits` are given."""
     if not kept:
         return LayerSpec(kind="sparse_lowrank_binary", binary_rank=1)
     return LayerSpec(
@@ -113,11 +132,13 @@ def kept_spec(kept: int, bits: int = 0, group: int = 0) -> LayerSpec:
 
 
 def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = None, rounds: int = ROUNDS) -> Parts:
-    """The parts of W (m, n) with `kept` values per row that make ‖(W − Ŵ) X‖_F small; no step of a round raises it.
+    """Return the parts of W (m, n), with `kept` values per row, that make ‖(W − Ŵ) X‖_F small. No step raises it.
 
     Args:
-        gram: C = X Xᵀ (n, n), positive definite with a diagonal of ones: scale W and C by the input norms first.
-        row_weights: what the squared error of each row counts in the fit of `scale_in`, (m,); all alike without them.
+        gram: C = X Xᵀ (n, n), positive definite with a diagonal of ones: scale W and C by the input norms first
+            (`damped`).
+        row_weights: weights (m,) of the squared errors of the rows in the fit of `scale_in`; all count alike without
+            them.
     """
     parts = first_guess(weight, kept)
     if rounds:
@@ -126,26 +147,28 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
 
 
 def _alternate(W: Tensor, C: Tensor, kept: int, parts: Parts, row_weights: Tensor | None, rounds: int) -> Parts:
-    """Support, values, signs and scales in turn; see `fit`."""
-    eigen = eigenvectors(C)
+    """Improve support, values, signs and scales in turn."""
+    eigen = eigenvectors(C)  # of the third power of n, and the same in every round
     for _ in range(rounds):
         R = W - parts.binary()
         parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values, rough=True))
+        # ADMM does not always find a better support. Each row takes the new one only if it lowers the row's error.
         support = admm_support(R, C, eigen, kept, parts.values)
         values = refit_values(R, C, support, rough=True)
         better = (row_errors(R - values, C) < row_errors(R - parts.values, C))[:, None]
-        parts = replace(
-            parts, values=torch.where(better, values, parts.values), mask=torch.where(better, support, parts.mask)
-        )
+        values = torch.where(better, values, parts.values)
+        parts = replace(parts, values=values, mask=torch.where(better, support, parts.mask))
+
         R = W - parts.values
-        parts = replace(parts, signs=sign_descent(R, C, parts.signs, torch.outer(parts.scale_out, parts.scale_in)))
+        magnitudes = torch.outer(parts.scale_out, parts.scale_in)
+        parts = replace(parts, signs=sign_descent(R, C, parts.signs, magnitudes))
         u, v = refit_scales(R, C, parts.signs, parts.scale_in, row_weights)
         parts = replace(parts, scale_out=u, scale_in=v)
     return parts
 
 
 def first_guess(weight: Tensor, kept: int) -> Parts:
-    """Plain SLaB of a weight that is scaled by its input norms already."""
+    """Return the parts by plain SLaB (arXiv 2604.04493) of a weight that is scaled by its input norms already."""
     S = torch.zeros_like(weight)
     V: Tensor | None = None
     for _ in range(FIRST_GUESS_ITERATIONS):
@@ -155,17 +178,23 @@ def first_guess(weight: Tensor, kept: int) -> Parts:
         Y = weight - U @ V * B
         mask = largest_per_row(Y.abs(), kept)
         S = torch.where(mask, Y, 0.0)
-    assert V is not None
+    assert V is not None, "there is at least one iteration"
     return Parts(S, mask, U[:, 0], V[0], B)
 
 
 def interpolated_losses(weight: Tensor, gram: Tensor, most: int, loss: Callable[[Parts], float]) -> list[float]:
-    """The loss with 0 to `most` kept values per row: by `loss` at a few numbers, on refitted plain SLaB; log-linear elsewhere."""
+    """Return the losses with 0 to `most` kept values per row.
+
+    They are measured by `loss` at a few numbers, on plain SLaB with refitted values, and log-linear elsewhere.
+    """
+    # Without rounds of the alternation, which would take most of the time.
     positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES})
-    tiny = torch.finfo(weight.dtype).tiny
+    tiny = torch.finfo(weight.dtype).tiny  # a loss of zero has no logarithm
     logs = [math.log(max(loss(fit(weight, gram, kept, rounds=0)), tiny)) for kept in positions]
-    found, slope = [math.exp(logs[0])], 0.0
-    for (start, end), (low, high) in zip(pairwise(positions), pairwise(logs), strict=True):
-        slope = (high - low) / (end - start)
-        found += [math.exp(low + slope * (kept - start)) for kept in range(start + 1, end + 1)]
-    return found + [math.exp(logs[-1] + slope * (kept - positions[-1])) for kept in range(positions[-1] + 1, most + 1)]
+    losses, slope = [math.exp(logs[0])], 0.0
+    for (start, end), (first, last) in zip(pairwise(positions), pairwise(logs), strict=True):
+        slope = (last - first) / (end - start)
+        losses += [math.exp(first + slope * (kept - start)) for kept in range(start + 1, end + 1)]
+    # Beyond the last measured number the last slope goes on.
+    losses += [math.exp(logs[-1] + slope * (kept - positions[-1])) for kept in range(positions[-1] + 1, most + 1)]
+    return losses

@@ -1,10 +1,11 @@
-"""What the sparse methods share: which entries of a row are kept, with or without an N:M pattern."""
+"""Sparsity: which entries of a row are kept, with or without an N:M pattern, and the base class of pruning methods."""
 
 import re
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
@@ -12,8 +13,9 @@ from ..runtime.errors import CompressionError
 from .base import Method, too_small
 
 PATTERN_HELP = "unstructured, or N:M: at most N of every M consecutive inputs (2:4, 4:8)"
+
 SMALLEST_SCALE = 1e-6
-"""Of a dead channel, relative to the mean of all."""
+"""Scale that a dead channel gets, relative to the mean of all channels."""
 
 
 @dataclass
@@ -40,52 +42,67 @@ class SparseMethod(Method):
         return max(largest_kept(self.pattern, layer.in_features) - 1, 0)
 
     def kept_per_row(self, budget: Budget) -> int:
-        """The most values per row that budget and pattern allow.
+        """Return the most values per row that budget and pattern allow.
 
         Raises:
-            CompressionError: if that is none.
+            CompressionError: if they allow none.
         """
-        if largest_kept(self.pattern, budget.in_features) < 1:
-            found = f"a layer with {budget.in_features} input(s)"
+        largest = largest_kept(self.pattern, budget.in_features)
+        if largest < 1:
             raise CompressionError(
-                f"{self.name}: {found} has no room for pattern {self.pattern!r}; leave that layer dense"
+                f"{self.name}: a layer with {budget.in_features} input(s) has no room for pattern {self.pattern!r}; "
+                "leave that layer dense"
             )
-        kept = min(budget.kept_per_row(), largest_kept(self.pattern, budget.in_features))
+        kept = min(budget.kept_per_row(), largest)
         if kept < 1:
             raise too_small(self.name, budget)
         return kept
 
 
 def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstructured") -> Tensor:
-    """Mask (m, n) of the `kept` largest scores (≥ 0) of every row; under N:M only the N largest of every M inputs may be kept.
+    """Return the mask (m, n) of the `kept` largest scores (≥ 0) of every row.
+
+    Under an N:M pattern only the N largest of every M inputs may be kept.
 
     Args:
-        kept: the same number for all rows, or one for each, (m,).
+        kept: one number for all rows, or one for each row, (m,).
     """
     if pattern != "unstructured":
-        n_of, m_of = parse_pattern(pattern)
-        groups = scores[:, : scores.shape[1] // m_of * m_of].reshape(scores.shape[0], -1, m_of)
-        allowed = (
-            torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(n_of, dim=2).indices, True).flatten(1)
-        )
-        scores = torch.where(torch.nn.functional.pad(allowed, (0, scores.shape[1] - allowed.shape[1])), scores, -1.0)
+        # Entries that the pattern rules out come after all others, whose scores are not below zero.
+        scores = torch.where(_allowed_by(pattern, scores), scores, -1.0)
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    # Sorting is only needed where rows keep different numbers.
     if isinstance(kept, int):
         return mask.scatter_(1, scores.topk(kept, dim=1, sorted=False).indices, True)
+    # As many entries as the longest row keeps, sorted, of which every other row takes its first ones.
     chosen = scores.topk(int(kept.max()), dim=1).indices
     return mask.scatter_(1, chosen, torch.arange(chosen.shape[1], device=chosen.device) < kept[:, None])
 
 
+def _allowed_by(pattern: str, scores: Tensor) -> Tensor:
+    """Return the mask (m, n) of the N largest scores in every group of M inputs.
+
+    Inputs behind the last whole group are not in the mask.
+    """
+    n_of, m_of = parse_pattern(pattern)
+    rows, columns = scores.shape
+    whole = columns // m_of * m_of
+    groups = scores[:, :whole].reshape(rows, -1, m_of)
+    largest = groups.topk(n_of, dim=2).indices
+    allowed = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, largest, True).flatten(1)
+    return pad(allowed, (0, columns - whole))
+
+
 def largest_kept(pattern: str, in_features: int) -> int:
-    """The most values per row that a pattern allows; one less than all of them without a pattern."""
+    """Return the most values per row that a pattern allows. Without a pattern it is one less than all of them."""
     if pattern == "unstructured":
-        return in_features - 1
+        return in_features - 1  # a bitmask that keeps all would be larger than the dense layer
     n_of, m_of = parse_pattern(pattern)
     return in_features // m_of * n_of
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """(N, M) of an N:M pattern; (1, 1) for unstructured.
+    """Return (N, M) of an N:M pattern, (1, 1) for "unstructured".
 
     Raises:
         CompressionError: if the text is neither "unstructured" nor N:M with 0 < N < M.
@@ -99,6 +116,12 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
 
 
 def relative_scales(scales: Tensor) -> Tensor:
-    """Scales of the inputs (n,), ≥ 0, over their mean; zeros (dead channels) become a tiny positive number, all zeros become ones."""
+    """Return the scales (n,), ≥ 0, of the inputs over their mean.
+
+    Zeros, the scales of dead channels, become a tiny positive number, so that a method can divide by them. If all are
+    zero, all become ones.
+    """
     mean = float(scales.mean())
-    return (scales / mean).clamp(min=SMALLEST_SCALE) if mean > 0 else torch.ones_like(scales)
+    if not mean > 0:
+        return torch.ones_like(scales)
+    return (scales / mean).clamp(min=SMALLEST_SCALE)

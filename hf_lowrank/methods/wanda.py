@@ -21,6 +21,9 @@ class Wanda(SparseMethod):
     factorizes: ClassVar[bool] = False
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        """W_S = W on the best entries of every row: the exact minimum of ‖(W − W_S) diag(‖X_j‖₂)‖_F without a pattern."""
+        """W_S = W on the entries of every row with the largest score S_ij = |W_ij| · ‖X_j‖₂ (arXiv 2306.11695).
+
+        Without a pattern this is the exact minimum of ‖(W − W_S) diag(‖X_j‖₂)‖_F.
+        """
         mask = largest_per_row(weight.abs().mul_(statistics.column_norms), self.kept_per_row(budget), self.pattern)
         return Decomposition(sparse="bitmask", weight=weight, mask=mask)

@@ -1,4 +1,7 @@
-"""Where the blocks, the linear layers and the feed-forward networks of a model are: by structure, names only where it cannot tell."""
+"""Find the blocks, linear layers and feed-forward networks of a model.
+
+They are found by structure, and by name only where structure does not tell.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..methods.base import Layer
+from ..budget import Layer
 from ..runtime.errors import CompressionError
 from ..runtime.experts import ExpertBank, is_fused_experts
 from ..runtime.validation import dense_shape, is_linear
@@ -17,15 +20,20 @@ ATTENTION_ROLES = {
     "value": ("v_proj", "value", "v", "v_lin"),
     "output": ("o_proj", "out_proj", "o", "out_lin"),
 }
-"""Query, key and value projections see the same input and may have the same shape: only their names tell them apart."""
+"""Names of attention projections by role.
+
+Query, key and value see the same input and may have the same shape: only their names tell them apart.
+"""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A feed-forward network inside a block: `inputs` (gate and up, or one of them) produce the neurons that `output` reads.
+    """A feed-forward network inside a block.
 
     Attributes:
-        fused: whether the one input holds gate and up, (2f, d), one after the other.
+        inputs: the layers that produce the neurons: gate and up, or one layer.
+        output: the layer that reads the neurons.
+        fused: whether the only input layer holds gate and up, (2f, d), one after the other.
     """
 
     inputs: tuple[str, ...]
@@ -34,17 +42,22 @@ class FeedForward:
 
 
 def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The blocks of a model by name, in the order of the model: the elements of its outermost lists of modules with linears.
+    """Return the blocks of a model by name, in the order of the model.
+
+    They are the elements of its outermost module lists, so far as they contain linear layers.
 
     Raises:
-        CompressionError: if there is no such list.
+        CompressionError: if there are none.
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{block}.") for block in blocks):
-            for child, block in module.named_children():
-                if any(is_linear(part) for part in block.modules()):
-                    blocks[f"{name}.{child}"] = block
+        # a list inside a block, such as one of experts, is no list of blocks
+        if not isinstance(module, nn.ModuleList) or _is_inside(name, blocks):
+            continue
+        for child, block in module.named_children():
+            # embeddings and norms may stand in lists, too
+            if any(map(is_linear, block.modules())):
+                blocks[f"{name}.{child}"] = block
     if not blocks:
         raise CompressionError(
             f"{type(model).__name__}: found no list of blocks with linear layers; nothing to compress"
@@ -52,118 +65,175 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return blocks
 
 
+def _is_inside(name: str, blocks: dict[str, nn.Module]) -> bool:
+    return any(name.startswith(f"{block}.") for block in blocks)
+
+
 def find_layers(blocks: dict[str, nn.Module]) -> list[Layer]:
-    """Every dense linear layer of the blocks, with its role."""
+    """Return every dense linear layer of the blocks, with its role."""
     layers = []
     for index, (block_name, block) in enumerate(blocks.items()):
-        networks = find_feed_forwards(block)
-        roles = dict.fromkeys(_routers(block), "router") | dict.fromkeys(
-            (network.output for network in networks), "ffn_out"
-        )
-        roles |= {name: "other" if network.fused else "ffn_in" for network in networks for name in network.inputs}
+        roles = _roles(block)
         for name, module in _linears(block):
             role = roles.get(name) or _attention_role(name)
             layers.append(Layer(f"{block_name}.{name}", index, len(blocks), role, *dense_shape(module)))
     return layers
 
 
-def in_list(blocks: dict[str, nn.Module], layer: Layer) -> bool:
-    """Whether a layer lies in a list inside its block, as the experts of a mixture do that is not fused."""
+def _roles(block: nn.Module) -> dict[str, str]:
+    """Return the roles of routers and of the layers of feed-forward networks, by name within the block."""
+    roles = dict.fromkeys(_routers(block), "router")
+    networks = find_feed_forwards(block)
+    for network in networks:
+        roles[network.output] = "ffn_out"
+    # a fused input is gate and up in one: methods that treat the inputs of a network apart leave it alone
+    for network in networks:
+        input_role = "other" if network.fused else "ffn_in"
+        roles |= dict.fromkeys(network.inputs, input_role)
+    return roles
+
+
+def in_module_list(blocks: dict[str, nn.Module], layer: Layer) -> bool:
+    """Return whether a layer lies in a module list inside its block, as experts do that are not fused."""
     block_name, block = list(blocks.items())[layer.block]
-    name = layer.name.removeprefix(f"{block_name}.")
-    return any(
-        isinstance(module, nn.ModuleList) and name.startswith(f"{path}.") for path, module in block.named_modules()
-    )
+    name_in_block = layer.name.removeprefix(f"{block_name}.")
+    for path, module in block.named_modules():
+        if isinstance(module, nn.ModuleList) and name_in_block.startswith(f"{path}."):
+            return True
+    return False
 
 
 def find_feed_forwards(block: nn.Module) -> list[FeedForward]:
-    """The feed-forward networks of a block: layers of shapes (f, d), maybe twice, or (2f, d), and (d, f), none of them part of attention.
+    """Return the feed-forward networks of a block.
 
-    They are siblings, or else (BERT) the only ones of such shapes in the block. A network with another weight over its
-    neurons, such as a norm before its output, is none of them: its neurons cannot be permuted by its layers alone.
+    A network has one or two layers of shape (f, d), or one of (2f, d), and one of (d, f), none of them part of
+    attention. They are siblings, or else the only layers of such shapes in the block (BERT). A network with another
+    weight over its neurons, such as a norm before its output, is not returned: its neurons cannot be permuted by its
+    layers alone.
     """
     routers = set(_routers(block))
-    siblings: dict[str, dict[str, tuple[int, int]]] = {}
+    shapes_by_parent: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in _linears(block):
+        # attention has layers of such shapes, too, where keys and values are narrower than queries
         if _attention_role(name) == "other" and name not in routers:
-            siblings.setdefault(name.rpartition(".")[0], {})[name] = dense_shape(module)
-    networks = [
-        network for shapes in siblings.values() for network in _networks(shapes) if _has_plain_neurons(block, network)
-    ]
-    if not networks:
-        scattered = {
-            name: shape for shapes in siblings.values() for name, shape in shapes.items() if shape[0] != shape[1]
-        }
-        networks = [network for network in _networks(scattered) if _has_plain_neurons(block, network)]
-    return networks
+            parent = name.rpartition(".")[0]
+            shapes_by_parent.setdefault(parent, {})[name] = dense_shape(module)
+    networks: list[FeedForward] = []
+    for shapes in shapes_by_parent.values():
+        networks += _permutable_networks(block, shapes)
+    if networks:
+        return networks
+    # the layers may lie in different modules; square ones are rather part of attention
+    scattered: dict[str, tuple[int, int]] = {}
+    for shapes in shapes_by_parent.values():
+        for name, shape in shapes.items():
+            if shape[0] != shape[1]:
+                scattered[name] = shape
+    return _permutable_networks(block, scattered)
+
+
+def _permutable_networks(block: nn.Module, shapes: dict[str, tuple[int, int]]) -> list[FeedForward]:
+    """Return the feed-forward network that layers of these shapes make, if its neurons can be permuted."""
+    return [network for network in _networks(shapes) if _has_plain_neurons(block, network)]
 
 
 def _networks(shapes: dict[str, tuple[int, int]]) -> Iterator[FeedForward]:
-    """The feed-forward network that the shapes of some layers make, if they make one and nothing else."""
+    """Yield the feed-forward network that layers of these shapes make, if they make one and nothing else."""
     for output, (d, f) in shapes.items():
-        others = {name: shape for name, shape in shapes.items() if name != output}
-        gated = (
-            len(others) == 2
-        )  # then it is clear which is the output; of two alone it is the one that makes fewer of more
-        if f != d and (gated or (f > d and len(others) == 1)) and all(shape == (f, d) for shape in others.values()):
-            yield FeedForward(tuple(others), output)
-        elif f != d and list(others.values()) == [(2 * f, d)]:
-            yield FeedForward(tuple(others), output, fused=True)
+        inputs = {name: shape for name, shape in shapes.items() if name != output}
+        if f == d:  # square matrices cannot be told apart
+            continue
+        # the shapes of three layers tell which is the output, of two it is the layer with fewer outputs than inputs
+        count_is_plausible = len(inputs) == 2 or (len(inputs) == 1 and f > d)
+        if count_is_plausible and all(shape == (f, d) for shape in inputs.values()):
+            yield FeedForward(tuple(inputs), output)
+        elif list(inputs.values()) == [(2 * f, d)]:
+            yield FeedForward(tuple(inputs), output, fused=True)
 
 
 def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
-    """Whether no other weight beside the network has one entry for each of its neurons."""
+    """Return whether no weight beside the network's layers has one entry for each of its neurons."""
     parent = network.output.rpartition(".")[0]
     neurons = dense_shape(block.get_submodule(network.output))[1]
-    beside = [module for name, module in block.named_modules() if name.startswith(parent) and not is_linear(module)]
-    return not any(
-        parameter.shape == (neurons,) for module in beside for parameter in module.parameters(recurse=False)
-    )
+    for name, module in block.named_modules():
+        if is_linear(module) or not name.startswith(parent):
+            continue
+        for parameter in module.parameters(recurse=False):
+            # a norm or a scale, which would have to be permuted, too
+            if parameter.shape == (neurons,):
+                return False
+    return True
 
 
 def _routers(block: nn.Module) -> list[str]:
-    """Layers with one output, or with one for each of the experts that lie in the same part of the block."""
-    experts = {(name.partition(".")[0], parameter.shape[0]) for name, parameter in _expert_tensors(block)}
+    """Return the layers with one output, or with one for each of the experts in the same part of the block.
+
+    Layers with one output are gates of shared experts. A part of a block is what has the same first name in it.
+    """
+    experts = {(_part(name), parameter.shape[0]) for name, parameter in _expert_tensors(block)}
     banks = {name: module for name, module in block.named_modules() if isinstance(module, ExpertBank)}
-    experts |= {(name.partition(".")[0], len(bank)) for name, bank in banks.items()}
-    shapes = {name: dense_shape(module) for name, module in _linears(block) if name.rsplit(".", 2)[0] not in banks}
-    return [
-        name for name, (outputs, _) in shapes.items() if outputs == 1 or (name.partition(".")[0], outputs) in experts
-    ]
+    experts |= {(_part(name), len(bank)) for name, bank in banks.items()}
+    routers = []
+    for name, module in _linears(block):
+        if name.rsplit(".", 2)[0] in banks:  # the layer of an expert
+            continue
+        outputs, _ = dense_shape(module)
+        if outputs == 1 or (_part(name), outputs) in experts:
+            routers.append(name)
+    return routers
+
+
+def _part(name: str) -> str:
+    """Return the part of a block in which a module lies."""
+    return name.partition(".")[0]
 
 
 def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
-    """Put banks in the place of those fused experts in the blocks that these can stand for; the banks by name."""
+    """Replace the fused experts in the blocks by banks, where banks compute the same, and return the banks by name."""
     banks = {}
     for block_name, block in blocks.items():
         for name, module in list(block.named_modules()):
+            # the list of modules is complete by now, so that a bank may take a module's place
             if is_fused_experts(module):
-                bank = banks[f"{block_name}.{name}"] = ExpertBank(module)
+                bank = ExpertBank(module)
+                banks[f"{block_name}.{name}"] = bank
                 parent, _, child = name.rpartition(".")
                 setattr(block.get_submodule(parent), child, bank)
     return banks
 
 
 def fused_experts(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> dict[str, int]:
-    """Weights of three dimensions in the blocks (fused mixture-of-experts weights), which are no linear layers: name → entries."""
-    return {
-        f"{block_name}.{name}": parameter.numel()
-        for block_name, block in blocks.items()
-        for name, parameter in _expert_tensors(block)
-    }
+    """Return the number of entries of the fused expert weights in the blocks by name.
+
+    They have three dimensions and are no linear layers, so that they are not compressed.
+    """
+    entries = {}
+    for block_name, block in blocks.items():
+        for name, parameter in _expert_tensors(block):
+            entries[f"{block_name}.{name}"] = parameter.numel()
+    return entries
 
 
 def _expert_tensors(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights of three dimensions, but for those of convolutions, by name within the block."""
     for module_name, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            # a first dimension of 1 is that of a learned token or position, not of experts
             if parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, nn.Conv1d):
                 yield f"{module_name}.{name}".lstrip("."), parameter
 
 
 def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((name, module) for name, module in block.named_modules() if is_linear(module))
+    """Yield the dense linear layers of a block by name within it."""
+    for name, module in block.named_modules():
+        if is_linear(module):
+            yield name, module
 
 
 def _attention_role(name: str) -> str:
-    last = name.rpartition(".")[2]
-    return next((role for role, names in ATTENTION_ROLES.items() if last in names), "other")
+    """Return the role of an attention projection by its name, "other" for any other layer."""
+    last_part = name.rpartition(".")[2]
+    for role, names in ATTENTION_ROLES.items():
+        if last_part in names:
+            return role
+    return "other"

@@ -1,4 +1,7 @@
-"""The weight of a dense linear layer as (out_features, in_features), whichever way the layer stores it, and its reordering."""
+"""The weight of a dense linear layer as (out_features, in_features), and the reordering of its features.
+
+`nn.Linear` stores the weight in this order, `Conv1D` of `transformers` (GPT-2) stores it transposed.
+"""
 
 from collections.abc import Iterator
 
@@ -6,34 +9,42 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 CHUNK = 2**21
-"""Entries of a matrix that are worked on at a time where that saves memory."""
+"""Number of entries of a matrix that are worked on at a time where that saves memory."""
 
 
 def row_chunks(matrix: Tensor) -> Iterator[slice]:
-    """The rows of a matrix (m, n), some at a time."""
-    step = max(CHUNK // max(matrix.shape[1], 1), 1)
-    return (slice(first, first + step) for first in range(0, matrix.shape[0], step))
+    """Iterate over blocks of rows of a matrix (m, n), of about `CHUNK` entries each."""
+    rows, columns = matrix.shape
+    step = max(CHUNK // max(columns, 1), 1)
+    for first in range(0, rows, step):
+        yield slice(first, first + step)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out_features, in_features)."""
+    """Return a view of the weight of a linear layer, (out_features, in_features), without gradients."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    if isinstance(module, Conv1D):
+        return weight.detach().T
+    return weight.detach()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value of a float tensor is finite, without a tensor of answers."""
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())  # NaN is propagated
+    """Return whether every value of a float tensor is finite, without a temporary tensor of its size."""
+    if not tensor.numel():
+        return True
+    # NaN anywhere makes both extremes NaN
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def permute_outputs(module: nn.Module, order: Tensor) -> None:
-    """Reorder the output features of a linear layer, in place."""
+    """Reorder the output features of a linear layer in place, with its bias."""
+    # `dense_weight` is a view, so that the copy changes the layer's own weight
     dense_weight(module).copy_(dense_weight(module)[order].clone())
     if isinstance(module.bias, Tensor):
         module.bias.data.copy_(module.bias.data[order].clone())
 
 
 def permute_inputs(module: nn.Module, order: Tensor) -> None:
-    """Reorder the input features of a linear layer, in place."""
+    """Reorder the input features of a linear layer in place."""
     dense_weight(module).copy_(dense_weight(module)[:, order].clone())

@@ -46,6 +46,7 @@ def weights_checksum(folder: str | os.PathLike[str]) -> str:
             stream.seek(-sum(sizes), os.SEEK_END)
             for (name, (dtype, shape)), size in zip(tensors.items(), sizes, strict=True):
                 lines.append(f"{name} {dtype} {list(shape)} {_checksum_of_next(stream, size)}")
+    # Sorted, so that it makes no difference which shard holds a tensor.
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -79,6 +80,7 @@ def config_checksum(values: Mapping[str, Any]) -> str:
     """Return the sha256 of the content of a config.json, leaving out the checksums in it."""
     quantization_config = dict(values["quantization_config"])
     quantization_config.pop("checksums", None)
+    # A checksum cannot cover itself, and so leaves out all of them.
     content = {**values, "quantization_config": quantization_config}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -89,6 +91,7 @@ def folder_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, .
     checksums = {}
     for name in os.listdir(folder):
         file = os.path.join(folder, name)
+        # `listdir` gives them in any order, so the result is sorted in the end.
         is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
         is_runtime = name in runtime_files and os.path.isfile(file)
         if is_weights or is_runtime:
@@ -103,4 +106,5 @@ def record_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, .
     values = read_json(file)
     values["quantization_config"]["checksums"] = folder_checksums(folder, runtime_files)
     with open(file, "w", encoding="utf-8") as stream:
+        # The format in which transformers writes it, so that nothing but the checksums changes.
         stream.write(json.dumps(values, indent=2, sort_keys=True) + "\n")

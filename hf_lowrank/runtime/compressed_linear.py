@@ -50,6 +50,7 @@ class CompressedLinear(nn.Linear):
     replaces_conv1d = False
     """Whether the dense layer is a transformers `Conv1D`, which `dequantize` then puts back."""
 
+    # For type checkers. All are registered by `__init__`, some as None.
     lowrank_a: Tensor
     lowrank_b: Tensor
     adapter_a: Tensor
@@ -73,6 +74,8 @@ class CompressedLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.spec = spec
+        # All names are registered, with None for what is not stored, and always in the same order: `reset_parameters`
+        # draws the values of one parameter after the other.
         stored = spec.tensors(out_features, in_features)
         for name in VALUES:
             self._register(name, stored.get(name, (None, "float")), device, dtype)
@@ -112,6 +115,7 @@ class CompressedLinear(nn.Linear):
             bits, _ = self._quantization(name)
             if bits and getattr(self, name) is not None:
                 getattr(self, name).zero_()
+                # The outermost level is about 2ᵇ⁻¹ scales from zero: this brings the values into the bounds above.
                 getattr(self, f"{name}_scale").data /= 2 ** (bits - 1)
         rows, _ = self.spec.lowrank_shape(self.out_features, self.in_features)
         self._set_first_bits(self.weight_mask, self.spec.kept, self.in_features)
@@ -122,6 +126,7 @@ class CompressedLinear(nn.Linear):
     @staticmethod
     def _set_first_bits(bitmap: Tensor | None, count: int, length: int) -> None:
         """Set the first `count` of the `length` bits in every row of a bitmap, and clear the others."""
+        # On the meta device there are no values to set.
         if bitmap is not None and bitmap.device.type != "meta":
             bitmap.copy_(pack_bits(torch.arange(length, device=bitmap.device) < count))
 
@@ -143,6 +148,7 @@ class CompressedLinear(nn.Linear):
             dense = dense + self.adapter_b.detach().double() @ self.adapter_a.detach().double()
         if self.spec.binary_rank:
             signs = signs_to_values(self.sign_bits, self.in_features, torch.float64)
+            # The largest intermediate results are matrices (m, n) in float64, so they are made in place.
             dense += signs.mul_(self.scale_out.detach().double() @ self.scale_in.detach().double())
         return dense.to(dtype or self.dtype)
 

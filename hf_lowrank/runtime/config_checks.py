@@ -36,6 +36,7 @@ def is_compressed(values: Any) -> bool:
 
 def holds_checkpoint(folder: str) -> bool:
     """Return whether a compressed model was saved in a folder, whatever has become of its config."""
+    # `lexists`, as a link that leads nowhere shows it, too.
     return any(os.path.lexists(os.path.join(folder, name)) for name in (ENTRY_FILE, REPORT_FILE))
 
 
@@ -48,6 +49,7 @@ def mentions_checkpoint(folder: str) -> bool:
     if not os.path.isfile(config):
         return False
     with open(config, "rb") as stream:
+        # As bytes: what cannot be read may not even be text.
         return QUANT_METHOD.encode() in stream.read()
 
 
@@ -74,6 +76,7 @@ def check_values(values: Any, key: str = "", depth: int = 0) -> None:
     elif isinstance(values, list):
         for value in values:
             check_values(value, key, depth + 1)
+    # Not `abs(values) > MOST_COUNTED`, which is false for NaN.
     elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
         raise CheckpointError(
             f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged"

@@ -79,6 +79,7 @@ class CompressionConfig(QuantizationConfigMixin):
     )
 
     def __post_init__(self) -> None:
+        # `bool` has to be ruled out by itself wherever a number is expected: for Python, it is a kind of integer.
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(
                 f"ratio: found {self.ratio!r}, expected a number between 0 and 1, "
@@ -93,6 +94,7 @@ class CompressionConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, str) or not value or not value.isprintable():
                 raise CompressionError(f"{name}: found {value!r}, expected a name")
+        self.method = canonical_method_name(self.method)
         for name in ("options", "provenance", "checksums"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
@@ -125,6 +127,7 @@ class CompressionConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: for an unknown field, a newer format, or a layer that cannot be.
         """
+        # Transformers goes on using its dictionary.
         values = copy.deepcopy(config_dict)
         # A recipe that a user wrote has no layers, and need not name a version either.
         default_version = None if values.get("layers") else FORMAT_VERSION
@@ -155,6 +158,7 @@ class CompressionConfig(QuantizationConfigMixin):
             config = cls(**values, layers=specs)
         except CheckpointError:
             raise
+        # A mistake in a recipe is a fault of the caller; in a checkpoint it is a fault of the checkpoint.
         except CompressionError as error:
             raise CheckpointError(f"quantization_config.{error}") from error
         unused = {}
@@ -177,3 +181,11 @@ class CompressionConfig(QuantizationConfigMixin):
                 values[config_field.name] = copy.deepcopy(getattr(self, config_field.name))
         values["layers"] = {name: spec.to_dict() for name, spec in self.layers.items()}
         return values
+
+
+def canonical_method_name(name: str) -> str:
+    """Return the form in which methods are registered and recorded: lower case, with hyphens.
+
+    "SVD_LLM" becomes "svd-llm".
+    """
+    return name.lower().replace("_", "-")

@@ -26,6 +26,7 @@ def check_contents(
         CheckpointError: naming the tensor, what was found and what was expected.
     """
     rows, columns = spec.lowrank_shape(out_features, in_features)
+    # Values per row of the stored weight, before they are packed.
     weight_columns = spec.kept if spec.sparse in ("columns", "bitmask") else in_features
     counts = {"weight_mask": spec.kept, "lowrank_pivots": spec.factor_rank}
     # Number of bits in a row that stand for something; the rest of its last byte is padding.

@@ -76,6 +76,7 @@ class ExpertBank(nn.ModuleList):
         Returns:
             (T, d).
         """
+        # One expert after the other, for all tokens that come to it; most experts of a mixture have few or none.
         result = torch.zeros_like(hidden_states)
         for index in top_k_index.unique().tolist():
             position, tokens = torch.where(top_k_index.T.eq(index))
@@ -135,6 +136,7 @@ def _projections(module: nn.Module) -> tuple[str, str] | None:
         return None
     if any(len(shape) != 3 for shape in shapes.values()) or any(module.buffers()):
         return None
+    # The two are told apart by their shapes: families name and order them differently.
     for gate_up, down in (tuple(shapes), tuple(shapes)[::-1]):
         experts, f, d = shapes[gate_up][0], shapes[gate_up][1] // 2, shapes[gate_up][2]
         if shapes[gate_up] == (experts, 2 * f, d) and shapes[down] == (experts, d, f):
@@ -157,6 +159,7 @@ def _with_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> 
 
 def _linear(weights: nn.Parameter, index: int) -> nn.Linear:
     """Return a linear layer with one of the weights (E, m, n), in their memory."""
+    # On the meta device, so that no memory is taken before the weight is put in.
     linear = nn.Linear(weights.shape[2], weights.shape[1], bias=False, device="meta")
     linear.weight = nn.Parameter(weights.detach()[index], weights.requires_grad)
     return linear

@@ -58,6 +58,7 @@ class LayerSpec:
     def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and type ("float" or "uint8") of every tensor that the layer stores, by name."""
         rows, columns = self.lowrank_shape(out_features, in_features)
+        # m, n, p and k of the format: `out_features`, `in_features`, kept rows or columns, and kept values per row.
         weight_shapes = {
             "none": (0,),
             "rows": (self.kept, in_features),
@@ -70,6 +71,7 @@ class LayerSpec:
             stored["weight_mask"] = ((out_features, packed_width(in_features)), "uint8")
         if rank := self.factor_rank:
             stored |= _value_tensors("lowrank_a", (rank, columns), self.lowrank_bits, self.lowrank_group)
+            # The identity block of a pivoted factor takes no space.
             free_rows = rows - rank if self.pivoted else rows
             stored |= _value_tensors("lowrank_b", (free_rows, rank), self.lowrank_bits, self.lowrank_group)
             if self.pivoted:
@@ -144,6 +146,7 @@ class LayerSpec:
 
     def _check_counts(self, layer: str, out_features: int, in_features: int) -> None:
         """Raise CheckpointError if a rank or the number of kept rows, columns or values does not fit the layer."""
+        # A layer that keeps all of its rows, columns or values is a dense one.
         most_kept = {
             "none": 0,
             "rows": out_features - 1,
@@ -162,6 +165,7 @@ class LayerSpec:
         check("kept", 0, most_kept[self.sparse])
         check("adapter_rank", 0, out_features + in_features)
         check("binary_rank", 0, smaller_side)
+        # Factors of merged adapters come on top of the rank that a matrix of this shape can have.
         check("rank", self.adapter_rank, self.adapter_rank + smaller_side)
 
     def _check_quantization(self, layer: str, part: str, has_part: bool) -> None:
@@ -193,6 +197,7 @@ class LayerSpec:
             if name not in field_names:
                 expected = f"only the fields {', '.join(sorted(field_names))}; a newer hf_lowrank may know it"
                 raise _bad_field(layer, str(name), values[name], expected)
+        # `cls(**values)` would give missing fields their defaults, and the damage would show much later.
         for name in field_names - OPTIONAL_FIELDS:
             if name not in values:
                 raise CheckpointError(

@@ -62,8 +62,10 @@ class SparseLowRankLinear(CompressedLinear):
         if spec.sparse == "none":
             return self._lowrank(x)
         if spec.sparse == "rows":
+            # The kept rows are the first entries of the output; the low-rank part gives the others.
             return torch.cat([self._sparse(x), self._lowrank(x)], dim=-1)
         if spec.sparse == "columns":
+            # The kept columns read the first entries of the input; the low-rank part reads the others.
             kept = self._sparse(x[..., : spec.kept])
             return kept + self._lowrank(x[..., spec.kept :]) if spec.factor_rank else kept
         kept = self._sparse(x)
@@ -87,6 +89,7 @@ class SparseLowRankLinear(CompressedLinear):
         if not spec.factor_rank:
             return autocast(x).new_zeros(*x.shape[:-1], rows)
         if spec.lowrank_bits:
+            # Pivoted: z has the pivot rows of the output, y the others. `row_sources` brings them into their order.
             z = self._quantized("lowrank_a", x)
             y = self._quantized("lowrank_b", z)
             if not spec.pivoted:
@@ -188,6 +191,7 @@ class SparseLowRankLinear(CompressedLinear):
             lowrank_bits=lowrank_bits,
             lowrank_group=lowrank_group,
         )
+        # Only the float tensors count here; bitmaps have a dtype of their own.
         first_part = next(part for part in parts.values() if part is not None)
         layer = build_layer(spec, in_features, out_features, first_part.device, dtype or first_part.dtype)
         layer._store(parts)
@@ -240,6 +244,7 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
             bias=bias,
             **other_fields,
         )
+        # Not `super().__init__`, which would make a spec without a binary part.
         CompressedLinear.__init__(self, in_features, out_features, spec, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class _Entry:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Register the plugin, and open the checkpoint by the Auto class."""
         _register()
+        # This very code has been trusted already. With True, transformers would come back here for ever.
         kwargs["trust_remote_code"] = False
         # For the folder of an adapter, transformers passes its base model here and says where the adapter lies. It
         # takes that path only once, so the path is kept from the base model and the adapter is loaded afterwards.
@@ -80,4 +81,5 @@ def __getattr__(name: str) -> type[_Entry]:
         auto_class = getattr(transformers, name.removeprefix("Compressed"), None)
     if auto_class is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Made when asked for, as a newer transformers may have more Auto classes.
     return type(name, (_Entry,), {"auto_class": auto_class})

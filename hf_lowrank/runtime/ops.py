@@ -49,6 +49,7 @@ def register_kernel(operation: str, device_type: str, name: str, kernel: Kernel)
     dtype, CPU features, or the number of tokens). Then the next kernel is asked, and plain torch last of all.
     """
     offered = _kernels.setdefault((operation, device_type), [])
+    # A second registration under the same name replaces the first one.
     others = [entry for entry in offered if entry[0] != name]
     offered[:] = [*others, (name, kernel)]
 
@@ -87,6 +88,7 @@ def dispatch(operation: str, x: Tensor, *arguments: Any, plain: Callable[..., Te
 
 def _by_kernel(operation: str, x: Tensor, *arguments: Any) -> Tensor | None:
     """Return the result of the first kernel that takes these arguments, None if there is no such kernel."""
+    # Cleared before the call, as a function that registers kernels may compute an operation itself.
     for load in list(_first_use):
         _first_use.clear()
         load()

@@ -45,6 +45,7 @@ def pack_values(dense: Tensor, mask: Tensor) -> Tensor:
 
 def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
     """Return the dense matrix (m, n) that has `values` (m, k) where `mask` (m, n) is set and zeros elsewhere."""
+    # `masked_scatter` fills the places of a mask in row-major order, the order in which `pack_values` reads them.
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 

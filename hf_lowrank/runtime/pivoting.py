@@ -50,6 +50,7 @@ def pivot(lowrank_a: Tensor, lowrank_b: Tensor) -> tuple[Tensor, Tensor, Tensor]
         )
     Q = torch.linalg.qr(b).Q  # the same column space as B's, well conditioned
     chosen, mixture = _dominant_rows(Q)
+    # The stored rows are in their order in B A, so that the bitmap of the pivots is all that has to be kept.
     chosen, order = chosen.sort()
     pivots = torch.zeros(b.shape[0], dtype=torch.bool, device=b.device)
     pivots[chosen] = True

@@ -81,10 +81,12 @@ def group_scales(values: Tensor, bits: int, importance: Tensor | None = None) ->
         importance: weights of the squared errors, in a shape that broadcasts to `values`. The scale is then the one of
             `SCALE_FACTORS` with the least weighted sum. Without weights, it is the one that just covers the group.
     """
+    # The scale at which the outermost cell just holds the largest value.
     covering = values.abs().amax(dim=-1) / 2 ** (bits - 1)
     best = _rounded(covering)
     if importance is None:
         return best
+    # Zeros may be padding, which no scale has to serve.
     importance = torch.where(values == 0, 0.0, importance)
     least = torch.full_like(best, math.inf)
     for factor in SCALE_FACTORS:
@@ -111,6 +113,7 @@ def nearest_levels(values: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _cells(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return ⌊values / scale⌋, limited to the 2ᵇ cells from −2ᵇ⁻¹ on, in a new tensor."""
+    # A scale is zero only where all values are, and any code will do.
     steps = values / torch.where(scale == 0, 1.0, scale)
     return steps.floor_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
@@ -125,6 +128,7 @@ def levels(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 def spread_scale(scale: Tensor, group: int, columns: int) -> Tensor:
     """Return the scale (rows, c) of every value, from the scales of the groups (rows, ⌈c/group⌉)."""
+    # A single group needs no copy.
     if scale.shape[1] == 1:
         return scale.expand(-1, columns)
     return scale.repeat_interleave(group, dim=1, output_size=scale.shape[1] * group)[:, :columns]

@@ -117,6 +117,7 @@ class CompressionQuantizer(HfQuantizer):
 
         Transformers' own `dequantize` would take the dtype of the last load or save instead.
         """
+        # This replaces the base class's method, and so has to do all that it does.
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
         return model
@@ -198,6 +199,7 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
     align(model)
     marked: Any = model
+    # `PreTrainedModel` does not declare these attributes. Transformers asks for them at many places.
     marked.hf_quantizer = quantizer
     marked.is_quantized = True
     marked.quantization_method = quantizer.quantization_config.quant_method
@@ -205,6 +207,7 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     marked.config._is_quantized = True
     marked.add_model_tags(QUANT_METHOD)  # for the cards that trainers write
     for cast in CASTS:
+        # Transformers' own methods raise for quantized models; those of torch do not.
         marked.__dict__[cast] = functools.partial(getattr(nn.Module, cast), model)
     CompleteSave.attach(model)
 
@@ -241,6 +244,7 @@ def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> n
         dense = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
         dense.weight = nn.Parameter(weight.T.contiguous())
     else:
+        # On the meta device, so that no memory is taken before the weight is put in.
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight)
     if layer.bias is not None:

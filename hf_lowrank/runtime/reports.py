@@ -84,7 +84,9 @@ def read_current_report(folder: Path) -> dict[str, Any]:
         CheckpointError: if the report is not a dictionary in JSON, or has figures and the weights cannot be read.
     """
     file = folder / REPORT_FILE
+    # `lexists`: a link that leads nowhere is damage, and not a missing report.
     report = read_report(file) if os.path.lexists(file) else {}
+    # Hashing all weights takes a while, so it is done for figures only.
     has_figures = any(report.get(name) for name in MEASURED)
     if not has_figures or report.get("measured_on") == weights_checksum(folder):
         return report

@@ -98,6 +98,7 @@ def _in_order_of_bytes(
         CheckpointError: if the tensors leave a gap, overlap, or do not end where the file ends.
     """
     ordered = {}
+    # Data behind or between tensors could hide something, and data that two tensors share would be read twice.
     end = 0
     for name, (dtype, shape, first, last) in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if first != end:

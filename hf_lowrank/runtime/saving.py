@@ -128,6 +128,7 @@ class CompleteSave:
         """
         model, folder = self.model, Path(save_directory)
         if self.saved is not None:
+            # Transformers' push is saving the model to a folder of its own: give it the files that are complete.
             for file in filter(Path.is_file, self.saved.iterdir()):
                 shutil.copyfile(file, folder / file.name)
             return
@@ -140,6 +141,7 @@ class CompleteSave:
         record_layers(model)
         model.config.auto_map = auto_map(model)
         here = Path(__file__).parent
+        # Those of all files take their place as soon as these are written.
         model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,7 @@ class CompleteSave:
         # Tensors keep the names of their modules, which `quantization_config.layers` uses. The older formats of some
         # families rename or split layers.
         kwargs["save_original_format"] = False
+        # They belong to the push, which comes last.
         hub_options = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         self.native_save(save_directory, state_dict, is_main_process=is_main_process, **kwargs)
         if is_main_process and folder.is_dir():
@@ -227,6 +230,7 @@ class CompleteSave:
             The path of the file, None if the checkpoint has no such file or cannot be reached.
         """
         config = self.model.config
+        # Transformers keeps there what `from_pretrained` was given: a path, or the name of a repo on the Hub.
         source = getattr(config, "_name_or_path", "")
         if not source or os.path.isdir(source):
             path = Path(source) / name
@@ -238,6 +242,7 @@ class CompleteSave:
             "_raise_exceptions_for_connection_errors": False,
         }
         try:
+            # What is in the cache needs no connection.
             file = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
             return file or cached_file(source, name, revision=revision, **quiet)
         except (OSError, ValueError):
@@ -253,7 +258,9 @@ class CompleteSave:
             return self.report
         if self.source_report is None:
             file = self.find(REPORT_FILE)
-            self.source_report = read_report(Path(file)) if file else {}
+            if file is None:
+                return {}  # not kept: the Hub may be within reach the next time
+            self.source_report = read_report(Path(file))
         return self.source_report
 
     @staticmethod

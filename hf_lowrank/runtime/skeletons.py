@@ -47,6 +47,7 @@ def make_skeleton(values: Mapping[str, Any], most_modules: int = MOST_MODULES) -
         raise CheckpointError(
             f"config.json: architectures is {names!r}, expected the name of a model class of transformers"
         )
+    # The pair must fit: a config of another family would make a model of other layers, or none.
     expected = model_class.config_class
     if expected is not None and not issubclass(transformers.CONFIG_MAPPING[model_type], expected):
         raise CheckpointError(
@@ -57,6 +58,7 @@ def make_skeleton(values: Mapping[str, Any], most_modules: int = MOST_MODULES) -
         config = transformers.CONFIG_MAPPING[model_type].from_dict(dense_values)
         with torch.device("meta"), limit_modules(most_modules):
             return model_class._from_config(config)
+    # Raised by `limit_modules`.
     except CheckpointError:
         raise
     except Exception as error:  # transformers may raise anything for what somebody wrote into the file

@@ -31,7 +31,7 @@ MODULES_PER_TENSOR = 20
 Where the files are there, this limit takes the place of `MOST_MODULES`.
 """
 SPARE_BYTES = 64 << 20
-"""Bytes that a model may take for what it computes on loading, beyond the size of its files.
+"""Maximum number of bytes of the tables that a model computes on loading, beyond the size of its files.
 
 Examples are position tables and causal masks.
 """
@@ -102,6 +102,7 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
             raise _unexpected_module(model, name, module, expected="a linear layer")
         assert module is not None
         spec.validate(name, *dense_shape(module))
+    # A shared weight would be compressed in one place and dense in the other.
     shared_names = {name for group in _tied_names(model) for name in group}
     shared_weights = shared_names & {f"{name}.weight" for name in layers}
     if shared_weights:
@@ -129,6 +130,7 @@ def _renamed(model: nn.Module, by_name: Mapping[str, Value], modules: Collection
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if not by_name or prefix == "." or any(name in modules for name in by_name):
         return dict(by_name)
+    # The checkpoint may be of the full model while `model` is the base model, or the other way round.
     if all(name.startswith(prefix) for name in by_name):
         return {name.removeprefix(prefix): value for name, value in by_name.items()}
     return {prefix + name: value for name, value in by_name.items()}
@@ -146,10 +148,10 @@ def expected_tensors(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[
     for name, tensor in model.state_dict().items():
         kind = "float" if tensor.is_floating_point() else _safetensors_name(tensor.dtype)
         expected[name] = (tuple(tensor.shape), kind)
-    for layer in layers:
+    for layer, spec in layers.items():
         for name in model.get_submodule(layer).state_dict():
             del expected[f"{layer}.{name}"]
-        expected |= _tensors_of_layer(model, layer, layers[layer])
+        expected |= _tensors_of_layer(model, layer, spec)
     return expected
 
 
@@ -182,6 +184,7 @@ def validate_files(
     for layer, spec in layers.items():
         compressed |= _tensors_of_layer(model, layer, spec).keys()
     optional = _optional_tensors(model, stored)
+    # All other kinds are names of safetensors dtypes themselves.
     dtypes_of = {"float": FLOAT_TYPES, "uint8": ("U8",)}
     for name, (shape, kind) in expected.items():
         if name not in stored:
@@ -285,6 +288,7 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
 
     Transformers ties weights only after it has loaded them.
     """
+    # Names by the identity of the tensor.
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -297,6 +301,7 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
 
 def _check_buffers(model: nn.Module, file_bytes: int) -> None:
     """Raise CheckpointError if a model would compute far larger tables on loading than its weights are."""
+    # Buffers that are not saved (persistent=False) are computed on loading, however large the config makes them.
     saved = model.state_dict().keys()
     table_bytes = 0
     for name, buffer in model.named_buffers():

@@ -1,1 +1,4 @@
-"""Engines that serve compressed checkpoints; each module imports its engine, and nothing else of the package imports them."""
+"""Engines that serve compressed checkpoints.
+
+Each module imports its engine. No other part of the package imports these modules.
+"""

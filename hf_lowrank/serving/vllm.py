@@ -1,8 +1,10 @@
-"""Compressed checkpoints in vLLM: a quantization config and a linear method, which vLLM finds by the entry point `vllm.general_plugins`.
+"""Compressed checkpoints in vLLM: a quantization config and a linear method.
 
-vLLM fuses layers that read the same input (q, k and v; gate and up) into one module and fills that shard by shard. What ours store
-differs from shard to shard, in rank and in layout, so they are not fused: the module holds one compressed layer per shard, and their
-outputs are laid side by side. That is the product of the stacked A and the block-diagonal B, without the zeros of the latter.
+vLLM finds them by the entry point `vllm.general_plugins`. It fuses layers that read the same input (q, k and v; gate
+and up) into one module, which it fills shard by shard. Compressed layers differ from shard to shard, in rank and in
+layout, and therefore they are not fused: the module holds one compressed layer per shard, and their outputs are laid
+side by side. For low-rank layers that is the product of the stacked A and the block-diagonal B, without the zeros of
+the latter.
 """
 
 from dataclasses import replace
@@ -21,20 +23,21 @@ from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.layers import CompressedLinear, build_layer
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
-"""vLLM's names of the shards of an attention projection; those of other fused layers are numbers."""
+"""vLLM's names of the shards of an attention projection, with their positions. It names other shards by position."""
 DENSE = "hf-lowrank dense DIR -o OUT writes a checkpoint that vLLM serves by itself"
+"""The cure that ends every error about a checkpoint that cannot be served."""
 
 
 def register() -> None:
-    """Teach vLLM the format; it calls this in each of its processes, in some more than once."""
+    """Register the format with vLLM, which calls this in each of its processes, and in some of them more than once."""
     register_quantization_config(QUANT_METHOD)(CompressedCheckpoint)
 
 
 class CompressedCheckpoint(QuantizationConfig):
-    """What a checkpoint's config says, as vLLM asks for it.
+    """The quantization config of a checkpoint, in the form in which vLLM asks for it.
 
     Attributes:
-        layers: what each compressed layer stores, by vLLM's name of it before fusing.
+        layers: the spec of each compressed layer, by the name that vLLM gives the layer before fusing.
     """
 
     def __init__(self, layers: dict[str, LayerSpec]) -> None:
@@ -49,7 +52,7 @@ class CompressedCheckpoint(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Any GPU: the operations are torch's."""
+        """Return the least compute capability, which is that of any GPU, as the operations are those of torch."""
         return 0
 
     @staticmethod
@@ -64,34 +67,41 @@ class CompressedCheckpoint(QuantizationConfig):
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """The method of a linear layer, dense or compressed; None for modules of other kinds.
+        """Return the method of a linear layer, dense or compressed, or None for modules of other kinds.
 
         Raises:
-            CompressionError: if compressed layers are in a module that is not linear, such as a fused mixture of experts.
+            CompressionError: if compressed layers are in a module that is not linear, such as a fused mixture of
+                experts.
         """
         if not isinstance(layer, LinearBase):
-            inside = next((name for name in self.layers if prefix and f"{name}.".startswith(f"{prefix}.")), None)
-            if inside is not None:
-                raise CompressionError(
-                    f"{inside}: vLLM puts it into a {type(layer).__name__}, which takes no compressed layers; {DENSE}"
-                )
+            self._check_no_layer_within(layer, prefix)
             return None
-        parent, _, own = prefix.rpartition(".")
-        parts = (
-            [prefix]
-            if prefix in self.layers
-            else [f"{parent}.{part}" for part in self.packed_modules_mapping.get(own, [own])]
-        )
-        if not any(part in self.layers for part in parts):
+        shards = self._shard_names(prefix)
+        if not any(name in self.layers for name in shards):
             return UnquantizedLinearMethod()
-        return CompressedLinearMethod({part: self.layers.get(part) for part in parts})
+        return CompressedLinearMethod({name: self.layers.get(name) for name in shards})
+
+    def _check_no_layer_within(self, module: nn.Module, prefix: str) -> None:
+        """Raise CompressionError if a compressed layer is in `module`, which is not linear."""
+        for name in self.layers:
+            if prefix and f"{name}.".startswith(f"{prefix}."):
+                raise CompressionError(
+                    f"{name}: vLLM puts it into a {type(module).__name__}, which takes no compressed layers; {DENSE}"
+                )
+
+    def _shard_names(self, prefix: str) -> list[str]:
+        """Return the checkpoint's names of the layers that vLLM fuses into the one at `prefix`, or its own name."""
+        if prefix in self.layers:
+            return [prefix]
+        parent, _, own_name = prefix.rpartition(".")
+        return [f"{parent}.{shard}" for shard in self.packed_modules_mapping.get(own_name, [own_name])]
 
 
 class CompressedLinearMethod(LinearMethodBase):
-    """One linear layer of vLLM, as one layer of ours per shard.
+    """The method of one linear layer of vLLM, which holds one of our layers per shard.
 
     Args:
-        specs: what each shard stores, by name and in vLLM's order; None for a dense one.
+        specs: the spec of each shard, by name and in vLLM's order. It is None for a dense shard.
     """
 
     def __init__(self, specs: dict[str, LayerSpec | None]) -> None:
@@ -107,52 +117,75 @@ class CompressedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Put the shards, still empty, into `layer.shards`, and an entry for each name of their tensors, by which vLLM fills them.
+        """Put the shards, still empty, into `layer.shards`.
+
+        vLLM fills a parameter of the module by its name. So the module gets an empty parameter, an entry, for each
+        name of the shards' tensors, whose loader passes what is loaded on to the shard.
 
         Raises:
-            CompressionError: if vLLM splits the layer over devices, or the layer has a bias that vLLM's model does not have.
+            CompressionError: if vLLM splits the layer over devices, or the layer has a bias that vLLM's model does not
+                have.
         """
-        names = list(self.specs)
         if (input_size_per_partition, sum(output_partition_sizes)) != (input_size, output_size):
             raise CompressionError(
-                f"{names[0]}: compressed layers are not split over devices; use --tensor-parallel-size 1, or {DENSE}"
+                f"{next(iter(self.specs))}: compressed layers are not split over devices; "
+                f"use --tensor-parallel-size 1, or {DENSE}"
             )
-        sizes = output_partition_sizes if len(names) > 1 else [output_size]
-        if len(sizes) != len(names):
-            raise CompressionError(
-                f"{', '.join(names)}: vLLM fuses {len(sizes)} layers here, the checkpoint has {len(names)}; {DENSE}"
-            )
+        sizes = self._shard_sizes(output_partition_sizes, output_size)
         layer.shards = nn.ModuleList()
         for (name, spec), size in zip(self.specs.items(), sizes, strict=True):
             if spec is not None and spec.bias and not layer.has_bias:
                 raise CompressionError(f"{name}: stores a bias, which vLLM's model has no place for; {DENSE}")
-            layer.shards.append(
-                nn.Linear(input_size, size, bias=False, dtype=params_dtype)
-                if spec is None
-                else build_layer(replace(spec, bias=False), input_size, size, dtype=params_dtype)
-            )
+            layer.shards.append(_empty_shard(spec, input_size, size, params_dtype))
         layer.shards.requires_grad_(False)
-        self.missing = {(index, name) for index, shard in enumerate(layer.shards) for name in shard.state_dict()}
-        self.entries = {name: tensor.dtype for shard in layer.shards for name, tensor in shard.state_dict().items()}
+        self.missing: set[tuple[int, str]] = set()
+        self.entries: dict[str, torch.dtype] = {}
+        for index, shard in enumerate(layer.shards):
+            for name, tensor in shard.state_dict().items():
+                self.missing.add((index, name))
+                self.entries[name] = tensor.dtype
         for name, dtype in self.entries.items():
             entry = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(entry, {"weight_loader": self._loader(layer, name)})
             layer.register_parameter(name, entry)
 
+    def _shard_sizes(self, output_partition_sizes: list[int], output_size: int) -> list[int]:
+        """Return the outputs of each shard.
+
+        A single layer of the checkpoint may be all of a layer that vLLM divides, such as a fused query, key and value.
+
+        Raises:
+            CompressionError: if vLLM fuses another number of layers than the checkpoint has.
+        """
+        names = list(self.specs)
+        if len(names) == 1:
+            return [output_size]
+        if len(output_partition_sizes) != len(names):
+            raise CompressionError(
+                f"{', '.join(names)}: vLLM fuses {len(output_partition_sizes)} layers here, "
+                f"the checkpoint has {len(names)}; {DENSE}"
+            )
+        return output_partition_sizes
+
     def _loader(self, layer: Any, name: str) -> Any:
+        """Return the function by which vLLM loads the tensors of one name, with the shard that each belongs to."""
+
         def load(entry: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
-            index = 0 if shard is None and len(layer.shards) == 1 else SHARDS.get(shard, shard)
+            index = SHARDS.get(shard, shard)
+            if shard is None and len(layer.shards) == 1:
+                index = 0
             if (index, name) not in self.missing:
                 raise CheckpointError(
                     f"{', '.join(self.specs)}: found {name} for shard {shard!r}, which stores none; {DENSE}"
                 )
-            place = layer.shards[index].state_dict()[name]
-            if place.shape != loaded.shape or (place.dtype == torch.uint8) != (loaded.dtype == torch.uint8):
+            target = layer.shards[index].state_dict()[name]
+            # Values are converted to the dtype that vLLM serves in. Bits and codes are bytes and must stay bytes.
+            if target.shape != loaded.shape or (target.dtype == torch.uint8) != (loaded.dtype == torch.uint8):
                 raise CheckpointError(
-                    f"{list(self.specs)[index]}.{name}: found {loaded.dtype} {tuple(loaded.shape)}, expected {place.dtype} "
-                    f"{tuple(place.shape)}; download the checkpoint again, or {DENSE}"
+                    f"{list(self.specs)[index]}.{name}: found {loaded.dtype} {tuple(loaded.shape)}, "
+                    f"expected {target.dtype} {tuple(target.shape)}; download the checkpoint again, or {DENSE}"
                 )
-            place.copy_(loaded)
+            target.copy_(loaded)
             self.missing.discard((index, name))
 
         return load
@@ -161,7 +194,8 @@ class CompressedLinearMethod(LinearMethodBase):
         """Take the entries out again and check what the shards hold.
 
         Raises:
-            CheckpointError: if a tensor was not in the checkpoint, or a mask does not say what it must.
+            CheckpointError: if a tensor was not in the checkpoint, or a mask has another number of bits set than it
+                must.
         """
         for index, name in sorted(self.missing):
             raise CheckpointError(f"{list(self.specs)[index]}.{name}: not in the checkpoint; download it again")
@@ -173,7 +207,15 @@ class CompressedLinearMethod(LinearMethodBase):
                 check_contents(name, shard.spec, shard.out_features, shard.in_features, shard.state_dict())
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y = [shard(x) for every shard] + bias; x (..., n), y (..., m)."""
+        """Return y (..., m): the outputs of all shards for x (..., n), side by side, plus the bias."""
         outputs = [shard(x) for shard in layer.shards]
+        # One output is not copied.
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if bias is None else y + bias
+
+
+def _empty_shard(spec: LayerSpec | None, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
+    """Return a compressed layer, or a dense one if there is no spec. It has no bias, as vLLM's module adds that."""
+    if spec is None:
+        return nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+    return build_layer(replace(spec, bias=False), in_features, out_features, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Encoders: the base model, and heads of other tasks on it."""
+"""A compressed encoder opens as its base model, and with heads for other tasks."""
 
 from pathlib import Path
 
@@ -25,6 +25,7 @@ IDS = torch.tensor(INPUT_IDS)
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed BERT with a head for masked tokens."""
     model = FAMILIES["BERT"].make()
     compress(model, RECIPE, calibration=texts(), progress=False)
     folder = tmp_path_factory.mktemp("bert")
@@ -32,21 +33,16 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_base_model_and_other_heads(masked: Path) -> None:
+def test_the_base_model_has_the_same_layers_under_any_head(masked: Path) -> None:
     full = AutoModelForMaskedLM.from_pretrained(masked)
     hidden = full.bert(IDS).last_hidden_state
-    for auto_class, inner in (
-        (AutoModel, None),
-        (AutoModelForSequenceClassification, "bert"),
-        (AutoModelForTokenClassification, "bert"),
-    ):
-        model = auto_class.from_pretrained(masked)
-        base = model if inner is None else getattr(model, inner)
+    for auto_class in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        base = auto_class.from_pretrained(masked).base_model
         assert any(isinstance(module, CompressedLinear) for module in base.modules())
         assert torch.equal(base(IDS).last_hidden_state, hidden)
 
 
-def test_a_classifier(tmp_path: Path) -> None:
+def test_a_compressed_classifier_comes_back_and_classifies(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = FAMILIES["BERT"].make().config
     config.vocab_size, config.num_labels = tiny_models.VOCABULARY, 3
@@ -58,8 +54,8 @@ def test_a_classifier(tmp_path: Path) -> None:
         progress=False,
     )
     model.save_pretrained(tmp_path)
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    assert logits(again).shape == (2, 3)
+    reopened = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(reopened), logits(model))
+    assert logits(reopened).shape == (2, 3)
     (answer,) = pipeline("text-classification", model=str(tmp_path))("the red cat")
     assert answer["label"] in config.id2label.values()

@@ -1,4 +1,4 @@
-"""Generation in all its modes, and pipelines: a compressed model writes what the dense model with its weights writes."""
+"""A compressed model writes what the dense model with its weights writes, by every mode and in pipelines."""
 
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,18 @@ PROMPT = torch.tensor(INPUT_IDS[:1])
 
 
 def written(model: Any, **mode: Any) -> list[int]:
+    """Return the tokens that a model generates."""
     torch.manual_seed(0)
     return model.generate(PROMPT, **LENGTH, **mode)[0].tolist()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_generation(compressed: Compressed, mode: str) -> None:
+def test_every_mode_writes_what_the_dense_model_writes(compressed: Compressed, mode: str) -> None:
     assert written(compressed.saved, **MODES[mode]) == written(compressed.model().dequantize(), **MODES[mode])
 
 
 def test_the_compressed_model_drafts_for_the_dense_one(compressed: Compressed) -> None:
-    """Lossless: whatever the draft proposes, the text is the dense model's own."""
+    """Whatever the draft proposes, the text is the dense model's own."""
     dense = compressed.model().dequantize()
     with torch.no_grad():
         dense.get_output_embeddings().weight.add_(0.05 * torch.randn_like(dense.get_output_embeddings().weight))

@@ -1,4 +1,4 @@
-"""Whole models as one graph: torch.compile and torch.export."""
+"""torch.compile and torch.export take a whole compressed model as one graph, which answers as the model does."""
 
 import pytest
 import torch
@@ -9,23 +9,24 @@ from tests.support.fresh_process import INPUT_IDS
 
 
 @pytest.mark.parametrize("name", ["sola", "slab", "quantised"])
-def test_compiled_in_one_graph(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_model_compiles_in_one_graph(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     torch._dynamo.reset()
     model = compressed_model(name, tmp_path_factory).model()
-    torch.testing.assert_close(
-        logits(torch.compile(model, fullgraph=True, backend="aot_eager")), logits(model), rtol=1e-5, atol=1e-6
-    )
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sola", "slab"])
-def test_exported_for_any_number_of_tokens(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_model_is_exported_for_any_number_of_tokens(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     model = compressed_model(name, tmp_path_factory).model()
     batch, length = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("length", min=2, max=32)
     arguments = {"input_ids": torch.tensor(INPUT_IDS), "use_cache": False}
     shapes = {"input_ids": {0: batch, 1: length}, "use_cache": None}
     with torch.no_grad():
         exported = torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False)
-        assert any(NAMESPACE in str(node.target) for node in exported.graph.nodes)  # the operations stay whole
+        assert any(
+            NAMESPACE in str(node.target) for node in exported.graph.nodes
+        )  # our operations stay whole in the graph
         for ids in (torch.tensor(INPUT_IDS), torch.tensor(INPUT_IDS + INPUT_IDS[:1])[:, :5]):
-            found = exported.module()(input_ids=ids, use_cache=False).logits
-            torch.testing.assert_close(found, model(ids).logits, rtol=1e-5, atol=1e-6)
+            answer = exported.module()(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(answer, model(ids).logits, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Where the weights lie: dtypes, device maps, offloading to memory and to disk. The logits are the same everywhere."""
+"""The logits are the same wherever the weights lie: in device maps, in memory, on disk, and in copies of the model."""
 
 import copy
 import pickle
@@ -19,29 +19,29 @@ def assert_same(model: PreTrainedModel, compressed: Compressed) -> None:
     assert torch.equal(logits(model), logits(compressed.saved))
 
 
-def split(model: PreTrainedModel) -> dict[str, str]:
-    """All but the first block on disk."""
+def blocks_on_disk(model: PreTrainedModel) -> dict[str, str]:
+    """Return a device map that has all blocks but the first on disk."""
     blocks = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     parent, _, child = blocks.rpartition(".")
-    places = {name: "cpu" for name, _ in model.named_children() if name != parent}
-    places |= {f"{parent}.{name}": "cpu" for name, _ in model.get_submodule(parent).named_children() if name != child}
-    return places | {
-        f"{blocks}.{name}": "disk" if int(name) else "cpu" for name, _ in model.get_submodule(blocks).named_children()
-    }
+    device_map = {name: "cpu" for name, _ in model.named_children() if name != parent}
+    for name, _ in model.get_submodule(parent).named_children():
+        if name != child:
+            device_map[f"{parent}.{name}"] = "cpu"
+    for number in range(len(model.get_submodule(blocks))):
+        device_map[f"{blocks}.{number}"] = "disk" if number else "cpu"
+    return device_map
 
 
-def test_blocks_on_disk(compressed: Compressed, tmp_path: Path) -> None:
-    places = split(compressed.saved)
-    model = AutoModelForCausalLM.from_pretrained(
-        compressed.folder, device_map=places, offload_folder=tmp_path / "offload"
-    )
+def test_a_model_with_blocks_on_disk_answers_and_saves_itself(compressed: Compressed, tmp_path: Path) -> None:
+    placement = {"device_map": blocks_on_disk(compressed.saved), "offload_folder": tmp_path / "offload"}
+    model = AutoModelForCausalLM.from_pretrained(compressed.folder, **placement)
     assert any(parameter.is_meta for parameter in model.parameters())
     assert_same(model, compressed)
     model.save_pretrained(tmp_path / "saved")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), compressed)
 
 
-def test_a_device_map_found_for_little_memory(compressed: Compressed, tmp_path: Path) -> None:
+def test_accelerate_finds_a_device_map_for_little_memory(compressed: Compressed, tmp_path: Path) -> None:
     size = sum(tensor.nbytes for tensor in compressed.saved.state_dict().values())
     limits = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": tmp_path}
     model = AutoModelForCausalLM.from_pretrained(compressed.folder, **limits)
@@ -49,7 +49,7 @@ def test_a_device_map_found_for_little_memory(compressed: Compressed, tmp_path: 
     assert_same(model, compressed)
 
 
-def test_offload_hooks(compressed: Compressed, tmp_path: Path) -> None:
+def test_accelerates_hooks_load_every_part_of_a_layer(compressed: Compressed, tmp_path: Path) -> None:
     model = compressed.model()
     cpu_offload(model, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -68,7 +68,7 @@ def test_an_empty_model_is_filled_by_accelerate(compressed: Compressed, on_disk:
         quantizer.preprocess_model(model)
     model.tie_weights()
     assert all(parameter.is_meta for parameter in model.parameters())
-    places = split(model) if on_disk else {"": "cpu"}
+    places = blocks_on_disk(model) if on_disk else {"": "cpu"}
     offload = {"offload_folder": str(tmp_path / "offload"), "offload_buffers": on_disk}  # masks and signs are buffers
     model = load_checkpoint_and_dispatch(model.eval(), str(compressed.folder), device_map=places, **offload)
     assert_same(model, compressed)
@@ -85,7 +85,7 @@ def test_a_dense_skeleton_is_not_filled_with_packed_values(compressed: Compresse
         load_checkpoint_and_dispatch(model, str(compressed.folder), device_map={"": "cpu"})
 
 
-def test_dtypes(compressed: Compressed) -> None:
+def test_another_dtype_is_that_of_the_values_and_not_of_the_bits(compressed: Compressed) -> None:
     for name in ("dtype", "torch_dtype"):
         assert AutoModelForCausalLM.from_pretrained(compressed.folder, **{name: "auto"}).dtype == torch.float32
         half = AutoModelForCausalLM.from_pretrained(compressed.folder, **{name: torch.bfloat16})
@@ -98,7 +98,7 @@ def test_dtypes(compressed: Compressed) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_copies(compressed: Compressed, copied) -> None:  # type: ignore[no-untyped-def]
+def test_a_copy_answers_alike_and_shares_nothing(compressed: Compressed, copied) -> None:  # type: ignore[no-untyped-def]
     twin = copied(compressed.saved)
     assert_same(twin, compressed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Whatever the user calibrates on becomes the tokens that it holds, and nothing else."""
+"""Whatever the user calibrates on becomes batches of the tokens that it holds, and of nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,21 @@ def config(samples: int = 8, length: int | None = 32, **changes: Any) -> Compres
 
 
 def rows_of(batches: list[TokenBatch]) -> list[list[int]]:
-    """The tokens that count, row by row."""
+    """Return the tokens that count, row by row."""
     rows = []
     for batch in batches:
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
-        rows += [ids[kept.bool()].tolist() for ids, kept in zip(batch.input_ids, mask, strict=True)]
+        for ids, row_mask in zip(batch.input_ids, mask, strict=True):
+            rows.append(ids[row_mask.bool()].tolist())
     return rows
 
 
 def stream(documents: list[str]) -> list[int]:
-    return [token for document in documents for token in TOKENIZER(document).input_ids]
+    """Return the tokens of all documents, one after the other."""
+    tokens: list[int] = []
+    for document in documents:
+        tokens += TOKENIZER(document).input_ids
+    return tokens
 
 
 def test_texts_become_windows_of_their_stream() -> None:
@@ -49,10 +54,10 @@ def test_a_file_a_generator_and_a_dataset_give_what_the_list_gives(tmp_path: Pat
     texts = tiny_models.text()
     file = tmp_path / "texts.txt"
     file.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
-    wanted = rows_of(calibration_batches(MODEL, config(), TOKENIZER, texts))
+    expected = rows_of(calibration_batches(MODEL, config(), TOKENIZER, texts))
     for source in (str(file), iter(texts), Dataset.from_dict({"text": texts}), tuple(texts)):
-        assert rows_of(calibration_batches(MODEL, config(), TOKENIZER, source)) == wanted
-    assert rows_of(calibration_batches(MODEL, config(calibration=str(file)), TOKENIZER)) == wanted
+        assert rows_of(calibration_batches(MODEL, config(), TOKENIZER, source)) == expected
+    assert rows_of(calibration_batches(MODEL, config(calibration=str(file)), TOKENIZER)) == expected
 
 
 def test_the_seed_chooses_the_windows() -> None:
@@ -71,14 +76,14 @@ def test_fewer_windows_than_asked_are_all_used_and_said(caplog: pytest.LogCaptur
 
 def test_token_ids_are_rows_as_they_are() -> None:
     ids = [[5, 6, 7, 8], [9, 10], list(range(3, 90))]
-    wanted = [[5, 6, 7, 8], [9, 10], list(range(3, 35))]
+    expected = [[5, 6, 7, 8], [9, 10], list(range(3, 35))]
     for source in (
         ids,
         [torch.tensor(row) for row in ids],
         [torch.tensor([row]) for row in ids],
         [tuple(row) for row in ids],
     ):
-        assert rows_of(calibration_batches(MODEL, config(), None, source)) == wanted
+        assert rows_of(calibration_batches(MODEL, config(), None, source)) == expected
 
 
 def test_chats_go_through_the_chat_template() -> None:

@@ -1,4 +1,4 @@
-"""Text sampled from the model itself: seeded, after a start token, and without a trace in the caller's random state."""
+"""Text is sampled from the model by a seed, after a start token, and leaves the caller's random state unchanged."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_the_global_generator_is_untouched() -> None:
 
 @pytest.mark.parametrize(("samples", "length"), [(1, 1), (5, 1), (3, 30), (35, 6), (1, tiny_models.CONTEXT)])
 def test_shapes(samples: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 50)  # several batches, and of the longest a single sequence
+    monkeypatch.setattr(sampling, "TOKENS_AT_ONCE", 50)  # several batches, some of a single sequence
     ids = sample_sequences(MODEL, samples, length, seed=0)
     assert ids.shape == (samples, length)
     assert ids.dtype == torch.int64
@@ -55,7 +55,7 @@ def test_without_a_start_token_first_tokens_are_random() -> None:
 
 
 def test_samples_follow_the_distribution_of_the_model() -> None:
-    """The mean loss of the model on its own samples is its mean entropy, to within sampling error."""
+    """The mean loss of the model on its own samples is its mean entropy, up to the sampling error."""
     ids = sample_sequences(MODEL, 64, 40, seed=0)
     with torch.no_grad():
         logits = MODEL(ids).logits[:, :-1].double()

@@ -1,4 +1,4 @@
-"""Statistics are sums over exactly the tokens that count, and the replay of a block is the model's own forward."""
+"""Statistics are sums over exactly the tokens that count, and running a block by itself is the model's own forward."""
 
 from collections.abc import Callable
 
@@ -23,21 +23,22 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def all_statistics(model: PreTrainedModel, tokens: list[TokenBatch], needs_gram: bool = True) -> dict[str, Statistics]:
-    """The statistics of every layer of the dense model."""
+    """Return the statistics of every layer of the dense model."""
     blocks = find_blocks(model)
     layers = find_layers(blocks)
     batches = capture(model, blocks, tokens)
-    found: dict[str, Statistics] = {}
+    all_layers: dict[str, Statistics] = {}
     with torch.no_grad():
         for index, block in enumerate(blocks.values()):
             modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
-            statistics = block_statistics(block, index, batches, modules, needs_gram, move=True)
-            found |= {name: entry for name, entry in statistics.items() if entry is not None}
-    return found
+            for name, statistics in block_statistics(block, index, batches, modules, needs_gram, move=True).items():
+                if statistics is not None:
+                    all_layers[name] = statistics
+    return all_layers
 
 
 def direct_inputs(model: PreTrainedModel, rows: list[Tensor]) -> dict[str, Tensor]:
-    """The inputs (T, n) of every layer when the rows are run one by one, without padding."""
+    """Return the inputs (T, n) of every layer when the rows are run one by one, without padding."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
         model.get_submodule(layer.name).register_forward_pre_hook(
@@ -60,10 +61,10 @@ def test_statistics_equal_a_direct_computation(name: str) -> None:
     model = MODELS[name]()
     ids = tiny_models.token_ids(6, 24)
     inputs = direct_inputs(model, list(ids))
-    found = all_statistics(model, [TokenBatch(ids[:4]), TokenBatch(ids[4:])])
-    assert found.keys() == inputs.keys()
+    all_layers = all_statistics(model, [TokenBatch(ids[:4]), TokenBatch(ids[4:])])
+    assert all_layers.keys() == inputs.keys()
     for layer, x in inputs.items():
-        statistics = found[layer]
+        statistics = all_layers[layer]
         assert statistics.tokens == len(x) == 6 * 24
         assert statistics.gram is not None
         assert statistics.gram.dtype == torch.float64
@@ -88,38 +89,35 @@ def test_padding_leaves_no_trace_in_the_statistics(name: str, side: str) -> None
         padded[index, place], mask[index, place] = row, 1
     unpadded = all_statistics(model, [TokenBatch(row[None]) for row in rows])
     for layer, statistics in all_statistics(model, [TokenBatch(padded, mask)]).items():
-        wanted = unpadded[layer]
-        assert statistics.tokens == wanted.tokens == 24 + 9 + 17
-        torch.testing.assert_close(statistics.gram, wanted.gram, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(statistics.mean_abs, wanted.mean_abs, rtol=1e-4, atol=1e-4)
+        expected = unpadded[layer]
+        assert statistics.tokens == expected.tokens == 24 + 9 + 17
+        torch.testing.assert_close(statistics.gram, expected.gram, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.mean_abs, expected.mean_abs, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_with_one_input_share_one_gram() -> None:
-    found = all_statistics(
+    statistics = all_statistics(
         tiny_models.llama(), [TokenBatch(tiny_models.token_ids(2, 16)), TokenBatch(tiny_models.token_ids(1, 16))]
     )
     for block in range(4):
-        q, k, v, o, gate, up, down = (
-            found[f"model.layers.{block}.{name}"]
-            for name in (
-                *(f"self_attn.{p}_proj" for p in "qkvo"),
-                *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
-            )
-        )
+        attention, mlp = f"model.layers.{block}.self_attn", f"model.layers.{block}.mlp"
+        q, k, v, o = (statistics[f"{attention}.{name}_proj"] for name in "qkvo")
+        gate, up, down = (statistics[f"{mlp}.{name}_proj"] for name in ("gate", "up", "down"))
         assert q is k is v
         assert gate is up
-        assert len({id(each) for each in (q, o, gate, down)}) == 4
+        assert len(set(map(id, (q, o, gate, down)))) == 4
 
 
 def test_the_gram_is_summed_only_where_a_method_needs_it() -> None:
-    found = all_statistics(tiny_models.llama(), [TokenBatch(tiny_models.token_ids(2, 16))], needs_gram=False)
-    assert all(statistics.gram is None for statistics in found.values())
-    assert all(bool((statistics.column_norms > 0).all()) for statistics in found.values())
+    all_layers = all_statistics(tiny_models.llama(), [TokenBatch(tiny_models.token_ids(2, 16))], needs_gram=False)
+    for statistics in all_layers.values():
+        assert statistics.gram is None
+        assert bool((statistics.column_norms > 0).all())
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_replay_is_the_models_own_forward(name: str, padded: bool) -> None:
+def test_running_blocks_by_themselves_is_the_models_own_forward(name: str, padded: bool) -> None:
     model = MODELS[name]()
     ids = tiny_models.token_ids(3, 24)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""Text becomes one stream of tokens and equal windows, the same for calibration and evaluation."""
+"""Texts become one stream of tokens and windows of one length, the same for calibration and for evaluation."""
 
 import gzip
 import lzma
@@ -86,17 +86,17 @@ def test_a_dataset_without_network_is_an_error_with_the_cure(monkeypatch: pytest
 def test_datasets_are_loaded_with_their_real_names_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked: list[dict] = []
+    requests: list[dict] = []
 
     def load(**arguments: object) -> object:
-        asked.append(arguments)
+        requests.append(arguments)
         return {"text": ["a", "b"]} if not arguments["streaming"] else iter([{"text": str(i)} for i in range(100)])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_documents("wikitext2", split="test") == ["a\n\nb"]
     assert read_documents("c4", limit=3) == ["0", "1", "2"]
     assert read_documents("c4", split="test", limit=1) == ["0"]
-    assert [(each["path"], each["split"]) for each in asked] == [
+    assert [(request["path"], request["split"]) for request in requests] == [
         ("Salesforce/wikitext", "test"),
         ("allenai/c4", "train"),
         ("allenai/c4", "validation"),

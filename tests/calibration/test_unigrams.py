@@ -1,4 +1,4 @@
-"""Sequences drawn from the unigram distribution of the calibration."""
+"""Sequences are drawn from the unigram distribution of the calibration, as many as asked for and evenly spread."""
 
 import pytest
 import torch
@@ -29,19 +29,21 @@ def test_a_share_of_the_sequences_is_drawn_from_all(
         )
         ids = torch.randint(5, 1000, (size, length), generator=generator)
         batches.append(TokenBatch(ids if mask is None else ids * mask, mask))
-    found = with_unigram_sequences(batches, share, seed)
-    pool = {token for batch in batches for row in batch.input_ids.tolist() for token in row}
+    mixed = with_unigram_sequences(batches, share, seed)
+    pool: set[int] = set()
+    for batch in batches:
+        pool.update(batch.input_ids.flatten().tolist())
     changed = 0
-    for batch, before in zip(found, batches, strict=True):
+    for batch, before in zip(mixed, batches, strict=True):
         assert batch.attention_mask is before.attention_mask
         assert torch.equal(batch.input_ids[:, 0], before.input_ids[:, 0])
         if before.attention_mask is not None:
             assert not bool(batch.input_ids[before.attention_mask == 0].any())
-        assert {token for row in batch.input_ids.tolist() for token in row} <= pool
+        assert set(batch.input_ids.flatten().tolist()) <= pool
         changed += int((batch.input_ids != before.input_ids).any(1).sum())
     assert changed <= int(sum(sizes) * share)
     again = with_unigram_sequences(batches, share, seed)
-    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(found, again, strict=True))
+    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(mixed, again, strict=True))
 
 
 def test_drawn_sequences_are_spread_evenly() -> None:

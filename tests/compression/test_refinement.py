@@ -1,14 +1,16 @@
-"""Block refinement: blocks come nearer to the dense ones, masks and everything else stay, and the report says what it measured."""
+"""Refinement brings blocks nearer to the dense ones, and changes nothing but the values of compressed layers."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.calibration import BlockBatch, TokenBatch, capture, with_unigram_sequences
-from hf_lowrank.compression.refinement import refine_block
+from hf_lowrank.compression.block_training import train_block
 from hf_lowrank.methods import make_method
 from hf_lowrank.models.architectures import find_blocks
 from hf_lowrank.runtime.layers import CompressedLinear
@@ -20,8 +22,16 @@ MODELS = {"llama": tiny_models.llama, "gpt2": tiny_models.gpt2, "opt": tiny_mode
 
 
 def refined(model: PreTrainedModel, method: str, steps: int, ratio: float = 0.45) -> PreTrainedModel:
+    """Compress a model and refine its blocks in so many steps."""
     config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=24, refinement_steps=steps)
     return compress(model, config, calibration=IDS.tolist(), progress=False)
+
+
+def block_output(block: nn.Module, hidden: Tensor, call: Any) -> Tensor:
+    """Return the hidden states that a block gives for others, with the further arguments of a recorded call."""
+    with torch.no_grad():
+        output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -31,40 +41,32 @@ def test_every_block_comes_nearer_to_the_dense_one(name: str, method: str) -> No
     model = refined(copy.deepcopy(dense), method, 30, ratio=0.8 if method == "gptq" else 0.45)
     report = model.save_pretrained.report  # type: ignore[attr-defined]
     blocks = find_blocks(dense)
-    assert [each["name"] for each in report["refinement"]] == list(blocks)
+    assert [entry["name"] for entry in report["refinement"]] == list(blocks)
     share = getattr(make_method(method), "unigram_share", 0.0)
     batch = capture(dense, blocks, with_unigram_sequences([TokenBatch(IDS)], share, seed=0))[0]
     batch.compressed_twin = BlockBatch(batch.hidden, batch.calls)
-    for index, each in enumerate(report["refinement"]):
-        assert each["after"] < each["before"] or each["before"] < 1e-4
-        with torch.no_grad():  # the same figure, counted here
-            call = batch.calls[index]
-            assert call is not None
-            assert batch.compressed_twin is not None
-            wanted, found = (
-                block(x, *call.args, **call.kwargs)
-                for block, x in (
-                    (blocks[each["name"]], batch.hidden),
-                    (model.get_submodule(each["name"]), batch.compressed_twin.hidden),
-                )
-            )
-            wanted, found = (value[0] if isinstance(value, tuple) else value for value in (wanted, found))
-        assert each["after"] == pytest.approx(float((found - wanted).square().sum() / wanted.square().sum()), rel=1e-3)
-        batch.hidden, batch.compressed_twin.hidden = wanted, found
+    for index, entry in enumerate(report["refinement"]):
+        assert entry["after"] < entry["before"] or entry["before"] < 1e-4
+        call = batch.calls[index]
+        assert call is not None
+        assert batch.compressed_twin is not None
+        # Count the reported figure a second time, from the outputs of both blocks.
+        batch.hidden = block_output(blocks[entry["name"]], batch.hidden, call)
+        compressed = model.get_submodule(entry["name"])
+        batch.compressed_twin.hidden = block_output(compressed, batch.compressed_twin.hidden, call)
+        difference = (batch.compressed_twin.hidden - batch.hidden).square().sum()
+        assert entry["after"] == pytest.approx(float(difference / batch.hidden.square().sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["slab", "auto", "sola"])
 def test_only_stored_values_of_compressed_layers_change(method: str) -> None:
-    plain, model = (
-        refined(tiny_models.llama(dtype=torch.bfloat16), method, steps, 0.8 if method == "auto" else 0.45)
-        for steps in (0, 20)
-    )
-    trained = {
-        f"{name}.{key}"
-        for name, layer in model.named_modules()
-        if isinstance(layer, CompressedLinear)
-        for key, _ in layer.named_parameters()
-    }
+    ratio = 0.8 if method == "auto" else 0.45
+    plain = refined(tiny_models.llama(dtype=torch.bfloat16), method, 0, ratio)
+    model = refined(tiny_models.llama(dtype=torch.bfloat16), method, 20, ratio)
+    trained = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, CompressedLinear):
+            trained |= {f"{name}.{key}" for key, _ in layer.named_parameters()}
     after = model.state_dict()
     changed = 0
     for name, before in plain.state_dict().items():
@@ -82,12 +84,18 @@ def test_only_stored_values_of_compressed_layers_change(method: str) -> None:
 def test_the_report_measures_the_layers_after_refinement(method: str) -> None:
     dense = tiny_models.llama()
     model = refined(copy.deepcopy(dense), method, 5)
-    again = refined(copy.deepcopy(dense), method, 5)
-    assert model.save_pretrained.report == again.save_pretrained.report  # type: ignore[attr-defined]
-    before = refined(copy.deepcopy(dense), method, 0)
-    reports = [{each["name"]: each for each in m.save_pretrained.report["layers"]} for m in (model, before)]  # type: ignore[attr-defined]
-    assert reports[0].keys() == reports[1].keys()
-    assert any(reports[0][name]["relative_error"] != reports[1][name]["relative_error"] for name in reports[0])
+    twin = refined(copy.deepcopy(dense), method, 5)
+    assert model.save_pretrained.report == twin.save_pretrained.report  # type: ignore[attr-defined]
+    unrefined = refined(copy.deepcopy(dense), method, 0)
+    after, before = layer_errors(model), layer_errors(unrefined)
+    assert after.keys() == before.keys()
+    assert any(after[name] != before[name] for name in after)
+
+
+def layer_errors(model: PreTrainedModel) -> dict[str, float]:
+    """Return the reported relative errors of the layers by their names."""
+    layers = model.save_pretrained.report["layers"]  # type: ignore[attr-defined]
+    return {layer["name"]: layer["relative_error"] for layer in layers}
 
 
 def test_tokens_that_do_not_count_teach_nothing() -> None:
@@ -95,24 +103,21 @@ def test_tokens_that_do_not_count_teach_nothing() -> None:
     blocks = find_blocks(dense)
     mask = torch.ones_like(IDS)
     mask[:, 16:] = 0
-    other = IDS.clone()
-    other[:, 16:] = 7
-    found = []
-    for ids in (IDS, other):
+    changed_ids = IDS.clone()
+    changed_ids[:, 16:] = 7
+    states = []
+    for ids in (IDS, changed_ids):
         model = refined(copy.deepcopy(dense), "slab", 0)
         batch = capture(dense, blocks, [TokenBatch(ids, mask)])[0]
         name, block = next(iter(blocks.items()))
-        with torch.no_grad():
-            call = batch.calls[0]
-            assert call is not None
-            target = block(batch.hidden, *call.args, **call.kwargs)
+        target = block_output(block, batch.hidden, batch.calls[0])
         compressed = model.get_submodule(name)
-        refine_block(compressed, 0, [batch], [target[0] if isinstance(target, tuple) else target], 4)
+        train_block(compressed, 0, [batch], [target[0] if isinstance(target, tuple) else target], 4)
         found.append(compressed.state_dict())
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key], rtol=1e-4, atol=1e-6)
 
 
-def test_a_number_of_steps_that_cannot_be() -> None:
+def test_a_negative_number_of_steps_is_refused() -> None:
     with pytest.raises(CompressionError, match="refinement_steps: found -1"):
         CompressionConfig(refinement_steps=-1)

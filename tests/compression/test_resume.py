@@ -1,7 +1,6 @@
-"""A run killed at any instant and started again gives the same bytes; one that was changed in between is refused."""
+"""A run that is killed at any instant and started again gives the same bytes. A changed run is refused."""
 
 import errno
-import hashlib
 import multiprocessing
 import os
 import shutil
@@ -24,6 +23,7 @@ from hf_lowrank.execution import work_folder
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 
 from ..support import tiny_models
+from ..support.files import digests
 from ..support.model_families import FAMILIES
 
 IDS = tiny_models.token_ids(4, 24).tolist()
@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "auto": {},
 }
 REFINED = ["slab", "sola", "lowrank"]
+"""Methods that are tried with refinement too, one of every strategy."""
 
 
 class Killed(BaseException):
@@ -47,17 +48,19 @@ def recipe(method: str, **changes: Any) -> CompressionConfig:
     return CompressionConfig(method=method, **fields)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
-
-
 def saved(model: PreTrainedModel, folder: Path) -> dict[str, str]:
-    model.save_pretrained(folder / "model")  # whose name is in the card
+    """Save a model and return the digests of its files. The card names the folder, which is always called "model"."""
+    model.save_pretrained(folder / "model")
     return digests(folder / "model")
 
 
 def killing(monkeypatch: pytest.MonkeyPatch, after: int, complete: bool) -> list[str]:
-    """Let a run die in the write of a record, before or after it got its name; the names of those written."""
+    """Let a run die while it writes a record, and return the list of the records written, which grows as it goes on.
+
+    Args:
+        after: number of the records that are written before.
+        complete: whether the record is complete when the run dies; otherwise it has not begun.
+    """
     written: list[str] = []
     usual = WorkFolder.write
 
@@ -79,15 +82,14 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int, complete: bool) -> list
 def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, steps: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
     config = recipe(method, refinement_steps=steps)
     expected = saved(compress(tiny_models.llama(), config, calibration=IDS), tmp_path / "whole")
     work = tmp_path / "work"
     kills = 0
     for complete in (False, True):
-        for _ in range(
-            20
-        ):  # each attempt comes one block further than the one before: its next inputs, and then itself
+        # Every attempt comes one block further than the one before: to its next inputs, and then to itself.
+        for _ in range(20):
             with monkeypatch.context() as patch:
                 killing(patch, 1 if complete else 2, complete)
                 try:
@@ -167,10 +169,10 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
 
 
-def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+def test_a_work_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
     with WorkFolder(tmp_path), pytest.raises(CompressionError, match="another process is working in it"):
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
-    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path,))
+    holder = multiprocessing.get_context("fork").Process(target=_hold_folder, args=(tmp_path,))
     holder.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
@@ -182,7 +184,7 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def _hold(folder: Path) -> None:
+def _hold_folder(folder: Path) -> None:
     with WorkFolder(folder):
         (folder / "held").touch()
         time.sleep(60)
@@ -192,7 +194,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path, monkeypatch
     expected = saved(compress(tiny_models.llama(), recipe("slab"), calibration=IDS), tmp_path / "whole")
     writes: list[Path] = []
 
-    def full(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    def save_until_full(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         writes.append(file)
         if len(writes) == 4:
             file.write_bytes(b"half of it")
@@ -204,17 +206,15 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path, monkeypatch
         monkeypatch.context() as patch,
         pytest.raises(CompressionError, match=r"cannot be written \(No space left on device\)"),
     ):
-        patch.setattr(work_folder, "save_file", full)
+        patch.setattr(work_folder, "save_file", save_until_full)
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work)
-    assert {file.name for file in work.iterdir()} == {"run.json", "built-00000.safetensors", "built-inputs-00001.safetensors",
-                                                      "built-inputs-00002.safetensors"}  # fmt: skip
-    assert (
-        saved(compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work), tmp_path / "resumed")
-        == expected
-    )
+    records = ["built-00000", "built-inputs-00001", "built-inputs-00002"]
+    assert {file.name for file in work.iterdir()} == {"run.json", *(f"{record}.safetensors" for record in records)}
+    resumed = compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=work)
+    assert saved(resumed, tmp_path / "resumed") == expected
 
 
-def one_bit(file: Path) -> None:
+def flip_one_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -224,14 +224,14 @@ def one_bit(file: Path) -> None:
     "damage",
     [
         lambda file: file.write_bytes(b"damaged"),
-        one_bit,
+        flip_one_bit,
         lambda file: shutil.copy(file.with_name("built-00002.safetensors"), file),
         lambda file: save_file(load_file(file), file, {"facts": "{}"}),
     ],
     ids=["no safetensors", "one bit", "that of another block", "other facts"],
 )
 def test_a_damaged_record_is_named(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-    """It cannot be made again: the inputs of its block are gone, once it is finished."""
+    """The run cannot build the block again, as its inputs are deleted once its record is written."""
     compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
     damage(tmp_path / "built-00001.safetensors")
     with pytest.raises(CompressionError, match=r"built-00001\.safetensors: is damaged \(.*\); delete .* starts over"):
@@ -261,22 +261,11 @@ def test_a_killed_command_leaves_no_output_and_goes_on_to_the_same_files(tmp_pat
     words.write_text("\n".join(tiny_models.text(40)))
 
     def command(output: str, *more: str) -> list[str]:
-        arguments = [
-            str(dense),
-            "-o",
-            output,
-            "--calibration",
-            str(words),
-            "--samples",
-            "4",
-            "--sequence-length",
-            "24",
-            *more,
-        ]
-        return [sys.executable, "-m", "hf_lowrank", "compress", *arguments]
+        calibration = ["--calibration", str(words), "--samples", "4", "--sequence-length", "24"]
+        return [sys.executable, "-m", "hf_lowrank", "compress", str(dense), "-o", output, *calibration, *more]
 
-    subprocess.run(command("result"), cwd=_folder(tmp_path / "whole"), check=True, capture_output=True)
-    here, work = _folder(tmp_path / "killed"), tmp_path / "killed" / "work"
+    subprocess.run(command("result"), cwd=new_folder(tmp_path / "whole"), check=True, capture_output=True)
+    here, work = new_folder(tmp_path / "killed"), tmp_path / "killed" / "work"
     options = ["--work-dir", "work"]
     running = subprocess.Popen(
         command("result", *options), cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -287,14 +276,14 @@ def test_a_killed_command_leaves_no_output_and_goes_on_to_the_same_files(tmp_pat
     running.wait()
     assert not (here / "result").exists()
     subprocess.run(command("result", *options), cwd=here, check=True, capture_output=True)
-    expected, found = digests(tmp_path / "whole" / "result"), digests(here / "result")
+    expected, resumed = digests(tmp_path / "whole" / "result"), digests(here / "result")
     for name in ("compression_report.json", "README.md"):  # they name the command, whose options differ
         assert expected.pop(name)
-        assert found.pop(name)
-    assert found == expected
+        assert resumed.pop(name)
+    assert resumed == expected
     assert not work.exists()
 
 
-def _folder(path: Path) -> Path:
+def new_folder(path: Path) -> Path:
     path.mkdir()
     return path

@@ -1,4 +1,4 @@
-"""SoCo's training: starts at the dense model, goes on after a kill to the same bytes, and keeps the model's state."""
+"""SoCo's training starts at the dense model, goes on after a kill to the same bytes, and keeps the model's state."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from hf_lowrank import CompressionConfig, NumericalError, compress
 from hf_lowrank.compression import pipeline
 from hf_lowrank.compression import soco_training as spectrum_training
-from hf_lowrank.compression.soco_training import SpectralLinear
-from hf_lowrank.methods.soco import SoCo, effective_score, gate, learned, polarization, score
+from hf_lowrank.compression.spectral_linear import SpectralLinear
+from hf_lowrank.methods.soco import SoCo, effective_score, gate, polarization, score, with_learned_scores
 from hf_lowrank.methods.spectral import Measurement, factorize
 from hf_lowrank.models.architectures import find_blocks, find_layers
 from hf_lowrank.runtime.quantizer import swap_module
@@ -22,6 +22,7 @@ from ..support import tiny_models
 
 IDS = tiny_models.token_ids(8, 24).tolist()
 STEPS, FINISH = 8, 6
+"""Number of steps that learn the scores, and of those that re-fit what is left after the cut."""
 OPTIONS = {"steps": STEPS, "finish_steps": FINISH, "batch_tokens": 48}
 
 
@@ -30,16 +31,15 @@ def recipe(**options: object) -> CompressionConfig:
 
 
 def measurements_of(model: PreTrainedModel) -> dict[str, Measurement]:
-    """Whitened by a random Gram matrix, which must not matter while nothing is cut."""
-    found = {}
+    """Return the measurements of all layers, whitened at random, which must not matter while nothing is cut."""
+    measurements = {}
     for layer in find_layers(find_blocks(model)):
-        x = torch.randn(
-            3 * layer.in_features, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-        )
-        found[layer.name] = Measurement(
-            layer, factorize(model.get_submodule(layer.name).weight.detach().double(), x.T @ x)
-        )
-    return found
+        generator = torch.Generator().manual_seed(0)
+        shape = (3 * layer.in_features, layer.in_features)
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        weight = model.get_submodule(layer.name).weight.detach().double()
+        measurements[layer.name] = Measurement(layer, factorize(weight, x.T @ x))
+    return measurements
 
 
 def test_scores_of_one_are_the_dense_model() -> None:
@@ -59,15 +59,16 @@ def test_scores_of_one_at_full_rank_store_the_dense_weight() -> None:
     model = tiny_models.llama(dtype=torch.float64)
     for name, measurement in measurements_of(model).items():
         weight = model.get_submodule(name).weight
-        made = learned(measurement, torch.ones_like(measurement.factorization.sigma), None).truncate(min(weight.shape))
+        made = with_learned_scores(measurement, torch.ones_like(measurement.factorization.sigma), None).truncate(
+            min(weight.shape)
+        )
         torch.testing.assert_close(made.lowrank_b @ made.lowrank_a, weight.detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_phases_follow_each_other_and_cover_all_steps() -> None:
     method = SoCo(steps=100)
     phases = [method.phase(step) for step in range(100)]
-    assert [phase.number for phase in phases] == sorted(phase.number for phase in phases)
-    assert [sum(phase.number == number for phase in phases) for number in (1, 2, 3)] == [30, 40, 30]
+    assert [phase.number for phase in phases] == 30 * [1] + 40 * [2] + 30 * [3]
     assert all(not phase.hard and phase.polarization == 0 for phase in phases[:70])
     assert all(phase.hard for phase in phases[70:])
     temperatures = [phase.temperature for phase in phases]
@@ -81,9 +82,9 @@ def test_the_hard_mask_has_the_gradient_of_the_soft_one() -> None:
     value = effective_score(score(a), hard)
     s = score(a)
     torch.testing.assert_close(value, torch.where(s > 0.5, s, 0.0))
-    (found,) = torch.autograd.grad(value.sum(), a)
-    (wanted,) = torch.autograd.grad((score(a) * gate(score(a), hard.temperature)).sum(), a)
-    torch.testing.assert_close(found, wanted)
+    (gradient,) = torch.autograd.grad(value.sum(), a)
+    (expected,) = torch.autograd.grad((score(a) * gate(score(a), hard.temperature)).sum(), a)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_polarization_vanishes_exactly_when_all_is_decided() -> None:
@@ -92,7 +93,7 @@ def test_polarization_vanishes_exactly_when_all_is_decided() -> None:
 
 
 def interrupting(after: int, steps_done: list[int]) -> Callable:
-    """A progress bar that records the training steps and interrupts after one of them."""
+    """Return a progress bar that records the training steps and interrupts after one of them."""
 
     @contextmanager
     def bar(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
@@ -111,7 +112,7 @@ def interrupting(after: int, steps_done: list[int]) -> Callable:
 def test_a_killed_training_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr(spectrum_training, "STATE_EVERY", 3)
+    monkeypatch.setattr(spectrum_training, "STEPS_BETWEEN_STATES", 3)
     work = tmp_path / "work"
     compress(tiny_models.llama(), recipe(), calibration=IDS).save_pretrained(tmp_path / "whole")
 
@@ -119,15 +120,14 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline, "progress_bar", interrupting(after, []))
         compress(model, recipe(), calibration=IDS, work_dir=work)
-    assert all(
-        torch.equal(value, model.state_dict()[name]) for name, value in tiny_models.llama().state_dict().items()
-    )
+    for name, value in tiny_models.llama().state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
 
     steps_done: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "progress_bar", interrupting(-1, steps_done))
         resumed = compress(tiny_models.llama(), recipe(), calibration=IDS, work_dir=work)
-    saved = max(step for step in range(0, after, 3) if step != STEPS)
+    saved = max(step for step in range(0, after, 3) if step != STEPS)  # the last state that was written
     assert steps_done == list(range(saved + 1, STEPS + FINISH + 1))
     resumed.save_pretrained(tmp_path / "resumed")
     for name in ("model.safetensors", "config.json"):
@@ -138,9 +138,8 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
 
 def test_the_training_lowers_the_divergence_it_ends_with() -> None:
     """After the cut, re-fitting what is left brings the model closer to the dense one."""
-    losses = compress(tiny_models.llama(), recipe(finish_steps=40), calibration=IDS).save_pretrained.report["curve"][
-        "loss"
-    ]
+    model = compress(tiny_models.llama(), recipe(finish_steps=40), calibration=IDS)
+    losses = model.save_pretrained.report["curve"]["loss"]
     assert sum(losses[-8:]) < sum(losses[STEPS : STEPS + 8])
 
 

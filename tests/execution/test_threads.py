@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_lowrank import CompressionConfig, compress
 from hf_lowrank.execution.threads import TOGETHER, parallel_slots, solve_in_threads
 from hf_lowrank.methods import make_method, method_class, registered_methods
-from hf_lowrank.methods.base import MixedMethod
+from hf_lowrank.methods.mixed import MixedMethod
 from hf_lowrank.methods.spectral import SpectralMethod
 from tests.methods.problems import budget_of, problem
 from tests.methods.test_contract import parts_of

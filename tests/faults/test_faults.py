@@ -1,4 +1,7 @@
-"""Whatever strikes, wherever: one line, the right exit code, the output absent or complete, and the next run unharmed."""
+"""Whatever strikes a command ends in one line and the right exit code.
+
+The output is absent or complete, and the next run is unharmed.
+"""
 
 import json
 import os
@@ -14,11 +17,14 @@ import pytest
 
 from hf_lowrank.execution.locking import locked
 from tests.support import tiny_models
-from tests.support.fresh_process import PROJECT
+from tests.support.assets import PROJECT
 
 QUICK = ["--samples", "4", "--sequence-length", "16"]
+"""Options with which a compression takes seconds."""
 Ending = dict[str, Any]
+"""The exit code of a command as "code", and what it wrote to standard error as "stderr"."""
 Run = Callable[..., Ending]
+"""Runs a command. Its options say which fault strikes (see `tests/faults/zygote.py`)."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a command with a fault; all of them in forks of one process."""
+    """A function that runs a command with a fault. All commands run in forks of one process."""
     errors = str(tmp_path_factory.mktemp("errors") / "stderr")
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     zygote = subprocess.Popen(
@@ -42,11 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     assert zygote.stdin is not None and zygote.stdout is not None
 
     def ask(*command: object, **case: object) -> Ending:
-        print(
-            json.dumps({"command": [str(part) for part in command], "errors": errors, **case}),
-            file=zygote.stdin,
-            flush=True,
-        )
+        request = {"command": [str(part) for part in command], "errors": errors, **case}
+        print(json.dumps(request), file=zygote.stdin, flush=True)
         ending: Ending = json.loads(zygote.stdout.readline())
         return ending
 
@@ -57,18 +60,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def undisturbed(run: Run, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a compression writes that nothing strikes."""
     output = tmp_path_factory.mktemp("undisturbed") / "output"
     assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", output)["code"] == 0
     return contents(output)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files that a seed decides: all but the report and the card, which name the output folder."""
-    return {
-        file.name: file.read_bytes()
-        for file in folder.glob("*")
-        if file.suffix in (".safetensors", ".py") or file.name == "config.json"
-    }
+    """Return the files that a seed decides: all but the report and the card, which name the output folder."""
+    decided = [*folder.glob("*.safetensors"), *folder.glob("*.py"), *folder.glob("config.json")]
+    return {file.name: file.read_bytes() for file in decided}
 
 
 FAULTS = {
@@ -81,7 +82,7 @@ FAULTS = {
     "MemoryError": (1, "out of memory"),
     "CUDA error": (1, "the device failed (CUDA error: an illegal memory access was encountered)"),
 }
-
+"""The exit code after every fault, and what the last line of standard error says, if there is one."""
 
 STAGES = {
     "calibration": ["SIGINT", "ENOSPC", "CUDA error"],
@@ -89,10 +90,11 @@ STAGES = {
     "saving": list(FAULTS),
     "saved": ["SIGTERM", "SIGKILL"],
 }
+"""The faults that strike in every stage of a compression."""
 
 
 @pytest.mark.parametrize(("stage", "fault"), [(stage, fault) for stage, faults in STAGES.items() for fault in faults])
-def test_every_fault_in_every_stage(
+def test_a_fault_in_any_stage_ends_in_one_line_and_its_exit_code(
     run: Run, dense: Path, undisturbed: dict[str, bytes], tmp_path: Path, stage: str, fault: str
 ) -> None:
     code, line = FAULTS[fault]
@@ -112,10 +114,10 @@ def test_every_fault_in_every_stage(
 
 @pytest.mark.parametrize("fault", ["RLIMIT_FSIZE", "RLIMIT_AS"])
 @pytest.mark.parametrize("stage", ["calibration", "saving"])
-def test_limits_of_the_system(run: Run, dense: Path, tmp_path: Path, stage: str, fault: str) -> None:
-    """Files that may not grow, and memory that may not: real refusals, wherever they come up first."""
+def test_a_limit_of_the_system_ends_in_one_line(run: Run, dense: Path, tmp_path: Path, stage: str, fault: str) -> None:
+    """Files or memory may not grow, and the system refuses wherever that comes up first."""
     ending = run("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "output", stage=stage, fault=fault)
-    if ending["code"] == 0:  # what was left sufficed
+    if ending["code"] == 0:  # the memory that was left sufficed
         assert fault == "RLIMIT_AS"
         return
     assert ending["code"] == 1, ending
@@ -125,11 +127,11 @@ def test_limits_of_the_system(run: Run, dense: Path, tmp_path: Path, stage: str,
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "dense"])
-def test_a_shard_that_vanishes_while_it_is_read(run: Run, dense: Path, tmp_path: Path, verb: str) -> None:
+def test_a_shard_that_vanishes_while_it_is_read_is_one_line(run: Run, dense: Path, tmp_path: Path, verb: str) -> None:
     assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "output")["code"] == 0
     output = ["-o", tmp_path / "dense"] if verb == "dense" else []
     shard = tmp_path / "output" / "model.safetensors"
-    if verb == "verify":  # which reads every file anew, and has nothing to say about the order
+    if verb == "verify":  # reads every file anew in an order of its own, so the shard is gone before it starts
         shard.unlink()
     stage = "inspecting" if verb == "inspect" else "loading"
     ending = run(verb, tmp_path / "output", *output, stage=stage, fault="vanishing", vanishing=str(shard))
@@ -140,31 +142,21 @@ def test_a_shard_that_vanishes_while_it_is_read(run: Run, dense: Path, tmp_path:
 
 
 @pytest.mark.parametrize("fault", ["SIGTERM", "ENOSPC"])
-def test_faults_while_pushing(run: Run, dense: Path, tmp_path: Path, fault: str) -> None:
+def test_a_fault_while_pushing_leaves_the_checkpoint_alone(run: Run, dense: Path, tmp_path: Path, fault: str) -> None:
     output = tmp_path / "output"
     assert run("compress", dense, "--method", "svd-llm", *QUICK, "-o", output)["code"] == 0
     before = contents(output)
     ending = run("push", output, "somebody/model", stage="pushing", fault=fault)
-    assert ending["code"] in (1, FAULTS[fault][0]), ending  # without a network, the push ends before it uploads
+    assert ending["code"] in (1, FAULTS[fault][0]), ending  # offline, the push may end before the fault strikes
     assert "Traceback" not in ending["stderr"]
     assert contents(output) == before
 
 
-SOCO = [
-    "--method",
-    "soco",
-    "--ratio",
-    "0.3",
-    "--set",
-    "steps=52",
-    "--set",
-    "finish_steps=4",
-    "--set",
-    "batch_tokens=16",
-]
+SOCO = ["--method", "soco", "--ratio", "0.3"]
+SOCO += ["--set", "steps=52", "--set", "finish_steps=4", "--set", "batch_tokens=16"]
 
 
-def test_a_training_killed_at_any_time_ends_in_the_same_bytes(run: Run, dense: Path, tmp_path: Path) -> None:
+def test_a_training_killed_at_any_time_still_ends_in_the_same_bytes(run: Run, dense: Path, tmp_path: Path) -> None:
     def command(name: str) -> list[object]:
         return ["compress", dense, *SOCO, *QUICK, "--work-dir", tmp_path / f"work-{name}", "-o", tmp_path / name]
 
@@ -173,7 +165,7 @@ def test_a_training_killed_at_any_time_ends_in_the_same_bytes(run: Run, dense: P
     for _ in range(kills):
         ending = run(*command("killed"), kill_after=rng.uniform(0.1, 2))
         assert ending["code"] in (-9, 0)
-        if (tmp_path / "killed").exists():  # complete, also where the signal came after it
+        if (tmp_path / "killed").exists():  # the run was through before the signal came, and its output is complete
             assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
             shutil.rmtree(tmp_path / "killed")
     assert run(*command("killed"))["code"] == 0
@@ -193,7 +185,7 @@ def test_a_work_folder_serves_one_process_at_a_time(run: Run, dense: Path, tmp_p
     assert run(*command)["code"] == 0
 
 
-def test_a_damaged_state_is_one_line(run: Run, dense: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_of_a_training_is_one_line(run: Run, dense: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "soco_state.safetensors").write_bytes(b"\x10")
@@ -203,7 +195,7 @@ def test_a_damaged_state_is_one_line(run: Run, dense: Path, tmp_path: Path) -> N
 
 
 def test_a_kill_between_the_renames_loses_nothing(run: Run, dense: Path, tmp_path: Path) -> None:
-    """The old content, moved aside by a process that was then killed, comes back."""
+    """The old content comes back that a process had moved aside before it was killed."""
     output = tmp_path / "output"
     aside = tmp_path / ".output.replaced-1"
     aside.mkdir()
@@ -215,7 +207,7 @@ def test_a_kill_between_the_renames_loses_nothing(run: Run, dense: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("fault", "word"), [("SIGINT", "interrupted"), ("SIGTERM", "terminated")])
-def test_a_signal_while_torch_is_being_imported(fault: str, word: str) -> None:
+def test_a_signal_while_torch_is_being_imported_is_one_line(fault: str, word: str) -> None:
     interruption = f"""
 import os, signal, sys
 class Interruption:
@@ -227,7 +219,7 @@ sys.argv = ["hf-lowrank", "methods"]
 import hf_lowrank_command
 hf_lowrank_command.main()
 """
-    ended = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", interruption], cwd=PROJECT, capture_output=True, text=True, check=False
     )
-    assert (ended.returncode, ended.stderr) == (FAULTS[fault][0], f"{word}; nothing was left behind\n")
+    assert (finished.returncode, finished.stderr) == (FAULTS[fault][0], f"{word}; nothing was left behind\n")

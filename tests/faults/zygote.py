@@ -1,6 +1,13 @@
 """Runs command lines in forks of one process that has imported everything, each with a fault that strikes at a stage.
 
-As a script: reads cases as JSON from standard input, one per line, and answers each with a line of JSON.
+As a script, this file reads cases as JSON from standard input, one per line, and answers each with a line of JSON.
+A case has these entries:
+    command: the arguments of `hf-lowrank`.
+    errors: the file that takes the command's standard error.
+    stage, fault: where the fault strikes (a key of `STAGES`) and which one (see `strike`), or nothing.
+    call: the call of the stage's function at which it strikes, 1 unless given.
+    vanishing: the file that a fault of that name removes.
+    kill_after: seconds after which the command is killed.
 """
 
 import errno
@@ -18,17 +25,22 @@ STAGES = {
     "loading": ("hf_lowrank.models.loading", "load_config"),
     "inspecting": ("hf_lowrank.checkpoints.inspect", "load_config"),
     "calibration": ("hf_lowrank.compression.pipeline", "capture"),
-    "decomposition": ("hf_lowrank.compression.run", "Run.compressed_layer"),
-    "training": ("hf_lowrank.compression.soco_training", "_Run.save"),
+    "decomposition": ("hf_lowrank.compression.session", "Session.compressed_layer"),
+    "training": ("hf_lowrank.compression.soco_training", "SoCoTraining.save"),
     "saving": ("hf_lowrank.runtime.saving", "CompleteSave.write_companions"),
     "saved": ("hf_lowrank.runtime.saving", "record_checksums"),
     "pushing": ("huggingface_hub", "HfApi.upload_folder"),
 }
-"""Where a fault strikes: before this function, at the call that the case counts."""
+"""The module and the function that a fault strikes before. A vanishing file vanishes after it."""
 
 
 def strike(fault: str, vanishing: str | None) -> None:
-    """What happens to the process."""
+    """Let a fault happen to this process.
+
+    Args:
+        fault: a signal, a limit of the system, "MemoryError", "CUDA error", "vanishing", or the name of an errno.
+        vanishing: the file that vanishes.
+    """
     if fault in ("SIGINT", "SIGTERM", "SIGKILL"):
         os.kill(os.getpid(), getattr(signal, fault))
         time.sleep(0.5)  # the handler runs before this returns
@@ -50,7 +62,7 @@ def strike(fault: str, vanishing: str | None) -> None:
 
 
 def inject(case: dict[str, Any]) -> None:
-    """Put the fault in front of the stage's function."""
+    """Replace the stage's function by one that lets the fault happen."""
     module_name, path = STAGES[case["stage"]]
     owner: Any = sys.modules[module_name]
     *outer, name = path.split(".")
@@ -59,24 +71,25 @@ def inject(case: dict[str, Any]) -> None:
     original: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
-    def struck(*arguments: Any, **options: Any) -> Any:
+    def function_with_fault(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == case.get("call", 1) and case["fault"] != "vanishing":
+        is_due = calls == case.get("call", 1)
+        if is_due and case["fault"] != "vanishing":
             strike(case["fault"], None)
         result = original(*arguments, **options)
-        if calls == case.get("call", 1) and case["fault"] == "vanishing":
+        if is_due and case["fault"] == "vanishing":
             strike("vanishing", case["vanishing"])
         return result
 
-    setattr(owner, name, struck)
+    setattr(owner, name, function_with_fault)
 
 
 def run(case: dict[str, Any], errors: str) -> int:
-    """Exit code of the command, in a fork; negative for a signal."""
+    """Run the command of a case in a fork and return its exit code, which is negative for a signal."""
     child = os.fork()
     if child == 0:
-        code = 70
+        code = 70  # for errors that the command does not turn into an exit code
         try:
             descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(descriptor, 2)
@@ -97,16 +110,17 @@ def run(case: dict[str, Any], errors: str) -> int:
             os._exit(code)
     deadline = time.monotonic() + case.get("kill_after", 120)
     while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
+        process, status = os.waitpid(child, os.WNOHANG)
+        if process:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-            deadline += 60
+            deadline += 60  # so that the next rounds wait for its end
         time.sleep(0.01)
 
 
 def main() -> None:
+    """Import what commands use, and answer cases until standard input ends."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,7 @@
-"""Small valid checkpoints of every layout, for mutation: one file and shards, Llama and GPT-2, all kinds of parts."""
+"""Saves small valid checkpoints of every layout for mutation.
+
+They are of Llama and of GPT-2, in one file and in shards, with all kinds of parts.
+"""
 
 from pathlib import Path
 
@@ -18,7 +21,7 @@ LLAMA = {
 
 
 def save_checkpoints(folder: Path) -> list[Path]:
-    """One folder per checkpoint."""
+    """Save all checkpoints and return their folders."""
     return [
         _save(folder / "slab", llama(), "slab", 0.4),
         _save(folder / "shards", llama(), "slab", 0.4, max_shard_size="20KB"),

@@ -1,7 +1,8 @@
-"""Coverage-guided fuzzing of what reads bytes from strangers: `python tests/fuzz/coverage_guided.py -max_total_time=600`.
+"""Fuzzes what reads bytes from strangers, guided by coverage.
 
-Needs `pip install atheris`. An input is a JSON config, or a safetensors file; anything but a result or a CheckpointError is a crash, which
-libFuzzer writes to a file. Options are libFuzzer's.
+Run it as `python tests/fuzz/coverage_guided.py -max_total_time=600`, with the options of libFuzzer. It needs
+`pip install atheris`. An input is a JSON config or a safetensors file. Anything but a result or a CheckpointError is a
+crash, which libFuzzer writes to a file.
 """
 
 import json
@@ -17,16 +18,16 @@ with atheris.instrument_imports(include=["hf_lowrank", "json"]):
     from hf_lowrank.runtime.safetensors_headers import read_header, weight_files
     from hf_lowrank.runtime.validation import validate_checkpoint
 
-PLACE = Path(tempfile.mkdtemp(prefix="hf-lowrank-fuzz-"))
+FOLDER = Path(tempfile.mkdtemp(prefix="hf-lowrank-fuzz-"))
 
 
 def read(content: bytes) -> None:
     """Treat bytes as weights, as an index, and as a config."""
-    (PLACE / "model.safetensors.index.json").write_bytes(content)
-    (PLACE / "one.safetensors").write_bytes(content)
+    (FOLDER / "model.safetensors.index.json").write_bytes(content)
+    (FOLDER / "one.safetensors").write_bytes(content)
     for parse in (
-        lambda: read_header(str(PLACE / "one.safetensors")),
-        lambda: weight_files(str(PLACE)),
+        lambda: read_header(str(FOLDER / "one.safetensors")),
+        lambda: weight_files(str(FOLDER)),
         lambda: _config(content),
     ):
         try:
@@ -38,14 +39,14 @@ def read(content: bytes) -> None:
 def _config(content: bytes) -> None:
     try:
         values = json.loads(content)
-    except (ValueError, RecursionError):  # which transformers meets first
+    except (ValueError, RecursionError):  # transformers reads the file first and raises this itself
         return
     if is_compressed(values):
         validate_checkpoint(values)
 
 
 def seeds(folder: Path) -> None:
-    """The files of small valid checkpoints, to start from."""
+    """Write the files of small valid checkpoints into a folder, for the fuzzer to start from."""
     from tests.fuzz.checkpoints import save_checkpoints
 
     for source in save_checkpoints(folder / "sources"):
@@ -56,7 +57,7 @@ def seeds(folder: Path) -> None:
 def main() -> None:
     """Make the corpus and hand over to libFuzzer."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    corpus = PLACE / "corpus"
+    corpus = FOLDER / "corpus"
     corpus.mkdir()
     seeds(corpus)
     atheris.Setup([*sys.argv, "-max_len=60000", "-timeout=10", "-rss_limit_mb=4096", str(corpus)], read)

@@ -1,49 +1,55 @@
-"""Damage to a checkpoint's folder, drawn from a random number generator: what disks, downloads, editors and enemies do to files."""
+"""Damages a checkpoint's folder as disks, downloads, editors and enemies do, at random.
+
+Every change is drawn from a random number generator, so a seed gives the same damage again.
+"""
 
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 CANARY = "HF_LOWRANK_CANARY"
-"""Environment variable with the path of a file that code from a checkpoint would make, if it ran."""
+"""Environment variable with the path of a file that code from a checkpoint would create, if it ran."""
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 63, 65, 2**31, 2**63, 10**12, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "a",
-    "é\n\x1b[31m", "\ud800", "../../etc/passwd", "/etc/passwd", "float64", "float16", "U8", [], [[]], {}, {"": {}}, [1, 2, 3], "x" * 5000,
-    "model.layers.0", "model.embed_tokens", "lm_head", "LlamaModel", "GPT2LMHeadModel", "gpt2", "bitmask", "full", "rows",
+    None, True, False, 0, 1, -1, 2, 7, 63, 65, 2**31, 2**63, 10**12, 10**30,
+    0.5, -0.0, 1e308, float("nan"), float("inf"),
+    "", "a", "é\n\x1b[31m", "\ud800", "../../etc/passwd", "/etc/passwd", "float64", "float16", "U8",
+    [], [[]], {}, {"": {}}, [1, 2, 3], "x" * 5000,
+    "model.layers.0", "model.embed_tokens", "lm_head", "LlamaModel", "GPT2LMHeadModel", "gpt2",
+    "bitmask", "full", "rows",
 )  # fmt: skip
+"""Values that are put in the place of those in JSON files."""
+
+NEW_KEYS = ("new", "quantization_config", "num_hidden_layers", "transformers_weights", "rope_scaling")
+"""Keys that are added to JSON objects."""
+
+NOTHING_TO_CHANGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What a mutation raises where an earlier one has left nothing that it could change."""
 
 Mutation = Callable[[random.Random, Path], None]
 
 
 def mutate(rng: random.Random, folder: Path) -> str:
-    """Change a folder in one to three ways and say how."""
-    done = []
+    """Change a folder in one to three ways and return their names, joined by "+"."""
+    applied = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if any(file.is_symlink() or not (file.is_file() or file.is_dir()) for file in folder.iterdir()):
+        if any(_is_special(file) for file in folder.iterdir()):
             break  # a further change would wait for a pipe, or reach through a link out of the folder
         mutation = rng.choice(MUTATIONS)
         try:
             mutation(rng, folder)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ):  # an earlier change has left nothing to change
+        except NOTHING_TO_CHANGE:
             continue
-        done.append(mutation.__name__)
-    return "+".join(done)
+        applied.append(mutation.__name__)
+    return "+".join(applied)
 
 
 def change_json(rng: random.Random, value: Any) -> Any:
-    """The value with one place in it changed."""
+    """Change one place inside a JSON value, and return the value."""
     places = list(_places(value))
     parent, key = rng.choice(places)
     kind = rng.randrange(7)
@@ -59,9 +65,9 @@ def change_json(rng: random.Random, value: Any) -> Any:
     elif kind == 4:
         parent[key] = [parent[key]]
     elif kind == 5 and isinstance(parent, dict):
-        parent[
-            rng.choice(("new", "quantization_config", "num_hidden_layers", "transformers_weights", "rope_scaling"))
-        ] = rng.choice(ODD_VALUES)
+        # The right-hand side is drawn first: the order of draws decides what a seed does.
+        value_of_new_key = rng.choice(ODD_VALUES)
+        parent[rng.choice(NEW_KEYS)] = value_of_new_key
     else:
         parent[key] = rng.choice(ODD_VALUES)
     return value
@@ -88,6 +94,7 @@ def layer_value(rng: random.Random, folder: Path) -> None:
 
 
 def key_twice(rng: random.Random, folder: Path) -> None:
+    """Repeat a line of the config, so that a key may stand twice."""
     file = folder / "config.json"
     lines = file.read_text().splitlines()
     line = rng.randrange(len(lines))
@@ -100,6 +107,7 @@ def other_json(rng: random.Random, folder: Path) -> None:
 
 
 def header(rng: random.Random, folder: Path) -> None:
+    """Change one place in the header of a weight file, and its length with it."""
     file = _weights(rng, folder)
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -107,22 +115,23 @@ def header(rng: random.Random, folder: Path) -> None:
     file.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
 
 
+HEADER_REPLACEMENTS = [
+    (b"F32", b"I32"),
+    (b"F32", b"BF16"),
+    (b"U8", b"I8"),
+    (b"weight_mask", b"sign_bits"),
+    (b"layers.0", b"layers.1"),
+]
+
+
 def header_text(rng: random.Random, folder: Path) -> None:
+    """Give tensors other types or names in the header of a weight file."""
     file = _weights(rng, folder)
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     text = content[8 : 8 + length]
-    for found, other in rng.sample(
-        [
-            (b"F32", b"I32"),
-            (b"F32", b"BF16"),
-            (b"U8", b"I8"),
-            (b"weight_mask", b"sign_bits"),
-            (b"layers.0", b"layers.1"),
-        ],
-        2,
-    ):
-        text = text.replace(found, other, rng.choice((1, -1)))
+    for old, new in rng.sample(HEADER_REPLACEMENTS, 2):
+        text = text.replace(old, new, rng.choice((1, -1)))  # the first occurrence, or all
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
@@ -164,7 +173,8 @@ def overwrite(rng: random.Random, folder: Path) -> None:
 
 
 def bomb(rng: random.Random, folder: Path) -> None:
-    nested = rng.choice(
+    """Replace a JSON file by one that is nested too deep, or has a number or a text too long."""
+    text = rng.choice(
         (
             "[" * 200_000,
             '{"a":' * 100_000,
@@ -173,7 +183,7 @@ def bomb(rng: random.Random, folder: Path) -> None:
             "[" + "0," * 10**6 + "0]",
         )
     )
-    rng.choice(sorted(folder.glob("*.json"))).write_text(nested)
+    rng.choice(sorted(folder.glob("*.json"))).write_text(text)
 
 
 def remove(rng: random.Random, folder: Path) -> None:
@@ -216,7 +226,7 @@ def code(rng: random.Random, folder: Path) -> None:
 
 
 def pickle(rng: random.Random, folder: Path) -> None:
-    """Weights of another format, which run code when they are opened."""
+    """Add weights of another format, which run code when they are opened."""
     payload = f"cposix\nsystem\n(S'touch ${CANARY}'\ntR.".encode()
     (folder / "pytorch_model.bin").write_bytes(payload)
     if rng.random() < 0.5:
@@ -225,24 +235,37 @@ def pickle(rng: random.Random, folder: Path) -> None:
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    config_value, config_value, compression_value, layer_value, layer_value, key_twice, other_json, header, header, header_text,
-    header_length, bits, weight_bits, config_bits, truncate, append, overwrite, bomb, remove, swap_files, replace_file, code, pickle,
+    config_value, config_value, compression_value, layer_value, layer_value, key_twice, other_json,
+    header, header, header_text, header_length, bits, weight_bits, config_bits,
+    truncate, append, overwrite, bomb, remove, swap_files, replace_file, code, pickle,
 )  # fmt: skip
+"""All mutations. Those that stand here twice are drawn twice as often."""
 
 
 def copy_mutated(seed: int, sources: list[Path], target: Path) -> str:
-    """A mutated copy of one of the sources at `target`; the same for the same seed."""
+    """Copy one of the sources to `target`, mutate the copy, and return the source's name and the mutations.
+
+    A seed always gives the same copy.
+    """
     rng = random.Random(seed)
     source = rng.choice(sources)
     shutil.copytree(source, target)
     return f"{source.name}: {mutate(rng, target)}"
 
 
-def _places(value: Any) -> Any:
-    """(container, key) of everything inside a JSON value."""
-    for key, inner in (
-        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
-    ):
+def _is_special(file: Path) -> bool:
+    """Return whether a path is a link, a pipe or a device."""
+    return file.is_symlink() or not (file.is_file() or file.is_dir())
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the (container, key) of everything inside a JSON value."""
+    entries: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        entries = list(value.items())
+    elif isinstance(value, list):
+        entries = list(enumerate(value))
+    for key, inner in entries:
         yield value, key
         yield from _places(inner)
 

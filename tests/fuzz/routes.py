@@ -1,4 +1,7 @@
-"""The ways into a checkpoint, and what each may do with one that has been tampered with: open it, or raise the one exception type."""
+"""Tries the ways into a checkpoint that was tampered with.
+
+A way may open it, or raise a CompressionError, and nothing else.
+"""
 
 import json
 import os
@@ -17,16 +20,25 @@ from typer.testing import CliRunner
 import hf_lowrank
 from hf_lowrank import CompressionError, cli
 from tests.fuzz.mutations import CANARY
+from tests.support.fresh_process import INPUT_IDS
 
 SECONDS = 10
+"""Maximum number of seconds of an attempt."""
 SPARE_BYTES = 160 << 20
-"""What an attempt may take beside twice the files: the process itself grows, and models make tables of up to 64 MiB."""
-INPUT_IDS = [[1, 5, 9, 2, 60, 33, 7, 4]]
+"""Maximum number of bytes that an attempt takes besides twice the files.
+
+The process itself grows, and models make tables of up to 64 MiB.
+"""
 
 
 @dataclass
 class Outcome:
-    """What an attempt ended in: "opened", "refused", or what must not be ("crash: ...")."""
+    """The end of an attempt.
+
+    Attributes:
+        verdict: "opened", "refused", or what must not happen ("crash: ...").
+        detail: what the route returned, or the message of the error.
+    """
 
     verdict: str
     detail: str = ""
@@ -39,7 +51,7 @@ class Outcome:
 def plugin(folder: Path) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model(torch.tensor(INPUT_IDS))
+        model(torch.tensor(INPUT_IDS[:1]))
     return type(model).__name__
 
 
@@ -64,6 +76,7 @@ def inspect(folder: Path) -> str:
 
 
 def command(*arguments: str) -> str:
+    """Run a command of `hf-lowrank` in this process, and raise its error line as a CompressionError if it fails."""
     result = CliRunner().invoke(cli.app, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -75,13 +88,10 @@ def command(*arguments: str) -> str:
 
 
 def command_line(folder: Path) -> str:
-    """`inspect`, `verify` and `dense`, one after the other."""
+    """Run `inspect`, `verify` and `dense`, one after the other."""
     outcomes = []
-    for arguments in (
-        ["inspect", str(folder)],
-        ["verify", str(folder)],
-        ["dense", str(folder), "-o", f"{folder}-dense"],
-    ):
+    commands = [["inspect", str(folder)], ["verify", str(folder)], ["dense", str(folder), "-o", f"{folder}-dense"]]
+    for arguments in commands:
         try:
             outcomes.append(command(*arguments))
         except CompressionError as error:
@@ -89,17 +99,17 @@ def command_line(folder: Path) -> str:
     return "; ".join(outcomes)
 
 
-ROUTES: dict[str, Callable[[Path], str]] = {
-    route.__name__: route for route in (plugin, trusting, config, verify, inspect, command_line)
-}
+_ALL_ROUTES = (plugin, trusting, config, verify, inspect, command_line)
+ROUTES: dict[str, Callable[[Path], str]] = {route.__name__: route for route in _ALL_ROUTES}
+"""Every way into a checkpoint by its name. It opens the folder and returns a word about it, or raises an error."""
 
 
 def attempt(route: Callable[[Path], str], folder: Path) -> Outcome:
-    """Take a route with a limit on time and memory, and a trap for code that runs."""
+    """Take a route, with limits on time and memory and a trap for code that runs."""
     canary = Path(f"{folder}.canary")
     os.environ[CANARY] = str(canary)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.monotonic()
+    before, started = _peak_memory(), time.monotonic()
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
     try:
@@ -112,7 +122,7 @@ def attempt(route: Callable[[Path], str], folder: Path) -> Outcome:
         outcome = Outcome(f"crash: {type(error).__name__}", str(error).strip()[:400])
     finally:
         signal.alarm(0)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    grown = _peak_memory() - before
     if canary.exists():
         canary.unlink()
         return Outcome("code was run", outcome.detail)
@@ -124,9 +134,15 @@ def attempt(route: Callable[[Path], str], folder: Path) -> Outcome:
 
 
 def same_model(folder: Path, other: Path) -> bool:
-    """Whether two folders open to the same tensors."""
-    state, known = (AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (folder, other))
-    return state.keys() == known.keys() and all(torch.equal(state[name], known[name]) for name in state)
+    """Return whether two folders open to the same tensors."""
+    first = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    second = AutoModelForCausalLM.from_pretrained(other).state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _peak_memory() -> int:
+    """Return the largest number of bytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _too_long(*_: Any) -> None:
@@ -134,4 +150,5 @@ def _too_long(*_: Any) -> None:
 
 
 def summary(outcomes: dict[str, int]) -> str:
+    """Return how often attempts came to every verdict, the most frequent first."""
     return json.dumps(dict(sorted(outcomes.items(), key=lambda item: -item[1])))

@@ -1,4 +1,7 @@
-"""Mutated checkpoints by the thousand: `python -m tests.fuzz.run --seeds 0 2000 [--routes plugin verify]`; exit code 1 with a finding."""
+"""Opens mutated checkpoints by the thousand: `python -m tests.fuzz.run --seeds 0 2000 [--routes plugin verify]`.
+
+The exit code is 1 if an attempt ended as it must not.
+"""
 
 import argparse
 import shutil
@@ -27,7 +30,7 @@ def main() -> int:
     findings = 0
     with tempfile.TemporaryDirectory() as place:
         sources = save_checkpoints(Path(place) / "sources")
-        for route in ROUTES.values():  # imports grow the process; that is not the checkpoints' doing
+        for route in ROUTES.values():  # what routes import makes the process grow, which must not count
             attempt(route, sources[0])
         counts: dict[str, Counter[str]] = {name: Counter() for name in arguments.routes}
         for seed in range(*arguments.seeds):
@@ -41,8 +44,8 @@ def main() -> int:
                     print(f"seed {seed} ({mutation}), {name}: {outcome.verdict}: {outcome.detail}", flush=True)
             for left in Path(place).glob(f"seed-{seed}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        for name, found in counts.items():
-            print(f"{name}: {summary(found)}")
+        for name, verdicts in counts.items():
+            print(f"{name}: {summary(verdicts)}")
     return 1 if findings else 0
 
 

@@ -1,4 +1,7 @@
-"""A checkpoint that was tampered with opens, or raises the one exception type; thousands more by `python -m tests.fuzz.run`."""
+"""A checkpoint that was tampered with opens, or raises a CompressionError.
+
+`python -m tests.fuzz.run` tries thousands more.
+"""
 
 import os
 import random
@@ -19,7 +22,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return save_checkpoints(tmp_path_factory.mktemp("sources"))
 
 
-FOUND = {
+PAST_FINDINGS = {
     28: "a generation_config.json that is a list",
     86: "an integer of 100,000 digits in generation_config.json",
     87: "lists nested 200,000 deep in generation_config.json",
@@ -34,11 +37,11 @@ FOUND = {
     701396: "config.json that is no JSON, and a folder in the place of its entry file",
     900175: "a number in the place of a dtype's name",
 }
-"""Seeds that once ended otherwise, and what they change."""
+"""Seeds with which an attempt once ended otherwise, and what they change."""
 
 
-@pytest.mark.parametrize("seed", FOUND, ids=FOUND.get)
-def test_what_was_found(sources: list[Path], tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", PAST_FINDINGS, ids=PAST_FINDINGS.get)
+def test_past_findings_stay_mended(sources: list[Path], tmp_path: Path, seed: int) -> None:
     copy_mutated(seed, sources, tmp_path / "mutated")
     for route in ROUTES.values():
         outcome = attempt(route, tmp_path / "mutated")
@@ -47,7 +50,7 @@ def test_what_was_found(sources: list[Path], tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_damage_goes_no_further_than_the_folder(sources: list[Path], tmp_path: Path, kind: str) -> None:
-    """After a change that leaves a link or a pipe, the next one would write through it, or wait for good."""
+    """No mutation follows one that leaves a link or a pipe: it would write through the link or wait for the pipe."""
     folder, outside = Path(shutil.copytree(sources[0], tmp_path / "mutated")), tmp_path / "outside.json"
     outside.write_text("{}")
     (folder / "config.json").unlink()
@@ -61,7 +64,9 @@ def test_damage_goes_no_further_than_the_folder(sources: list[Path], tmp_path: P
 
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False), route=st.sampled_from(sorted(ROUTES)))
-def test_any_mutation(sources: list[Path], tmp_path: Path, rng: random.Random, route: str) -> None:
+def test_any_mutation_is_opened_or_refused(
+    sources: list[Path], tmp_path: Path, rng: random.Random, route: str
+) -> None:
     for left in tmp_path.iterdir():
         shutil.rmtree(left, ignore_errors=True)
     source = rng.choice(sources)
@@ -71,4 +76,4 @@ def test_any_mutation(sources: list[Path], tmp_path: Path, rng: random.Random, r
     outcome = attempt(ROUTES[route], folder)
     assert outcome.allowed, outcome
     if outcome.verdict == "opened" and route == "verify":
-        assert same_model(folder, source), "sound, and yet another model"
+        assert same_model(folder, source), "it verifies as sound, and is another model"

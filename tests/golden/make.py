@@ -1,4 +1,7 @@
-"""Golden checkpoints of the current format: `python -m tests.golden.make`; what is there already is never written again."""
+"""Makes the golden checkpoints of the current format: `python -m tests.golden.make`.
+
+A format that has its checkpoints already is never written again.
+"""
 
 import shutil
 import sys
@@ -11,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_lowrank.runtime.configuration import FORMAT_VERSION
 from tests.fuzz.checkpoints import save_checkpoints
+from tests.support.fresh_process import INPUT_IDS
 
 HERE = Path(__file__).parent
-INPUT_IDS = torch.tensor([[1, 5, 9, 2, 60, 33, 7, 4]])
 
 
 def main() -> None:
@@ -21,6 +24,7 @@ def main() -> None:
     target = HERE / f"format_{FORMAT_VERSION}"
     if target.exists():
         sys.exit(f"{target} is there already; a released format does not change")
+    input_ids = torch.tensor(INPUT_IDS[:1])
     with tempfile.TemporaryDirectory() as place:
         for source in save_checkpoints(Path(place)):
             folder = target / source.name
@@ -28,8 +32,8 @@ def main() -> None:
             for file in [source / "config.json", *source.glob("*.safetensors*")]:
                 shutil.copyfile(file, folder / file.name)
             with torch.no_grad():
-                logits = AutoModelForCausalLM.from_pretrained(source)(INPUT_IDS).logits
-            save_file({"input_ids": INPUT_IDS, "logits": logits.contiguous()}, folder / "golden_logits")
+                logits = AutoModelForCausalLM.from_pretrained(source)(input_ids).logits
+            save_file({"input_ids": input_ids, "logits": logits.contiguous()}, folder / "golden_logits")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said by every command in one line that names the file and the cure."""
+"""Every command says in one line what is wrong with a checkpoint, and names the file and the cure."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, pipeline
 from typer.testing import CliRunner
 
 from hf_lowrank import CheckpointError, CompressionConfig, cli, compress
@@ -17,12 +17,11 @@ from tests.support import tiny_models
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of several shards."""
+    """A checkpoint of three shards."""
     folder = tmp_path_factory.mktemp("whole") / "model"
     config = CompressionConfig(method="svd", ratio=0.4, samples=4, sequence_length=16)
-    compress(
-        tiny_models.llama(), config, tiny_models.tokenizer(), tiny_models.text(8), progress=False
-    ).save_pretrained(folder, max_shard_size="60KB")
+    model = compress(tiny_models.llama(), config, tiny_models.tokenizer(), tiny_models.text(8), progress=False)
+    model.save_pretrained(folder, max_shard_size="60KB")
     assert (folder / "model-00002-of-00003.safetensors").is_file()
     return folder
 
@@ -47,6 +46,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "truncated shard": (truncated, "model-00002-of-00003.safetensors", "download"),
     "missing shard": (without_shard, "model-00002-of-00003.safetensors", "download"),
 }
+"""How a checkpoint is damaged, and the file and the cure that every message must name."""
 VERBS = {
     "inspect": [],
     "dense": ["-o", "{folder}-dense"],
@@ -54,14 +54,15 @@ VERBS = {
     "push": ["me/model"],
     "evaluate": ["--tasks", "items.jsonl"],
 }
+"""Commands that open a checkpoint, with the arguments that come after its folder."""
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
+def test_every_route_names_the_damaged_file_and_the_cure(whole: Path, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
-    spoil, file, cure = DAMAGES[damage]
-    spoil(folder)
+    change, file, cure = DAMAGES[damage]
+    change(folder)
     with pytest.raises(CheckpointError, match=file):
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match=file) as error:  # transformers puts its own words and a traceback before ours
@@ -69,9 +70,8 @@ def test_a_damaged_checkpoint(whole: Path, tmp_path: Path, damage: str) -> None:
     last = str(error.value).strip().splitlines()[-1]
     assert file in last and cure in last
     for verb, arguments in VERBS.items():
-        result = CliRunner().invoke(
-            cli.app, [verb, str(folder), *(argument.format(folder=folder) for argument in arguments)]
-        )
+        arguments = [argument.format(folder=folder) for argument in arguments]
+        result = CliRunner().invoke(cli.app, [verb, str(folder), *arguments])
         assert result.exit_code == 1, verb
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: ") and file in line and cure in line, line
@@ -88,14 +88,13 @@ def test_a_missing_runtime_file_is_not_pushed_and_comes_back_with_a_save(
     result = CliRunner().invoke(cli.app, ["push", str(folder), "me/model"])
     (line,) = result.stderr.splitlines()
     assert name in line and "save the model again" in line
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
-        tmp_path / "again"
-    )  # the plugin needs none of these files
+    model = AutoModelForCausalLM.from_pretrained(folder)  # the plugin needs none of these files
+    model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_missing_tokenizer(whole: Path, tmp_path: Path) -> None:
-    """Of a compressed checkpoint; of other folders transformers' own errors come through."""
+def test_a_missing_tokenizer_is_named_with_the_cure(whole: Path, tmp_path: Path) -> None:
+    """This holds for a compressed checkpoint. For other folders, transformers' own errors come through."""
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     for file in folder.glob("tokenizer*"):
@@ -117,10 +116,9 @@ def test_a_missing_tokenizer(whole: Path, tmp_path: Path) -> None:
     assert not isinstance(error.value, CheckpointError)
 
 
-def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = type(
-        "ConnectError", (Exception,), {"__module__": "httpx"}
-    )  # which of its versions is installed depends on huggingface_hub
+def test_a_hub_that_cannot_be_reached_is_one_line(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in for the error of httpx: which version of httpx is installed depends on huggingface_hub.
+    refused = type("ConnectError", (Exception,), {"__module__": "httpx"})
 
     def unreachable(*arguments: object, **options: object) -> None:
         raise refused("connection refused")
@@ -134,11 +132,8 @@ def test_a_hub_that_cannot_be_reached(whole: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_a_model_that_gives_no_likelihoods(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel
-
-    BertModel(
-        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
-    ).save_pretrained(tmp_path)
+def test_a_model_that_gives_no_likelihoods_is_refused_for_tasks(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(**sizes, vocab_size=20)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tasks score text by its likelihood, which BertModel does not give"):
         evaluate_tasks(load_model(str(tmp_path)), tiny_models.tokenizer(), ["items.jsonl"])

@@ -1,4 +1,4 @@
-"""Compressed models on the Hub: the pushed repo is complete, opens on both routes, and its card says what was measured and nothing else."""
+"""Compressed models on the Hub are complete and open on both routes. Their cards say what was measured and no more."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ SPEED = {"what": "decode, batch 1", "device": "a | CPU", "unit": "tokens/s", "de
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A compressed checkpoint in shards, and beside it the logits that it must give."""
+    """A compressed checkpoint in shards, beside a file with the logits that it must give."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -63,8 +63,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / saved.name))
 
 
-def report_saving(report: dict) -> int:
-    """Bytes that the compression saved."""
+def saved_bytes(report: dict) -> int:
+    """Return the number of bytes that the compression saved."""
     return sum(layer["dense_bits"] - layer["stored_bits"] for layer in report["layers"]) // 8
 
 
@@ -98,14 +98,15 @@ else:
 import torch
 from transformers import AutoModelForCausalLM
 expected = torch.load(sys.argv[2])
+trust = sys.argv[1] == "remote code"
 for options in ({}, {"revision": sys.argv[3]}, {"revision": sys.argv[3], "local_files_only": True}):
-    model = AutoModelForCausalLM.from_pretrained("tester/tiny-slab", trust_remote_code=sys.argv[1] == "remote code", **options)
+    model = AutoModelForCausalLM.from_pretrained("tester/tiny-slab", trust_remote_code=trust, **options)
     print(type(model).__name__, torch.equal(model(torch.arange(16)[None]).logits, expected))
 """
 
 
 def test_a_pushed_model_opens_on_both_routes(hub, folder, saved, tmp_path):
-    """Pushed in one process, after a push that failed at the commit; loaded in others with clean caches."""
+    """One process pushes, after a push that failed at the commit. Others load with clean caches."""
     hub.faults.append(Fault("POST", "/commit/main", 403))
     commit = hub.client(PUSH, folder, home=tmp_path / "a", token=WRITE_TOKEN)
     for route in ("plugin", "remote code"):
@@ -132,9 +133,9 @@ with tempfile.TemporaryDirectory() as local:
 
 
 def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
-    """`model.push_to_hub` and a save that pushes, by plugin and then by remote code from that repo.
+    """All files arrive by `model.push_to_hub` and by a save that pushes, with the plugin and with remote code alone.
 
-    All files arrive; by plugin the card too, and no old shard is left: that much of a push needs the package.
+    The plugin also pushes the card and deletes old shards. That much of a push needs the package.
     """
     hub.client(PUSH_MODEL, "plugin", folder, "tester/first", home=tmp_path / "a", token=WRITE_TOKEN)
     hub.client(PUSH_MODEL, "remote code", "tester/first", "tester/second", home=tmp_path / "b", token=WRITE_TOKEN)
@@ -150,10 +151,8 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
     first, second = (Repository(hub.root / name).read_commit("main") for name in ("tester/first", "tester/second"))
     assert first is not None and set(first.files) == expected
     assert second is not None and set(second.files) >= expected
-    for name, commit in (
-        ("tester/first", first),
-        ("tester/second", second),
-    ):  # what is pushed is what was finished on disk
+    for name, commit in (("tester/first", first), ("tester/second", second)):
+        # The checksums come last into the files on disk, so what was pushed was finished.
         config = json.loads(Repository(hub.root / name).content_path(commit.files["config.json"]).read_text())
         assert "model.safetensors" in config["quantization_config"]["checksums"]
     card = ModelCard.load(Repository(hub.root / "tester/first").content_path(first.files["README.md"]))
@@ -205,12 +204,10 @@ def test_the_hub_accepts_the_card(folder):
 
 
 def test_each_measurement_keeps_its_text(folder):
-    """The model index groups results by data set; two local texts are two data sets."""
+    """The model index groups results by data set, and two local texts are two data sets."""
     texts = {"a.txt": 10.0, "b.txt": 20.0}
-    record(
-        folder,
-        quality=[{"metric": "perplexity", "dataset": text, "compressed": value} for text, value in texts.items()],
-    )
+    rows = [{"metric": "perplexity", "dataset": text, "compressed": value} for text, value in texts.items()]
+    record(folder, quality=rows)
     results = ModelCard.load(folder / "README.md").data.eval_results
     assert {result.dataset_name: result.metric_value for result in results} == texts
 
@@ -231,13 +228,15 @@ def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
         "hf-lowrank compress BASE --method slab",
     ):
         assert fact in text
-    assert (
-        json.loads((folder / REPORT_FILE).read_text())["method"] == "slab"
-    )  # what the compression reported is still there
+    report = json.loads((folder / REPORT_FILE).read_text())
+    assert report["method"] == "slab"  # what the compression reported is still there
 
 
 def test_an_evaluation_becomes_rows_of_the_card(folder):
-    """Perplexity of both models, and what compares them; a data set of the Hub is named by its id, a file by the end of its path."""
+    """The rows are the perplexity of both models and the figures that compare them.
+
+    A data set of the Hub is named by its id, and a file by the end of its path.
+    """
     figures = {
         "windows": 3,
         "window": 8,
@@ -247,19 +246,19 @@ def test_an_evaluation_becomes_rows_of_the_card(folder):
         "kl": 0.5,
         "top1_agreement": 0.75,
     }
-    record(
-        folder,
-        quality=[
-            row
-            for text in ("wikitext2", "/home/me/private/text.txt")
-            for row in text_quality({**figures, "text": text})
-        ],
-    )
+    rows = []
+    for text in ("wikitext2", "/home/me/private/text.txt"):
+        rows += text_quality({**figures, "text": text})
+    record(folder, quality=rows)
     card = ModelCard.load(folder / "README.md")
-    assert [(result.dataset_type, result.metric_type, result.metric_value) for result in card.data.eval_results] == [
-        (dataset, metric, value)
-        for dataset in ("Salesforce/wikitext", "custom")
-        for metric, value in (("perplexity", 4.0), ("kl_divergence", 0.5), ("top1_agreement", 0.75))
+    results = [(result.dataset_type, result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert results == [
+        ("Salesforce/wikitext", "perplexity", 4.0),
+        ("Salesforce/wikitext", "kl_divergence", 0.5),
+        ("Salesforce/wikitext", "top1_agreement", 0.75),
+        ("custom", "perplexity", 4.0),
+        ("custom", "kl_divergence", 0.5),
+        ("custom", "top1_agreement", 0.75),
     ]
     assert "private/text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
     assert "/home/me" not in str(card)
@@ -277,7 +276,7 @@ def test_the_card_says_what_the_files_hold(folder):
     text = (folder / "README.md").read_text()
     assert f"| removed | {reached} (" in text
     assert "99.00%" not in text
-    assert f"| whole model | {(tensors + report_saving(report)) / 1e3:.2f} kB | {tensors / 1e3:.2f} kB |" in text
+    assert f"| whole model | {(tensors + saved_bytes(report)) / 1e3:.2f} kB | {tensors / 1e3:.2f} kB |" in text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The loopback Hub serves huggingface_hub's own client: what is pushed comes back, whole and only to whom it may."""
+"""The loopback Hub serves huggingface_hub's own client: what is pushed comes back whole, and only to whom it may."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from tests.support.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, Fault
 from tests.support.hub_storage import Repository
 
 PART_SIZE = 300_000
+"""Number of bytes of a part of an upload, so that the weights of `folder` need several."""
 PUSH = """
 import sys
 from huggingface_hub import create_repo, upload_folder
@@ -49,7 +50,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Small text, nothing at all, a folder in a folder, one LFS file of one part and one of several."""
+    """A folder with small texts, an empty file, a folder in a folder, and LFS files of one part and of several."""
     contents = {
         "README.md": b"---\nlibrary_name: transformers\n---\n# A model\n",
         "config.json": b"{}",
@@ -67,30 +68,29 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Callable[[str], Path]:
-    """A client's cache by name: a new name is a clean cache."""
+    """Returns a client's cache by its name. A new name is a clean cache."""
     return lambda name: tmp_path / "homes" / name
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder and below it, except the `.gitattributes` that the Hub adds."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    files.pop(".gitattributes", None)  # the Hub's own
+    files.pop(".gitattributes", None)
     return files
 
 
 def stored(hub: HubServer) -> dict[str, bytes]:
-    """The files of tester/model as they lie on the server."""
+    """Return the files of tester/model as they lie on the server, except the `.gitattributes` that the Hub adds."""
     repository = Repository(hub.root / "tester/model")
     commit = repository.read_commit("main")
     assert commit is not None
-    return {
-        name: repository.content_path(file).read_bytes()
-        for name, file in commit.files.items()
-        if name != ".gitattributes"
-    }
+    files = {name: repository.content_path(file).read_bytes() for name, file in commit.files.items()}
+    files.pop(".gitattributes", None)
+    return files
 
 
 def outcomes(hub: HubServer, *statements: str, home: Path, token: str | None = None) -> list[str]:
-    """For each statement, run in one client, the name of the exception that it raises, or "done"."""
+    """Run statements in one client, and return for each the name of the exception that it raises, or "done"."""
     messages = json.loads(hub.client(TRY, *statements, home=home, token=token))
     return [message.split(":")[0] for message in messages]
 
@@ -109,9 +109,13 @@ def test_what_is_pushed_comes_back(hub, folder, home):
     assert sizes == [256, 200_000, PART_SIZE, PART_SIZE]  # one part for the small binary file, three for the weights
     assert {exchange.status for exchange in hub.exchanges if "agent-harnesses" not in exchange.path} == {200}
 
-    one = "import sys; from huggingface_hub import hf_hub_download as get; print(get('tester/model', sys.argv[1], revision=sys.argv[2]))"
+    download = """
+import sys
+from huggingface_hub import hf_hub_download
+print(hf_hub_download("tester/model", sys.argv[1], revision=sys.argv[2]))
+"""
     for name in ("model.safetensors", "code/deep/file.py"):
-        assert Path(hub.client(one, name, commit, home=home(name))).read_bytes() == (folder / name).read_bytes()
+        assert Path(hub.client(download, name, commit, home=home(name))).read_bytes() == (folder / name).read_bytes()
 
 
 def test_an_unchanged_folder_makes_no_commit(hub, folder, home):
@@ -125,12 +129,12 @@ def test_each_revision_keeps_its_own_files(hub, folder, home):
     """Commits, branches and tags stay what they were when later commits change and delete files."""
     first = hub.client(PUSH, "tester/model", folder, home=home("a"), token=WRITE_TOKEN)
     old = contents(folder)
-    mark = """
+    name_commits = """
 from huggingface_hub import HfApi
 HfApi().create_tag("tester/model", tag="v1")
 HfApi().create_branch("tester/model", branch="stable")
 """
-    hub.client(mark, home=home("a"), token=WRITE_TOKEN)
+    hub.client(name_commits, home=home("a"), token=WRITE_TOKEN)
     change = """
 import json
 from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete, HfApi
@@ -153,9 +157,8 @@ for revision in sys.argv[1:]:
     print(snapshot_download("tester/model", revision=revision))
 """
     snapshots = hub.client(pull, first, "v1", "stable", "main", first[:8], home=home("b")).split()
-    new = {name: content for name, content in old.items() if name not in ("empty.txt", "code/deep/file.py")} | {
-        "config.json": b"[1]"
-    }
+    new = old | {"config.json": b"[1]"}
+    del new["empty.txt"], new["code/deep/file.py"]
     assert [contents(Path(snapshot)) for snapshot in snapshots] == [old, old, old, new, old]
 
 
@@ -182,7 +185,10 @@ def test_a_downloaded_model_needs_no_server(tmp_path, folder, home):
 
 
 def test_a_private_repo_is_for_its_owner(hub, home):
-    """Read a public repo, read a private one, write to it: by token. Who may not see a repo cannot tell it from a missing one."""
+    """Every token may do its own part of three things: read a public repo, read a private one, and write to that.
+
+    Whoever may not see a repo cannot tell it from a missing one.
+    """
     Repository.create(hub.root / "tester/open", private=False, author="tester")
     Repository.create(hub.root / "tester/closed", private=True, author="tester")
     write = "HfApi(token={!r}).upload_file(path_or_fileobj=b'x', path_in_repo='x', repo_id='tester/{}')".format
@@ -194,18 +200,19 @@ def test_a_private_repo_is_for_its_owner(hub, home):
         False: ["done", "RepositoryNotFoundError", "RepositoryNotFoundError"],
         "hf_wrong": ["HfHubHTTPError", "HfHubHTTPError", "HfHubHTTPError"],
     }
-    statements = [
-        f(token, name) for token in expected for f, name in ((read, "open"), (read, "closed"), (write, "closed"))
-    ]
-    found = outcomes(hub, *statements, home=home("a"))
-    assert dict(zip(expected, (found[i : i + 3] for i in range(0, 15, 3)), strict=True)) == expected
+    statements = []
+    for token in expected:
+        statements += [read(token, "open"), read(token, "closed"), write(token, "closed")]
+    results = outcomes(hub, *statements, home=home("a"))
+    for number, (token, of_token) in enumerate(expected.items()):
+        assert results[3 * number : 3 * number + 3] == of_token, token
     for token in (OTHER_TOKEN, False):
         hidden, missing = json.loads(hub.client(TRY, write(token, "closed"), write(token, "missing"), home=home("a")))
         assert hidden.replace("closed", "missing") == missing
 
 
 def test_a_broken_download_goes_on_where_it_broke(tmp_path, home):
-    """The client writes to its file by 10 MiB, so that is where it goes on."""
+    """The client writes to its file in pieces of 10 MiB, so it goes on at the last of them."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/model.safetensors").write_bytes(b"weights " * 1_500_000)
     with HubServer(tmp_path / "hub") as hub:
@@ -220,7 +227,7 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, home):
 
 
 def test_a_broken_upload_is_sent_again(hub, folder, home):
-    """A cut connection: the client repeats the part that broke, and the file is whole."""
+    """After a cut connection, the client repeats the part that broke, and the file is whole."""
     hub.faults.append(Fault("PUT", "^/lfs/.*/2", after=1_000))
     hub.client(PUSH, "tester/model", folder, home=home("a"), token=WRITE_TOKEN)
     assert hub.faults[0].reached.is_set()
@@ -231,7 +238,7 @@ def test_a_broken_upload_is_sent_again(hub, folder, home):
     ("method", "path"), [("PUT", "^/lfs/.*/2"), ("POST", "/commit/main")], ids=["upload", "commit"]
 )
 def test_a_killed_push_leaves_nothing_half_done(hub, folder, home, method, path):
-    """A client that dies in the middle has committed nothing; the next push completes the repo."""
+    """A client that dies in the middle has committed nothing. The next push completes the repo."""
     fault = Fault(method, path, "stall", after=300)
     hub.faults.append(fault)
     command = [sys.executable, "-c", PUSH, "tester/model", str(folder)]
@@ -280,7 +287,7 @@ def test_content_that_is_not_what_was_announced_is_refused(hub):
     with pytest.raises(urllib.error.HTTPError, match="400"):
         ask("PUT", upload_url(), sent)
     ask("PUT", upload_url(), announced)
-    with pytest.raises(KeyError, match="actions"):  # it is there: nothing to upload
+    with pytest.raises(KeyError, match="actions"):  # the content is there, so there is nothing to upload
         upload_url()
 
 
@@ -292,16 +299,26 @@ def test_a_wrong_card_is_refused_before_anything_is_sent(hub, folder, home):
 
 
 def test_the_card_is_indexed(hub, folder, home):
-    card = "library_name: transformers\npipeline_tag: text-generation\nbase_model: me/base\nbase_model_relation: quantized\ntags: [small]"
-    (folder / "README.md").write_text(f"---\n{card}\n---\n# A model\n")
+    metadata = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "base_model: me/base",
+        "base_model_relation: quantized",
+        "tags: [small]",
+    ]
+    (folder / "README.md").write_text("\n".join(["---", *metadata, "---", "# A model", ""]))
     hub.client(PUSH, "tester/model", folder, home=home("a"), token=WRITE_TOKEN)
-    read = "from huggingface_hub import model_info; i = model_info('tester/model'); print(i.library_name, i.pipeline_tag, *i.tags)"
+    read = """
+from huggingface_hub import model_info
+info = model_info("tester/model")
+print(info.library_name, info.pipeline_tag, *info.tags)
+"""
     library, pipeline, *tags = hub.client(read, home=home("b")).split()
     assert (library, pipeline) == ("transformers", "text-generation")
     assert {"small", "base_model:me/base", "base_model:quantized:me/base"} <= set(tags)
 
 
-def test_what_is_not_spoken_is_refused_by_name(hub, home):
+def test_a_request_that_the_server_does_not_speak_is_refused_by_name(hub, home):
     pull_request = "api.upload_file(path_or_fileobj=b'x', path_in_repo='x', repo_id='tester/model', create_pr=True)"
     Repository.create(hub.root / "tester/model", private=False, author="tester")
     statements = [pull_request, "api.create_repo('tester/data', repo_type='dataset')"]
@@ -320,7 +337,8 @@ TRANSFORMERS_PUSH = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+config = LlamaConfig(vocab_size=64, **sizes)
 model = LlamaForCausalLM(config).eval()
 print(model.push_to_hub("tester/llama", max_shard_size="40KB", private=True).oid)
 with torch.no_grad():
@@ -340,7 +358,10 @@ print(first.abs().max().item() > 0, last.abs().max().item() == 0, torch.equal(fi
 
 
 def test_transformers_pushes_and_loads(hub, home):
-    """`push_to_hub` in one process, `from_pretrained` with a clean cache in another: private, sharded, by revision, then without asking."""
+    """A private, sharded model that `push_to_hub` pushed is what `from_pretrained` loads in another process.
+
+    It loads an older revision, then the last one, and then the older one from its cache without asking the server.
+    """
     first = hub.client(TRANSFORMERS_PUSH, home=home("a"), token=WRITE_TOKEN)
     assert hub.client(TRANSFORMERS_PULL, first, home=home("b"), token=READ_TOKEN) == "True True True"
     assert len(hub.served("GET", r"resolve/.*/model-\d+-of-\d+\.safetensors")) > 2

@@ -1,4 +1,4 @@
-"""lm-eval's own command, and other programs, open compressed checkpoints by the installed plugin, which nobody imports."""
+"""lm-eval's own command and other programs open compressed checkpoints by a plugin that is installed, not imported."""
 
 import os
 import re
@@ -10,16 +10,15 @@ import pytest
 
 from hf_lowrank import CompressionConfig, compress
 from tests.support import tiny_models
-from tests.support.fresh_process import PROJECT
+from tests.support.assets import PROJECT
 from tests.support.lm_eval_task import accuracy, write_task
 
 
 @pytest.fixture(scope="module")
 def autoload(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that, on the path, is an installed package with this project's entry points for torch."""
-    declared = re.search(
-        r'\[project\.entry-points\."torch\.backends"\]\n((?:\w+ = .*\n)+)', (PROJECT / "pyproject.toml").read_text()
-    )
+    """A folder that, on the path, looks like an installed package with this project's entry points for torch."""
+    entry_points = r'\[project\.entry-points\."torch\.backends"\]\n((?:\w+ = .*\n)+)'
+    declared = re.search(entry_points, (PROJECT / "pyproject.toml").read_text())
     assert declared is not None
     site = tmp_path_factory.mktemp("site")
     metadata = site / "hf_lowrank_in_tests-0.dist-info"
@@ -39,6 +38,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(arguments: list[str], home: Path, path: list[Path]) -> subprocess.Popen[str]:
+    """Start a Python process.
+
+    Args:
+        arguments: what stands behind `python`.
+        home: the Hugging Face home and working directory of the process.
+        path: the folders from which it imports, besides those of its environment.
+    """
     environment = os.environ | {
         "HF_HOME": str(home),
         "OMP_NUM_THREADS": "1",
@@ -49,19 +55,20 @@ def start(arguments: list[str], home: Path, path: list[Path]) -> subprocess.Pope
 
 
 def output(process: subprocess.Popen[str]) -> str:
-    shown, errors = process.communicate(timeout=300)
+    """Return what a process prints, once it has ended without an error."""
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
-    return shown
+    return printed
 
 
-def test_the_command_finds_what_the_library_finds(checkpoint: Path, autoload: Path, tmp_path: Path) -> None:
-    """By remote code: `tests/training/test_run_clm.py`."""
+def test_the_command_measures_what_the_library_measures(checkpoint: Path, autoload: Path, tmp_path: Path) -> None:
+    """`tests/training/test_run_clm.py` has the law for checkpoints that open by remote code."""
     task = write_task(tmp_path)
     model = ["--model", "hf", "--model_args", f"pretrained={checkpoint}", "--device", "cpu", "--batch_size", "4"]
-    shown = output(start(["-m", "lm_eval", *model, "--tasks", str(task)], tmp_path, [PROJECT, autoload]))
-    found = re.search(r"\|continuations.*\|acc\s*\|.\s*\|\s*([\d.]+)\|", shown)
-    assert found is not None, shown
-    assert float(found[1]) == pytest.approx(accuracy(f"pretrained={checkpoint}", task))
+    printed = output(start(["-m", "lm_eval", *model, "--tasks", str(task)], tmp_path, [PROJECT, autoload]))
+    row = re.search(r"\|continuations.*\|acc\s*\|.\s*\|\s*([\d.]+)\|", printed)
+    assert row is not None, printed
+    assert float(row[1]) == pytest.approx(accuracy(f"pretrained={checkpoint}", task))
 
 
 LOAD = (
@@ -76,11 +83,12 @@ PROGRAMS = {
     f"import transformers.modeling_utils\n{LOAD}",
     "a trainer": f"from transformers import Trainer\n{LOAD}",
 }
+"""Programs by what they import before they open a compressed checkpoint."""
 
 
-def test_programs_that_never_heard_of_the_package(checkpoint: Path, autoload: Path, tmp_path: Path) -> None:
-    running = [
-        start(["-c", code.format(folder=str(checkpoint))], tmp_path, [PROJECT, autoload]) for code in PROGRAMS.values()
-    ]
+def test_programs_that_never_heard_of_the_package_open_it(checkpoint: Path, autoload: Path, tmp_path: Path) -> None:
+    running = []
+    for code in PROGRAMS.values():
+        running.append(start(["-c", code.format(folder=str(checkpoint))], tmp_path, [PROJECT, autoload]))
     for process in running:
         output(process)

@@ -1,4 +1,4 @@
-"""Layers to compress, with the statistics of explicit tokens, and the error by which methods are judged."""
+"""Layers to compress with the statistics of explicit tokens, and the error by which methods are judged."""
 
 import torch
 from torch import Tensor
@@ -14,25 +14,27 @@ def generator(seed: int) -> torch.Generator:
 
 
 def gaussian(*shape: int, seed: int) -> Tensor:
-    """Standard normal values, float64."""
+    """Return standard normal values, float64."""
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def correlated_tokens(tokens: int, features: int, seed: int = 0) -> Tensor:
-    """Inputs (T, n) of very unequal, correlated channels with a mean, as those of a language model."""
+    """Return inputs (T, n) of very unequal, correlated channels with a mean, like those of a language model."""
     mixing = gaussian(features, features, seed=seed) / features**0.5
     spread = torch.exp(0.7 * gaussian(features, seed=seed + 1))
     return (gaussian(tokens, features, seed=seed + 2) @ mixing + 0.3 * gaussian(features, seed=seed + 3)) * spread
 
 
 def compressed_tokens(x: Tensor, seed: int = 0) -> Tensor:
-    """What the compressed layers before make of the inputs x (T, n)."""
+    """Return inputs (T, n) as compressed layers in front could change the inputs x (T, n)."""
     return 0.9 * x + 0.1 * x.abs().mean() * gaussian(*x.shape, seed=seed + 4)
 
 
-def statistics_of(x: Tensor, shifted: Tensor | None = None, squared_gradients: Tensor | None = None) -> Statistics:
-    """All statistics of the tokens x (T, n)."""
-    shifted = compressed_tokens(x) if shifted is None else shifted
+def statistics_of(
+    x: Tensor, compressed_inputs: Tensor | None = None, squared_gradients: Tensor | None = None
+) -> Statistics:
+    """Return all statistics of the tokens x (T, n)."""
+    compressed_inputs = compressed_tokens(x) if compressed_inputs is None else compressed_inputs
     return Statistics(
         tokens=x.shape[0],
         column_norms=x.norm(dim=0),
@@ -42,25 +44,25 @@ def statistics_of(x: Tensor, shifted: Tensor | None = None, squared_gradients: T
         squared_gradients=torch.linspace(0.1, 1, x.shape[1], dtype=torch.float64)
         if squared_gradients is None
         else squared_gradients,
-        compressed_input_gram=shifted.T @ shifted,
-        cross_gram=x.T @ shifted,
+        compressed_input_gram=compressed_inputs.T @ compressed_inputs,
+        cross_gram=x.T @ compressed_inputs,
     )
 
 
 def problem(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Statistics]:
-    """A weight (m, n) and statistics of four tokens per channel."""
+    """Return a weight (m, n) and statistics of four tokens per channel."""
     return gaussian(out_features, in_features, seed=seed + 5), statistics_of(
         correlated_tokens(4 * in_features, in_features, seed)
     )
 
 
 def budget_of(out_features: int, in_features: int, ratio: float, accounting: str = "bits") -> Budget:
-    """What is left when `ratio` of the dense bits is removed."""
+    """Return the budget that is left when `ratio` of the dense bits is removed."""
     bits = int((1 - ratio) * out_features * in_features * VALUE_BITS)
     return Budget(bits, out_features, in_features, VALUE_BITS, accounting)
 
 
 def relative_error(approximation: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """‖(W − Ŵ) X‖ / ‖W X‖."""
+    """Return ‖(W − Ŵ) X‖ / ‖W X‖."""
     difference = weight - approximation.detach()
     return float((((difference @ gram) * difference).sum() / ((weight @ gram) * weight).sum()).sqrt())

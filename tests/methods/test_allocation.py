@@ -1,4 +1,4 @@
-"""Budgets: never above, within one unit, optimal where that can be enumerated, and clear about what is out of reach."""
+"""Budgets are never exceeded, used to within one unit, and optimal where that can be enumerated."""
 
 import itertools
 import re
@@ -59,7 +59,7 @@ def test_uniform_budgets_stay_within_one_step_below_the_budget(
     except CompressionError:
         return
     available = budget.available(compressed, dense)
-    spent = sum(each.bits for each in budgets.values())
+    spent = sum(layer_budget.bits for layer_budget in budgets.values())
     assert spent <= available
 
     def step(layer: Layer) -> int:
@@ -82,9 +82,10 @@ def test_layers_of_one_shape_get_budgets_one_step_apart_at_most(
     layers = layers_of([(172, 64)] * count)
     chosen, budget = make_method(*method), budget_of(layers, ratio)
     try:
-        bits = [each.bits for each in uniform_budgets(chosen, layers, [], budget).values()]
+        budgets = uniform_budgets(chosen, layers, [], budget)
     except CompressionError:
         return
+    bits = [layer_budget.bits for layer_budget in budgets.values()]
     smallest = chosen.min_spec(layers[0])
     step = budget.stored_bits(layers[0], chosen.next_spec(layers[0], smallest)) - budget.stored_bits(
         layers[0], smallest
@@ -127,7 +128,7 @@ def test_greedy_ranks_lose_the_least_energy(
     problem: list[tuple[list[int], int]], available: int, equal_price: bool
 ) -> None:
     energies = {str(i): sorted(map(float, energy), reverse=True) for i, (energy, _) in enumerate(problem)}
-    price = {str(i): 2 if equal_price else each for i, (_, each) in enumerate(problem)}
+    price = {str(i): 2 if equal_price else own_price for i, (_, own_price) in enumerate(problem)}
     ranks = greedy_ranks(energies, price, dict.fromkeys(energies, 10**6), dict.fromkeys(energies, 0), available)
     spent = sum(rank * price[name] for name, rank in ranks.items() if rank is not None)
     assert None not in ranks.values()
@@ -144,11 +145,11 @@ def test_greedy_ranks_lose_the_least_energy(
     best = max(
         kept(choice) for choice in options if sum(rank * price[name] for name, rank in choice.items()) <= available
     )
-    found = kept(ranks)  # type: ignore[arg-type]
+    kept_energy = kept(ranks)  # type: ignore[arg-type]
     if equal_price:
-        assert found == best
+        assert kept_energy == best
     # with unequal prices it is optimal up to the one component that no longer fits
-    assert best - found <= max(
+    assert best - kept_energy <= max(
         (energies[name][rank] for name, rank in ranks.items() if rank < len(energies[name])), default=0.0
     )  # type: ignore[index, operator]
 
@@ -164,21 +165,21 @@ def test_a_layer_whose_rank_costs_as_much_as_dense_stays_dense() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    wanted=st.lists(st.one_of(st.none(), st.floats(0, 40)), min_size=1, max_size=6).filter(lambda all: any(all)),
+    targets=st.lists(st.one_of(st.none(), st.floats(0, 40)), min_size=1, max_size=6).filter(lambda all: any(all)),
     share=st.floats(0.1, 0.9),
 )
-def test_fitted_ranks_never_exceed_the_budget(wanted: list[float | None], share: float) -> None:
-    names = [f"layer {i}" for i in range(len(wanted))]
+def test_fitted_ranks_never_exceed_the_budget(targets: list[float | None], share: float) -> None:
+    names = [f"layer {i}" for i in range(len(targets))]
     price, dense_price = dict.fromkeys(names, 128), dict.fromkeys(names, 64 * 64)
     fixed, limit = dict.fromkeys(names, 64), dict.fromkeys(names, 64)
-    dense = sum(dense_price[name] for name, rank in zip(names, wanted, strict=True) if rank is None)
-    available = dense + int(share * sum(64 * 64 for rank in wanted if rank is not None))
-    ranks = fitted_ranks(dict(zip(names, wanted, strict=True)), price, dense_price, fixed, limit, available)
+    dense = sum(dense_price[name] for name, rank in zip(names, targets, strict=True) if rank is None)
+    available = dense + int(share * sum(64 * 64 for rank in targets if rank is not None))
+    ranks = fitted_ranks(dict(zip(names, targets, strict=True)), price, dense_price, fixed, limit, available)
     spent = sum(
         dense_price[name] if rank is None else fixed[name] + rank * price[name] for name, rank in ranks.items()
     )
     assert spent <= available
-    assert all(ranks[name] is None for name, rank in zip(names, wanted, strict=True) if rank is None)
+    assert all(ranks[name] is None for name, rank in zip(names, targets, strict=True) if rank is None)
 
 
 @settings(max_examples=100, deadline=None)
@@ -194,33 +195,32 @@ def test_a_layer_budget_buys_the_largest_thing_that_fits(
     layer = Layer("layer", 0, 1, "other", *shape)
     budget = ModelBudget(0.5, {"layer": value_bits}, {"layer": 0}).layer_budget(layer, bits)
     if kept:
-        count, made = budget.kept_per_row(), lambda count: LayerSpec(sparse="bitmask", kept=count)
+        count, spec_with = budget.kept_per_row(), lambda count: LayerSpec(sparse="bitmask", kept=count)
         limit = shape[1] - 1
     else:
-        count, made = budget.rank(), lambda count: LayerSpec(rank=count)
+        count, spec_with = budget.rank(), lambda count: LayerSpec(rank=count)
         limit = min(shape)
-    assert count == 0 or budget.stored(made(count)) <= bits
-    assert count == limit or budget.stored(made(count + 1)) > bits
+    assert count == 0 or budget.stored(spec_with(count)) <= bits
+    assert count == limit or budget.stored(spec_with(count + 1)) > bits
 
 
 @given(data=st.data())
 def test_chosen_options_fit_and_no_others_on_the_hulls_lose_less(data: st.DataObject) -> None:
-    """Against all combinations: within the bits; and optimal whenever the bits are those of a greedy solution."""
+    """The choice is within the bits, and optimal among all combinations where the bits are a greedy solution's."""
     pair = st.tuples(st.integers(1, 50), st.floats(0, 100))
     options = {
-        str(each): data.draw(st.lists(pair, min_size=1, max_size=4), label=f"layer {each}") for each in range(3)
+        str(index): data.draw(st.lists(pair, min_size=1, max_size=4), label=f"layer {index}") for index in range(3)
     }
-    least = sum(min(bits for bits, _ in each) for each in options.values())
+    least = sum(min(bits for bits, _ in pairs) for pairs in options.values())
     available = least + data.draw(st.integers(0, 100), label="spare")
     chosen = cheapest_choices(options, available)
-    taken = [options[name][index] for name, index in chosen.items()]
-    bits, loss = sum(bits for bits, _ in taken), sum(loss for _, loss in taken)
+    chosen_options = [options[name][index] for name, index in chosen.items()]
+    bits, loss = sum(bits for bits, _ in chosen_options), sum(loss for _, loss in chosen_options)
     assert bits <= available
     for combination in itertools.product(*options.values()):
-        if sum(each for each, _ in combination) <= bits:
-            assert loss <= sum(each for _, each in combination) + max(
-                each for pairs in options.values() for _, each in pairs
-            )
+        if sum(other_bits for other_bits, _ in combination) <= bits:
+            largest_loss = max(other_loss for pairs in options.values() for _, other_loss in pairs)
+            assert loss <= sum(other_loss for _, other_loss in combination) + largest_loss
     again = cheapest_choices(options, bits)
     assert sum(options[name][index][1] for name, index in again.items()) == pytest.approx(loss)
 

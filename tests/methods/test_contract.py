@@ -1,4 +1,4 @@
-"""What every registered method promises; a new method is covered by being registered."""
+"""The promises of every registered method. A new method is covered by being registered."""
 
 import dataclasses
 from dataclasses import replace
@@ -24,16 +24,16 @@ PARTS = ("weight", "mask", "lowrank_a", "lowrank_b", "pivots", "signs", "scale_i
 
 
 def variants() -> list[tuple[str, dict[str, str | bool]]]:
-    """Every method as it is, with every N:M pattern it may know, and with every switch turned over."""
-    found: list[tuple[str, dict[str, str | bool]]] = []
+    """Return every method as it is, with every N:M pattern that it takes, and with every switch turned over."""
+    cases: list[tuple[str, dict[str, str | bool]]] = []
     for name in registered_methods():
-        found.append((name, {}))
+        cases.append((name, {}))
         for option in dataclasses.fields(make_method(name)):  # type: ignore[arg-type]
             if option.name == "pattern":
-                found += [(name, {"pattern": "2:4"}), (name, {"pattern": "4:8"})]
+                cases += [(name, {"pattern": "2:4"}), (name, {"pattern": "4:8"})]
             elif isinstance(option.default, bool):
-                found.append((name, {option.name: not option.default}))
-    return found
+                cases.append((name, {option.name: not option.default}))
+    return cases
 
 
 VARIANTS = [
@@ -54,15 +54,15 @@ every_method = pytest.mark.parametrize("name", registered_methods())
 
 
 def parts_of(decomposition: Decomposition) -> dict[str, Tensor]:
-    """Every tensor of a decomposition, a quantised part as its codes and scales."""
-    found: dict[str, Tensor] = {}
+    """Return every tensor of a decomposition, a quantized part as its codes and scales."""
+    parts: dict[str, Tensor] = {}
     for name in PARTS:
         part = getattr(decomposition, name)
         if isinstance(part, Quantized):
-            found |= {f"{name} codes": part.codes, f"{name} scale": part.scale}
+            parts |= {f"{name} codes": part.codes, f"{name} scale": part.scale}
         elif part is not None:
-            found[name] = part
-    return found
+            parts[name] = part
+    return parts
 
 
 def values_of(part: Tensor | Quantized | None) -> Tensor:
@@ -71,7 +71,7 @@ def values_of(part: Tensor | Quantized | None) -> Tensor:
 
 
 def dense_of(decomposition: Decomposition, out_features: int, in_features: int) -> Tensor:
-    """The matrix that the parts say, by their definition."""
+    """Return the matrix that the parts stand for, by their definition."""
     d = decomposition
     dense = torch.zeros(out_features, in_features, dtype=torch.float64)
     rows, columns = slice(0, None), slice(0, None)
@@ -105,7 +105,7 @@ def compressed(method: Method, weight: Tensor, statistics: Statistics, budget: B
 
 
 def smallest_budget(method: Method, out_features: int, in_features: int) -> Budget:
-    """The budget of the smallest thing that the method makes of a layer of no special role and that says anything about its weight."""
+    """Return the budget of the smallest layer that the method makes and that says anything about the weight."""
     layer = Layer("layer", 0, 1, "other", out_features, in_features)
     spec = method.min_spec(layer)
     if not (spec.kept or spec.rank or spec.binary_rank):
@@ -119,7 +119,7 @@ def smallest_budget(method: Method, out_features: int, in_features: int) -> Budg
 def test_budget_is_kept_and_used(
     name: str, options: dict[str, str | bool], shape: tuple[int, int], accounting: str
 ) -> None:
-    """Stored bits never exceed the budget, and less than one rank's, or one step's, price of it is left unused.
+    """Stored bits never exceed the budget, and less than the price of a rank or of a step is left unused.
 
     An N:M part, or eight bits for every weight, may be all that a method can use.
     """
@@ -191,7 +191,7 @@ def test_layer_is_its_parts(name: str, options: dict[str, str | bool], shape: tu
 @every_variant
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
 def test_scales_do_not_matter(name: str, options: dict[str, str | bool], factor: float) -> None:
-    """A weight `factor` times as large gives a result that is; inputs that are larger by a common factor change nothing."""
+    """A factor of the weight is a factor of the result, and a common factor of all inputs changes nothing."""
     weight, x = gaussian(40, 56, seed=1), correlated_tokens(200, 56)
     method, budget = make_method(name, options), budget_of(40, 56, 0.5)
     plain = compressed(method, weight, statistics_of(x), budget).to_dense(torch.float64)
@@ -242,7 +242,7 @@ def test_degenerate_input_gives_finite_output(
 def test_any_layer_gives_a_legal_result_or_an_error(
     name: str, options: dict[str, str | bool], data: st.DataObject
 ) -> None:
-    """For any shape, budget, number of tokens and scale: within the budget and finite, or a CompressionError."""
+    """For any shape, budget, number of tokens and scale the result is within the budget and finite, or an error."""
     m, n = data.draw(st.integers(1, 40), label="m"), data.draw(st.integers(1, 40), label="n")
     ratio = data.draw(st.floats(0.01, 0.99), label="ratio")
     tokens = data.draw(st.integers(1, 80), label="tokens")
@@ -281,7 +281,10 @@ def test_smallest_budget_is_enough_and_less_is_an_error(name: str, shape: tuple[
 
 @every_method
 def test_growth_is_monotone_and_bounded(name: str) -> None:
-    """Each step of `grown` costs bits, and `max_steps` of them end below twice the dense layer: budgets can be spread in steps."""
+    """Each step of `next_spec` costs bits, and `max_steps` of them end below twice the dense layer.
+
+    So budgets can be spread in steps.
+    """
     m, n = 48, 100
     method, layer = make_method(name), Layer("layer", 0, 1, "other", 48, 100)
     spec = method.min_spec(layer)
@@ -317,15 +320,15 @@ def test_every_option_is_described(name: str) -> None:
 
 @every_method
 def test_statistics_are_selected_as_tokens_are(name: str) -> None:
-    """Statistics of selected inputs are the selected statistics, so that a method may be given a part of the columns."""
+    """Statistics of selected inputs are the selected statistics, so a method may be given a part of the columns."""
     weight, x = gaussian(40, 48, seed=3), correlated_tokens(200, 48)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:33]
-    shifted = correlated_tokens(200, 48, seed=50)
+    compressed_inputs = correlated_tokens(200, 48, seed=50)
     gradients = x.square().mean(dim=0)
-    selected = statistics_of(x, shifted, gradients).select(order)
-    direct = statistics_of(x[:, order], shifted[:, order], gradients[order])
+    selected = statistics_of(x, compressed_inputs, gradients).select(order)
+    direct = statistics_of(x[:, order], compressed_inputs[:, order], gradients[order])
     method, budget = make_method(name), budget_of(40, 33, 0.5)
     first, second = (
-        compressed(method, weight[:, order], each, budget).to_dense(torch.float64) for each in (selected, direct)
+        compressed(method, weight[:, order], given, budget).to_dense(torch.float64) for given in (selected, direct)
     )
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)

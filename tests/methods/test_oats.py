@@ -11,7 +11,7 @@ from .problems import budget_of, gaussian, problem
 
 
 def alternation(scaled: Tensor, rank: int, kept: int, iterations: int) -> Tensor:
-    """S + L after `iterations` of L = SVD_r(A − S), S = the largest `kept` entries of every row of A − L."""
+    """Return S + L after `iterations` of L = SVD_r(A − S), S = the largest `kept` entries of every row of A − L."""
     S = torch.zeros_like(scaled)
     L = S
     for _ in range(iterations):
@@ -26,7 +26,10 @@ def alternation(scaled: Tensor, rank: int, kept: int, iterations: int) -> Tensor
 
 @pytest.mark.parametrize("hidden_rank", [0, 6])
 def test_objective_is_that_of_the_full_alternation(hidden_rank: int) -> None:
-    """Both are local searches and may part on the way: each ends within two percent of the other, all together within half a percent."""
+    """Both are local searches and may part on the way.
+
+    Each ends within two percent of the other, and all together within half a percent.
+    """
     quotients = []
     for seed, (m, n, ratio) in enumerate(
         [(40, 72, 0.3), (72, 40, 0.3), (40, 72, 0.5), (72, 40, 0.5), (56, 56, 0.5), (56, 56, 0.7)]

@@ -11,7 +11,7 @@ from .problems import budget_of, problem
 
 
 def best_by_sorting(weight: Tensor, scores: Tensor, kept: int, group: tuple[int, int] | None) -> Tensor:
-    """Row by row: only the N best of every M may stay, of those the `kept` best stay."""
+    """Return the weight, row by row, with only the N best of every M and of those the `kept` best."""
     result = torch.zeros_like(weight)
     for i in range(weight.shape[0]):
         allowed = list(range(weight.shape[1]))

@@ -1,11 +1,11 @@
-"""Methods by name: near matches, options, types."""
+"""Methods by name: any case, near matches, options, types."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
 
-from hf_lowrank import CompressionError
+from hf_lowrank import CompressionConfig, CompressionError
 from hf_lowrank.methods import Method, make_method, method_class, register_method, registered_methods
 
 
@@ -18,6 +18,38 @@ def test_names_are_sorted_and_unique() -> None:
 def test_the_published_rivals_are_registered() -> None:
     published = {"asvd", "fwsvd", "magnitude", "oats", "slab", "soco", "sola", "sparsegpt", "svd", "svd-llm", "wanda"}
     assert published <= set(registered_methods())
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("SLaB", "slab"), ("SVD-LLM", "svd-llm"), ("SVD_LLM", "svd-llm"), ("SoLA", "sola"), ("slab_gram", "slab-gram")],
+)
+def test_a_name_is_understood_in_any_case_and_recorded_as_registered(written: str, name: str) -> None:
+    assert method_class(written) is method_class(name)
+    assert make_method(written).name == name
+    assert CompressionConfig(method=written).method == name
+    assert CompressionConfig.from_dict({"method": written}).method == name
+
+
+@pytest.mark.parametrize(("written", "name"), [("SLaBB", "slab"), ("SVD_LLMM", "svd-llm"), ("SOLAA", "sola")])
+def test_a_near_miss_suggests_the_name_in_any_case(written: str, name: str) -> None:
+    with pytest.raises(CompressionError, match=f"unknown method '{written}'; did you mean .*'{name}'"):
+        make_method(written)
+
+
+def test_a_method_is_registered_in_any_case() -> None:
+    with pytest.raises(CompressionError, match="'svd-llm' is registered already"):
+        register_method("SVD_LLM")(Method)
+
+
+def test_every_method_declares_its_strategy_and_whether_it_learns_from_the_loss() -> None:
+    strategies = {name: method_class(name).strategy for name in registered_methods()}
+    assert {name for name, strategy in strategies.items() if strategy == "spectral"} == {"soco", "sola"}
+    assert {name for name, strategy in strategies.items() if strategy == "mixed"} == {"auto", "lowrank", "slab-gram"}
+    assert set(strategies.values()) == {"layerwise", "spectral", "mixed"}
+    assert [name for name in registered_methods() if method_class(name).trains] == ["soco"]
+    learning = {name for name in registered_methods() if make_method(name).learns_from_loss}
+    assert learning == {"auto", "fwsvd", "lowrank", "slab-gram", "soco"}
 
 
 @pytest.mark.parametrize("name", registered_methods())
@@ -33,7 +65,7 @@ def test_a_far_miss_suggests_nothing() -> None:
     assert "did you mean" not in str(raised.value)
 
 
-def test_an_unknown_option_names_the_known_ones() -> None:
+def test_an_unknown_option_names_the_options() -> None:
     with pytest.raises(
         CompressionError, match=r"slab has no option 'iteration'; did you mean 'iterations'\?.*binary_rank"
     ):

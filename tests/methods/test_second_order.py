@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_lowrank.budget import Layer
 from hf_lowrank.methods import make_method
+from hf_lowrank.methods.factorization import inverse_cholesky
 from hf_lowrank.methods.lowrank import output_root
 from hf_lowrank.methods.rounding import compensated_both, rounded_values
 from hf_lowrank.methods.second_order import (
@@ -21,14 +22,13 @@ from hf_lowrank.methods.second_order import (
 )
 from hf_lowrank.methods.slab_gram import first_guess, fit
 from hf_lowrank.methods.sparsity import largest_per_row
-from hf_lowrank.methods.spectral import inverse_cholesky
 from hf_lowrank.runtime.quantization import levels, nearest_codes, quantize, spread_scale
 
 from .problems import VALUE_BITS, correlated_tokens, gaussian, problem
 
 
 def scaled_problem(out_features: int = 24, in_features: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and a Gram matrix with a diagonal of ones."""
+    """Return a weight and a Gram matrix with a diagonal of ones."""
     weight, statistics = problem(out_features, in_features, seed)
     assert statistics.gram is not None
     C, d = damped(statistics.gram)
@@ -68,8 +68,8 @@ def test_refitted_scale_in_is_that_of_least_squares() -> None:
     u, v = refit_scales(weight, C, signs, weight.abs().mean(dim=0), omega)
     root = torch.linalg.cholesky(C).T
     design = torch.cat([(omega[i].sqrt() * u[i]) * root * signs[i] for i in range(len(weight))])
-    wanted = torch.cat([omega[i].sqrt() * root @ weight[i] for i in range(len(weight))])
-    torch.testing.assert_close(v, torch.linalg.lstsq(design, wanted[:, None]).solution[:, 0], rtol=1e-5, atol=1e-7)
+    target = torch.cat([omega[i].sqrt() * root @ weight[i] for i in range(len(weight))])
+    torch.testing.assert_close(v, torch.linalg.lstsq(design, target[:, None]).solution[:, 0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 12])
@@ -89,8 +89,8 @@ def test_no_step_raises_the_error(kept: int) -> None:
     u, v = refit_scales(weight - values, C, signs, parts.scale_in)
     errors.append(error(values, torch.outer(u, v) * signs))
     for rounds in (1, 2, 3):
-        made = fit(weight, C, kept, rounds=rounds)
-        errors.append(error(made.values, made.binary()))
+        fitted = fit(weight, C, kept, rounds=rounds)
+        errors.append(error(fitted.values, fitted.binary()))
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < errors[0]
 
@@ -99,9 +99,9 @@ def test_admm_finds_a_better_support_than_magnitudes() -> None:
     weight, C = scaled_problem(24, 64)
     mask = largest_per_row(weight.abs(), 16)
     start = refit_values(weight, C, mask)
-    found = admm_support(weight, C, eigenvectors(C), 16, start)
-    assert bool((found.sum(dim=1) == 16).all())
-    assert float(row_errors(weight - refit_values(weight, C, found), C).sum()) < float(
+    support = admm_support(weight, C, eigenvectors(C), 16, start)
+    assert bool((support.sum(dim=1) == 16).all())
+    assert float(row_errors(weight - refit_values(weight, C, support), C).sum()) < float(
         row_errors(weight - start, C).sum()
     )
 
@@ -114,31 +114,31 @@ def test_lowrank_loses_the_tail_of_the_two_sided_spectrum() -> None:
     method = make_method("lowrank")
     statistics = type(statistics)(**{**statistics.__dict__, "output_gram": output_gram(30)})
     for choice in method.choices(layer, weight, statistics, VALUE_BITS)[::5]:  # type: ignore[attr-defined]
-        made = method.build(weight, statistics, choice.spec).to_layer(30, 22)  # type: ignore[attr-defined]
-        difference = root @ (weight - made.to_dense(torch.float64))
+        layer_built = method.build(weight, statistics, choice.spec).to_layer(30, 22)  # type: ignore[attr-defined]
+        difference = root @ (weight - layer_built.to_dense(torch.float64))
         assert float(row_errors(difference, statistics.gram).sum()) / statistics.tokens == pytest.approx(
             choice.loss, rel=1e-6
         )
         rank = choice.spec.rank
         assert (
-            made.stored_bits() == rank * (30 + 22 - rank) * 64 + 32
+            layer_built.stored_bits() == rank * (30 + 22 - rank) * 64 + 32
         )  # float64 values here, and a bitmap of 30 rows in 4 bytes
 
 
 def test_two_sided_rounding_is_its_definition() -> None:
-    """Codes against a plain double loop over w_ij − (L_Gᵀ E L_C)_ij."""
+    """The codes are those of a plain double loop over w_ij − (L_Gᵀ E L_C)_ij."""
     weight, statistics = problem(9, 20)
     assert statistics.gram is not None
     U, V = inverse_cholesky(statistics.gram, 0.01), inverse_cholesky(output_gram(9), 0.3)
-    made = compensated_both(weight, U, V, bits=3, group=8)
-    L_C, L_G, scale = U / U.diagonal()[:, None], V / V.diagonal()[:, None], spread_scale(made.scale, 8, 20)
+    quantized = compensated_both(weight, U, V, bits=3, group=8)
+    L_C, L_G, scale = U / U.diagonal()[:, None], V / V.diagonal()[:, None], spread_scale(quantized.scale, 8, 20)
     E = torch.zeros_like(weight)
     for i in range(9):
         for j in range(20):
-            wanted = weight[i, j] - (L_G.T @ E @ L_C)[i, j]
-            code = nearest_codes(wanted, scale[i, j], 3)
-            assert int(code) == int(made.codes[i, j])
-            E[i, j] = wanted - levels(code, 3, weight.dtype) * scale[i, j]
+            adjusted = weight[i, j] - (L_G.T @ E @ L_C)[i, j]
+            code = nearest_codes(adjusted, scale[i, j], 3)
+            assert int(code) == int(quantized.codes[i, j])
+            E[i, j] = adjusted - levels(code, 3, weight.dtype) * scale[i, j]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -146,11 +146,11 @@ def test_two_sided_rounding_beats_nearest(bits: int) -> None:
     weight, statistics = problem(40, 48)
     assert statistics.gram is not None
     G = output_gram(40)
-    made = compensated_both(weight, inverse_cholesky(statistics.gram, 0.01), inverse_cholesky(G, 0.01), bits, 16)
+    quantized = compensated_both(weight, inverse_cholesky(statistics.gram, 0.01), inverse_cholesky(G, 0.01), bits, 16)
     nearest = quantize(weight, bits, 16, search=True)
     losses = [
         float(((D @ statistics.gram) * (G @ D)).sum())
-        for D in (weight - made.dequantize(), weight - nearest.dequantize())
+        for D in (weight - quantized.dequantize(), weight - nearest.dequantize())
     ]
     assert losses[0] < 0.8 * losses[1]
 
@@ -159,8 +159,8 @@ def test_rounded_values_are_their_codes_and_descend() -> None:
     weight, C = scaled_problem()
     mask = largest_per_row(weight.abs(), 10)
     values, unscale = refit_values(weight, C, mask), torch.linspace(0.5, 2, weight.shape[1], dtype=torch.float64)
-    quantised, dense = rounded_values(weight, C, mask, values, unscale, bits=4, group=8)
-    torch.testing.assert_close((dense * unscale)[mask].view(-1, 10), quantised.dequantize())
+    quantized, dense = rounded_values(weight, C, mask, values, unscale, bits=4, group=8)
+    torch.testing.assert_close((dense * unscale)[mask].view(-1, 10), quantized.dequantize())
     nearest = torch.zeros_like(weight).masked_scatter(
         mask, quantize((values * unscale)[mask].view(-1, 10), 4, 8, search=True).dequantize()
     )

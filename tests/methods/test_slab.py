@@ -1,4 +1,4 @@
-"""SLaB: the table of the paper's digest, monotone loss, legal patterns, and a loop with full singular value decompositions."""
+"""SLaB: errors on Gaussian matrices, monotone loss, legal patterns, and agreement with a loop of full SVDs."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from .problems import budget_of, gaussian, problem
 
 
 def column_statistics(c: Tensor) -> Statistics:
-    """Statistics of which only the column norms matter."""
+    """Return statistics of which only the column norms matter."""
     return Statistics(tokens=1, column_norms=c, mean=torch.zeros_like(c), mean_abs=c)
 
 
@@ -35,7 +35,8 @@ def spread(n: int, seed: int = 11) -> Tensor:
     return torch.exp(0.7 * gaussian(n, seed=seed))
 
 
-# papers' digest §3.3: relative weighted error after 1 and after 20 iterations, rank 1
+# Ratio, and relative weighted errors after 1 and after 20 iterations at rank 1, measured by a loop of full SVDs
+# outside this package.
 TABLE = [(0.5, 0.213, 0.172), (0.6, 0.274, 0.224), (0.7, 0.339, 0.291), (0.8, 0.409, 0.378)]
 
 
@@ -47,7 +48,11 @@ def test_errors_on_a_gaussian_matrix_are_those_of_the_table(ratio: float, first:
 
 
 def full_svd_loop(A: Tensor, importance: Tensor, kept: int, iterations: int) -> Tensor:
-    """Steps 1 to 6 of the digest's §3.2, one row at a time where rows matter; `importance` (n,) weighs the choice of entries."""
+    """Return the result of SLaB's alternation (arXiv 2604.04493), one row at a time where rows matter.
+
+    Args:
+        importance: weights (n,) in the choice of the entries that are kept.
+    """
     S = torch.zeros_like(A)
     approximation = S
     for _ in range(iterations):
@@ -122,7 +127,10 @@ def test_patterns_are_legal_and_cost_no_more_than_the_budget(
     ("shape", "ratio", "density"), [((512, 512), 0.5, 0.4336), ((288, 768), 0.6, 0.3327), ((64, 172), 0.8, 0.1161)]
 )
 def test_density_of_the_sparse_part(shape: tuple[int, int], ratio: float, density: float) -> None:
-    """§3.4: k / (m n) = (1 − CR) − 1/b − r (1/m + 1/n), to within the one value per row and the padding of sign bits to bytes."""
+    """The density is k / (m n) = (1 − CR) − 1/b − r (1/m + 1/n) for compression ratio CR, b bits per value and rank r.
+
+    It holds to within one value per row and the padding of sign bits to bytes.
+    """
     m, n = shape
     weight, statistics = problem(m, n)
     mask = make_method("slab").decompose(weight, statistics, budget_of(m, n, ratio, "paper")).mask

@@ -12,11 +12,15 @@ from .problems import budget_of, correlated_tokens, gaussian, problem, relative_
 
 
 def surgeon(weight: Tensor, gram: Tensor, kept: int, spans: list[tuple[int, int]], quota: int | None = None) -> Tensor:
-    """Removes entries from left to right; a mask is chosen at the start of every span of columns.
+    """Return the weight with entries removed from left to right, masks being chosen span by span of columns.
 
-    Each row keeps `quota` entries of a span, or as many as the `kept` that cost most in the whole row, before any is removed, lie in it.
+    Removing w_j costs w_j² / [H_FF⁻¹]_jj with F = {j, j+1, ...}, and changes the columns F by
+    −w_j / [H_FF⁻¹]_jj · H_FF⁻¹[:, j].
 
-    Removing w_j changes the columns F = {j, j+1, ...} by −w_j / [H_FF⁻¹]_jj · H_FF⁻¹[:, j], and costs w_j² / [H_FF⁻¹]_jj.
+    Args:
+        kept: entries per row. Those that cost most in the whole row at the start say how many of a span stay.
+        spans: first column and end of every span.
+        quota: entries of every span that a row keeps, in place of `kept`.
     """
     n = weight.shape[1]
     H = gram + 0.01 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)
@@ -25,7 +29,7 @@ def surgeon(weight: Tensor, gram: Tensor, kept: int, spans: list[tuple[int, int]
     ends = dict(spans)
     first = [
         costs.argsort(descending=True)[:kept].tolist()
-        for costs in W**2 / torch.stack([each[0, 0] for each in inverses])
+        for costs in W**2 / torch.stack([inverse[0, 0] for inverse in inverses])
     ]
     for j in range(n):
         if j in ends:

@@ -1,4 +1,4 @@
-"""Which entries of a row are kept."""
+"""The choice of the entries of a row that are kept."""
 
 from itertools import combinations
 
@@ -71,8 +71,8 @@ def test_every_row_may_have_a_number_of_its_own(pattern: str) -> None:
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "oats"])
 def test_layers_without_room_for_the_pattern_stay_dense(method: str) -> None:
-    """Known before any work is done, so that decomposing does not stop half-way."""
-    made = make_method(method, {"pattern": "4:8"})
+    """A method says so before any work is done, so that decomposing does not stop half-way."""
+    pruning = make_method(method, {"pattern": "4:8"})
     narrow, wide = (Layer("layer", 0, 1, "other", 32, inputs) for inputs in (7, 8))
-    assert "no room for the pattern 4:8" in (made.leaves_dense(narrow, 0.5) or "")
-    assert made.leaves_dense(wide, 0.5) is None
+    assert "no room for the pattern 4:8" in (pruning.leaves_dense(narrow, 0.5) or "")
+    assert pruning.leaves_dense(wide, 0.5) is None

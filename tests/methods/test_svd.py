@@ -1,4 +1,4 @@
-"""The truncated SVDs: each is the best rank-r matrix in its own norm, and loses the tail of its spectrum."""
+"""Every truncated SVD is the best rank-r matrix in its own norm, and loses the tail of its spectrum."""
 
 import pytest
 import scipy.linalg
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.methods import Statistics, make_method
-from hf_lowrank.methods.spectral import factorize, leading_components
+from hf_lowrank.methods.factorization import factorize, leading_components
 from hf_lowrank.methods.svd_llm import refit_left
 
 from .problems import budget_of, compressed_tokens, correlated_tokens, gaussian, problem, relative_error, statistics_of
@@ -15,7 +15,7 @@ SHAPES = [(64, 64), (172, 64), (64, 172), (33, 57)]
 
 
 def best_projection(weight: Tensor, metric: Tensor, rank: int) -> Tensor:
-    """The best rank-r matrix for ‖(W − Ŵ) M^½‖_F is U_r U_rᵀ W, with U_r the leading eigenvectors of W M Wᵀ."""
+    """Return U_r U_rᵀ W, the best for ‖(W − Ŵ) M^½‖_F, with U_r the leading eigenvectors of W M Wᵀ."""
     U = torch.linalg.eigh(weight @ metric @ weight.T).eigenvectors[:, -rank:]
     return U @ (U.T @ weight)
 
@@ -52,8 +52,11 @@ def test_each_is_the_best_projection_in_its_norm(name: str, shape: tuple[int, in
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_svd_llm_solves_the_generalised_eigenproblem(shape: tuple[int, int]) -> None:
-    """Wᵀ W v = λ C⁻¹ v with vᵀ C⁻¹ v = 1: λ are the squared singular values, Ŵ = W Σ_r v vᵀ C⁻¹, and the loss is the tail of λ."""
+def test_svd_llm_solves_the_generalized_eigenproblem(shape: tuple[int, int]) -> None:
+    """With Wᵀ W v = λ C⁻¹ v and vᵀ C⁻¹ v = 1, λ are the squared singular values and Ŵ = W Σ_r v vᵀ C⁻¹.
+
+    The loss is the tail of λ.
+    """
     m, n = shape
     weight, statistics = problem(m, n)
     assert statistics.gram is not None
@@ -62,10 +65,12 @@ def test_svd_llm_solves_the_generalised_eigenproblem(shape: tuple[int, int]) -> 
     rank = int(0.5 * m * n / (m + n))
     leading = vectors[:, -rank:]
     expected = torch.from_numpy(weight.numpy() @ leading @ leading.T @ inverse)
-    found = dense("svd-llm", weight, statistics, 0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    result = dense("svd-llm", weight, statistics, 0.5)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     total = float(((weight @ statistics.gram) * weight).sum())
-    assert relative_error(found, weight, statistics.gram) ** 2 == pytest.approx(values[:-rank].sum() / total, rel=1e-6)
+    assert relative_error(result, weight, statistics.gram) ** 2 == pytest.approx(
+        values[:-rank].sum() / total, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -85,7 +90,7 @@ def test_loss_on_the_tokens_is_the_tail_energy(shape: tuple[int, int], tokens_pe
 
 
 def test_fewer_tokens_than_channels_lose_nothing_at_their_rank() -> None:
-    """Twenty tokens span twenty directions: at rank 20 their outputs are exact, to the rounding that the jitter costs."""
+    """Twenty tokens span twenty directions. At rank 20 their outputs are exact, to the rounding of the jitter."""
     weight, x = gaussian(64, 96, seed=1), correlated_tokens(20, 96)
     a, b = factorize(weight, x.T @ x).truncate(20)
     assert float(((weight - b @ a) @ x.T).norm() / (weight @ x.T).norm()) < 1e-4
@@ -101,24 +106,24 @@ def test_alpha_zero_and_equal_gradients_are_the_plain_svd() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_update_is_the_least_squares_fit_of_the_left_factor(shape: tuple[int, int]) -> None:
-    """B Aᵀ-regression on explicit tokens: B = argmin ‖W X − B A X̂‖_F; A is that of the method without the update."""
+    """On explicit tokens B = argmin ‖W X − B A X̂‖_F, and A is that of the method without the update."""
     m, n = shape
     weight, x = gaussian(m, n, seed=1), correlated_tokens(4 * n, n)
-    shifted = compressed_tokens(x)
-    statistics, budget = statistics_of(x, shifted), budget_of(m, n, 0.5)
+    compressed_inputs = compressed_tokens(x)
+    statistics, budget = statistics_of(x, compressed_inputs), budget_of(m, n, 0.5)
     plain = make_method("svd-llm").decompose(weight, statistics, budget)
     updated = make_method("svd-llm", {"update": True}).decompose(weight, statistics, budget)
     assert plain.lowrank_a is not None
     assert updated.lowrank_a is not None
     assert updated.lowrank_b is not None
     assert torch.equal(plain.lowrank_a, updated.lowrank_a)
-    expected = torch.linalg.lstsq(shifted @ plain.lowrank_a.T, x @ weight.T).solution.T
+    expected = torch.linalg.lstsq(compressed_inputs @ plain.lowrank_a.T, x @ weight.T).solution.T
     torch.testing.assert_close(updated.lowrank_b, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_update_on_unshifted_inputs_changes_nothing() -> None:
+def test_update_on_the_inputs_of_the_dense_model_changes_nothing() -> None:
     weight, x = gaussian(48, 64, seed=1), correlated_tokens(300, 64)
-    statistics = statistics_of(x, shifted=x)
+    statistics = statistics_of(x, compressed_inputs=x)
     torch.testing.assert_close(
         dense("svd-llm", weight, statistics, 0.5, update=True), dense("svd-llm", weight, statistics, 0.5)
     )
@@ -147,8 +152,10 @@ def test_leading_components_converge_to_the_best_approximation(rank: int) -> Non
 
 
 def test_an_update_on_fewer_tokens_than_ranks_survives_rounding() -> None:
-    """Components that no token reaches respond by rounding alone; weights that make up for that are noise once they are stored."""
+    """Components that no token reaches respond by rounding alone, and weights fitted to that are noise once stored."""
     weight, x = gaussian(40, 48, seed=4), correlated_tokens(2, 48)
-    made = make_method("svd-llm", {"update": True}).decompose(weight, statistics_of(x, x), budget_of(40, 48, 0.5))
-    stored = made.to_layer(40, 48, dtype=torch.float32).to_dense(torch.float64)
+    decomposition = make_method("svd-llm", {"update": True}).decompose(
+        weight, statistics_of(x, x), budget_of(40, 48, 0.5)
+    )
+    stored = decomposition.to_layer(40, 48, dtype=torch.float32).to_dense(torch.float64)
     assert relative_error(stored, weight, x.T @ x) < 1e-3

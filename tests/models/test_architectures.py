@@ -64,11 +64,13 @@ def test_blocks_layers_roles_and_networks(name: str) -> None:
     assert list(blocks) == [f"{path}.{i}" for i in range(count)]
     layers = find_layers(blocks)
     for block in range(count):
-        found = {layer.name: layer for layer in layers if layer.block == block}
-        assert {n: (x.role, x.out_features, x.in_features) for n, x in found.items()} == {
-            f"{path}.{block}.{n}": entry for n, entry in expected.items()
-        }
-        assert all(layer.blocks == count for layer in found.values())
+        roles_and_shapes = {}
+        for layer in layers:
+            if layer.block == block:
+                name_in_block = layer.name.removeprefix(f"{path}.{block}.")
+                roles_and_shapes[name_in_block] = (layer.role, layer.out_features, layer.in_features)
+                assert layer.blocks == count
+        assert roles_and_shapes == expected
     for block in blocks.values():
         assert find_feed_forwards(block) == networks
 
@@ -108,8 +110,11 @@ def test_separated_experts_are_layers_with_networks_of_their_own() -> None:
     blocks = find_blocks(tiny_models.mixtral())
     assert list(separate_experts(blocks)) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert separate_experts(blocks) == {}
-    found = {layer.name.removeprefix("model.layers.1."): layer for layer in find_layers(blocks) if layer.block == 1}
-    roles = {name: (layer.role, layer.out_features, layer.in_features) for name, layer in found.items()}
+    roles = {}
+    for layer in find_layers(blocks):
+        if layer.block == 1:
+            name_in_block = layer.name.removeprefix("model.layers.1.")
+            roles[name_in_block] = (layer.role, layer.out_features, layer.in_features)
     experts = {f"mlp.experts.{index}.gate_up": ("other", 128, 32) for index in range(4)}
     experts |= {f"mlp.experts.{index}.down": ("ffn_out", 32, 64) for index in range(4)}
     assert roles == MIXTRAL | experts
@@ -127,7 +132,10 @@ def test_a_model_without_blocks_is_an_error() -> None:
 
 
 def test_a_square_feed_forward_network_is_not_guessed() -> None:
-    """With f = d its matrices cannot be told apart, so neurons are not permuted; the layers themselves are still found."""
+    """With f = d its matrices cannot be told apart, so that its neurons are not permuted.
+
+    The layers themselves are found.
+    """
     model = tiny_models.llama(intermediate_size=32)
     blocks = find_blocks(model)
     assert find_feed_forwards(next(iter(blocks.values()))) == []

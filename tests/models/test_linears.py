@@ -1,4 +1,4 @@
-"""What is done to the matrices of linear layers."""
+"""A value that is not finite is noticed in any place of a matrix."""
 
 import pytest
 import torch

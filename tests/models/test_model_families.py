@@ -1,4 +1,4 @@
-"""Laws that hold for every family of models: nothing about them is known but their structure."""
+"""Laws that hold for every family of models, of which nothing is used but the structure."""
 
 import copy
 import json
@@ -41,9 +41,9 @@ from ..support.model_families import FAMILIES, SIZES, Batches, pairs_of_texts, p
 
 FUSED = {"Phi-3", "ModernBERT"}
 MIXTURES = {"Mixtral": 8, "Qwen2-MoE": 8, "Qwen3-MoE": 8, "OLMoE": 8, "DeepSeek-V2": 4, "DeepSeek-V3": 4}
-"""Their experts in all blocks."""
+"""Number of experts in all blocks by family."""
 WITHOUT_NETWORKS = {"BitNet", "Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS"}
-"""Beside experts."""
+"""Families that have no feed-forward networks beside those of experts."""
 REPRESENTATIVE = ["Llama", "OPT", "GPT-2", "Phi-3", "BERT", "T5", "Whisper"]
 OPTIONS = {"slab": {"iterations": 2}}
 
@@ -65,7 +65,10 @@ def generated(model: PreTrainedModel, batches: Batches) -> Tensor:
 
 
 def in_fresh_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose weights do not lie in the file any more: where that puts them, products may round otherwise in the last bit."""
+    """Return a copy whose weights do not lie in the mapped file any more.
+
+    Products may round otherwise in the last bit where weights are not aligned in memory.
+    """
     return copy.deepcopy(model)
 
 
@@ -94,9 +97,9 @@ def test_it_is_compressed_saved_opened_and_runs(name: str, tmp_path: Path) -> No
         opened = in_fresh_memory(loaded)
         assert type(opened) is type(model)
         assert sum(isinstance(module, CompressedLinear) for module in opened.modules()) == len(report["layers"])
-        for found, expected, before in zip(answers(opened, batches), answers(model, batches), dense, strict=True):
-            assert torch.equal(found, expected)
-            assert not torch.equal(found, before)
+        for answer, expected, before in zip(answers(opened, batches), answers(model, batches), dense, strict=True):
+            assert torch.equal(answer, expected)
+            assert not torch.equal(answer, before)
     if model.can_generate():
         assert torch.equal(generated(opened, batches), generated(model, batches))
     if tied:
@@ -127,7 +130,7 @@ def test_every_weight_of_the_blocks_is_compressed_or_explained(name: str) -> Non
 
 
 def seen_by_layers(model: PreTrainedModel, layers: Iterable[str], batches: Batches) -> dict[str, list[Tensor]]:
-    """The input of every layer, (..., n) per batch, in the model's own forward."""
+    """Return the input of every layer, (..., n) per batch, in the model's own forward."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
         model.get_submodule(layer).register_forward_pre_hook(
@@ -142,7 +145,10 @@ def seen_by_layers(model: PreTrainedModel, layers: Iterable[str], batches: Batch
 
 
 def counted(name: str, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The tokens of a layer's input that are no padding, by the names of the layers, which the package does not look at."""
+    """Return the tokens of a layer's input that are no padding.
+
+    It looks at the names of layers, which the package does not.
+    """
     mask = batch.get("attention_mask")
     cross = any(part in name for part in ("EncDecAttention", "encoder_attn"))
     if (
@@ -164,17 +170,16 @@ def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
     captured = capture(model, blocks, calibration_batches(model, recipe(), calibration=batches))
     for index, block in enumerate(blocks.values()):
         for batch in captured:
-            batch.enter(index)
+            batch.enter_block_list(index)
         modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
         statistics = block_statistics(block, index, captured, modules, needs_gram=True, move=True)
-        for layer, found in statistics.items():
+        for layer, entry in statistics.items():
             x = torch.cat([counted(layer, part, batch) for part, batch in zip(seen[layer], batches, strict=True)])
-            assert found is not None
-            assert found.tokens == len(x)
-            assert found.gram is not None
-            torch.testing.assert_close(
-                found.gram, x.T @ x, rtol=1e-4, atol=1e-5
-            )  # block by block rounds otherwise than the whole model
+            assert entry is not None
+            assert entry.tokens == len(x)
+            assert entry.gram is not None
+            # block by block rounds otherwise than the whole model
+            torch.testing.assert_close(entry.gram, x.T @ x, rtol=1e-4, atol=1e-5)
 
 
 def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:
@@ -236,13 +241,13 @@ def test_prime_neurons_of_a_fused_network_are_those_of_both_halves() -> None:
 
 @pytest.mark.parametrize("family", ["T5", "BART", "Whisper"])
 def test_a_decoder_is_calibrated_on_the_compressed_encoder(family: str) -> None:
-    """What a sequential method measures for keys and values of cross-attention is what they see in the model that it makes."""
+    """A sequential method measures keys and values on the encoder of the model that it makes."""
     batches, original, model = FAMILIES[family].batches(), FAMILIES[family].make(), FAMILIES[family].make()
     compress(model, recipe(), calibration=batches, progress=False)
     reported = {entry["name"]: entry["relative_error"] for entry in model.save_pretrained.report["layers"]}
     keys = [name for name in reported if name.endswith(("EncDecAttention.k", "encoder_attn.k_proj"))]
     assert len(keys) == 2
-    now, before = (seen_by_layers(each, keys, batches) for each in (model, original))
+    now, before = seen_by_layers(model, keys, batches), seen_by_layers(original, keys, batches)
     for key in keys:
         weight = original.get_submodule(key).weight.double()
         lost = weight - model.get_submodule(key).to_dense(weight.dtype)
@@ -256,7 +261,7 @@ def test_a_decoder_is_calibrated_on_the_compressed_encoder(family: str) -> None:
         assert reported[key] != pytest.approx(errors[1], rel=1e-5)
 
 
-def test_shifted_statistics_of_a_decoder_see_the_compressed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_inputs_of_a_decoder_are_those_of_the_compressed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[Tensor, Statistics]] = []
     decompose = SVDLLM.decompose
 
@@ -268,19 +273,18 @@ def test_shifted_statistics_of_a_decoder_see_the_compressed_encoder(monkeypatch:
     batches, original, model = FAMILIES["T5"].batches(), FAMILIES["T5"].make(), FAMILIES["T5"].make()
     compress(model, recipe("svd-llm", 0.3, update=True), calibration=batches, progress=False)
     keys = [f"decoder.block.{index}.layer.1.EncDecAttention.k" for index in range(2)]
-    now, before = (seen_by_layers(each, keys, batches) for each in (model, original))
+    now, before = seen_by_layers(model, keys, batches), seen_by_layers(original, keys, batches)
     for key in keys:
         weight = original.get_submodule(key).weight.double()
-        (statistics,) = (
-            found for dense, found in measured if dense.shape == weight.shape and torch.equal(dense, weight)
-        )
-        compressed, dense = (counted(key, seen[key][0], batches[0]) for seen in (now, before))
-        for found, expected in (
-            (statistics.gram, dense.T @ dense),
-            (statistics.compressed_input_gram, compressed.T @ compressed),
-            (statistics.cross_gram, dense.T @ compressed),
+        (statistics,) = (entry for dense, entry in measured if torch.equal(dense, weight))
+        x_hat = counted(key, now[key][0], batches[0])
+        x = counted(key, before[key][0], batches[0])
+        for gram, expected in (
+            (statistics.gram, x.T @ x),
+            (statistics.compressed_input_gram, x_hat.T @ x_hat),
+            (statistics.cross_gram, x.T @ x_hat),
         ):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-6)
         assert not torch.allclose(statistics.gram, statistics.compressed_input_gram, rtol=1e-2)
 
 
@@ -335,7 +339,7 @@ def test_batches_with_and_without_pictures_mix() -> None:
 
 
 class Weightless(nn.Module):
-    """Reads the weight of a layer past the layer."""
+    """Uses the weight of a layer without calling the layer."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -357,7 +361,7 @@ def test_a_layer_that_is_never_called_stays_dense_and_says_so() -> None:
 
 
 class Gain(nn.Linear):
-    """Something else than a linear layer."""
+    """Has the weight of a linear layer, and computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -410,7 +414,7 @@ def test_a_block_that_runs_more_than_once_is_refused_by_name() -> None:
 
 
 def test_a_model_of_no_common_task_keeps_its_class(tmp_path: Path) -> None:
-    """Not `AutoModel`'s, whose decoder would be filled with random weights; the names of its layers would be others, too."""
+    """`AutoModel` would open another class: one with random weights in its decoder, and with other names of layers."""
     config = T5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=1, num_heads=4)
     compress(
         T5EncoderModel(config), recipe("magnitude"), calibration=text(2).tolist(), progress=False

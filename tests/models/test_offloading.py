@@ -1,4 +1,4 @@
-"""From disk to disk: the same files as with the whole model in memory, of which no more than a block ever is."""
+"""Compression from disk to disk gives the files of the model in memory, and has one block at a time in memory."""
 
 import gc
 import hashlib
@@ -13,10 +13,11 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.calibration.activations import ActivationCache
-from hf_lowrank.compression import from_disk as disk_to_disk
-from hf_lowrank.compression.estimate import forecast
-from hf_lowrank.compression.from_disk import compress_checkpoint, whole_model_reason
-from hf_lowrank.compression.strategies import Run
+from hf_lowrank.compression import from_disk
+from hf_lowrank.compression.checks import whole_model_reason
+from hf_lowrank.compression.estimate import estimate
+from hf_lowrank.compression.from_disk import compress_checkpoint
+from hf_lowrank.compression.session import Session
 from hf_lowrank.execution.output_folder import files_size
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.loading import load_config, load_model, skeleton
@@ -61,7 +62,7 @@ def test_the_files_are_those_of_the_model_in_memory(
     config, tokenizer = recipe(method, words), tiny_models.tokenizer()
     monkeypatch.setattr("hf_lowrank.calibration.activations.ACTIVATIONS_IN_MEMORY", 5000)  # most wait in files
     compress_checkpoint(dense, tmp_path / "from-disk" / "model", config, tokenizer)
-    monkeypatch.setattr(disk_to_disk, "whole_model_reason", lambda *_: "the test wants it")
+    monkeypatch.setattr(from_disk, "whole_model_reason", lambda *_: "the test wants it")
     compress_checkpoint(dense, tmp_path / "in-memory" / "model", config, tokenizer)
     assert files(tmp_path / "from-disk") == files(tmp_path / "in-memory")  # and nothing else is left there
     assert load_model(str(tmp_path / "from-disk" / "model")).config.quantization_config.layers
@@ -70,7 +71,7 @@ def test_the_files_are_those_of_the_model_in_memory(
 def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     config = recipe("slab", words)
-    monkeypatch.setattr(disk_to_disk, "shard_size", lambda dense: "40KB")
+    monkeypatch.setattr(from_disk, "shard_size", lambda dense: "40KB")
     compress_checkpoint(dense, tmp_path / "a" / "model", config, tiny_models.tokenizer())
     made = compress(load_model(dense), config, tiny_models.tokenizer())
     made.save_pretrained(tmp_path / "b" / "model", max_shard_size="40KB")
@@ -82,14 +83,14 @@ def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest
 def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     most: list[int] = []
-    usual = Run.compressed_layer
+    usual = Session.compressed_layer
 
-    def compressed_layer(self: Run, *arguments: Any) -> Any:
+    def compressed_layer(self: Session, *arguments: Any) -> Any:
         most.append(
             len(
                 {
                     name
-                    for name in self.blocks
+                    for name in self.plan.blocks
                     for tensor in self.model.get_submodule(name).parameters()
                     if tensor.device.type != "meta"
                 }
@@ -97,23 +98,23 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
         )
         return usual(self, *arguments)
 
-    monkeypatch.setattr(Run, "compressed_layer", compressed_layer)
+    monkeypatch.setattr(Session, "compressed_layer", compressed_layer)
     compress_checkpoint(dense, tmp_path / "model", recipe("slab", words), tiny_models.tokenizer())
     assert set(most) == {1}
 
 
 def test_replaced_layers_are_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """Not only when Python next looks for cycles, which may be after the next block."""
+    """They do not wait until Python looks for reference cycles, which may be after the next block."""
     dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
     replaced: list[weakref.ref[torch.nn.Module]] = []
-    usual = Run.compressed_layer
+    usual = Session.compressed_layer
 
-    def compressed_layer(self: Run, layer: Any, *arguments: Any) -> Any:
+    def compressed_layer(self: Session, layer: Any, *arguments: Any) -> Any:
         gc.disable()
         replaced.append(weakref.ref(self.model.get_submodule(layer.name)))
         return usual(self, layer, *arguments)
 
-    monkeypatch.setattr(Run, "compressed_layer", compressed_layer)
+    monkeypatch.setattr(Session, "compressed_layer", compressed_layer)
     try:
         compress_checkpoint(dense, tmp_path / "model", recipe("slab", words), tiny_models.tokenizer())
     finally:
@@ -203,11 +204,11 @@ def test_what_waits_in_files_comes_back_bit_for_bit_and_leaves_nothing(tmp_path:
     tensors = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed, dtype in makes]
     cache = ActivationCache(tmp_path, limit=3 * 5 * 7 * 4)
     waiting = [cache.put(tensor) for tensor in tensors * 2]
-    assert cache.held == 3 * 5 * 7 * 4
+    assert cache.bytes_in_memory == 3 * 5 * 7 * 4
     assert len(list(tmp_path.iterdir())) == 3
     assert all(torch.equal(each.tensor, tensor) for each, tensor in zip(waiting, tensors * 2, strict=True))
     waiting.clear()
-    assert cache.held == 0
+    assert cache.bytes_in_memory == 0
     assert not list(tmp_path.iterdir())
 
 
@@ -227,7 +228,7 @@ def test_what_the_forecast_says_of_the_disk_is_what_the_files_take(tmp_path: Pat
     dense = str(tiny_models.saved(tiny_models.llama(hidden_size=64, intermediate_size=160), tmp_path / "dense"))
     for method in ("slab", "svd-llm"):
         config = recipe(method, words)
-        expected = forecast(skeleton(load_config(dense)), config)
+        expected = estimate(skeleton(load_config(dense)), config)
         compress_checkpoint(dense, tmp_path / method, config, tiny_models.tokenizer())
         assert files_size(tmp_path / method) == pytest.approx(expected.output, rel=0.05)  # headers of small files
         assert expected.peak == expected.resident + expected.block + expected.activations + expected.working
@@ -235,7 +236,7 @@ def test_what_the_forecast_says_of_the_disk_is_what_the_files_take(tmp_path: Pat
 
 def test_more_of_anything_takes_more() -> None:
     def peak(method: str = "svd-llm", samples: int = 4, **shape: int) -> int:
-        return forecast(tiny_models.llama(**shape), recipe(method, "words.txt", samples=samples)).peak
+        return estimate(tiny_models.llama(**shape), recipe(method, "words.txt", samples=samples)).peak
 
     assert peak() < peak(intermediate_size=160) < peak(intermediate_size=160, hidden_size=64)
     assert peak(samples=4) < peak(samples=8)

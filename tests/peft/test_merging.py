@@ -28,19 +28,19 @@ JOINED = {
     "bitmask and low rank": LayerSpec(sparse="bitmask", kept=9, rank=3, bias=True),
     "bitmask and signs": LayerSpec(sparse="bitmask", kept=9, **BINARY),
     "signs and low rank": LayerSpec(rank=2, **BINARY),
-    "quantised": LayerSpec(sparse="full", **QUANTISED_VALUES),
-    "quantised bitmask": LayerSpec(sparse="bitmask", kept=9, **QUANTISED_VALUES, **BINARY),
+    "quantized": LayerSpec(sparse="full", **QUANTISED_VALUES),
+    "quantized bitmask": LayerSpec(sparse="bitmask", kept=9, **QUANTISED_VALUES, **BINARY),
 }
 """Layers whose own factors take the addition."""
 BESIDE = {
     "rows": LayerSpec(sparse="rows", kept=6, rank=4, bias=True),
     "columns": LayerSpec(sparse="columns", kept=6, rank=4),
     "columns alone": LayerSpec(sparse="columns", kept=6),
-    "quantised rows": LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES, **QUANTISED_FACTORS),
+    "quantized rows": LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES, **QUANTISED_FACTORS),
     "pivoted": LayerSpec(rank=4, pivoted=True),
     "pivoted and bitmask": LayerSpec(sparse="bitmask", kept=9, rank=4, pivoted=True, bias=True),
-    "quantised factors": LayerSpec(rank=4, **QUANTISED_FACTORS),
-    "all quantised": LayerSpec(
+    "quantized factors": LayerSpec(rank=4, **QUANTISED_FACTORS),
+    "all quantized": LayerSpec(
         sparse="bitmask", kept=9, rank=4, pivoted=True, **QUANTISED_VALUES, **QUANTISED_FACTORS
     ),
     "full rank": LayerSpec(rank=M),

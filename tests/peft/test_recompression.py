@@ -96,14 +96,14 @@ def test_a_rank_of_the_users_own(slab: Compressed) -> None:
 @pytest.mark.parametrize(
     ("name", "rank", "message"),
     [
-        ("quantised factors", 4, "its factors are quantised to 5 bits"),
-        ("rows of quantised values", 4, "its kept rows are quantised to 4 bits"),
+        ("quantized factors", 4, "its factors are quantized to 5 bits"),
+        ("rows of quantized values", 4, "its kept rows are quantized to 4 bits"),
         ("bitmask", 0, "rank 0 would take its low-rank part of rank 3 out"),
     ],
 )
 def test_what_would_lose_the_adapter_is_refused(name: str, rank: int, message: str) -> None:
-    quantised_rows = LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES)
-    layer = layer_of(name) if name in ALL else random_layer(quantised_rows, M, N)
+    quantized_rows = LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES)
+    layer = layer_of(name) if name in ALL else random_layer(quantized_rows, M, N)
     add_lowrank(layer, *product(3))
     with pytest.raises(CompressionError, match=f"^q_proj: {message}") as error:
         truncate_layer(layer, rank, "q_proj")

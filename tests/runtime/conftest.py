@@ -1,4 +1,4 @@
-"""Small compressed models of every layout, saved once for the tests of this folder."""
+"""Builds small compressed models of every layout, and saves them once for the tests of this folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,13 @@ VOCABULARY = 64
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved compressed model, and what the model in memory answered."""
+    """A compressed model that was saved.
+
+    Attributes:
+        folder: the checkpoint.
+        model: the model in memory that was saved.
+        logits: its answer to `INPUT_IDS`.
+    """
 
     folder: Path
     model: PreTrainedModel
@@ -47,16 +53,19 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 def calibration(samples: int = 4, length: int = 16) -> list[list[int]]:
+    """Return random calibration sequences for these models."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(VOCABULARY, (samples, length), generator=generator).tolist()
 
 
 def answer(model: PreTrainedModel) -> Tensor:
+    """Return the first output of a model for `INPUT_IDS`: logits, or hidden states where it has no head."""
     with torch.no_grad():
         return model(torch.tensor(INPUT_IDS))[0]
 
 
 def _checkpoint(factory: pytest.TempPathFactory, model: PreTrainedModel, method: str, ratio: float) -> Checkpoint:
+    """Compress a model and save it."""
     config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=16)
     compress(model, config, calibration=calibration(), progress=False)
     folder = factory.mktemp("checkpoints") / f"{type(model).__name__.lower()}-{method}"
@@ -66,23 +75,23 @@ def _checkpoint(factory: pytest.TempPathFactory, model: PreTrainedModel, method:
 
 @pytest.fixture(scope="session")
 def slab(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Bitmask and binary parts."""
+    """A Llama with bitmask and binary parts."""
     return _checkpoint(tmp_path_factory, tiny_llama(), "slab", 0.5)
 
 
 @pytest.fixture(scope="session")
 def sola(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Rows, columns and low-rank parts."""
+    """A Llama with kept rows, kept columns and low-rank parts."""
     return _checkpoint(tmp_path_factory, tiny_llama(num_hidden_layers=3), "sola", 0.3)
 
 
 @pytest.fixture(scope="session")
 def svd(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Low-rank parts and nothing else."""
+    """A Llama with low-rank parts and nothing else."""
     return _checkpoint(tmp_path_factory, tiny_llama(), "svd", 0.4)
 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """`Conv1D` layers with biases."""
+    """A GPT-2 with `Conv1D` layers and biases."""
     return _checkpoint(tmp_path_factory, tiny_gpt2(), "slab", 0.5)

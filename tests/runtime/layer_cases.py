@@ -1,9 +1,9 @@
-"""Random layers of every kind, and their meaning written out a second time, in float64 and without packing."""
+"""Builds random layers of every kind, and writes their meaning out a second time, in float64 and without packing."""
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lowrank import CompressedLinear, LayerSpec
 from hf_lowrank.runtime.layers import build_layer
@@ -14,7 +14,7 @@ FLOAT_NAMES = ("weight", "lowrank_a", "lowrank_b", "adapter_a", "adapter_b", "sc
 
 
 def make_spec(sparse: str, kept: int, rank: int, binary_rank: int, bias: bool, adapter_rank: int = 0) -> LayerSpec:
-    """`rank` is that of the low-rank part; that of merged adapters comes on top."""
+    """Return a valid spec. The rank of merged adapters, `adapter_rank`, comes on top of `rank`."""
     kind = "sparse_lowrank_binary" if binary_rank else "sparse_lowrank"
     ranks = {"rank": rank + adapter_rank, "adapter_rank": adapter_rank, "binary_rank": binary_rank}
     return LayerSpec(kind=kind, sparse=sparse, kept=0 if sparse == "none" else kept, bias=bias, **ranks)
@@ -23,7 +23,7 @@ def make_spec(sparse: str, kept: int, rank: int, binary_rank: int, bias: bool, a
 def random_layer(
     spec: LayerSpec, out_features: int, in_features: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> CompressedLinear:
-    """A layer with random values, signs and, row by row, a random choice of kept columns."""
+    """Build a layer with random values, random signs, and a random choice of kept columns in every row."""
     generator = torch.Generator().manual_seed(seed)
     layer = build_layer(spec, in_features, out_features, dtype=dtype)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def random_layer(
 
 
 def dense_by_hand(layer: CompressedLinear) -> Tensor:
-    """The (m, n) matrix of a layer in float64, element by element from its stored tensors."""
+    """Return the (m, n) matrix of a layer in float64, put together element by element from its stored tensors."""
     spec, m, n = layer.spec, layer.out_features, layer.in_features
     stored = {name: tensor.detach().double().numpy() for name, tensor in layer.named_parameters()}
     dense = np.zeros((m, n))
@@ -63,12 +63,24 @@ def dense_by_hand(layer: CompressedLinear) -> Tensor:
 
 
 def bits_by_hand(packed: Tensor, columns: int) -> Tensor:
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[:, :columns].astype(bool))
+    """Unpack bits with numpy: (m, ⌈columns / 8⌉) bytes become (m, columns) booleans."""
+    bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[:, :columns]
+    return torch.from_numpy(bits.astype(bool))
+
+
+def random_matrix(*shape: int, seed: int = 0) -> Tensor:
+    """Return a matrix with normal values in float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def shapes_of(layer: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the stored tensors by their names."""
+    return {name: tensor.shape for name, tensor in layer.state_dict().items()}
 
 
 @st.composite
 def layer_cases(draw: st.DrawFn, max_side: int = 24, max_adapter_rank: int = 3) -> tuple[LayerSpec, int, int]:
-    """(spec, out_features, in_features) of any layer that the format allows, quantised and pivoted ones apart."""
+    """Draw (spec, out_features, in_features) of any layer of the format that is neither quantized nor pivoted."""
     m, n = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
     sparse = draw(st.sampled_from(LAYOUTS))
     kept = draw(st.integers(0, (m if sparse == "rows" else n) - 1))

@@ -1,4 +1,4 @@
-"""Compressed layers give the same bits from many threads, after a fork, in spawned workers and in the workers of data loaders."""
+"""Compressed layers give the same bits in many threads, after a fork, in spawned workers, and in data loaders."""
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.fuzz.checkpoints import save_checkpoints
-from tests.support.fresh_process import PROJECT
+from tests.support.assets import PROJECT
 
 LAYOUTS = ("slab", "sola", "quantised", "pivoted")
 
@@ -32,20 +32,25 @@ def answer(model: PreTrainedModel, question: Tensor) -> Tensor:
 
 
 def answers_of_a_worker(folder: str, count: int, queue: "multiprocessing.Queue[list[list[float]]]") -> None:
-    """Open the model, or use the forked one, and put its answers in the queue as plain numbers."""
+    """Answer questions in a worker process, and put the answers in the queue as plain numbers.
+
+    The worker uses the model that it was forked with, or opens it from its folder.
+    """
     torch.set_num_threads(1)
     model = FORKED.get(folder) or AutoModelForCausalLM.from_pretrained(folder)
     queue.put([answer(model, question).flatten().tolist() for question in questions(count)])
 
 
 FORKED: dict[str, PreTrainedModel] = {}
+"""The models by their folders that a fork brings along."""
 
 
 class Answers(Dataset[Tensor]):
-    """A data set whose items are a model's answers, computed in the loader's worker."""
+    """A data set whose items are a model's answers, which a worker of the data loader computes."""
 
     def __init__(self, folder: Path) -> None:
-        self.model, self.questions = AutoModelForCausalLM.from_pretrained(folder), questions(6)
+        self.model = AutoModelForCausalLM.from_pretrained(folder)
+        self.questions = questions(6)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -55,17 +60,20 @@ class Answers(Dataset[Tensor]):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_many_threads(sources: dict[str, Path], layout: str) -> None:
+def test_many_threads_get_the_answers_of_one(sources: dict[str, Path], layout: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(sources[layout])
     serial = [answer(model, question) for question in questions(8)]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(4):
-            found = list(pool.map(lambda question: answer(model, question), questions(8)))
-            assert all(torch.equal(one, other) for one, other in zip(serial, found, strict=True))
+            parallel = pool.map(lambda question: answer(model, question), questions(8))
+            for first, second in zip(serial, parallel, strict=True):
+                assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_processes(sources: dict[str, Path], start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_get_the_answers_of_this_one(
+    sources: dict[str, Path], start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = str(sources["slab"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -80,18 +88,18 @@ def test_processes(sources: dict[str, Path], start: str, monkeypatch: pytest.Mon
         workers = [context.Process(target=answers_of_a_worker, args=(folder, 4, queue)) for _ in range(2)]
         for worker in workers:
             worker.start()
-        found = [queue.get(timeout=120) for _ in workers]
+        answers = [queue.get(timeout=120) for _ in workers]
         for worker in workers:
             worker.join(timeout=60)
             assert worker.exitcode == 0
-        assert found == [expected, expected]
+        assert answers == [expected, expected]
     finally:
         torch.set_num_threads(threads)
 
 
-def test_data_loaders(sources: dict[str, Path]) -> None:
+def test_workers_of_a_data_loader_get_the_answers_of_this_process(sources: dict[str, Path]) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as every worker of a loader has
+    torch.set_num_threads(1)  # every worker of a data loader has one thread too
     try:
         data = Answers(sources["slab"])
         alone = torch.stack([data[index] for index in range(len(data))])

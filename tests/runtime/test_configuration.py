@@ -1,4 +1,4 @@
-"""The config: a JSON round trip, one clear line for everything that cannot be, and bits that are those of the file."""
+"""The config survives JSON, refuses everything that cannot be in one clear line, and counts the bits of the file."""
 
 import dataclasses
 import json
@@ -20,13 +20,12 @@ from .layer_cases import layer_cases, random_layer
 LAYER = "model.layers.0.self_attn.q_proj"
 SPEC = {"kind": "sparse_lowrank", "sparse": "bitmask", "kept": 3, "rank": 2, "binary_rank": 0, "bias": False}
 
+option_values = st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.none())
 recipes = st.builds(
     CompressionConfig,
     method=st.sampled_from(["slab", "sola", "soco"]),
     ratio=st.floats(0.01, 0.99),
-    options=st.dictionaries(
-        st.text(max_size=5), st.one_of(st.integers(), st.booleans(), st.text(max_size=5), st.none()), max_size=3
-    ),
+    options=st.dictionaries(st.text(max_size=5), option_values, max_size=3),
     samples=st.integers(1, 1000),
     sequence_length=st.none() | st.integers(1, 4096),
     seed=st.integers(0, 2**32),
@@ -38,10 +37,10 @@ recipes = st.builds(
 
 @given(config=recipes)
 @settings(deadline=None)
-def test_json_round_trip(config: CompressionConfig) -> None:
-    again = CompressionConfig.from_dict(json.loads(config.to_json_string()))
-    assert again == config
-    assert all(isinstance(spec, LayerSpec) for spec in again.layers.values())
+def test_a_config_survives_json(config: CompressionConfig) -> None:
+    reread = CompressionConfig.from_dict(json.loads(config.to_json_string()))
+    assert reread == config
+    assert all(isinstance(spec, LayerSpec) for spec in reread.layers.values())
 
 
 def test_reading_leaves_the_dictionary_alone() -> None:
@@ -62,6 +61,7 @@ def test_every_field_has_a_help_text(described: Any) -> None:
 
 
 def assert_one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
+    """Fail unless the message is one line that holds all parts."""
     message = str(error.value)
     assert "\n" not in message
     for part in parts:
@@ -142,6 +142,9 @@ def test_an_unknown_field_of_a_layer_is_named() -> None:
     assert_one_line(error, LAYER, "groups", "expected only the fields")
 
 
+NO_COUNTS = (-1, 1.0, True, "1", None, 10**30)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
@@ -152,11 +155,9 @@ def test_an_unknown_field_of_a_layer_is_named() -> None:
         ("kept", 8, "from 0 to 7 in a 6 × 8 layer"),
         ("rank", 7, "from 0 to 6 in a 6 × 8 layer"),
         ("binary_rank", 1, "0 for sparse_lowrank"),
-        *[
-            (field, value, "an integer from 0")
-            for field in ("kept", "rank", "binary_rank")
-            for value in (-1, 1.0, True, "1", None, 10**30)
-        ],
+        *[("kept", value, "an integer from 0") for value in NO_COUNTS],
+        *[("rank", value, "an integer from 0") for value in NO_COUNTS],
+        *[("binary_rank", value, "an integer from 0") for value in NO_COUNTS],
         ("bias", 1, "true or false"),
     ],
 )
@@ -184,13 +185,12 @@ def test_stored_bits_are_those_of_the_file(
     file = tmp_path_factory.mktemp("bits") / "layer.safetensors"
     save_file(random_layer(spec, m, n, dtype).state_dict(), file)
     assert spec.stored_bits(m, n, dtype.itemsize * 8) == 8 * data_bytes(file)
-    assert {name: shape for name, (_, shape) in read_header(str(file)).items()} == {
-        name: shape for name, (shape, _) in spec.tensors(m, n).items()
-    }
+    shapes_in_file = {name: shape for name, (_, shape) in read_header(str(file)).items()}
+    assert shapes_in_file == {name: shape for name, (shape, _) in spec.tensors(m, n).items()}
 
 
 def data_bytes(file: Path) -> int:
-    """Bytes of a safetensors file that follow its header."""
+    """Return the number of bytes of a safetensors file that follow its header."""
     with open(file, "rb") as stream:
         return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
 

@@ -1,4 +1,4 @@
-"""The layers: y = x Wᵀ + bias for the W of `to_dense()`, for everything a layer can store, and `nn.Linear`'s surface around it."""
+"""A layer computes y = x Wᵀ + bias for the W of `to_dense()`, whatever it stores, and behaves like an `nn.Linear`."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from hf_lowrank.runtime.layers import build_layer
 from .layer_cases import FLOAT_NAMES, LAYOUTS, bits_by_hand, dense_by_hand, layer_cases, make_spec, random_layer
 
 RELATIVE_ERROR = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest ‖y − ŷ‖∞ / ‖y‖∞, a few roundings of the dtype: one per part of a layer, and that of the result."""
+"""Maximum ‖y − ŷ‖∞ / ‖y‖∞ by dtype: one rounding for every part of a layer, and one for the result."""
 
 FULL = make_spec("bitmask", 5, rank=3, binary_rank=1, bias=True, adapter_rank=2)
 EVERY_PART = [
@@ -37,19 +37,21 @@ def spec_id(spec: LayerSpec) -> str:
 
 
 def stored_parameters(layer: nn.Module) -> list[Tensor]:
-    """All but the empty `weight` of a layer that has no sparse part."""
+    """Return all parameters but the empty `weight` of a layer that has no sparse part."""
     return [parameter for parameter in layer.parameters() if parameter.numel()]
 
 
 def expected(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what the layer must give for x, in float64."""
     y = x.double() @ dense_by_hand(layer).T  # type: ignore[arg-type]
     return y if layer.bias is None else y + layer.bias.detach().double()  # type: ignore[operator, union-attr]
 
 
-def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    assert found.shape == wanted.shape
-    scale = wanted.abs().max() if wanted.numel() else torch.tensor(1.0)
-    assert torch.all((found.double() - wanted).abs() <= RELATIVE_ERROR[dtype] * scale)
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Fail unless two tensors are as close as roundings in `dtype` allow."""
+    assert actual.shape == expected.shape
+    scale = expected.abs().max() if expected.numel() else torch.tensor(1.0)
+    assert torch.all((actual.double() - expected).abs() <= RELATIVE_ERROR[dtype] * scale)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
@@ -80,7 +82,7 @@ def test_any_layer_is_its_dense_matrix(case: tuple[LayerSpec, int, int], seed: i
 
 @pytest.mark.parametrize(("m", "n"), [(172, 64), (64, 172), (352, 130), (130, 352), (1, 9), (9, 1)])
 @pytest.mark.parametrize("sparse", LAYOUTS)
-def test_any_size(sparse: str, m: int, n: int) -> None:
+def test_a_layer_of_any_size_is_its_dense_matrix(sparse: str, m: int, n: int) -> None:
     kept = (m if sparse == "rows" else n) // 3
     layer = random_layer(make_spec(sparse, kept, 1, 1, False), m, n)
     x = tokens(2, n)
@@ -105,7 +107,7 @@ def test_batch_shapes_are_free_forward_and_backward(spec: LayerSpec, shape: tupl
 
 @pytest.mark.parametrize("binary_rank", [0, 1, 2])
 @pytest.mark.parametrize("sparse", LAYOUTS)
-def test_gradients_of_every_float_tensor(sparse: str, binary_rank: int) -> None:
+def test_every_float_tensor_has_the_right_gradient(sparse: str, binary_rank: int) -> None:
     layer = random_layer(make_spec(sparse, 2, 2, binary_rank, bias=True), 4, 5, torch.float64)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -144,20 +146,20 @@ def test_training_keeps_the_sparsity() -> None:
 
 
 @pytest.mark.parametrize("spec", [FULL, make_spec("columns", 4, 3, 0, True)], ids=spec_id)
-def test_compiles_in_one_graph(spec: LayerSpec) -> None:
+def test_a_layer_compiles_in_one_graph(spec: LayerSpec) -> None:
     layer = random_layer(spec, 10, 12)
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     x = tokens(3, 12)
-    wanted, found = layer(x), compiled(x)
-    assert_close(found, wanted.detach().double(), torch.float32)
-    wanted.sum().backward()
-    found.sum().backward()
+    y, compiled_y = layer(x), compiled(x)
+    assert_close(compiled_y, y.detach().double(), torch.float32)
+    y.sum().backward()
+    compiled_y.sum().backward()
     for reference, parameter in zip(layer.parameters(), compiled.parameters(), strict=True):
         assert_close(parameter.grad, reference.grad.double(), torch.float32)  # type: ignore[union-attr, arg-type]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler, which inductor needs")
-def test_compiles_with_inductor() -> None:
+def test_a_layer_compiles_with_inductor() -> None:
     layer = random_layer(FULL, 10, 12).requires_grad_(False)
     x = tokens(3, 12)
     assert_close(torch.compile(layer, fullgraph=True)(x), layer(x).double(), torch.float32)
@@ -195,9 +197,8 @@ def test_state_goes_through_safetensors_into_a_meta_skeleton(spec: LayerSpec, dt
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
 def test_a_dtype_change_leaves_masks_and_signs_alone(spec: LayerSpec) -> None:
     layer = random_layer(spec, 12, 11)
-    bits = {
-        name: buffer.clone() for name, buffer in layer.named_buffers() if buffer.numel()
-    }  # an absent sparse part has none
+    # A layer without a sparse part has an empty buffer in its place.
+    bits = {name: buffer.clone() for name, buffer in layer.named_buffers() if buffer.numel()}
     layer.to(torch.bfloat16)
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
     for name, before in bits.items():
@@ -212,7 +213,7 @@ def test_a_new_layer_is_a_valid_one() -> None:
 
 
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
-def test_it_is_an_nn_linear_of_the_dense_shape(spec: LayerSpec) -> None:
+def test_a_layer_is_an_nn_linear_of_the_dense_shape(spec: LayerSpec) -> None:
     layer = random_layer(spec, 12, 11)
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == (11, 12)
@@ -222,16 +223,8 @@ def test_it_is_an_nn_linear_of_the_dense_shape(spec: LayerSpec) -> None:
 
 def test_repr_says_what_is_stored() -> None:
     text = repr(random_layer(FULL, 16, 16))
-    for part in (
-        "in_features=16",
-        "out_features=16",
-        "bitmask",
-        "5 of 16",
-        "rank=5",
-        "adapter_rank=2",
-        "binary_rank=1",
-        "bias=True",
-    ):
+    sizes = ("in_features=16", "out_features=16", "5 of 16", "rank=5", "adapter_rank=2", "binary_rank=1")
+    for part in (*sizes, "bitmask", "bias=True"):
         assert part in text
     assert "\n" not in text
 
@@ -254,11 +247,15 @@ def test_from_dense_is_exact(m: int, n: int, density: float, bias: bool, dtype: 
     generator = torch.Generator().manual_seed(m * 100 + n)
     weight = torch.randn(m, n, generator=generator) * (torch.rand(m, n, generator=generator) < density)
     weight[:, 0] = 0
-    weight, bias_values = weight.to(dtype), torch.randn(m, generator=generator).to(dtype) if bias else None
+    weight = weight.to(dtype)
+    bias_values = torch.randn(m, generator=generator).to(dtype) if bias else None
     layer = SparseLowRankLinear.from_dense(weight, bias_values)
     assert torch.equal(layer.to_dense(), weight)
     assert layer.weight.dtype == dtype
-    assert layer.bias is None if bias_values is None else torch.equal(layer.bias, bias_values)
+    if bias_values is None:
+        assert layer.bias is None
+    else:
+        assert torch.equal(layer.bias, bias_values)
 
 
 def test_from_dense_refuses_a_matrix_without_zeros() -> None:
@@ -271,7 +268,7 @@ def test_from_dense_refuses_a_matrix_without_zeros() -> None:
 def test_from_parts_inverts_taking_apart(case: tuple[LayerSpec, int, int], dtype: torch.dtype) -> None:
     spec, m, n = case
     if not (spec.sparse != "none" or spec.rank or spec.binary_rank or spec.bias):
-        return
+        return  # there is no part to build it from
     layer = random_layer(spec, m, n, dtype)
     parts = {name: parameter for name, parameter in layer.named_parameters() if name != "weight"}
     if spec.sparse == "bitmask":
@@ -283,11 +280,11 @@ def test_from_parts_inverts_taking_apart(case: tuple[LayerSpec, int, int], dtype
         parts["weight"] = layer.weight
     if spec.binary_rank:
         parts["signs"] = bits_by_hand(layer.sign_bits, n)
-    again = SparseLowRankLinear.from_parts(n, m, sparse=spec.sparse, **parts)
-    assert type(again) is type(layer)
-    assert again.spec == spec
+    rebuilt = SparseLowRankLinear.from_parts(n, m, sparse=spec.sparse, **parts)
+    assert type(rebuilt) is type(layer)
+    assert rebuilt.spec == spec
     for name, tensor in layer.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(rebuilt.state_dict()[name], tensor), name
 
 
 def test_parts_are_rounded_once_to_the_dtype_asked_for() -> None:
@@ -299,7 +296,7 @@ def test_parts_are_rounded_once_to_the_dtype_asked_for() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
-def test_autocast_as_for_nn_linear(spec: LayerSpec, dtype: torch.dtype) -> None:
+def test_autocast_does_as_for_an_nn_linear(spec: LayerSpec, dtype: torch.dtype) -> None:
     layer = random_layer(spec, 12, 11)
     linear = nn.Linear(11, 12, bias=spec.bias)
     if dtype == torch.float64:

@@ -1,11 +1,10 @@
-"""Round trips with the package: whatever way a checkpoint is saved and opened, the same model comes back, bit for bit."""
+"""Whatever way a checkpoint is saved and opened with the package, the same model comes back bit for bit."""
 
 import copy
 import json
 import pickle
 import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from hf_lowrank.runtime.quantizer import CompressionQuantizer, attach, swap_modu
 from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support import tiny_models
 from tests.support.fresh_process import open_elsewhere
+from tests.support.torchrun import torchrun_variables
 
 from .conftest import Checkpoint, answer, calibration, tiny_llama
 
@@ -29,6 +29,7 @@ ALL = ["slab", "sola", "svd", "gpt2"]
 
 @pytest.fixture
 def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    """The checkpoint of the fixture that the test names."""
     return request.getfixturevalue(request.param)
 
 
@@ -48,24 +49,22 @@ def test_the_native_class_comes_back_with_equal_logits(checkpoint: Checkpoint) -
 
 
 @pytest.mark.parametrize("checkpoint", ALL, indirect=True)
-def test_saved_loaded_and_saved_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_loaded_model_is_saved_again_as_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:
     checkpoint.load().save_pretrained(tmp_path / "again")
     assert_same(checkpoint.load().from_pretrained(tmp_path / "again"), checkpoint)
     for name in ("model.safetensors", *RUNTIME_FILES):
         assert (tmp_path / "again" / name).read_bytes() == (checkpoint.folder / name).read_bytes()
-    first, second = (
-        json.loads((folder / "config.json").read_text()) for folder in (checkpoint.folder, tmp_path / "again")
-    )
-    assert first == second
+    first = json.loads((checkpoint.folder / "config.json").read_text())
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == first
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
-def test_device_map(slab: Checkpoint, device_map: object) -> None:
+def test_a_device_map_changes_nothing(slab: Checkpoint, device_map: object) -> None:
     assert_same(slab.load(device_map=device_map), slab)
 
 
 @pytest.mark.parametrize("checkpoint", ["slab", "gpt2"], indirect=True)
-def test_shards(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_shards_open_as_one_file_does(checkpoint: Checkpoint, tmp_path: Path) -> None:
     checkpoint.model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), checkpoint)
@@ -74,10 +73,10 @@ def test_shards(checkpoint: Checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpoint", ["slab", "sola"], indirect=True)
 def test_another_dtype_rounds_the_values_and_leaves_the_bits(checkpoint: Checkpoint) -> None:
     loaded = checkpoint.load(dtype=torch.bfloat16)
-    wanted = copy.deepcopy(checkpoint.model).to(torch.bfloat16).state_dict()
+    expected = copy.deepcopy(checkpoint.model).to(torch.bfloat16).state_dict()
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == (torch.uint8 if name.endswith(("weight_mask", "sign_bits")) else torch.bfloat16)
-        assert torch.equal(tensor, wanted[name])
+        assert torch.equal(tensor, expected[name])
 
 
 @pytest.mark.parametrize("checkpoint", ALL, indirect=True)
@@ -90,16 +89,20 @@ def test_the_base_model_opens_from_the_full_one_and_back(checkpoint: Checkpoint,
     assert_same(type(checkpoint.model).from_pretrained(tmp_path), checkpoint)
 
 
-def test_two_checkpoints_in_one_process(slab: Checkpoint, sola: Checkpoint, gpt2: Checkpoint) -> None:
+def test_several_checkpoints_open_in_one_process(slab: Checkpoint, sola: Checkpoint, gpt2: Checkpoint) -> None:
     loaded = [checkpoint.load() for checkpoint in (slab, sola, gpt2)]
     for model, checkpoint in zip(loaded, (slab, sola, gpt2), strict=True):
         assert_same(model, checkpoint)
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
-)
-def test_a_copy_of_the_model_saves_itself_completely(slab: Checkpoint, copied, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def pickled(model: PreTrainedModel) -> PreTrainedModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_model_saves_itself_completely(
+    slab: Checkpoint, copied: Callable[[PreTrainedModel], PreTrainedModel], tmp_path: Path
+) -> None:
     twin = copied(slab.load())
     with torch.no_grad():
         twin.model.norm.weight.mul_(2)
@@ -143,13 +146,12 @@ def test_dequantize_gives_layers_the_dtype_that_they_have_now(slab: Checkpoint, 
 
 
 def test_dense_experts_are_saved_under_the_names_of_their_family(tmp_path: Path) -> None:
-    """Other engines know no others; ours are those of the modules, in which transformers fuses experts."""
+    """Other engines know these names only. Compressed checkpoints use those of transformers' fused experts."""
     dense = tiny_models.mixtral()
     dense.save_pretrained(tmp_path / "dense")
     config = CompressionConfig(method="svd", ratio=0.3, samples=2, sequence_length=16)
-    compress(dense, config, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False).save_pretrained(
-        tmp_path / "compressed"
-    )
+    model = compress(dense, config, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False)
+    model.save_pretrained(tmp_path / "compressed")
     AutoModelForCausalLM.from_pretrained(tmp_path / "compressed").dequantize().save_pretrained(tmp_path / "again")
     names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("dense", "compressed", "again")]
     assert names[0] == names[2] != names[1]
@@ -167,8 +169,6 @@ def test_a_dense_model_is_compressed_on_load(tmp_path: Path) -> None:
 
 
 def test_the_same_recipe_gives_the_same_bytes(slab: Checkpoint, tmp_path: Path) -> None:
-    from hf_lowrank import compress
-
     config = CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=16)
     compress(tiny_llama(), config, calibration=calibration(), progress=False).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (slab.folder / "model.safetensors").read_bytes()
@@ -179,18 +179,14 @@ def test_the_file_holds_what_the_config_says_and_nothing_else(slab: Checkpoint) 
     assert "lm_head.weight" not in stored
     for name, spec in compressed_layers(slab.model).items():
         module = slab.model.get_submodule(name)
-        found = {
-            key.removeprefix(f"{name}."): tuple(tensor.shape)
-            for key, tensor in stored.items()
-            if key.startswith(f"{name}.")
-        }
-        assert found == {
-            key: shape for key, (shape, _) in spec.tensors(module.out_features, module.in_features).items()
-        }
+        expected = {}
+        for key, (shape, _) in spec.tensors(module.out_features, module.in_features).items():
+            expected[f"{name}.{key}"] = shape
+        assert {key: tuple(value.shape) for key, value in stored.items() if key.startswith(f"{name}.")} == expected
 
 
 def edit(slab: Checkpoint, folder: Path, **changes: object) -> Path:
-    """A copy of the checkpoint with another quantization_config."""
+    """Copy the checkpoint to a folder, change fields of its quantization_config, and return the folder."""
     shutil.copytree(slab.folder, folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
@@ -225,7 +221,10 @@ def test_nothing_is_unpickled(slab: Checkpoint, tmp_path: Path) -> None:
 
 
 def large_checkpoint(folder: Path) -> int:
-    """Save a model that is small only compressed; the bytes that it would take dense. No dense layer is ever made."""
+    """Save a model that is small only because it is compressed, and return the bytes of its dense weights.
+
+    No dense layer is ever allocated.
+    """
     with torch.device("meta"):
         model = tiny_llama(hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16)
     linears = {name: module for name, module in model.model.named_modules() if type(module) is nn.Linear}
@@ -252,17 +251,16 @@ def test_a_fresh_process_gives_equal_logits_and_never_holds_a_dense_copy(
 ) -> None:
     dense_bytes = large_checkpoint(tmp_path / "large")
     checkpoints = (slab, sola, svd, gpt2)
-    tasks = [
-        {"folder": str(folder)} for folder in (slab.folder, tmp_path / "large", *(c.folder for c in checkpoints[1:]))
-    ]
-    answers = open_elsewhere(tasks, tmp_path, installed=True, imported=True)
+    folders = [checkpoint.folder for checkpoint in checkpoints]
+    folders.insert(1, tmp_path / "large")  # the first load also takes the memory of the imports
+    answers = open_elsewhere([{"folder": str(folder)} for folder in folders], tmp_path, installed=True, imported=True)
     large = answers.pop(1)
     assert large["memory"] < dense_bytes / 8
-    for found, checkpoint in zip(answers, checkpoints, strict=True):
-        assert found["class"].rpartition(".")[2] == type(checkpoint.model).__name__
-        assert found["class"].startswith("transformers.models.")
-        assert found["layers"] == ["hf_lowrank.runtime.layers"]
-        assert torch.equal(torch.tensor(found["logits"]), checkpoint.logits.flatten())
+    for opened, checkpoint in zip(answers, checkpoints, strict=True):
+        assert opened["class"].rpartition(".")[2] == type(checkpoint.model).__name__
+        assert opened["class"].startswith("transformers.models.")
+        assert opened["layers"] == ["hf_lowrank.runtime.layers"]
+        assert torch.equal(torch.tensor(opened["logits"]), checkpoint.logits.flatten())
 
 
 def test_a_tensor_parallel_plan_is_refused_in_one_line(checkpoint_of_one_process: Path) -> None:
@@ -272,18 +270,10 @@ def test_a_tensor_parallel_plan_is_refused_in_one_line(checkpoint_of_one_process
 
 @pytest.fixture
 def checkpoint_of_one_process(slab: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A compressed checkpoint, in a process as `torchrun` would start it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {
-        "RANK": 0,
-        "WORLD_SIZE": 1,
-        "LOCAL_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }.items():
-        monkeypatch.setenv(name, str(value))
+    """A compressed checkpoint, in a process with the variables that torchrun sets."""
+    (variables,) = torchrun_variables(1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     yield slab.folder
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The operations: declared whole, unpacked by tiles, frugal with memory, and open to faster kernels that may decline."""
+"""The operations are declared whole, unpack tile by tile, are frugal with memory, and ask faster kernels first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +23,7 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
     "bitmask_binary_linear": (*SPARSE, *BINARY),
     "lowrank_linear": LOWRANK,
 }
+"""The stored parts that every operation takes after its input."""
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,7 +32,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> dict:
-    """An empty registry, for one test."""
+    """The registry of kernels, which is empty for one test."""
     registry: dict = {}
     monkeypatch.setattr(ops, "_kernels", registry)
     return registry
@@ -39,6 +40,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets operations unpack so many rows at a time, instead of all."""
     return lambda rows: monkeypatch.setattr(plain_ops, "TILE_ELEMENTS", rows * N)
 
 
@@ -64,12 +66,14 @@ def test_declarations_of_gradients_pass_torchs_own_check() -> None:
 def test_tiles_do_not_change_the_result(name: str, rows: int, small_tiles: Callable, kernels: dict) -> None:
     def results() -> list[Tensor]:
         x = inputs(4, N, dtype=torch.float64).requires_grad_()
-        parts = [
-            part.detach().double().requires_grad_() if part.is_floating_point() else part for part in OPERATIONS[name]
-        ]
+        parts, trainable = [], [x]
+        for part in OPERATIONS[name]:
+            if part.is_floating_point():
+                part = part.detach().double().requires_grad_()
+                trainable.append(part)
+            parts.append(part)
         y = getattr(ops, name)(x, *parts)
-        floats = [x, *(part for part in parts if part.is_floating_point())]
-        return [y, *torch.autograd.grad(y.square().sum(), floats)]
+        return [y, *torch.autograd.grad(y.square().sum(), trainable)]
 
     whole = results()
     small_tiles(rows)
@@ -85,7 +89,7 @@ def test_the_sum_of_two_parts_is_one_operation(kernels: dict) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest tensor that any operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +105,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_nothing_larger_than_a_tile_or_the_activations_is_made(name: str, tokens: int, small_tiles: Callable) -> None:
+def test_no_tensor_is_larger_than_a_tile_or_the_activations(name: str, tokens: int, small_tiles: Callable) -> None:
     rows = 4
     small_tiles(rows)
     with torch.no_grad(), LargestTensor() as largest:
@@ -113,9 +117,12 @@ def test_nothing_larger_than_a_tile_or_the_activations_is_made(name: str, tokens
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_unpacked_matrix_waits_for_the_backward_pass(name: str) -> None:
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
-    ):
+
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook=record, unpack_hook=lambda tensor: tensor):
         getattr(ops, name)(inputs(2, N).requires_grad_(), *OPERATIONS[name])
     assert max(tensor.numel() for tensor in saved) < M * N
 

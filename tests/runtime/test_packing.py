@@ -1,4 +1,4 @@
-"""Packed bits and kept values: inverse to each other at any width, with zero padding and the documented bit order."""
+"""Packing bits and kept values loses nothing at any width, pads with zeros, and has the documented bit order."""
 
 import numpy as np
 import pytest

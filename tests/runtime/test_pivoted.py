@@ -1,4 +1,4 @@
-"""Pivoted factors: nothing is lost, nothing grows, and they live like every other part of a layer."""
+"""Pivoted factors lose nothing, stay bounded, and live like every other part of a layer."""
 
 import copy
 from dataclasses import replace
@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_lowrank import (
     CheckpointError,
-    CompressionConfig,
     CompressionError,
     LayerSpec,
     NumericalError,
@@ -22,11 +21,13 @@ from hf_lowrank.budget import Budget
 from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.packing import pack_bits
 from hf_lowrank.runtime.pivoting import LARGEST_ENTRY, pivot, row_sources, unpivot
-from hf_lowrank.runtime.quantizer import CompressionQuantizer, attach, swap_module
+
+from .layer_cases import shapes_of
+from .layers_in_models import llama_of, replace_linears
 
 
 def factors(m: int, n: int, rank: int, decay: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, n) and B (m, r) with singular values of B A like i^-decay, float64."""
+    """Return random A (r, n) and B (m, r) in float64. The singular values of B A fall like i^-decay."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64, generator=generator)).Q.T
     left = torch.linalg.qr(torch.randn(m, rank, dtype=torch.float64, generator=generator)).Q
@@ -34,7 +35,7 @@ def factors(m: int, n: int, rank: int, decay: float = 0.0, seed: int = 0) -> tup
     return root[:, None] * right, left * root
 
 
-def relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+def relative_norm(difference: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference.double().norm() / reference.double().norm())
 
 
@@ -73,8 +74,8 @@ def test_pivoting_by_hand():
 def test_bfloat16_storage_costs_little_more_than_that_of_ordinary_factors(m, n, rank, decay):
     a, b = factors(m, n, rank, decay)
     a2, b2, pivots = pivot(a, b)
-    ordinary = relative(b.bfloat16().double() @ a.bfloat16().double() - b @ a, b @ a)
-    pivoted = relative(unpivot(b2.bfloat16().double(), pivots) @ a2.bfloat16().double() - b @ a, b @ a)
+    ordinary = relative_norm(b.bfloat16().double() @ a.bfloat16().double() - b @ a, b @ a)
+    pivoted = relative_norm(unpivot(b2.bfloat16().double(), pivots) @ a2.bfloat16().double() - b @ a, b @ a)
     assert ordinary < 0.003
     assert pivoted < 0.007
 
@@ -87,7 +88,7 @@ def test_rank_deficient_factors_are_regular():
     torch.testing.assert_close(unpivot(b2, pivots) @ a2, b @ a)
 
 
-def test_bad_factors_are_named():
+def test_bad_factors_are_refused_with_the_reason():
     with pytest.raises(NumericalError, match="not finite"):
         pivot(torch.ones(2, 5), torch.full((4, 2), torch.nan))
     with pytest.raises(CompressionError, match="more columns than rows"):
@@ -95,20 +96,18 @@ def test_bad_factors_are_named():
 
 
 def layer_of(sparse: str, dtype: torch.dtype = torch.float64) -> tuple[SparseLowRankLinear, SparseLowRankLinear]:
-    """The same layer with ordinary and with pivoted factors: 15 × 20, rank 6, in each layout."""
-    kept = {"rows": 4, "columns": 5}.get(sparse, 0)
+    """Build one random layer, 15 × 20 with rank 6, with ordinary and with pivoted factors."""
     generator = torch.Generator().manual_seed(1)
-    m, n = 15 - (kept if sparse == "rows" else 0), 20 - (kept if sparse == "columns" else 0)
-    a, b = factors(m, n, 6)
+    shapes = {"rows": (4, 20), "columns": (15, 5), "bitmask": (15, 20)}  # of the kept weights
+    kept_rows = 4 if sparse == "rows" else 0
+    kept_columns = 5 if sparse == "columns" else 0
+    a, b = factors(15 - kept_rows, 20 - kept_columns, 6)
     weight = mask = None
     if sparse != "none":
-        weight = torch.randn(
-            {"rows": (4, 20), "columns": (15, 5)}.get(sparse, (15, 20)), dtype=torch.float64, generator=generator
-        )
+        weight = torch.randn(shapes[sparse], dtype=torch.float64, generator=generator)
     if sparse == "bitmask":
-        mask = torch.zeros(15, 20, dtype=torch.bool).scatter_(
-            1, torch.rand(15, 20, generator=generator).argsort(1)[:, :3], True
-        )
+        columns = torch.rand(15, 20, generator=generator).argsort(1)[:, :3]
+        mask = torch.zeros(15, 20, dtype=torch.bool).scatter_(1, columns, True)
     bias = torch.randn(15, dtype=torch.float64, generator=generator)
     common = {"sparse": sparse, "weight": weight, "mask": mask, "bias": bias, "dtype": dtype}
     a2, b2, pivots = pivot(a, b)
@@ -140,7 +139,7 @@ def test_every_stored_bit_is_counted(sparse):
 
 
 @pytest.mark.parametrize("sparse", LAYOUTS)
-def test_gradients(sparse):
+def test_every_parameter_has_the_right_gradient(sparse):
     _, layer = layer_of(sparse)
     names, values = zip(*layer.named_parameters(), strict=True)
     x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
@@ -151,23 +150,21 @@ def test_gradients(sparse):
     assert torch.autograd.gradcheck(function, (x, *(value.detach().clone().requires_grad_() for value in values)))
 
 
-def test_compiles_copies_and_is_built_on_meta():
+def test_a_layer_compiles_copies_and_is_built_on_meta():
     torch.compiler.reset()
     _, layer = layer_of("bitmask", torch.float32)
     x = torch.randn(3, 20)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     skeleton = build_layer(layer.spec, 20, 15, device="meta", dtype=torch.float32)
-    assert {name: tensor.shape for name, tensor in skeleton.state_dict().items()} == {
-        n: t.shape for n, t in layer.state_dict().items()
-    }
+    assert shapes_of(skeleton) == shapes_of(layer)
     skeleton.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(skeleton(x), layer(x))
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 20000), st.sampled_from([0, 4]))
-def test_a_budget_buys_the_largest_rank_that_fits(m, n, bits, quantised):
-    spec = LayerSpec(pivoted=True, lowrank_bits=quantised, lowrank_group=8 if quantised else 0)
+def test_a_budget_buys_the_largest_rank_that_fits(m, n, bits, lowrank_bits):
+    spec = LayerSpec(pivoted=True, lowrank_bits=lowrank_bits, lowrank_group=8 if lowrank_bits else 0)
     rank = Budget(bits, m, n, 16).rank(spec)
     assert 0 <= rank <= min(m, n)
     assert rank == 0 or replace(spec, rank=rank).stored_bits(m, n, 16) <= bits
@@ -187,49 +184,29 @@ def test_full_rank_stores_the_matrix_itself():
     [({"rank": 0}, "rank"), ({"rank": 12, "sparse": "rows", "kept": 4}, "rank"), ({"pivoted": 1}, "pivoted")],
 )
 def test_impossible_specs_are_refused(change, field):
-    values = {
-        "kind": "sparse_lowrank",
-        "sparse": "none",
-        "kept": 0,
-        "rank": 3,
-        "binary_rank": 0,
-        "pivoted": True,
-        **change,
-    }
+    valid = {"kind": "sparse_lowrank", "sparse": "none", "kept": 0, "rank": 3, "binary_rank": 0, "pivoted": True}
+    values = valid | change
     with pytest.raises(CheckpointError, match=f"layer: {field} is"):
         LayerSpec.from_dict("layer", values).validate("layer", 15, 20)
 
 
-def test_a_config_without_the_field_still_opens():
+def test_a_spec_without_the_field_is_not_pivoted():
     values = {"kind": "sparse_lowrank", "sparse": "none", "kept": 0, "rank": 3, "binary_rank": 0}
     assert LayerSpec.from_dict("layer", values) == LayerSpec(rank=3)
     assert "pivoted" not in LayerSpec(rank=3).to_dict()
 
 
+def pivoted_half(weight: torch.Tensor, index: int) -> dict:
+    """Return the pivoted factors of half the rank of a weight."""
+    rank = min(weight.shape) // 2
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    a, b, pivots = pivot(S[:rank, None] * Vh[:rank], U[:, :rank])
+    return {"lowrank_a": a, "lowrank_b": b, "pivots": pivots}
+
+
 def test_a_checkpoint_opens_with_the_same_logits(tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    layers = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "layers" in name:
-            rank = min(module.weight.shape) // 2
-            U, S, Vh = torch.linalg.svd(module.weight.detach().double(), full_matrices=False)
-            a, b, pivots = pivot(S[:rank, None] * Vh[:rank], U[:, :rank])
-            layer = SparseLowRankLinear.from_parts(
-                module.in_features, module.out_features, lowrank_a=a, lowrank_b=b, pivots=pivots, dtype=torch.bfloat16
-            )
-            swap_module(model, name, layer)
-            layers[name] = layer.spec
-    attach(model, CompressionQuantizer(CompressionConfig(method="svd", layers=layers), pre_quantized=True))
+    model = llama_of(torch.bfloat16)
+    replace_linears(model, "svd", parts_of=pivoted_half)
     tokens = torch.randint(0, 64, (2, 9))
     logits = model(tokens).logits
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""A checkpoint opens wherever it goes: with the code that it carries, beside the package, and never as noise."""
+"""A checkpoint opens with the package or with the code that it carries, and never as noise."""
 
 import importlib.util
 import json
@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import hf_lowrank.runtime
 from hf_lowrank.runtime.reports import REPORT_FILE
 from hf_lowrank.runtime.saving import RUNTIME_FILES
-from tests.support.fresh_process import PROJECT, open_elsewhere
+from tests.support.assets import PROJECT
+from tests.support.fresh_process import open_elsewhere
 
 from .conftest import Checkpoint, answer
 
@@ -35,34 +36,36 @@ def test_the_auto_map_names_the_config_and_every_class_that_can_open_it(slab: Ch
 
 @pytest.mark.parametrize("method", ["slab", "sola", "svd", "gpt2"])
 def test_every_layer_stores_a_weight_that_no_dense_layer_can_take(method: str, request: pytest.FixtureRequest) -> None:
-    """What makes a load without the plugin fail."""
+    """This shape makes a load without the plugin fail."""
     model = request.getfixturevalue(method).model
     for name in model.config.quantization_config.layers:
         layer = model.get_submodule(name)
-        assert layer.weight.shape not in (
-            (layer.out_features, layer.in_features),
-            (layer.in_features, layer.out_features),
-        )
+        shape = (layer.out_features, layer.in_features)
+        assert layer.weight.shape not in (shape, shape[::-1])
 
 
-def test_without_the_package(
+def test_a_checkpoint_opens_without_the_package_by_its_own_code_alone(
     slab: Checkpoint, sola: Checkpoint, svd: Checkpoint, gpt2: Checkpoint, tmp_path: Path
 ) -> None:
-    """One process: first nothing knows the format, then two checkpoints bring their code, then they are saved and opened again."""
+    """All is tried in one process.
+
+    At first it does not know the format. Then two checkpoints bring their code, and are saved and opened again.
+    """
     checkpoints = (slab, sola, svd, gpt2)
     unprepared = [{"folder": str(checkpoint.folder)} for checkpoint in checkpoints]
     config = {"folder": str(slab.folder), "auto_class": "AutoConfig", "arguments": REMOTE}
-    remote = [
-        {"folder": str(c.folder), "arguments": REMOTE, "save_to": str(tmp_path / c.folder.name)} for c in (slab, gpt2)
-    ]
+    remote = []
+    for checkpoint in (slab, gpt2):
+        task = {"folder": str(checkpoint.folder), "arguments": REMOTE}
+        remote.append(task | {"save_to": str(tmp_path / checkpoint.folder.name)})
     base = {"folder": str(slab.folder), "auto_class": "AutoModel", "arguments": REMOTE}
-    again = [{"folder": task["save_to"], "arguments": REMOTE} for task in remote]
+    reopened = [{"folder": task["save_to"], "arguments": REMOTE} for task in remote]
     home = tmp_path / "home"
     home.mkdir()
-    answers = open_elsewhere([*unprepared, config, *remote, base, *again], home, installed=False, imported=False)
+    answers = open_elsewhere([*unprepared, config, *remote, base, *reopened], home, installed=False, imported=False)
 
-    for found in answers[:4]:
-        assert found["error"] == "RuntimeError", found
+    for refused in answers[:4]:
+        assert refused["error"] == "RuntimeError", refused
     assert answers[4]["class"].endswith("LlamaConfig")
     for found, checkpoint in zip((*answers[5:7], *answers[8:]), (slab, gpt2) * 2, strict=True):
         assert found["class"].rpartition(".")[2] == type(checkpoint.model).__name__, found
@@ -84,36 +87,24 @@ def test_the_package_is_used_where_it_is_installed(
 ) -> None:
     tasks = [{"folder": str(checkpoint.folder), "arguments": REMOTE} for checkpoint in (slab, gpt2)]
     answers = open_elsewhere(tasks, tmp_path, installed=True, imported=imported)
-    for found, checkpoint in zip(answers, (slab, gpt2), strict=True):
-        assert found["class"].rpartition(".")[2] == type(checkpoint.model).__name__, found
-        assert found["layers"] == ["hf_lowrank.runtime.layers"]
-        assert torch.equal(torch.tensor(found["logits"]), checkpoint.logits.flatten())
+    for opened, checkpoint in zip(answers, (slab, gpt2), strict=True):
+        assert opened["class"].rpartition(".")[2] == type(checkpoint.model).__name__, opened
+        assert opened["layers"] == ["hf_lowrank.runtime.layers"]
+        assert torch.equal(torch.tensor(opened["logits"]), checkpoint.logits.flatten())
 
 
 def test_importing_the_package_imports_no_more_than_it_needs() -> None:
-    """Beyond torch and transformers themselves: nothing that only compressing, training or the command line uses."""
-    heavy = [
-        "accelerate",
-        "datasets",
-        "lm_eval",
-        "matplotlib",
-        "pandas",
-        "peft",
-        "rich",
-        "scipy",
-        "sklearn",
-        "triton",
-        "trl",
-        "typer",
-    ]
+    """Beyond torch and transformers, it imports nothing that only compressing, training or the command line uses."""
+    heavy = ["accelerate", "datasets", "lm_eval", "matplotlib", "pandas", "peft", "rich", "scipy", "sklearn"]
+    heavy += ["triton", "trl", "typer"]
     code = (
         "import sys, torch, transformers\n"
         "before = set(sys.modules)\n"
         "import hf_lowrank\n"
         f"print(sorted({{name.partition('.')[0] for name in set(sys.modules) - before}} & set({heavy!r})))"
     )
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert finished.stdout.strip() == "[]"
     assert importlib.util.find_spec("datasets") is not None

@@ -1,4 +1,4 @@
-"""Untrusted checkpoints: whatever is wrong with a file or a config is one line that names it, before anything is allocated."""
+"""Whatever is wrong with an untrusted checkpoint is one line that names it, before any layer is allocated."""
 
 import json
 import shutil
@@ -25,12 +25,13 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def folder(slab: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to damage; building a layer from it fails the test."""
+    """A copy of a checkpoint to damage. Building a layer from it fails the test."""
     monkeypatch.setattr(quantizer, "build_layer", lambda *arguments, **factory: pytest.fail("a layer was built"))
     return Path(shutil.copytree(slab.folder, tmp_path / "damaged"))
 
 
 def assert_refused(folder: Path, *parts: str) -> None:
+    """Fail unless the checkpoint is refused in one line that holds all parts."""
     with pytest.raises(CheckpointError) as error:
         LlamaForCausalLM.from_pretrained(folder)
     message = str(error.value)
@@ -53,26 +54,26 @@ def change_spec(folder: Path, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 4, 8, 100, -1])
-def test_a_truncated_file(folder: Path, kept_bytes: int) -> None:
+def test_a_truncated_file_is_refused(folder: Path, kept_bytes: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept_bytes])
     assert_refused(folder, "model.safetensors", "download it again")
 
 
-def test_a_file_with_something_appended(folder: Path) -> None:
+def test_a_file_with_something_appended_is_refused(folder: Path) -> None:
     with open(folder / "model.safetensors", "ab") as stream:
         stream.write(b"more")
     assert_refused(folder, "model.safetensors", "expected", "truncated or damaged")
 
 
 @pytest.mark.parametrize("name", ["weight", "weight_mask", "sign_bits", "scale_in", "scale_out"])
-def test_a_missing_tensor(folder: Path, name: str) -> None:
+def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
     change_tensors(folder, lambda state: state.pop(f"{Q_PROJ}.{name}"))
     assert_refused(folder, f"{Q_PROJ}.{name}", "missing", "expected")
 
 
 @pytest.mark.parametrize("name", ["weight", "weight_mask", "sign_bits", "scale_in", "scale_out"])
-def test_a_tensor_of_another_shape(folder: Path, name: str) -> None:
+def test_a_tensor_of_another_shape_is_named(folder: Path, name: str) -> None:
     change_tensors(folder, lambda state: state.update({f"{Q_PROJ}.{name}": state[f"{Q_PROJ}.{name}"][:-1].clone()}))
     assert_refused(folder, f"{Q_PROJ}.{name}", "model.safetensors has", "expected")
 
@@ -80,13 +81,13 @@ def test_a_tensor_of_another_shape(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"), [("weight", torch.int32), ("weight_mask", torch.bool), ("sign_bits", torch.float32)]
 )
-def test_a_tensor_of_another_kind(folder: Path, name: str, dtype: torch.dtype) -> None:
+def test_a_tensor_of_another_dtype_is_named(folder: Path, name: str, dtype: torch.dtype) -> None:
     change_tensors(folder, lambda state: state.update({f"{Q_PROJ}.{name}": state[f"{Q_PROJ}.{name}"].to(dtype)}))
     assert_refused(folder, f"{Q_PROJ}.{name}", "model.safetensors has", "expected")
 
 
 @pytest.mark.parametrize("name", ["lowrank_a", "absmax"])
-def test_a_tensor_that_the_config_does_not_know(folder: Path, name: str) -> None:
+def test_a_tensor_that_the_config_does_not_know_is_named(folder: Path, name: str) -> None:
     change_tensors(folder, lambda state: state.update({f"{Q_PROJ}.{name}": torch.zeros(2, 64)}))
     assert_refused(folder, Q_PROJ, "unexpected tensors", name)
 
@@ -107,12 +108,12 @@ def test_a_tensor_that_the_config_does_not_know(folder: Path, name: str) -> None
     ],
     ids=str,
 )
-def test_a_config_that_is_not_that_of_the_file(folder: Path, fields: dict, parts: tuple[str, ...]) -> None:
+def test_a_config_that_is_not_that_of_the_file_is_refused(folder: Path, fields: dict, parts: tuple[str, ...]) -> None:
     change_spec(folder, **fields)
     assert_refused(folder, Q_PROJ, *parts)
 
 
-def test_a_config_of_another_model(folder: Path) -> None:
+def test_a_config_of_another_model_is_refused(folder: Path) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
     assert_refused(folder, "model.layers.1.", "no such module", "expected a linear layer")
@@ -145,23 +146,22 @@ def test_any_header_is_refused_or_read(tmp_path_factory: pytest.TempPathFactory,
     encoded = json.dumps(header).encode()
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
     try:
-        found = read_header(str(file))
+        tensors = read_header(str(file))
     except CheckpointError as error:
         assert "header.safetensors" in str(error)
     else:
-        assert all(isinstance(side, int) for _, shape in found.values() for side in shape)
+        assert all(isinstance(side, int) for _, shape in tensors.values() for side in shape)
 
 
 def test_headers_are_those_of_the_tensors(slab: Checkpoint) -> None:
     file = slab.folder / "model.safetensors"
     names = {torch.float32: "F32", torch.uint8: "U8"}
-    assert read_header(str(file)) == {
-        name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in load_file(file).items()
-    }
+    expected = {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in load_file(file).items()}
+    assert read_header(str(file)) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "kind"),
     [
         ("model.layers.7.self_attn.q_proj", "no such module"),
         ("model.embed_tokens", "Embedding"),
@@ -169,8 +169,8 @@ def test_headers_are_those_of_the_tensors(slab: Checkpoint) -> None:
         ("", "LlamaForCausalLM"),
     ],
 )
-def test_a_layer_that_is_no_linear_layer(name: str, found: str) -> None:
-    with pytest.raises(CheckpointError, match=f"found {found} in LlamaForCausalLM, expected a linear layer"):
+def test_a_name_of_no_linear_layer_is_refused(name: str, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=f"found {kind} in LlamaForCausalLM, expected a linear layer"):
         resolve_layers(tiny_llama(), {Q_PROJ: LayerSpec(rank=1), name: LayerSpec(rank=1)})
 
 

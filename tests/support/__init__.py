@@ -1,1 +1,1 @@
-"""Helpers that several test files share."""
+"""Helpers that test files share: models, texts, processes, and a Hub on this machine."""

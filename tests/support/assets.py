@@ -1,4 +1,4 @@
-"""Real weights and texts for tests: where they lie, and a skip with the reason where they do not."""
+"""Finds the real weights and texts that some tests need, and skips a test with the reason where they are missing."""
 
 import gzip
 import lzma
@@ -13,13 +13,16 @@ VARIABLE = "HF_LOWRANK_ASSETS"
 
 
 def asset_model(name: str) -> Path:
-    """The folder of a model; the one that the package brings is always there, others skip the test where there are no assets."""
+    """Return the folder of a model.
+
+    The model that the package brings is always there. Others skip the test where there are no assets.
+    """
     folder = _assets() / "models" / name
     return folder if folder.is_dir() else _bundled(BUNDLED / name)
 
 
 def asset_text(path: str) -> str:
-    """A text by its path below the assets' `text` folder, such as "wikitext2/test.txt"; compressed ones are decompressed."""
+    """Return a text, decompressed if need be, by its path below the folder `text`, such as "wikitext2/test.txt"."""
     file = _assets() / "text" / path
     if not file.is_file():
         file = _bundled(BUNDLED / path)

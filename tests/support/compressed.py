@@ -1,4 +1,4 @@
-"""Small compressed models of every layout, each compressed and saved once in a test session."""
+"""Builds small compressed models of every layout, and saves each of them once in a test session."""
 
 import copy
 from dataclasses import dataclass
@@ -22,37 +22,45 @@ RECIPES = {
     "pivoted": ("lowrank", 0.3, {}),
     "quantised": ("auto", 0.7, {}),
 }
-"""Method, ratio and options."""
+"""Method, ratio and options of every model, by its name."""
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A saved compressed model; `saved` is as it was opened again, and not to be changed."""
+    """A compressed model that was saved.
+
+    Attributes:
+        name: its key in `RECIPES`.
+        folder: the checkpoint.
+        saved: the model as the checkpoint gives it. Tests share it and leave it as it is.
+    """
 
     name: str
     folder: Path
     saved: PreTrainedModel
 
     def model(self) -> PreTrainedModel:
+        """Return a copy of the model that a test may change."""
         return copy.deepcopy(self.saved)
 
 
-_made: dict[str, Compressed] = {}
+_saved_models: dict[str, Compressed] = {}
 
 
 def compressed_model(name: str, factory: pytest.TempPathFactory) -> Compressed:
-    """One of `RECIPES`."""
-    if name not in _made:
+    """Return the compressed model of this name in `RECIPES`."""
+    if name not in _saved_models:
         method, ratio, options = RECIPES[name]
         model = tiny_gpt2() if name.endswith("gpt2") else tiny_llama(num_hidden_layers=3)
         config = CompressionConfig(method=method, ratio=ratio, options=options, samples=4, sequence_length=16)
         compress(model, config, calibration=calibration(), progress=False)
         folder = factory.mktemp("compressed") / name
         model.save_pretrained(folder)
-        _made[name] = Compressed(name, folder, type(model).from_pretrained(folder))
-    return _made[name]
+        _saved_models[name] = Compressed(name, folder, type(model).from_pretrained(folder))
+    return _saved_models[name]
 
 
 def logits(model: torch.nn.Module) -> Tensor:
+    """Return the first output of a model for `INPUT_IDS`: logits, or hidden states where it has no head."""
     with torch.no_grad():
         return model(torch.tensor(INPUT_IDS))[0]

@@ -1,6 +1,8 @@
-"""Opens checkpoints in a new Python process, with or without `hf_lowrank` in it; run as a script it is that process.
+"""Opens checkpoints in a new Python process that may or may not have `hf_lowrank`.
 
-A request names what is opened, in order; the answer says for each which class came back and which logits it gives, or which error.
+Run as a script, this file is that process.
+A request names what is opened, in order. The answer says for each checkpoint which class came back and which logits it
+gives, or which error was raised.
 """
 
 import importlib
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# This file imports nothing from the project: where the package is not installed, neither can the tests be imported.
 PROJECT = Path(__file__).resolve().parents[2]
 INPUT_IDS = [[1, 5, 9, 2, 60, 33, 7, 4], [3, 3, 8, 41, 12, 0, 63, 11]]
 
@@ -20,14 +23,14 @@ INPUT_IDS = [[1, 5, 9, 2, 60, 33, 7, 4], [3, 3, 8, 41, 12, 0, 63, 11]]
 def open_elsewhere(
     tasks: Sequence[dict[str, Any]], home: Path, *, installed: bool, imported: bool
 ) -> list[dict[str, Any]]:
-    """What a new process answers to each task.
+    """Return what a new process answers to every task.
 
     Args:
-        tasks: "folder", and optionally "auto_class", "arguments" of `from_pretrained`, a folder to "save_to", and the config class of an
-            adapter to "merge".
+        tasks: "folder", and optionally "auto_class", "arguments" of `from_pretrained`, a folder to "save_to", and the
+            config class of an adapter to "merge".
         home: the new process's Hugging Face home and working directory.
         installed: whether `hf_lowrank` can be imported there at all.
-        imported: whether it is, before the first task.
+        imported: whether the process imports it before the first task.
     """
     request = json.dumps({"tasks": list(tasks), "installed": installed, "imported": imported})
     environment = os.environ | {
@@ -35,7 +38,7 @@ def open_elsewhere(
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": str(PROJECT) if installed else "",
     }
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, __file__, request],
         cwd=home,
         env=environment,
@@ -44,13 +47,13 @@ def open_elsewhere(
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    assert finished.returncode == 0, finished.stderr
+    answers: list[dict[str, Any]] = json.loads(finished.stdout.splitlines()[-1])
     return answers
 
 
 class WithoutPackage:
-    """A finder of modules that does not find `hf_lowrank`."""
+    """Finds the modules that another finder finds, except `hf_lowrank`."""
 
     def __init__(self, finder: Any) -> None:
         self.finder = finder
@@ -59,7 +62,9 @@ class WithoutPackage:
         return getattr(self.finder, name)
 
     def find_spec(self, name: str, *arguments: Any) -> Any:
-        return None if name.partition(".")[0] == "hf_lowrank" else self.finder.find_spec(name, *arguments)
+        if name.partition(".")[0] == "hf_lowrank":
+            return None
+        return self.finder.find_spec(name, *arguments)
 
 
 def _answer(task: dict[str, Any]) -> dict[str, Any]:
@@ -67,21 +72,19 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     arguments = dict(task.get("arguments", {}))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    auto_class = getattr(transformers, task.get("auto_class", "AutoModelForCausalLM"))
+    memory = _peak_memory()
     try:
-        opened = getattr(transformers, task.get("auto_class", "AutoModelForCausalLM")).from_pretrained(
-            task["folder"], **arguments
-        )
+        opened = auto_class.from_pretrained(task["folder"], **arguments)
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     answer = {
         "class": f"{type(opened).__module__}.{type(opened).__qualname__}",
-        "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024,
+        "memory": _peak_memory() - memory,
     }
     if isinstance(opened, transformers.PreTrainedModel):
-        answer["layers"] = sorted(
-            {type(module).__module__ for module in opened.modules() if "SparseLowRank" in type(module).__name__}
-        )
+        compressed = [type(module) for module in opened.modules() if "SparseLowRank" in type(module).__name__]
+        answer["layers"] = sorted({layer_class.__module__ for layer_class in compressed})
         with torch.no_grad():
             output = opened(torch.tensor(INPUT_IDS))
         answer["logits"] = output[0].float().flatten().tolist()
@@ -93,13 +96,19 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def _peak_memory() -> int:
+    """Return the largest number of bytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _merge_error(model: Any, adapter: str) -> str:
-    """What PEFT says when a new adapter of a kind is merged into the model; nothing if it does."""
+    """Return PEFT's message when a new adapter cannot be merged into the model, or an empty string if it merges."""
     import peft
 
-    config = getattr(peft, adapter)(
-        target_modules=["q_proj"], **({"feedforward_modules": []} if adapter == "IA3Config" else {})
-    )
+    fields: dict[str, Any] = {"target_modules": ["q_proj"]}
+    if adapter == "IA3Config":
+        fields["feedforward_modules"] = []
+    config = getattr(peft, adapter)(**fields)
     try:
         peft.get_peft_model(model, config).merge_and_unload()
     except Exception as error:

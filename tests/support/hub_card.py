@@ -1,7 +1,8 @@
-"""What the Hub reads from the metadata on top of a model card, for the loopback server of `hub_server.py`.
+"""Reads and checks the metadata on top of a model card as the Hub does, for the loopback server of `hub_server.py`.
 
-The rules are those of the Hub's public documentation of model cards as far as cards of this project use them; they are not the Hub's own
-code. A card that passes here may still meet a rule that is missing here; a card that fails here is wrong.
+The rules are those of the Hub's public documentation of model cards, as far as cards of this project use them. They
+are not the Hub's own code: a card that passes here may still break a rule that is missing here, and a card that fails
+here is wrong.
 """
 
 import re
@@ -14,7 +15,7 @@ _FRONT_MATTER = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(\r\n|\n|\Z)", re.DOT
 
 
 def read_metadata(card: str) -> Any:
-    """The value of the YAML block on top of a card; None if there is no block or it is empty.
+    """Return the value of the YAML block on top of a card, or None if there is no block or it is empty.
 
     Raises:
         yaml.YAMLError: the block is not YAML.
@@ -24,7 +25,7 @@ def read_metadata(card: str) -> Any:
 
 
 def check_card(card: str) -> tuple[list[str], list[str]]:
-    """The errors and the warnings that the Hub's validator would give for a card."""
+    """Return the errors and the warnings that the Hub's validator would give for a card."""
     try:
         metadata = read_metadata(card)
     except yaml.YAMLError as error:
@@ -50,7 +51,10 @@ def check_card(card: str) -> tuple[list[str], list[str]]:
 
 
 def index_fields(card: str) -> dict[str, Any]:
-    """The fields of `GET /api/models/...` that come from the card: cardData, library_name, pipeline_tag, tags, model-index."""
+    """Return the fields of `GET /api/models/...` that come from the card.
+
+    They are cardData, tags, and, where the card has them, library_name, pipeline_tag and model-index.
+    """
     metadata = read_metadata(card)
     if not isinstance(metadata, dict):
         return {}
@@ -62,9 +66,10 @@ def index_fields(card: str) -> dict[str, Any]:
     tags += [f"dataset:{name}" for name in _as_list(metadata.get("datasets"))]
     tags += [f"license:{name}" for name in _as_list(metadata.get("license"))]
     fields = {"cardData": metadata, "tags": list(dict.fromkeys(tags))}
-    return fields | {
-        name: metadata[name] for name in ("library_name", "pipeline_tag", "model-index") if name in metadata
-    }
+    for name in ("library_name", "pipeline_tag", "model-index"):
+        if name in metadata:
+            fields[name] = metadata[name]
+    return fields
 
 
 def _model_index_errors(index: Any) -> list[str]:

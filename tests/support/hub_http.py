@@ -1,4 +1,4 @@
-"""HTTP for the loopback Hub: request bodies, answers, errors, routes and failures on demand."""
+"""Speaks HTTP for the loopback Hub: request bodies, answers, errors, routes, and failures on demand."""
 
 import json
 import re
@@ -11,17 +11,23 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 _PIECE = 64 * 1024
+"""Maximum number of bytes that are read from a connection at once."""
 
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose method is `method` and in whose path the regular expression `path` is found.
+    """Says which requests fail, and how.
 
-    The first `skip` such requests pass, the next `times` fail, the later ones pass again. `action` is one of
-    "drop" (the connection is cut after `after` bytes of the request's body, or of the answer's if the request has none),
-    "stall" (nothing more is read after `after` bytes of the request's body, until the server stops),
-    "lose answer" (the request is carried out and then the connection is cut),
-    and an HTTP status (the request is not carried out). `reached` is set when the fault strikes.
+    A fault concerns the requests whose method is `method` and in whose path the regular expression `path` is found.
+    The first `skip` of them pass, the next `times` fail, and the later ones pass again.
+
+    Attributes:
+        action: one of
+            "drop": the connection is cut after `after` bytes of the request's body, or of the answer's if it has none;
+            "stall": nothing more is read after `after` bytes of the request's body, until the server stops;
+            "lose answer": the request is carried out and then the connection is cut;
+            an HTTP status: it is the answer, and the request is not carried out.
+        reached: set when the fault strikes.
     """
 
     method: str
@@ -35,7 +41,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request as it was served. `received` counts the bytes of its body; `status` is 0 where no answer was sent."""
+    """One request as it was served.
+
+    Attributes:
+        status: HTTP status of the answer, or 0 where no answer was sent.
+        received: number of bytes of the request's body.
+        range: the Range header.
+    """
 
     method: str
     path: str
@@ -45,13 +57,16 @@ class Exchange:
 
 
 class HubError(Exception):
-    """An answer other than success. The client chooses its exception by the status and by the X-Error-Code, `code`."""
+    """An answer other than success. The client chooses its exception by the status and by the X-Error-Code `code`."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
+        self.status = status
+        self.message = message
+        self.code = code
+        self.headers = headers or {}
 
 
 class ConnectionCut(Exception):
@@ -63,7 +78,10 @@ _ROUTES: list[tuple[str, re.Pattern[str], _Route]] = []
 
 
 def route(method: str, pattern: str) -> Callable[[_Route], _Route]:
-    """Register the method that answers these requests. In `pattern`, {repo} is namespace/name and any other {word} one path segment."""
+    """Register the decorated method as the one that answers these requests.
+
+    In `pattern`, {repo} stands for namespace/name, and any other {word} for one segment of the path.
+    """
     pattern = pattern.replace("{repo}", r"(?P<namespace>\w[\w.-]*)/(?P<name>\w[\w.-]*)")
     compiled = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern))
 
@@ -75,12 +93,11 @@ def route(method: str, pattern: str) -> Callable[[_Route], _Route]:
 
 
 class HttpHandler(BaseHTTPRequestHandler):
-    """One connection. Its server has `exchanges`, `fault_for(method, path)` and the event `stopping`."""
+    """Serves one connection. Its server has `exchanges`, `fault_for(method, path)` and the event `stopping`."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # header and body leave in two writes; the second must not wait for an acknowledgement
-    )
+    # Header and body leave in two writes, and the second must not wait for an acknowledgement.
+    disable_nagle_algorithm = True
     timeout = 60
 
     def handle_request(self) -> None:
@@ -117,17 +134,15 @@ class HttpHandler(BaseHTTPRequestHandler):
         except HubError as error:
             for _ in self.unread:  # a client that is still sending would not read the answer
                 pass
-            headers = (
-                error.headers
-                | {"X-Error-Message": error.message}
-                | ({"X-Error-Code": error.code} if error.code else {})
-            )
+            headers = error.headers | {"X-Error-Message": error.message}
+            if error.code:
+                headers["X-Error-Code"] = error.code
             self.answer_json({"error": error.message}, status=error.status, headers=headers)
 
     # --- the request's body
 
     def _read_body(self) -> Iterator[bytes]:
-        """The body in pieces, as Content-Length or the chunked coding delimits it."""
+        """Yield the body in pieces, as Content-Length or the chunked coding delimits it."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
                 yield from self._read_exactly(size)
@@ -138,13 +153,13 @@ class HttpHandler(BaseHTTPRequestHandler):
 
     def _read_exactly(self, size: int) -> Iterator[bytes]:
         while size:
-            wanted = min(size, _PIECE)
+            length = min(size, _PIECE)
             if self.fault and self.fault.action in ("drop", "stall"):
                 if self.received >= self.fault.after:
                     self._strike(self.fault)
-                wanted = min(wanted, self.fault.after - self.received)
-            piece = self.rfile.read(wanted)
-            if len(piece) < wanted:
+                length = min(length, self.fault.after - self.received)
+            piece = self.rfile.read(length)
+            if len(piece) < length:
                 raise ConnectionCut
             self.received += len(piece)
             size -= len(piece)
@@ -168,7 +183,7 @@ class HttpHandler(BaseHTTPRequestHandler):
     def answer(
         self, pieces: Iterator[bytes], size: int, *, status: int = 200, headers: dict[str, str] | None = None
     ) -> None:
-        """Send `size` bytes, given in pieces; for HEAD only the headers."""
+        """Send `size` bytes, given in pieces. A HEAD request gets the headers only."""
         if self.fault and self.fault.action == "lose answer":
             self._strike(self.fault)
         self._record(status)
@@ -196,11 +211,11 @@ class HttpHandler(BaseHTTPRequestHandler):
         )
 
     def _record(self, status: int) -> None:
-        """Note the exchange before its answer leaves, so that a client that has the answer finds it noted."""
+        """Record the exchange before its answer leaves, so that a client that has the answer finds it recorded."""
         if not self.recorded:
             self.recorded = True
             exchange = Exchange(self.command, unquote(self.url_path), status, self.received, self.headers.get("Range"))
             self.server.exchanges.append(exchange)  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing is printed: the server's `exchanges` has it all."""
+        """Print nothing, as the server's `exchanges` holds it all."""

@@ -1,4 +1,4 @@
-"""The Hub's endpoints for model repositories, as huggingface_hub's client calls them (`hub_server.py` says which)."""
+"""Answers the requests about model repositories that huggingface_hub's client makes (`hub_server.py` lists them)."""
 
 import base64
 import contextlib
@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 WRITE_TOKEN, READ_TOKEN, OTHER_TOKEN = "hf_write_tester", "hf_read_tester", "hf_write_other"
 _ACCOUNTS = {WRITE_TOKEN: ("tester", "write"), READ_TOKEN: ("tester", "read"), OTHER_TOKEN: ("other", "write")}
 _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx", ".gguf", ".h5", ".npz", ".parquet")
+"""Files that go through LFS whatever their size."""
 _PIECE = 2**20
+"""Maximum number of bytes of a file that are read at once."""
 
 
 class HubHandler(HttpHandler):
+    """Serves one connection of a client.
+
+    Attributes:
+        user: name of the account that asks, or None without a token.
+        role: "read" or "write", what the account's token allows.
+    """
+
     server: "HubServer"
     user: str | None
     role: str | None
@@ -44,7 +53,10 @@ class HubHandler(HttpHandler):
             self.user, self.role = _ACCOUNTS[token]
 
     def repository(self, namespace: str, name: str, *, write: bool = False) -> Repository:
-        """The repository, if the caller may see it. One that he may not see is answered exactly like one that does not exist."""
+        """Return the repository, if the caller may see it.
+
+        A repository that the caller may not see is answered exactly like one that does not exist.
+        """
         repository = Repository(self.server.root / namespace / name)
         if not repository.folder.is_dir() or (repository.settings["private"] and self.user != namespace):
             if self.user is None:
@@ -103,10 +115,11 @@ class HubHandler(HttpHandler):
         if self.headers.get("Accept") == "text/plain":
             text = "\n".join(errors + warnings).encode()
             return self.answer(iter([text]), len(text), status=status)
-        lists = {"errors": errors, "warnings": warnings}
-        self.answer_json(
-            {name: [{"message": message} for message in messages] for name, messages in lists.items()}, status=status
-        )
+        answer = {
+            "errors": [{"message": message} for message in errors],
+            "warnings": [{"message": message} for message in warnings],
+        }
+        self.answer_json(answer, status=status)
 
     # --- reading
 
@@ -126,9 +139,11 @@ class HubHandler(HttpHandler):
         about |= {"gated": False, "disabled": False, "tags": []}
         siblings = []
         for path, file in commit.files.items():
-            lfs = {"size": file.size, "sha256": file.sha256, "pointerSize": file.pointer_size} if file.sha256 else None
-            details = {"size": file.size, "blobId": file.oid, "lfs": lfs} if "blobs" in self.query else {}
-            siblings.append({"rfilename": path} | details)
+            sibling: dict[str, Any] = {"rfilename": path}
+            if "blobs" in self.query:
+                lfs = {"size": file.size, "sha256": file.sha256, "pointerSize": file.pointer_size}
+                sibling |= {"size": file.size, "blobId": file.oid, "lfs": lfs if file.sha256 else None}
+            siblings.append(sibling)
         if "README.md" in commit.files:
             with contextlib.suppress(yaml.YAMLError):  # the Hub shows such a model without metadata
                 about |= index_fields(repository.content_path(commit.files["README.md"]).read_text())
@@ -143,7 +158,8 @@ class HubHandler(HttpHandler):
         for path, file in commit.files.items():
             if path.startswith(prefix):
                 *folders, _ = path.removeprefix(prefix).split("/")
-                for depth in range(1, len(folders) + 1 if recursive else min(len(folders), 1) + 1):
+                deepest = len(folders) if recursive else min(len(folders), 1)
+                for depth in range(1, deepest + 1):
                     entries[prefix + "/".join(folders[:depth])] = {"type": "directory", "oid": commit.id, "size": 0}
                 if recursive or not folders:
                     entries[path] = _describe(file)
@@ -162,10 +178,9 @@ class HubHandler(HttpHandler):
         refs = self.repository(namespace, name).refs
         listed: dict[str, list[dict[str, str]]] = {"converts": [], "pullRequests": []}
         for kind, plural in (("heads", "branches"), ("tags", "tags")):
-            listed[plural] = [
-                {"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": commit}
-                for ref, commit in refs[kind].items()
-            ]
+            listed[plural] = []
+            for ref, commit in refs[kind].items():
+                listed[plural].append({"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": commit})
         self.answer_json(listed)
 
     @route("GET", "/api/models/{repo}/commits/{revision}")
@@ -190,9 +205,9 @@ class HubHandler(HttpHandler):
         if file.sha256:
             headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
         start, stop, status = 0, file.size, 200
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            first, last = wanted.groups()
+        span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
+        if span:
+            first, last = span.groups()  # one of them may be empty: "500-" is all but 500 bytes, "-500" the last 500
             start = int(first) if first else max(file.size - int(last), 0)
             stop = min(int(last) + 1, file.size) if first and last else file.size
             if start >= stop:
@@ -229,28 +244,30 @@ class HubHandler(HttpHandler):
         for file in self.read_json()["files"]:
             path, sample = file["path"], base64.b64decode(file["sample"])
             large = file["size"] >= self.server.lfs_size or path.endswith(_LFS_SUFFIXES) or b"\x00" in sample
-            known = {"oid": files[path].etag} if path in files else {}
-            answers.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False} | known)
+            answer = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if path in files:
+                answer["oid"] = files[path].etag
+            answers.append(answer)
         self.answer_json({"files": answers})
 
     @route("POST", r"/{repo}\.git/info/lfs/objects/batch")
     def lfs_batch(self, namespace: str, name: str) -> None:
-        """Answer with the URLs to upload to; a file that the repository has already gets none."""
+        """Answer with the URLs to upload to. A file that the repository has already gets none."""
         repository = self.repository(namespace, name, write=True)
         objects = []
-        for wanted in self.read_json()["objects"]:
+        for announced in self.read_json()["objects"]:
             actions = {}
-            if not repository.lfs_path(wanted["oid"]).exists():
+            if not repository.lfs_path(announced["oid"]).exists():
                 ticket = secrets.token_urlsafe()
-                self.server.uploads[ticket] = Upload(repository, wanted["oid"], wanted["size"])
+                self.server.uploads[ticket] = Upload(repository, announced["oid"], announced["size"])
                 upload: dict[str, Any] = {"href": f"{self.server.url}/lfs/{ticket}"}
-                parts = -(-wanted["size"] // self.server.part_size)
+                parts = -(-announced["size"] // self.server.part_size)
                 if parts > 1:
                     urls = {str(part): f"{upload['href']}/{part}" for part in range(1, parts + 1)}
                     upload["header"] = {"chunk_size": str(self.server.part_size)} | urls
                 verify = {"href": f"{self.server.url}/api/models/{namespace}/{name}/lfs/verify"}
                 actions = {"actions": {"upload": upload, "verify": verify}}
-            objects.append({"oid": wanted["oid"], "size": wanted["size"]} | actions)
+            objects.append({"oid": announced["oid"], "size": announced["size"]} | actions)
         self.answer_json({"transfer": "multipart", "objects": objects})
 
     @route("PUT", "/lfs/{ticket}")
@@ -267,7 +284,7 @@ class HubHandler(HttpHandler):
         self.complete(ticket, parts=len(self.read_json()["parts"]))
 
     def receive(self, ticket: str, part: int) -> str:
-        """Store one part of an upload and return its sha256; a part that breaks off leaves nothing behind."""
+        """Store one part of an upload and return its sha256. A part that breaks off leaves nothing behind."""
         if ticket not in self.server.uploads:
             raise HubError(403, "this upload URL is unknown or has expired")
         digest = hashlib.sha256()
@@ -302,15 +319,15 @@ class HubHandler(HttpHandler):
 
     @route("POST", "/api/models/{repo}/lfs/verify")
     def verify(self, namespace: str, name: str) -> None:
-        wanted = self.read_json()
-        path = self.repository(namespace, name, write=True).lfs_path(wanted["oid"])
-        if not path.exists() or path.stat().st_size != wanted["size"]:
-            raise HubError(404, f"the LFS object {wanted['oid']} was not uploaded")
+        announced = self.read_json()
+        path = self.repository(namespace, name, write=True).lfs_path(announced["oid"])
+        if not path.exists() or path.stat().st_size != announced["size"]:
+            raise HubError(404, f"the LFS object {announced['oid']} was not uploaded")
         self.answer_json({})
 
     @route("POST", "/api/models/{repo}/commit/{revision}")
     def commit(self, namespace: str, name: str, revision: str) -> None:
-        """Carry out the operations, one per line: all of them or none."""
+        """Carry out the operations, one per line of the request: all of them or none."""
         self.refuse_pull_request()
         repository = self.repository(namespace, name, write=True)
         operations = [(line["key"], line["value"]) for line in map(json.loads, self.read_all().splitlines())]
@@ -350,27 +367,28 @@ def _apply(repository: Repository, files: dict[str, StoredFile], key: str, value
             raise HubError(400, f"{path} points to the LFS object {value['oid']}, which was not uploaded")
         files[path] = StoredFile.from_lfs(value["oid"], content.stat().st_size)
     elif key in ("deletedFile", "deletedFolder"):
-        gone = [
-            name
-            for name in files
-            if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))
-        ]
-        if not gone:
+        deleted = [path] if path in files else []
+        if key == "deletedFolder":
+            folder = path.rstrip("/") + "/"
+            deleted += [name for name in files if name.startswith(folder)]
+        if not deleted:
             raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        for name in gone:
+        for name in deleted:
             del files[name]
     elif key != "header":
         raise HubError(501, f"the loopback Hub does not speak the commit operation {key!r}")
 
 
 def _describe(file: StoredFile) -> dict[str, Any]:
+    """Return what listings of a repository say about a file."""
     entry: dict[str, Any] = {"type": "file", "oid": file.oid, "size": file.size}
-    return entry | (
-        {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}} if file.sha256 else {}
-    )
+    if file.sha256:
+        entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
+    return entry
 
 
 def _read(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the bytes from `start` up to `stop`, in pieces."""
     with path.open("rb") as file:
         file.seek(start)
         while start < stop:

@@ -5,13 +5,13 @@
 
     python -m tests.support.hub_server FOLDER        # as a process; prints the variables that a client needs
 
-Repositories live in folders (`hub_storage.py`) and survive a restart. Spoken (`hub_protocol.py`): whoami, create repo, model info, tree,
-paths-info, refs, commits, branches, tags, preupload, commit, LFS batch, upload in one part or several with the sha256 checked, resolve
-with ETag and Range, validate-yaml. Every other request is answered with 501 and its name, among them Xet, pull requests, datasets,
-spaces, gated repos and deletion of repos.
+Repositories live in folders (`hub_storage.py`) and survive a restart. The server speaks (`hub_protocol.py`): whoami,
+create repo, model info, tree, paths-info, refs, commits, branches, tags, preupload, commit, LFS batch, upload in one
+part or several with the sha256 checked, resolve with ETag and Range, validate-yaml. Every other request is answered
+with 501 and its name, among them Xet, pull requests, datasets, spaces, gated repos and deletion of repos.
 
-huggingface_hub reads its settings when it is imported, hence a process per client. With hf_xet installed it uploads without Xet only if
-HF_HUB_DISABLE_XET=1 is set; `environment` sets it.
+huggingface_hub reads its settings when it is imported, so every client is a process of its own. Where hf_xet is
+installed, huggingface_hub uploads without Xet only if HF_HUB_DISABLE_XET=1 is set, as `environment` does.
 
 Three tokens exist: WRITE_TOKEN and READ_TOKEN of the user "tester", OTHER_TOKEN of the user "other".
 """
@@ -33,7 +33,7 @@ __all__ = ["OTHER_TOKEN", "READ_TOKEN", "WRITE_TOKEN", "Exchange", "Fault", "Hub
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server; use it as a context manager, or call `start` and `stop`.
+    """Serves the repositories of a folder. Use it as a context manager, or call `start` and `stop`.
 
     Args:
         root: folder of the repositories.
@@ -50,7 +50,9 @@ class HubServer(ThreadingHTTPServer):
 
     def __init__(self, root: Path, *, lfs_size: int = 10 * 2**20, part_size: int = 2**30, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), HubHandler)
-        self.root, self.lfs_size, self.part_size = root, lfs_size, part_size
+        self.root = root
+        self.lfs_size = lfs_size
+        self.part_size = part_size
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] = []
@@ -75,7 +77,7 @@ class HubServer(ThreadingHTTPServer):
         self.stop()
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """The environment of a client process: this Hub, the cache `home`, and no way to any other host.
+        """Return the environment of a client process: this Hub, the cache `home`, and no way to any other host.
 
         Proxies point at a closed port, so that a request to anywhere but 127.0.0.1 fails at once.
         """
@@ -85,7 +87,9 @@ class HubServer(ThreadingHTTPServer):
         environment |= {"NO_PROXY": "127.0.0.1", "HF_ENDPOINT": self.url, "HF_HOME": str(home)}
         disabled = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
         environment |= {f"HF_HUB_DISABLE_{name}": "1" for name in disabled}
-        return environment | ({"HF_TOKEN": token} if token else {})
+        if token:
+            environment["HF_TOKEN"] = token
+        return environment
 
     def client(self, code: str, *arguments: object, home: Path, token: str | None = None) -> str:
         """Run Python code in a process of its own, `arguments` being its `sys.argv[1:]`, and return what it prints.
@@ -101,7 +105,7 @@ class HubServer(ThreadingHTTPServer):
         return finished.stdout.strip()
 
     def fault_for(self, method: str, path: str) -> Fault | None:
-        """The fault that strikes the request that has just arrived, if any; counts it."""
+        """Return the fault that strikes the request that has just arrived, if there is one, and count it as struck."""
         with self.lock:
             for fault in self.faults:
                 if fault.method == method and re.search(fault.path, path):
@@ -113,17 +117,17 @@ class HubServer(ThreadingHTTPServer):
         return None
 
     def served(self, method: str, path: str) -> list[Exchange]:
-        """The exchanges so far with this method in whose path the regular expression `path` is found."""
-        return [
-            exchange for exchange in self.exchanges if exchange.method == method and re.search(path, exchange.path)
-        ]
+        """Return the exchanges so far with this method in whose path the regular expression `path` is found."""
+        of_method = [exchange for exchange in self.exchanges if exchange.method == method]
+        return [exchange for exchange in of_method if re.search(path, exchange.path)]
 
     def part_path(self, ticket: str, part: int) -> Path:
-        """Where part 1, 2, ... of an upload is kept until all are there; 0 is the whole."""
+        """Return where part 1, 2, ... of an upload is kept until all are there. Part 0 is the whole file."""
         return self.root / ".uploads" / f"{ticket}.{part}"
 
 
 def main() -> None:
+    """Serve a folder until the process is interrupted."""
     parser = argparse.ArgumentParser(description="A Hugging Face Hub on 127.0.0.1, for tests.")
     parser.add_argument("folder", type=Path, help="where the repositories are kept")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")

@@ -1,4 +1,4 @@
-"""Hub repositories as folders: what the loopback server of `hub_server.py` remembers.
+"""Keeps the repositories of the loopback Hub (`hub_server.py`) in folders.
 
 One repository is one folder `ROOT/namespace/name`:
 
@@ -21,18 +21,25 @@ from pathlib import Path
 
 
 def git_sha1(content: bytes) -> str:
-    """The name git gives to a file with this content."""
+    """Return the name that git gives to a file with this content."""
     return hashlib.sha1(b"blob %d\x00%s" % (len(content), content)).hexdigest()
 
 
 def now() -> str:
-    """The time as the Hub writes it."""
+    """Return the time as the Hub writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of one commit: `sha256` and `pointer_size` are set where git holds only an LFS pointer, whose name is then `oid`."""
+    """One file of one commit.
+
+    Attributes:
+        oid: the name that git gives to the file, or to the LFS pointer that it holds in the file's place.
+        size: number of bytes of the file.
+        sha256: sum of a file that is held as an LFS pointer. None for others, as is `pointer_size`.
+        pointer_size: number of bytes of the LFS pointer.
+    """
 
     oid: str
     size: int
@@ -51,6 +58,8 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Commit:
+    """One commit, with the complete list of its files by their paths."""
+
     id: str
     parent: str | None
     title: str
@@ -61,14 +70,14 @@ class Commit:
 
 
 class Repository:
-    """A repository in its folder. Callers serialise writers (the server holds one lock)."""
+    """A repository in its folder. Callers let one thread write at a time, for which the server has a lock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def create(cls, folder: Path, *, private: bool, author: str) -> "Repository":
-        """A new repository with the first commit that the Hub makes: `.gitattributes` and nothing else."""
+        """Create a repository with the first commit that the Hub makes: `.gitattributes` and nothing else."""
         for name in ("commits", "blobs", "lfs"):
             (folder / name).mkdir(parents=True)
         repository = cls(folder)
@@ -93,7 +102,10 @@ class Repository:
         self._write("refs.json", refs)
 
     def read_commit(self, revision: str) -> Commit | None:
-        """The commit behind a branch, a tag, a full commit hash or its first seven or more digits; None if there is none."""
+        """Return the commit of a branch, a tag, a commit hash, or the first seven or more digits of one.
+
+        The result is None where no commit, or more than one, goes by that name.
+        """
         refs = self.refs
         name = refs["heads"].get(revision) or refs["tags"].get(revision)
         if name is None and len(revision) >= 7 and revision.isalnum():
@@ -106,7 +118,7 @@ class Repository:
         return Commit(**fields)
 
     def history(self, revision: str) -> Iterator[Commit]:
-        """The commit of `revision` and its ancestors, newest first."""
+        """Yield the commit of `revision` and its ancestors, newest first."""
         commit = self.read_commit(revision)
         while commit is not None:
             yield commit
@@ -138,6 +150,7 @@ class Repository:
         return self.folder / "lfs" / sha256
 
     def content_path(self, file: StoredFile) -> Path:
+        """Return where the content of a file is kept."""
         return self.lfs_path(file.sha256) if file.sha256 else self.folder / "blobs" / file.oid
 
     def _write(self, name: str, value: dict) -> None:
@@ -148,7 +161,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class Upload:
-    """A permission to upload one large file; its unguessable URL grants it."""
+    """A permission to upload one large file, which an unguessable URL grants."""
 
     repository: Repository
     sha256: str

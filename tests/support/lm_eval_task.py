@@ -1,4 +1,4 @@
-"""A small task for lm-eval, and what it finds when it runs in this process."""
+"""Writes a small task for lm-eval, and runs it in this process."""
 
 import json
 from pathlib import Path
@@ -27,25 +27,21 @@ metric_list:
 
 
 def write_task(folder: Path) -> Path:
-    """Ten items of two choices, for the tokenizer of `tiny_models`."""
+    """Write a task of ten items with two choices, for the tokenizer of `tiny_models`, and return its file."""
     words = tiny_models.text(30)
-    items = [
-        {
-            "ctx": words[i][:20].strip(),
-            "choices": [words[i + 1][:9].strip(), words[i + 2][:14].strip()],
-            "label": i % 2,
-        }
-        for i in range(10)
-    ]
+    items = []
+    for i in range(10):
+        choices = [words[i + 1][:9].strip(), words[i + 2][:14].strip()]
+        items.append({"ctx": words[i][:20].strip(), "choices": choices, "label": i % 2})
     (folder / "items.jsonl").write_text("\n".join(json.dumps(item) for item in items))
     (folder / "task.yaml").write_text(TASK.format(items=folder / "items.jsonl"))
     return folder / "task.yaml"
 
 
 def accuracy(model_args: str, task: Path) -> float:
-    """By lm-eval's own class for transformers' models; listing the tasks that it brings takes seconds, so it does not know them."""
-    tasks = TaskManager(include_defaults=False)
-    found = simple_evaluate(
+    """Return the accuracy on a task, measured by lm-eval's own class for transformers' models."""
+    tasks = TaskManager(include_defaults=False)  # listing the tasks that lm-eval brings takes seconds
+    evaluation = simple_evaluate(
         "hf", model_args, tasks=[str(task)], device="cpu", batch_size=4, task_manager=tasks, log_samples=False
     )
-    return float(found["results"]["continuations"]["acc,none"])
+    return float(evaluation["results"]["continuations"]["acc,none"])

@@ -1,12 +1,15 @@
-"""One tiny random model per family: small, but with what makes the family special. Run as a module it prints docs/models.md."""
+"""Builds one tiny random model per family, with what makes the family special.
 
-from collections.abc import Callable
+Run as a module, this file prints docs/models.md.
+"""
+
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,34 +24,40 @@ from hf_lowrank.models.architectures import (
 
 VOCABULARY = 64
 LENGTH = 12
+"""Number of tokens of a text."""
 PICTURE_TOKEN = 63
+"""The token that stands for a patch of a picture. Texts do not use it."""
 
 Batches = list[dict[str, Tensor]]
+"""Calibration batches: the arguments that a model is called with."""
 
 
 def text(rows: int = 4, length: int = LENGTH, seed: int = 0) -> Tensor:
-    """Random token ids, (rows, length)."""
+    """Return random token ids, (rows, length)."""
     return torch.randint(3, PICTURE_TOKEN, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def texts() -> Batches:
-    """Two batches, one of them padded."""
+    """Return two batches, one of them padded."""
     mask = torch.ones(4, LENGTH, dtype=torch.long)
     mask[1, 7:] = 0
     return [{"input_ids": text(4), "attention_mask": mask}, {"input_ids": text(2, seed=1)}]
 
 
 def pairs_of_texts() -> Batches:
-    """Texts to read, padded, and others of the same length to write, padded elsewhere: only their masks tell them apart."""
-    read, written = torch.ones(2, 4, LENGTH, dtype=torch.long)
-    read[1, 7:] = 0
-    written[2, 4:] = 0
+    """Return padded texts for the encoder, and others of the same length for the decoder that are padded elsewhere.
+
+    Only their masks tell them apart.
+    """
+    encoder_mask, decoder_mask = torch.ones(2, 4, LENGTH, dtype=torch.long)
+    encoder_mask[1, 7:] = 0
+    decoder_mask[2, 4:] = 0
     return [
         {
             "input_ids": text(4),
-            "attention_mask": read,
+            "attention_mask": encoder_mask,
             "decoder_input_ids": text(4, seed=1),
-            "decoder_attention_mask": written,
+            "decoder_attention_mask": decoder_mask,
         }
     ]
 
@@ -63,7 +72,7 @@ def pictures() -> Batches:
 
 
 def pictures_in_texts() -> Batches:
-    """A picture of 16 patches in each text."""
+    """Return texts that hold a picture of 16 patches each."""
     (picture,) = pictures()
     patches = torch.full((3, 16), PICTURE_TOKEN)
     return [{"input_ids": torch.cat([text(3, 3), patches, text(3, 9, seed=1)], dim=1), **picture}]
@@ -71,13 +80,14 @@ def pictures_in_texts() -> Batches:
 
 @dataclass(frozen=True)
 class Family:
-    """How to make the model, what it is calibrated on, and what there is to say about it.
+    """Says how to build the model of a family, what it is calibrated on, and what users should know about it.
 
     Attributes:
-        model: name of the class in transformers. config: fields of its config.
+        model: name of the class in transformers.
+        config: fields of its config.
         note: what is special, for users.
         batches: makes its calibration batches.
-        outside: ends of the names of the blocks' weights that belong to no linear layer.
+        outside: ends of the names of those weights of the blocks that belong to no linear layer.
     """
 
     model: str
@@ -87,7 +97,10 @@ class Family:
     outside: tuple[str, ...] = ()
 
     def make(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model, the same at every call; biases and norms are random too, so that nothing that they do can hide."""
+        """Build the model, with the same weights at every call.
+
+        Biases and norms are random too, so that nothing that they do can hide.
+        """
         cls = getattr(transformers, self.model)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -228,62 +241,66 @@ READS = {
 
 INTRODUCTION = """# Models
 
-Any Transformers model works whose blocks are a list of modules with `nn.Linear` or `Conv1D` layers; where blocks, layers and
-feed-forward networks are is found by structure (`hf_lowrank/models/architectures.py`). For each family below a small model is
-compressed, saved, opened again and run in `tests/models/test_model_families.py`, from which this page is made
+Any Transformers model works whose blocks are a list of modules with `nn.Linear` or `Conv1D` layers. Blocks, layers and
+feed-forward networks are found by structure (`hf_lowrank/models/architectures.py`). For each family below a small
+model is compressed, saved, opened again and run in `tests/models/test_model_families.py`, from which this page is made
 (`python -m tests.support.model_families > docs/models.md`).
 
 | family | class | layers of a block | feed-forward | calibrated on | note |
 |---|---|---|---|---|---|
 """
 REMARKS = """
-- *Fused* feed-forward networks hold gate and up in one matrix. SoLA permutes both halves alike and keeps the prime columns of the
-  output matrix; the fused matrix itself gets low rank alone, as its prime rows lie in two places.
-- *Experts* that Transformers keeps in two tensors are compressed one by one where that computes the same, which is tried out;
-  others (GPT-OSS: transposed, with biases) stay dense, and the report says so. An expert is calibrated on the tokens that come to it.
-  The report counts those that see fewer than they have inputs, and those that see none, which are compressed without data. Products
-  run expert by expert, not in one grouped kernel. `hf-lowrank dense` writes the family's own names.
-- Only models that generate from a text alone calibrate on themselves; the others say so and want data.
+- *Fused* feed-forward networks hold gate and up in one matrix. SoLA permutes both halves alike and keeps the prime
+  columns of the output matrix. The fused matrix itself gets low rank alone, as its prime rows lie in two places.
+- *Experts* that Transformers keeps in two tensors are compressed one by one where that computes the same, which is
+  tried out. Others (GPT-OSS: transposed, with biases) stay dense, and the report says so. An expert is calibrated on
+  the tokens that come to it. The report counts the experts that see fewer tokens than they have inputs, and those that
+  see none, which are compressed without data. Products run expert by expert, not in one grouped kernel. The family's
+  own names are what `hf-lowrank dense` writes.
+- Only models that generate from a text alone calibrate on themselves. The others say so and want data.
 - SoCo and FWSVD learn from the loss of the next token, and refuse models without one.
-- Not supported: models that run one block several times (ALBERT), and those that read the weights of their layers past the layers
-  themselves (Mamba's kernels). The first are refused by name; layers that calibration never calls stay dense and are reported.
+- Models that run one block several times (ALBERT) are not supported, nor are those that read the weights of their
+  layers past the layers themselves (Mamba's kernels). The first are refused by name. Layers that calibration never
+  calls stay dense and are reported.
 """
 
 
 def table() -> str:
-    """docs/models.md."""
-    return INTRODUCTION + "".join(_row(name, family) for name, family in FAMILIES.items()) + REMARKS
+    """Return the text of docs/models.md."""
+    rows = [_row(name, family) for name, family in FAMILIES.items()]
+    return INTRODUCTION + "".join(rows) + REMARKS
 
 
 def _row(name: str, family: Family) -> str:
     model = family.make()
     blocks = find_blocks(model)
-    banks = separate_experts(blocks)
-    linears = list(dict.fromkeys(f"`{layer.name.rpartition('.')[2]}`" for layer in find_layers(blocks)))
-    networks = [
-        (f"{name}.{network.output}", network)
-        for name, block in blocks.items()
-        for network in find_feed_forwards(block)
-    ]
-    kinds = dict.fromkeys(
-        "experts" if output.rsplit(".", 2)[0] in banks else _kind(network) for output, network in networks
-    )
+    experts = separate_experts(blocks)  # changes the model, so it comes before the search for layers
+    layer_names = [f"`{layer.name.rpartition('.')[2]}`" for layer in find_layers(blocks)]
+    linears = ", ".join(dict.fromkeys(layer_names))
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        linears += " (`Conv1D`)"
+    kinds = _feed_forward_kinds(blocks, experts)
     if fused_experts(model, blocks):
-        kinds["fused experts"] = None
-    conv1d = " (`Conv1D`)" if any(isinstance(module, Conv1D) for module in model.modules()) else ""
-    cells = (
-        name,
-        f"`{family.model}`",
-        ", ".join(linears) + conv1d,
-        ", ".join(kinds) or "–",
-        READS[family.batches],
-        family.note,
-    )
+        kinds.append("fused experts")
+    feed_forward = ", ".join(kinds) or "–"
+    cells = (name, f"`{family.model}`", linears, feed_forward, READS[family.batches], family.note)
     return f"| {' | '.join(cells)} |\n"
 
 
+def _feed_forward_kinds(blocks: Mapping[str, nn.Module], experts: Container[str]) -> list[str]:
+    """Return the kinds of the feed-forward networks of the blocks, in the order in which they come up."""
+    kinds: dict[str, None] = {}
+    for block_name, block in blocks.items():
+        for network in find_feed_forwards(block):
+            owner = f"{block_name}.{network.output}".rsplit(".", 2)[0]
+            kinds["experts" if owner in experts else _kind(network)] = None
+    return list(kinds)
+
+
 def _kind(network: FeedForward) -> str:
-    return "gated, fused" if network.fused else "gated" if len(network.inputs) == 2 else "plain"
+    if network.fused:
+        return "gated, fused"
+    return "gated" if len(network.inputs) == 2 else "plain"
 
 
 if __name__ == "__main__":

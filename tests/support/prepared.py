@@ -1,14 +1,13 @@
-"""A process that has imported transformers' and TRL's trainers once, and runs Python programs in forks of itself.
+"""Runs Python programs in forks of a process that has imported transformers' and TRL's trainers once.
 
-Importing them takes longer than the programs that the tests run. As a script it is that process: it reads jobs as JSON from standard input,
-one per line, and answers each with its exit codes.
+Importing them takes longer than the programs that the tests run. As a script, this file is that process. It reads jobs
+as JSON from standard input, one per line, and answers a job with the exit codes of its processes.
 """
 
 import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -17,10 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from .assets import PROJECT
+from .torchrun import torchrun_variables
 
 
 class Prepared:
-    """The process, seen from a test; a context that ends it."""
+    """The prepared process as a test sees it. Leaving it as a context ends the process."""
 
     def __init__(self, home: Path) -> None:
         self.errors = home / "errors"
@@ -40,7 +40,7 @@ class Prepared:
         self.process.communicate()
 
     def codes(self, program: list[Any], folder: Path, processes: int = 1) -> list[int]:
-        """Exit codes of a program, that of a signal negative.
+        """Run a program and return the exit codes of its processes, which are negative for signals.
 
         Args:
             program: what stands behind `python`: a file or `-m` and a module, and its arguments.
@@ -65,11 +65,12 @@ class Prepared:
         """Run a program that must succeed.
 
         Several processes get three attempts when gloo aborts one of them. About once in 200,000 calls of
-        `torch.distributed._functional_collectives.all_gather_tensor`, gloo (torch 2.13) frees a buffer twice; two processes that do
-        nothing but call it in a loop show that. Nothing else that ends a process is forgiven.
+        `torch.distributed._functional_collectives.all_gather_tensor`, gloo (torch 2.13) frees a buffer twice. Two
+        processes that do nothing but call it in a loop show that. Nothing else that ends a process is forgiven.
         """
         codes: list[int] = []
-        for _ in range(3 if processes > 1 else 1):
+        attempts = 3 if processes > 1 else 1
+        for _ in range(attempts):
             codes, errors = self.codes(program, folder, processes), self.errors.read_text()
             if -signal.SIGABRT not in codes or "double free or corruption" not in errors:
                 break
@@ -77,15 +78,19 @@ class Prepared:
 
 
 def _run(program: list[str], folder: str) -> None:
+    """Run a program in this process as `python` would run it in that folder."""
     os.chdir(folder)
-    module = program[0] == "-m"
-    sys.argv = program[1:] if module else program
     sys.path[0] = folder
-    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+    if program[0] == "-m":
+        sys.argv = program[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    else:
+        sys.argv = program
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _forked(job: dict[str, Any], variables: dict[str, str]) -> int:
-    """Process id of a fork that runs the program."""
+def _fork(job: dict[str, Any], variables: dict[str, str]) -> int:
+    """Run a job's program in a fork, with more environment variables, and return the fork's process id."""
     child = os.fork()
     if child:
         return child
@@ -105,22 +110,27 @@ def _forked(job: dict[str, Any], variables: dict[str, str]) -> int:
         os._exit(code)
 
 
-def _ended(children: list[int]) -> list[int]:
-    """Their exit codes; when one fails, the others, which would wait for it, are killed."""
+def _wait(children: list[int]) -> list[int]:
+    """Wait for processes and return their exit codes.
+
+    When one fails, the others are killed, as they would wait for it.
+    """
     codes: dict[int, int] = {}
     while len(codes) < len(children):
         child, status = os.wait()
         codes[child] = os.waitstatus_to_exitcode(status)
-        for other in set(children) - codes.keys() if codes[child] else ():
-            os.kill(other, signal.SIGKILL)
+        if codes[child] != 0:
+            for running in set(children) - codes.keys():
+                os.kill(running, signal.SIGKILL)
     return [codes[child] for child in children]
 
 
 def _main() -> None:
     import torch
 
+    # Answers go to what was standard output. What imports and programs print goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever programs print is no answer
+    os.dup2(2, 1)
     torch.set_num_threads(1)
     import datasets
     import transformers
@@ -128,28 +138,22 @@ def _main() -> None:
 
     import hf_lowrank  # noqa: F401
 
-    for lazy, names in (
+    # These packages import their parts when a name is first used.
+    for package, names in (
         (transformers, ("LlamaForCausalLM", "AutoTokenizer", "Trainer")),
         (trl, ("SFTTrainer",)),
         (datasets, ("load_dataset",)),
     ):
         for name in names:
-            getattr(lazy, name)
+            getattr(package, name)
     for line in sys.stdin:
         job = json.loads(line)
         Path(job["errors"]).write_text("")
-        together: list[dict[str, str]] = [{}]
+        variables: list[dict[str, str]] = [{}]
         if job["processes"] > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                world = {
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(free.getsockname()[1]),
-                    "WORLD_SIZE": str(job["processes"]),
-                }
-            world["LOCAL_WORLD_SIZE"] = world["WORLD_SIZE"]
-            together = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(job["processes"])]
-        print(json.dumps(_ended([_forked(job, variables) for variables in together])), file=answers, flush=True)
+            variables = torchrun_variables(job["processes"])
+        codes = _wait([_fork(job, of_rank) for of_rank in variables])
+        print(json.dumps(codes), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,142 +1,257 @@
-"""What each layer could become, measured in the dense model; one budget for all; then stage by stage, each on corrected targets."""
+"""A survey of what each layer could become, one choice for all within the budget, and then the layers.
+
+The survey measures the dense model. Each layer is then fitted to targets that are corrected for the layers before it.
+"""
 
 import copy
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...budget import Layer
-from ...calibration import BlockBatch, DensePasses, Sums, run_block, stage_sums, stages, stream_writers
+from ...calibration import (
+    BlockBatch,
+    CorrectionSums,
+    DenseReference,
+    TokenBatch,
+    are_residual_writers,
+    correction_sums,
+    input_stages,
+    run_block,
+    with_unigram_sequences,
+)
 from ...execution.work_folder import Record
-from ...methods import Statistics
+from ...methods import Method, Statistics
 from ...methods.allocation import cheapest_choices
-from ...methods.base import Choice, MixedMethod
+from ...methods.mixed import Choice, MixedMethod
 from ...runtime.configuration import LayerSpec
+from ...runtime.layers import CompressedLinear
+from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
-from ..report import relative_error
-from ..run import BlockVisit, Run
+from ..report import LayerReport, relative_error
+from ..session import BlockVisit, Session
+from ..solving import report_on, solve_layers, survey_layers
+from ..walk import Stage, walk
+from .base import Passes, Strategy
 
 STATISTICS_IN_MEMORY = 2**28
-"""Bytes of Gram matrices that are kept from the survey to the building; those of other blocks are summed once more."""
+"""Bytes of Gram matrices that are kept from the survey to the building. Those of other blocks are summed once more."""
 
 
-def mixed_strategy(run: Run, method: MixedMethod, batches: list[BlockBatch]) -> None:
+class Mixed(Strategy):
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
-    choices: dict[str, list[Choice]] = {}
-    surveyed: dict[str, dict[str, Statistics]] = {}  # by block, as far as they fit
-    room = STATISTICS_IN_MEMORY
-    for visit in run.walk("choices", batches, surveys=True):
-        if visit.found is None:
-            statistics = run.gather(visit, batches)
-            visit.found = run.survey(visit.layers, partial(_choices, run, method, statistics))
-            room -= sum(layer.in_features**2 * torch.float64.itemsize for layer in visit.layers)
-            if room >= 0:
-                surveyed[visit.name] = statistics
-        for name, each in visit.found.facts.items():
-            choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in each]
 
-    def bits(layer: Layer, spec: LayerSpec | None) -> int:
-        return run.dense_bits(layer) if spec is None else run.budget.stored_bits(layer, spec)
+    @staticmethod
+    def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:
+        """Draw the tokens of some sequences anew, so that text unlike the calibration text is met, too."""
+        return with_unigram_sequences(tokens, cast(MixedMethod, method).unigram_share, seed)
 
-    def spread(layers: list[Layer], available: int) -> dict[str, LayerSpec | None]:
-        return _choose(run, {layer.name: choices[layer.name] for layer in layers}, available)
+    @staticmethod
+    def compress(session: Session, batches: list[BlockBatch]) -> None:
+        method = cast(MixedMethod, session.method)  # which declares this strategy
+        survey = _Survey(session, method, batches)
+        walk(session, survey, batches)
+        for batch in batches:
+            batch.rewind()
+            batch.track_compressed()
+        walk(session, _Fit(session, method, batches, survey.choices, survey.statistics), batches)
 
-    shares = run.shares(_choose(run, choices, run.available), bits, spread)
-    for batch in batches:
-        batch.start()
-        batch.track_compressed()
-    for visit in run.walk("built", batches):
-        dense = copy.deepcopy(visit.block)
-        known = surveyed.pop(visit.name, None) or _regathered(run, visit, batches)
-        outputs = _build_block(run, method, visit, dense, batches, shares, known)
-        for batch, hidden in zip(batches, outputs, strict=True):
-            assert batch.compressed_twin is not None
-            batch.compressed_twin.hidden = run_block(visit.block, visit.index, batch.compressed_twin)
+    @staticmethod
+    def passes(method: Method) -> Passes:
+        """The capture, the survey and its outputs, the dense passes, and the passes up to each layer of a block."""
+        return Passes(forward=6, sums=3)
+
+
+def choose(
+    session: Session, choices: dict[str, list[Choice]], layers: Iterable[Layer], available_bits: int
+) -> dict[str, LayerSpec | None]:
+    """Return one choice per layer within the budget, or None for a layer that stays dense."""
+    options = {}
+    for layer in layers:
+        stored = [(session.plan.budget.stored_bits(layer, choice.spec), choice.loss) for choice in choices[layer.name]]
+        # The dense layer is always possible, and loses nothing.
+        options[layer.name] = [*stored, (session.plan.dense_bits(layer), 0.0)]
+    chosen = cheapest_choices(options, available_bits)
+    specs: dict[str, LayerSpec | None] = {}
+    for name, position in chosen.items():
+        stays_dense = position == len(choices[name])
+        specs[name] = None if stays_dense else choices[name][position].spec
+    return specs
+
+
+class _Survey(Stage[dict[str, Statistics]]):
+    """Measure what each layer of the dense model could become, and what that would lose.
+
+    Attributes:
+        choices: what each layer could become, by name.
+        statistics: by block, those that fit into memory.
+    """
+
+    name = "choices"
+    surveys = True
+
+    def __init__(self, session: Session, method: MixedMethod, batches: list[BlockBatch]) -> None:
+        self.session = session
+        self.method = method
+        self.batches = batches
+        self.choices: dict[str, list[Choice]] = {}
+        self.statistics: dict[str, dict[str, Statistics]] = {}
+        self._free_bytes = STATISTICS_IN_MEMORY
+
+    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
+        return collect_statistics(self.session, visit, self.batches)
+
+    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterable[tuple[Layer, BuildResult]]:
+        visit.findings = survey_layers(self.session, visit.layers, examine=partial(self._examine, statistics))
+        self._free_bytes -= sum(layer.in_features**2 * torch.float64.itemsize for layer in visit.layers)
+        if self._free_bytes >= 0:
+            self.statistics[visit.name] = statistics
+        return ()
+
+    def accept(self, visit: BlockVisit) -> None:
+        assert visit.findings is not None
+        for name, entries in visit.findings.facts.items():
+            self.choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in entries]
+
+    def _examine(self, statistics: dict[str, Statistics], layer: Layer) -> Record:
+        value_bits = self.session.plan.budget.value_bits[layer.name]
+        weight = self.session.dense_weight(layer)
+        choices = self.method.choices(layer, weight, statistics[layer.name], value_bits)
+        return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in choices]})
+
+
+class _Fit(Stage[dict[str, Statistics]]):
+    """Build the layers of each block in the order of the data flow, each fitted to its inputs in the compressed model.
+
+    Args:
+        choices: what each layer could become, by name.
+        surveyed: statistics of the survey by block, as far as they were kept.
+    """
+
+    name = "built"
+
+    def __init__(
+        self,
+        session: Session,
+        method: MixedMethod,
+        batches: list[BlockBatch],
+        choices: dict[str, list[Choice]],
+        surveyed: dict[str, dict[str, Statistics]],
+    ) -> None:
+        self.session = session
+        self.method = method
+        self.batches = batches
+        self.surveyed = surveyed
+        plan = session.plan
+
+        def bits(layer: Layer, spec: LayerSpec | None) -> int:
+            return plan.dense_bits(layer) if spec is None else plan.budget.stored_bits(layer, spec)
+
+        def spread(layers: list[Layer], available_bits: int) -> dict[str, LayerSpec | None]:
+            return choose(session, choices, layers, available_bits)
+
+        chosen = choose(session, choices, plan.compressed, plan.available_bits)
+        self.shares = BudgetShares(
+            plan.compressed,
+            chosen,
+            session.log.kept_dense,
+            bits=bits,
+            dense_bits=plan.dense_bits,
+            spread=spread,
+        )
+        self._outputs: list[Tensor] = []
+
+    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
+        """Return the statistics of the survey, or collect them once more where they were not kept."""
+        if visit.name in self.surveyed:
+            return self.surveyed.pop(visit.name)
+        inputs = [batch.hidden for batch in self.batches]
+        statistics = collect_statistics(self.session, visit, self.batches)
+        # `solve` needs the batches before the block.
+        for batch, hidden in zip(self.batches, inputs, strict=True):
             batch.hidden = hidden
+        return statistics
+
+    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterator[tuple[Layer, BuildResult]]:
+        session, index, block, batches = self.session, visit.index, visit.block, self.batches
+        dense_block = copy.deepcopy(block)
+        by_local_name = {visit.local_name(layer): layer for layer in visit.layers}
+        modules = {name: block.get_submodule(name) for name in by_local_name}
+        writers = session.group.broadcast(lambda: _residual_writers(visit, batches[0]))
+        order = session.group.broadcast(lambda: input_stages(block, index, batches[0], modules))
+        last_writer = _last_writer(order, writers)
+        first_names = [names[0] for names in order]
+        reference = DenseReference(dense_block, index, batches, first_names, output_of=last_writer)
+        for names in order:
+            correction = None
+            if names[0] in writers:
+                correction = "output" if names[0] == last_writer else "input"
+            sums = correction_sums(reference, block, index, batches, names, correction, session.group)
+            layers = [by_local_name[name] for name in names]
+            to_build = self._layers_to_build(layers)
+            build = partial(self._build, sums, statistics)
+            yield from solve_layers(session, to_build, build=build)
+        self._outputs = reference.outputs
+
+    def propagate(self, visit: BlockVisit) -> None:
+        for batch, hidden in zip(self.batches, self._outputs, strict=True):
+            twin = batch.compressed_twin
+            assert twin is not None
+            twin.hidden = run_block(visit.block, visit.index, twin)
+            batch.hidden = hidden
+        self._outputs = []
+
+    def _layers_to_build(self, layers: list[Layer]) -> list[Layer]:
+        """Return the layers that do not stay dense, and log why the others do."""
+        to_build = []
+        for layer in layers:
+            if self.shares[layer.name] is None:
+                reason = f"{self.method.name} finds that its bytes are best spent on the dense layer"
+                self.session.log.reasons[layer.name] = reason
+            else:
+                to_build.append(layer)
+        return to_build
+
+    def _build(self, sums: CorrectionSums | None, all_statistics: dict[str, Statistics], layer: Layer) -> BuildResult:
+        """Fit a layer to its inputs in the compressed model, or in the dense one if no token reaches it."""
+        session = self.session
+        spec, weight, statistics = self.shares[layer.name], session.dense_weight(layer), all_statistics[layer.name]
+        assert spec is not None
+        target, fitted_statistics = weight, statistics
+        if sums is not None:
+            target, fitted_statistics = sums.target(weight), sums.statistics(statistics)
+
+        def build(damped: Statistics) -> CompressedLinear:
+            return session.compressed_layer(layer, self.method.build(target, damped, spec))
+
+        def report(compressed: CompressedLinear) -> LayerReport:
+            return report_on(session, layer, compressed, weight, statistics)
+
+        def fitted_error(compressed: CompressedLinear) -> float:
+            return relative_error(target, compressed.to_dense(target.dtype), fitted_statistics)
+
+        return build_with_fallback(fitted_statistics, build=build, report=report, fitted_error=fitted_error)
 
 
-def _regathered(run: Run, visit: BlockVisit, batches: list[BlockBatch]) -> dict[str, Statistics]:
-    """The statistics of the survey once more, where they were not kept."""
-    inputs = [batch.hidden for batch in batches]
-    statistics = run.gather(visit, batches)
-    for batch, hidden in zip(batches, inputs, strict=True):
-        batch.hidden = hidden
-    return statistics
+def _last_writer(order: list[list[str]], writers: list[str]) -> str | None:
+    """Return the last layer in the order of the data flow that writes to the residual stream, if any does."""
+    for names in reversed(order):
+        for name in reversed(names):
+            if name in writers:
+                return name
+    return None
 
 
-def _choices(run: Run, method: MixedMethod, statistics: dict[str, Statistics], layer: Layer) -> Record:
-    found = method.choices(layer, run.weight(layer), statistics[layer.name], run.budget.value_bits[layer.name])
-    return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in found]})
-
-
-def _choose(run: Run, choices: dict[str, list[Choice]], available: int) -> dict[str, LayerSpec | None]:
-    """One choice per layer within the budget; None for a layer that stays dense."""
-    layers = {layer.name: layer for layer in run.compressed}
-    options = {
-        name: [(run.budget.stored_bits(layers[name], choice.spec), choice.loss) for choice in each]
-        + [(run.dense_bits(layers[name]), 0.0)]
-        for name, each in choices.items()
-    }
-    taken = cheapest_choices(options, available)
-    return {name: each[taken[name]].spec if taken[name] < len(each) else None for name, each in choices.items()}
-
-
-def _build_block(
-    run: Run,
-    method: MixedMethod,
-    visit: BlockVisit,
-    dense: nn.Module,
-    batches: list[BlockBatch],
-    shares: BudgetShares[LayerSpec | None],
-    statistics: dict[str, Statistics],
-) -> list[Tensor]:
-    """Make the layers of a block in the order of the data's way; its outputs as it was, of which `dense` is a copy."""
-    index, block = visit.index, visit.block
-    local = {layer.name.removeprefix(f"{visit.name}."): layer for layer in visit.layers}
-    writers = run.group.broadcast(lambda: _stream_writers(visit, batches[0]))
-    order = run.group.broadcast(
-        lambda: stages(block, index, batches[0], {name: block.get_submodule(name) for name in local})
-    )
-    last = next((name for names in reversed(order) for name in reversed(names) if name in writers), None)
-    passes = DensePasses(dense, index, batches, [names[0] for names in order], whole=last)
-    for names in order:
-        writer = None if names[0] not in writers else "output" if names[0] == last else "input"
-        sums = stage_sums(passes, block, index, batches, names, writer, run.group)
-        layers = [local[name] for name in names]
-        left = [layer.name for layer in layers if shares[layer.name] is None]
-        run.reasons |= dict.fromkeys(left, f"{method.name} finds that its bytes are best spent on the dense layer")
-        make = partial(_fitted, run, method, sums, shares, statistics)
-        run.build([layer for layer in layers if layer.name not in left], make, shares)
-    return passes.outputs
-
-
-def _fitted(
-    run: Run,
-    method: MixedMethod,
-    sums: Sums | None,
-    shares: BudgetShares[LayerSpec | None],
-    statistics: dict[str, Statistics],
-    layer: Layer,
-) -> BuildResult:
-    """A layer fitted to the inputs that the layers before it give; to those of the dense model if no token reaches it."""
-    spec, weight, known = shares[layer.name], run.weight(layer), statistics[layer.name]
-    assert spec is not None
-    target = weight if sums is None else sums.target(weight)
-    fitted = known if sums is None else sums.statistics(known)
-    return build_with_fallback(
-        fitted,
-        lambda each: run.compressed_layer(layer, method.build(target, each, spec)),
-        lambda made: run.layer_report(layer, made, weight, known),
-        lambda made: relative_error(target, made.to_dense(target.dtype), fitted),
-    )
-
-
-def _stream_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
-    """The two layers of a block that write to the residual stream, named within it; none if the block is not made that way."""
+def _residual_writers(visit: BlockVisit, batch: BlockBatch) -> list[str]:
+    """Return the two layers that write to the residual stream, by their names in the block, or none if others do."""
     writing = [layer for layer in visit.layers if layer.role in ("output", "ffn_out")]
-    found = {layer.role: layer.name.removeprefix(f"{visit.name}.") for layer in writing}
-    modules = {name: visit.block.get_submodule(name) for name in found.values()}
-    if len(found) != 2 or len(writing) != 2 or not stream_writers(visit.block, visit.index, batch, modules):
+    by_role = {layer.role: visit.local_name(layer) for layer in writing}
+    if len(by_role) != 2 or len(writing) != 2:
         return []
-    return list(found.values())
+    modules: dict[str, nn.Module] = {name: visit.block.get_submodule(name) for name in by_role.values()}
+    if not are_residual_writers(visit.block, visit.index, batch, modules):
+        return []
+    return list(by_role.values())

@@ -1,125 +1,235 @@
-"""Spectra of all layers in the dense model first, then ranks, then the layers."""
+"""The spectra of all layers in the dense model, then the ranks of all layers, then the layers."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 from ...budget import Layer
 from ...calibration import BlockBatch
 from ...execution.work_folder import Record
-from ...methods import Statistics
+from ...methods import Method, Statistics
 from ...methods.allocation import fitted_ranks
 from ...methods.soco import SoCo
 from ...methods.spectral import Factorization, Measurement, SpectralMethod, prices
 from ...runtime.layers import CompressedLinear
-from ..fallback import BuildResult, build_with_fallback
-from ..report import sampled_spectrum
-from ..run import Run
+from ..collecting import collect_statistics
+from ..fallback import BudgetShares, BuildResult, build_with_fallback
+from ..report import LayerReport, sampled_spectrum
+from ..resume import record_name
+from ..session import BlockVisit, Session
 from ..soco_training import learn_spectrum
+from ..solving import report_on, solve_layers, survey_layers
+from ..walk import Stage, walk
+from .base import Passes, Strategy
 
-STAGE = "measured"
+FLOAT64_BYTES = 8
 
 
-def spectral_strategy(run: Run, method: SpectralMethod, batches: list[BlockBatch]) -> None:
-    """Compress every layer to the rank that the spectra of all of them give it."""
-    measurements: dict[str, Measurement] = {}
-    for visit in run.walk(STAGE, batches, surveys=True):
-        if visit.found is None:
-            statistics = run.gather(visit, batches)
-            visit.found = run.survey(visit.layers, partial(_measured, run, method, statistics))
-        found = _unpacked(visit.found, visit.layers)
-        measurements |= (
-            found if run.offloaded is None else {name: _spectrum_alone(each) for name, each in found.items()}
+class Spectral(Strategy):
+    """Compress every layer to the rank that the spectra of all layers give it."""
+
+    @staticmethod
+    def compress(session: Session, batches: list[BlockBatch]) -> None:
+        method = cast(SpectralMethod, session.method)  # which declares this strategy
+        measure = _Measure(session, method, batches)
+        walk(session, measure, batches)
+        measurements = measure.measurements
+        spectra = {}
+        for name, measurement in measurements.items():
+            spectra[name] = sampled_spectrum(measurement.factorization.sigma)
+        measurements, ranks = decide_ranks(session, method, measurements)
+        for batch in batches:
+            batch.rewind()
+        walk(session, _Truncate(session, method, batches, measurements, ranks, spectra), batches)
+
+    @staticmethod
+    def passes(method: Method) -> Passes:
+        """One pass captures the inputs, one measures the spectra, and one collects the statistics for the reports."""
+        return Passes(forward=3, sums=2)
+
+    @staticmethod
+    def survey_bytes(layers: list[Layer]) -> int:
+        """The factors of every layer stay in the work folder until the ranks of all are known."""
+        total = 0
+        for layer in layers:
+            m, n = layer.out_features, layer.in_features
+            total += FLOAT64_BYTES * (m + n) * min(m, n)
+        return total
+
+
+def decide_ranks(
+    session: Session, method: SpectralMethod, measurements: dict[str, Measurement]
+) -> tuple[dict[str, Measurement], dict[str, int | None]]:
+    """Return the measurements, with learned scores if the method trains, and the rank of each layer (None: dense)."""
+    plan = session.plan
+    if not method.trains:
+        return measurements, method.allocate(measurements, plan.budget, plan.available_bits)
+    measurements, ranks, curve = learn_spectrum(
+        session.model,
+        cast(SoCo, method),
+        measurements,
+        session.tokens,
+        plan.budget,
+        plan.available_bits,
+        plan.config.seed,
+        work=session.work,
+        on_step=lambda done, total: session.show("learning the spectrum", done, total),
+        group=session.group,
+    )
+    session.log.curve = curve.__dict__
+    return measurements, ranks
+
+
+class _Measure(Stage[dict[str, Statistics]]):
+    """Factorize every layer of the dense model."""
+
+    name = "measured"
+    surveys = True
+
+    def __init__(self, session: Session, method: SpectralMethod, batches: list[BlockBatch]) -> None:
+        self.session = session
+        self.method = method
+        self.batches = batches
+        self.measurements: dict[str, Measurement] = {}
+
+    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
+        return collect_statistics(self.session, visit, self.batches)
+
+    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterable[tuple[Layer, BuildResult]]:
+        visit.findings = survey_layers(self.session, visit.layers, examine=partial(self._measure, statistics))
+        return ()
+
+    def accept(self, visit: BlockVisit) -> None:
+        assert visit.findings is not None
+        for name, measurement in measurements_from(visit.findings, visit.layers).items():
+            # The singular vectors of a model that does not fit into memory stay in the work folder.
+            self.measurements[name] = measurement if self.session.offloaded is None else spectrum_alone(measurement)
+
+    def _measure(self, statistics: dict[str, Statistics], layer: Layer) -> Record:
+        """Return a measurement as a record. Its bias and its scores are learned later, and not part of it."""
+        measurement = self.method.measure(layer, self.session.dense_weight(layer), statistics[layer.name])
+        name, factors = layer.name, measurement.factorization
+        tensors = {f"{name}.left": factors.left, f"{name}.sigma": factors.sigma, f"{name}.right": factors.right}
+        if measurement.weight is not None:
+            tensors[f"{name}.weight"] = measurement.weight
+        return Record(tensors, {name: {"sparse": measurement.sparse, "kept": measurement.kept}})
+
+
+class _Truncate(Stage[dict[str, Statistics]]):
+    """Truncate every layer to its rank.
+
+    Statistics are collected anew, as those of all blocks together would not fit into memory.
+
+    Args:
+        spectra: the spectrum of each layer as its report shows it.
+    """
+
+    name = "built"
+
+    def __init__(
+        self,
+        session: Session,
+        method: SpectralMethod,
+        batches: list[BlockBatch],
+        measurements: dict[str, Measurement],
+        ranks: dict[str, int | None],
+        spectra: dict[str, list[float]],
+    ) -> None:
+        self.session = session
+        self.method = method
+        self.batches = batches
+        self.measurements = measurements
+        self.ranks = ranks
+        self.spectra = spectra
+        # `BudgetShares` lowers `ranks` in place where a layer stays dense. No layer gets more than it has now.
+        self._largest_ranks = {name: rank or 0 for name, rank in ranks.items()}
+        plan = session.plan
+        self._price, self._dense_price, self._fixed = prices(measurements, plan.budget)
+        self.shares = BudgetShares(
+            plan.compressed,
+            ranks,
+            session.log.kept_dense,
+            bits=self._bits,
+            dense_bits=plan.dense_bits,
+            spread=self._spread,
         )
-    spectra = {name: sampled_spectrum(measurement.factorization.sigma) for name, measurement in measurements.items()}
-    if isinstance(method, SoCo):
-        measurements, ranks, curve = learn_spectrum(
-            run.model, method, measurements, run.tokens, run.budget, run.available, run.config.seed, run.work,
-            lambda done, total: run.step("learning the spectrum", done, total), run.group,
-        )  # fmt: skip
-        run.curve = curve.__dict__
-    else:
-        ranks = method.allocate(measurements, run.budget, run.available)
-    price, dense_price, fixed = prices(measurements, run.budget)
-    limit = {name: rank or 0 for name, rank in ranks.items()}
 
-    def bits(layer: Layer, rank: int | None) -> int:
-        return dense_price[layer.name] if rank is None else fixed[layer.name] + rank * price[layer.name]
+    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
+        return collect_statistics(self.session, visit, self.batches)
 
-    def spread(layers: list[Layer], available: int) -> dict[str, int | None]:
-        wanted: dict[str, float | None] = {layer.name: ranks[layer.name] for layer in layers}
-        return fitted_ranks(wanted, price, dense_price, fixed, limit, available)
-
-    shares = run.shares(ranks, bits, spread)
-    for batch in batches:
-        batch.start()
-    for visit in run.walk("built", batches):
-        statistics = run.gather(visit, batches)  # those of all blocks together would not fit into memory
-        if run.offloaded is not None:
-            record = run.work.read(run.record_name(STAGE, visit.index)) if run.work else None
-            assert record is not None, "written by the survey"
-            measurements |= _unpacked(Record(record.tensors, record.facts["found"]), visit.layers)
-        full = [layer for layer in visit.layers if shares[layer.name] is None]
-        run.reasons |= {
-            layer.name: f"{method.name} gives it a rank that would cost as much as the dense layer" for layer in full
-        }
-        cut = {layer.name: rank for layer in visit.layers if (rank := shares[layer.name]) is not None}
-        make = partial(_truncated, run, method, measurements, statistics, cut, spectra)
-        run.build([layer for layer in visit.layers if layer.name in cut], make, shares)
-        if run.offloaded is not None:
+    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterator[tuple[Layer, BuildResult]]:
+        session = self.session
+        if session.offloaded is not None:
+            self.measurements |= self._recorded_measurements(visit)
+        ranks: dict[str, int] = {}
+        for layer in visit.layers:
+            rank = self.shares[layer.name]
+            if rank is None:
+                session.log.reasons[layer.name] = (
+                    f"{self.method.name} gives it a rank that would cost as much as the dense layer"
+                )
+            else:
+                ranks[layer.name] = rank
+        truncated = [layer for layer in visit.layers if layer.name in ranks]
+        yield from solve_layers(session, truncated, build=partial(self._build, statistics, ranks))
+        if session.offloaded is not None:
             for layer in visit.layers:
-                del measurements[layer.name]
+                del self.measurements[layer.name]
+
+    def _bits(self, layer: Layer, rank: int | None) -> int:
+        name = layer.name
+        return self._dense_price[name] if rank is None else self._fixed[name] + rank * self._price[name]
+
+    def _spread(self, layers: list[Layer], available_bits: int) -> dict[str, int | None]:
+        wanted: dict[str, float | None] = {layer.name: self.ranks[layer.name] for layer in layers}
+        return fitted_ranks(wanted, self._price, self._dense_price, self._fixed, self._largest_ranks, available_bits)
+
+    def _recorded_measurements(self, visit: BlockVisit) -> dict[str, Measurement]:
+        work = self.session.work
+        record = work.read(record_name(_Measure.name, visit.index)) if work is not None else None
+        assert record is not None, "written by the survey"
+        return measurements_from(Record(record.tensors, record.facts["findings"]), visit.layers)
+
+    def _build(self, all_statistics: dict[str, Statistics], ranks: dict[str, int], layer: Layer) -> BuildResult:
+        """Truncate a layer to its rank."""
+        session, name = self.session, layer.name
+        weight, statistics = session.dense_weight(layer), all_statistics[name]
+
+        def build(damped: Statistics) -> CompressedLinear:
+            # The measurement was made on the statistics as they are.
+            is_measured = damped is statistics
+            measurement = self.measurements[name] if is_measured else self.method.measure(layer, weight, damped)
+            return session.compressed_layer(layer, measurement.truncate(ranks[name]))
+
+        def report(compressed: CompressedLinear) -> LayerReport:
+            return report_on(session, layer, compressed, weight, statistics, self.spectra[name])
+
+        # A learned spectrum is fitted to the outputs of the model, not of the layer: the error of the layer is no
+        # fault.
+        was_learned = self.measurements[name].scores is not None
+        return build_with_fallback(
+            statistics,
+            build=build,
+            report=report,
+            fitted_error=(lambda compressed: 0.0) if was_learned else None,
+        )
 
 
-def _measured(run: Run, method: SpectralMethod, statistics: dict[str, Statistics], layer: Layer) -> Record:
-    """A measurement as a record; the bias and the scores, which are learned later, are not part of it."""
-    measurement = method.measure(layer, run.weight(layer), statistics[layer.name])
-    name, spectrum = layer.name, measurement.factorization
-    tensors = {f"{name}.left": spectrum.left, f"{name}.sigma": spectrum.sigma, f"{name}.right": spectrum.right}
-    if measurement.weight is not None:
-        tensors[f"{name}.weight"] = measurement.weight
-    return Record(tensors, {name: {"sparse": measurement.sparse, "kept": measurement.kept}})
+def spectrum_alone(measurement: Measurement) -> Measurement:
+    """Return the measurement without its vectors and its weight."""
+    factors = measurement.factorization
+    empty = Factorization(factors.left[:0, :0], factors.sigma, factors.right[:0, :0])
+    return replace(measurement, weight=None, factorization=empty)
 
 
-def _truncated(
-    run: Run,
-    method: SpectralMethod,
-    measurements: dict[str, Measurement],
-    statistics: dict[str, Statistics],
-    ranks: dict[str, int],
-    spectra: dict[str, list[float]],
-    layer: Layer,
-) -> BuildResult:
-    """A layer at its rank. A spectrum that was learned is fitted to the model's outputs, not the layer's, so its error is no fault."""
-    name, weight, known = layer.name, run.weight(layer), statistics[layer.name]
-
-    def make(each: Statistics) -> CompressedLinear:
-        measurement = measurements[name] if each is known else method.measure(layer, weight, each)
-        return run.compressed_layer(layer, measurement.truncate(ranks[name]))
-
-    learned = measurements[name].scores is not None
-    return build_with_fallback(
-        known,
-        make,
-        lambda made: run.layer_report(layer, made, weight, known, spectra[name]),
-        (lambda made: 0.0) if learned else None,
-    )
-
-
-def _spectrum_alone(measurement: Measurement) -> Measurement:
-    """The measurement without its vectors, which a model that does not fit into memory leaves in their record."""
-    spectrum = measurement.factorization
-    return replace(
-        measurement,
-        weight=None,
-        factorization=Factorization(spectrum.left[:0, :0], spectrum.sigma, spectrum.right[:0, :0]),
-    )
-
-
-def _unpacked(record: Record, layers: list[Layer]) -> dict[str, Measurement]:
+def measurements_from(record: Record, layers: list[Layer]) -> dict[str, Measurement]:
+    """Return the measurements of these layers that a record holds, by name."""
     tensors = record.tensors
-    found = {}
+    measurements = {}
     for layer in layers:
         name = layer.name
-        spectrum = Factorization(tensors[f"{name}.left"], tensors[f"{name}.sigma"], tensors[f"{name}.right"])
-        found[name] = replace(Measurement(layer, spectrum, **record.facts[name]), weight=tensors.get(f"{name}.weight"))
-    return found
+        factors = Factorization(tensors[f"{name}.left"], tensors[f"{name}.sigma"], tensors[f"{name}.right"])
+        measurement = Measurement(layer, factors, **record.facts[name])
+        measurements[name] = replace(measurement, weight=tensors.get(f"{name}.weight"))
+    return measurements

@@ -14,12 +14,13 @@ def register() -> None:
     functions = native.module()
     for operation, kernel in products.KERNELS.items():
         register_kernel(operation, "cpu", NAME, kernel)
+        # The module has functions for the products of few tokens only, and none at all where torch is too old for it.
         if hasattr(functions, operation):
             register_direct(operation, getattr(functions, operation))
 
 
 def describe(operation: str) -> tuple[str, str]:
-    """Name of the back end of an operation, and what it does here or why it cannot."""
+    """Return the name of the back end of an operation, and what it does here or why it cannot compute it."""
     if native.library() is None:
         return "torch", "the C++ library was not built; install a C++ compiler and reinstall hf_lowrank"
     name = f"{NAME} ({native.instruction_set_in_use()})"

@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kLanes = 8;
 
-// For every mask byte, which of the next values each of eight columns takes; 0x80 where the bit is clear.
+// For every mask byte, the index of the value that each of eight columns takes, or 0x80 where the column's bit is
+// clear.
 struct Spread {
     alignas(16) uint8_t words[256][16];  // as byte positions of 16-bit values, for pshufb
     uint8_t lanes[256][8];               // as positions
@@ -66,7 +67,8 @@ struct Float32 {
 
 // --- sums of several rows and tokens ---------------------------------------------------------------------------------------
 
-// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's latency.
+// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's
+// latency.
 template <int T>
 constexpr int kGroupRows = T == 1 ? 4 : T == 2 ? 2 : 1;
 
@@ -102,7 +104,7 @@ struct Sums {
 
 // --- sparse ----------------------------------------------------------------------------------------------------------------
 
-// Byte k: the number of bits set in bytes 0 to k − 1.
+// Byte k of the result is the number of bits set in bytes 0 to k − 1.
 AVX2_INLINE uint64_t bits_before_each_byte(uint64_t bits) {
     uint64_t counts = bits - ((bits >> 1) & 0x5555555555555555u);
     counts = (counts & 0x3333333333333333u) + ((counts >> 2) & 0x3333333333333333u);
@@ -114,7 +116,7 @@ template <class Values>
 struct SparseFor {
     using Element = typename Values::Element;
 
-    // Rows [first, first + R) of the block.
+    // Multiplies rows [first, first + R) of the block.
     template <int T, int R>
     AVX2_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first) {
         const float* x = prepared.values + rows.first_token * prepared.padded;
@@ -131,7 +133,8 @@ struct SparseFor {
         Sums<T, R>::clear(sums);
         int64_t byte = 0;
         for (;;) {
-            // Steps of eight mask bytes; as many as cannot read past the end of the tensor, whatever the mask says.
+            // A step takes eight mask bytes. There are as many as cannot read past the end of the tensor, whatever the
+            // mask says.
             int64_t steps = (width - byte) / 8;
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) steps = (end - values[r]) / 64 < steps ? (end - values[r]) / 64 : steps;
@@ -140,7 +143,8 @@ struct SparseFor {
                 uint64_t bits[R], before[R];
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) {
-                    // The next rows: their values lie at irregular distances, which the processor's prefetchers do not follow.
+                    // The values of the next rows lie at irregular distances, which the processor's own prefetchers do
+                    // not follow.
                     _mm_prefetch(reinterpret_cast<const char*>(values[r] + R * kept), _MM_HINT_T0);
                     _mm_prefetch(reinterpret_cast<const char*>(masks[r] + R * width + byte), _MM_HINT_T0);
                     __builtin_memcpy(&bits[r], masks[r] + byte, 8);
@@ -236,7 +240,7 @@ void dense_rows(const void* matrix, DType dtype, const Prepared& x, const Rows& 
 
 // --- binary ----------------------------------------------------------------------------------------------------------------
 
-// Eight rows times eight words of 32 sign bits, transposed: out[word * stride] holds the word of each row.
+// Transposes eight words of 32 sign bits of eight rows: out[word * stride] holds that word of each row.
 AVX2_INLINE void transpose_words(const __m256i (&rows)[8], __m256i* out, int stride) {
     __m256i pairs[8], fours[8];
     for (int i = 0; i < 8; i += 2) {
@@ -255,8 +259,9 @@ AVX2_INLINE void transpose_words(const __m256i (&rows)[8], __m256i* out, int str
     }
 }
 
-// Lanes are rows. Three sign bits select one of the eight sums ± s₀ ± s₁ ± s₂ of the scaled inputs, which stand in one register
-// (vpermps looks at the low three bits of an index only); 32 columns make ten such groups and one of two columns.
+// Lanes are rows. Three sign bits select one of the eight sums ± s₀ ± s₁ ± s₂ of the scaled inputs, which stand in one
+// register (vpermps looks at the low three bits of an index only); 32 columns make ten such groups and one of two
+// columns.
 constexpr int kGroupColumns = 3, kGroups = 11, kEntries = 8;
 constexpr int64_t kWordTable = kUnit / kTableColumns * kTableEntries;  // room for the sums of 32 columns, of which 88 are used
 
@@ -332,7 +337,7 @@ void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
 }
 
 AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
-    // Bit j of an entry's index set: + column j; clear: − column j.
+    // An entry adds column j where bit j of its index is set, and subtracts it where the bit is clear.
     const __m256 signs[3] = {_mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1), _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1),
                              _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1)};
     for (int64_t first = 0; first < padded; first += kUnit, out += kWordTable) {

@@ -1,6 +1,7 @@
 // AVX-512 (VBMI2 and BF16) loops.
 //
-// Kept values, and signs where everything is bfloat16: avx512_packed.cpp. Here dense matrices, and signs as lookups in tables.
+// avx512_packed.cpp has kept values, and signs where everything is bfloat16. This file has dense matrices, and signs
+// as lookups in tables.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -24,7 +25,8 @@ namespace {
 constexpr int64_t kGroupRows = 4;
 // With more tokens than this it is faster to put the entries of kept values and signs together.
 constexpr int64_t kTileTokens = 8;
-// Bytes. From rows of kLongRow on, the processor's own prefetchers do better; in shorter ones, kBytesAhead is fetched by the loop.
+// In bytes. In rows of kLongRow or more the processor's own prefetchers do better. In shorter ones the loop fetches
+// what lies kBytesAhead.
 constexpr int64_t kLongRow = 8192, kBytesAhead = 2048;
 
 // --- dense -----------------------------------------------------------------------------------------------------------------
@@ -33,13 +35,14 @@ template <class Values>
 struct DenseFor {
     using Element = typename Values::Element;
 
-    // R rows of the block, `step` apart: each is one of R long streams of memory. `fetch`: what comes next in each is fetched meanwhile.
+    // Multiplies R rows of the block, `step` apart, so that each is one of R long streams of memory. With `fetch`,
+    // what comes next in each of them is fetched meanwhile.
     template <int T, int R, bool fetch>
     AVX512_INLINE void multiply(const void* matrix, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
         const int64_t columns = prepared.columns, stride = step * columns;
         const Element* values = static_cast<const Element*>(matrix) + (rows.first + first) * columns;
-        // After the end of each stream comes that of the next block.
+        // Each stream is followed by that of the next block.
         const int64_t next = first + 1 < step ? kBytesAhead : (kBlockRows - step + 1) * columns * int64_t(sizeof(Element));
         Sums<T, R, Values> sums;
         Sums<T, R, Values>::clear(sums);
@@ -86,7 +89,7 @@ void dense_rows(const void* matrix, DType dtype, const Prepared& x, const Rows& 
 
 // --- binary ----------------------------------------------------------------------------------------------------------------
 
-// 16 rows times 16 words of 32 sign bits, transposed: out[word] holds the word of each row.
+// Transposes 16 words of 32 sign bits of 16 rows: out[word] holds that word of each row.
 AVX512_INLINE void transpose_words(__m512i (&rows)[16], __m512i* out, int64_t stride) {
     __m512i half[16];
     for (int i = 0; i < 16; i += 2) {
@@ -113,8 +116,9 @@ AVX512_INLINE void transpose_words(__m512i (&rows)[16], __m512i* out, int64_t st
     }
 }
 
-// Lanes are rows. Four sign bits of a row select one of the 16 sums ± s₀ ± s₁ ± s₂ ± s₃ of the scaled inputs, which stand in one
-// register (vpermps looks at the low four bits of an index only): no multiplication, no horizontal sum, float32 throughout.
+// Lanes are rows. Four sign bits of a row select one of the 16 sums ± s₀ ± s₁ ± s₂ ± s₃ of the scaled inputs, which
+// stand in one register (vpermps looks at the low four bits of an index only): no multiplication, no horizontal sum,
+// float32 throughout.
 template <int T>
 struct BinaryLoop {
     static constexpr int kParts = kBlockRows / 16;
@@ -186,7 +190,7 @@ void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
 }
 
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
-    // Bit j of an entry's index set: + column j; clear: − column j.
+    // An entry adds column j where bit j of its index is set, and subtracts it where the bit is clear.
     const __m512 ones = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
     const __m512 signs[4] = {_mm512_mask_blend_ps(0xaaaa, minus, ones), _mm512_mask_blend_ps(0xcccc, minus, ones),
                              _mm512_mask_blend_ps(0xf0f0, minus, ones), _mm512_mask_blend_ps(0xff00, minus, ones)};

@@ -1,4 +1,4 @@
-// Quantised rows with AVX-512: to float32, and multiplied from their codes.
+// Quantized rows with AVX-512: converted to float32, and multiplied from their codes.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -8,8 +8,9 @@
 namespace hf_lowrank {
 namespace {
 
-// How 64 codes of b bits, which are 8 b bytes, reach a byte each: eight codes make b bytes, moved into the same eight-byte word, whose
-// unaligned bytes from bit 0, b, 2 b ... on begin with one code each.
+// Positions by which 64 codes of b bits, which are 8 b bytes, reach a byte each. Eight codes make b bytes, which are
+// moved into the same eight-byte word. The unaligned bytes of that word from bit 0, b, 2 b ... on begin with one code
+// each.
 struct CodePositions {
     alignas(64) uint8_t bytes[9][64], bits[9][64];
     constexpr CodePositions() : bytes(), bits() {
@@ -22,7 +23,8 @@ struct CodePositions {
     }
 };
 constexpr CodePositions kCodePositions;
-// Rows whose codes are fetched meanwhile: a row is too short for the processor's own prefetchers to help much.
+// The codes of the row that lies this many rows ahead are fetched meanwhile: a row is too short for the processor's
+// own prefetchers to help much.
 constexpr int64_t kRowsAhead = 4;
 
 AVX512 void dequantize_groups(const Product& product, int64_t row, float* out) {
@@ -64,8 +66,9 @@ constexpr uint16_t level(int code, int bits) {
     return static_cast<uint16_t>((twice < 0 ? 0x8000u : 0u) | exponent << 7 | fraction);
 }
 
-// How 32 codes, which are 4 b bytes, reach a word each: four codes to an eight-byte word, from which they are shifted out. Up to six bits
-// then select among the levels, repeated to fill 64 places; the bits above the code's own select an equal level, and need not be cleared.
+// Positions by which 32 codes, which are 4 b bytes, reach a word each: four codes go to an eight-byte word, from which
+// they are shifted out. Codes of up to six bits then select among the levels, which are repeated to fill 64 places:
+// the bits above the code's own select an equal level, and need not be cleared.
 struct WordPositions {
     alignas(64) uint8_t bytes[9][64], bits[9][64];
     alignas(64) uint16_t levels[7][64];
@@ -94,7 +97,7 @@ struct Levels {
                 _mm512_set1_epi16(static_cast<short>((1 << b) - 1)), _mm512_set1_ps(((1 << b) - 1) / 2.0f)};
     }
 
-    // 32 levels in bfloat16; `left` bytes of the row are from `codes` on.
+    // Returns the next 32 levels in bfloat16. From `codes` on, `left` bytes of the row remain.
     AVX512_INLINE __m512i next(const Levels& levels, const uint8_t* codes, int64_t left) {
         __m512i packed = left >= 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(first_of_64(left), codes);
         __m512i words = _mm512_multishift_epi64_epi8(levels.bits, _mm512_permutexvar_epi8(levels.bytes, packed));
@@ -149,12 +152,12 @@ struct CodesFor {
 }  // namespace
 
 void avx512_dequantize(const Product& product, int64_t row, float* out) {
-    // A group that does not begin with a whole byte is for the plain loop.
+    // Groups that do not begin with a whole byte are left to the plain loop.
     if (product.group % 8 == 0 || product.group >= product.kept) dequantize_groups(product, row, out);
     else portable_kernels().dequantize(product, row, out);
 }
 
-// Where x is bfloat16, there is no bitmap, and groups are whole units.
+// Multiplies rows of codes. Called where x is bfloat16, there is no bitmap, and groups are whole units.
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows) {
     if (product.code_bits <= 6) for_token_groups<CodesFor<true>::Loop>(rows, product, x);
     else for_token_groups<CodesFor<false>::Loop>(rows, product, x);

@@ -1,8 +1,9 @@
-// Kept values, and in the same pass the signs where all is bfloat16, with AVX-512 (VBMI2, BF16).
+// Products with kept values, and in the same pass with signs where everything is bfloat16, with AVX-512 (VBMI2, BF16).
 //
-// A mask word spreads the next values of a row over 32 columns (vpexpandw, register form), which are then multiplied as in a dense
-// product. Signs: the bits reach the sign positions of 32 lanes by vpmultishiftqb, which leaves the ports to vpexpandw that mask registers
-// would take; ± scale_in is multiplied with x, an exact product. Everything is added in float32.
+// A mask word spreads the next values of a row over 32 columns (vpexpandw, register form), which are then multiplied
+// as in a dense product. Sign bits reach the sign positions of 32 lanes by vpmultishiftqb: mask registers would take
+// the ports that vpexpandw needs. ± scale_in is multiplied with x, which is an exact product. Everything is added in
+// float32.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -16,7 +17,7 @@ constexpr int64_t kLine = 64;                // bytes of a cache line
 constexpr int64_t kStep = 64;                // columns per step: eight bytes of a bitmap
 constexpr int64_t kLineColumns = kLine * 8;  // columns per cache line of a bitmap
 
-// Few values: their columns among 64 are listed, and x is taken from there, instead of the values being spread.
+// Where values are few, they are not spread: their columns among 64 are listed, and x is taken from these.
 struct ColumnList {
     alignas(64) uint8_t numbers[64];
     constexpr ColumnList() : numbers() {
@@ -25,16 +26,17 @@ struct ColumnList {
 };
 constexpr ColumnList kColumnList;
 
-// The numbers of the columns whose mask bits are set, one after the other, as words with the upper nine bits set; zeros after them.
+// Returns the numbers of the columns whose mask bits are set, one after the other, as words with the upper nine bits
+// set. Zeros follow them.
 AVX512_INLINE __m512i list_columns(__mmask64 mask, __m512i numbers) {
     __m512i bytes;
     __asm__("vpxord %x0, %x0, %x0\n\tvpcompressb %1, %0%{%2%}%{z%}" : "=&v"(bytes) : "v"(numbers), "Yk"(mask));
     return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
 }
 
-// multiply_64 adds the products of the next values of a row with 64 columns of x to each token's sum. kColumnsAhead: what is fetched
-// meanwhile of rows apart is that far away, about half a microsecond; together it must leave room for x in the first cache. lines: those
-// of values that are fetched at a step of some rows in order.
+// multiply_64 adds the products of the next values of a row with 64 columns of x to each token's sum. Where rows are
+// apart, what lies kColumnsAhead in each, about half a microsecond, is fetched meanwhile; together it must leave room
+// for x in the first cache. Where rows are in order, a step of them fetches lines(rows) cache lines of values.
 template <class Values>
 struct Spread : Values {
     static constexpr int64_t kColumnsAhead = 2048;
@@ -53,8 +55,8 @@ struct Spread : Values {
     }
 };
 
-// The same where up to 32 values are likely. What was loaded beyond them lies beside a zero of the list: only its lower seven bits are
-// left, a number that vdpbf16ps takes for zero.
+// Multiplies 64 columns where they are likely to have at most 32 values. What was loaded beyond these lies beside a
+// zero of the list: only its lower seven bits are left, a number that vdpbf16ps takes for zero.
 struct Listed : BFloat16<1> {
     static constexpr int64_t kColumnsAhead = 4096;
     static constexpr int lines(int rows) { return (rows + 1) / 2; }
@@ -75,18 +77,20 @@ struct Listed : BFloat16<1> {
     }
 };
 
-// `signs`: those of x.multiplies_signs too, where Values are bfloat16 and x is one piece.
+// Multiplies with kept values, and with `signs` also with the signs of x.multiplies_signs; Values are bfloat16 then,
+// and x is one piece.
 //
-// What is read soon is fetched meanwhile, for kept values are read at irregular distances, which the processor's own prefetchers do not
-// follow, and rows of bitmaps are shorter than a page. With signs, neighbouring rows are multiplied together, and the next ones are fetched
-// in the order of memory, from the first byte to the last. Without, rows far apart are, each of which is one long stream of memory, and
-// what comes further on in each is fetched; there the other order gains nothing.
+// What is read soon is fetched meanwhile, because the processor's own prefetchers help little: kept values are read at
+// irregular distances, and rows of bitmaps are shorter than a page. With signs, neighboring rows are multiplied
+// together, and the next ones are fetched in the order of memory, from the first byte to the last. Without signs, rows
+// far apart are multiplied together. Each is one long stream of memory, and what comes further on in each is fetched;
+// the other order gains nothing there.
 template <class Values, bool signs>
 struct Packed {
     using Element = typename Values::Element;
     static constexpr bool in_order = signs;
 
-    // R rows of the block, `step` apart, and T tokens.
+    // Multiplies R rows of the block, `step` apart, with T tokens.
     template <int T, int R>
     AVX512_INLINE void multiply(const Product& product, const Prepared& prepared, const Rows& rows, int64_t first, int64_t step) {
         const auto x = Values::inputs(prepared, rows);
@@ -112,14 +116,14 @@ struct Packed {
 
         int64_t column = 0;
         for (;;) {
-            // As many steps as cannot read past the end of the tensor, whatever the mask says.
+            // There are as many steps as cannot read past the end of the tensor, whatever the mask says.
             int64_t steps = (columns - column) / kStep;
             if (near_end)
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) steps = (end - values[r]) / kStep < steps ? (end - values[r]) / kStep : steps;
             if (steps <= 0) break;
             if (steps > kLineColumns / kStep) steps = kLineColumns / kStep;
-            // After the end of each stream comes that of the next block.
+            // Each stream is followed by that of the next block.
             const int64_t jump = column + ahead < (step - first) * columns ? 0 : kBlockRows - step;
             const int64_t masks_ahead = ahead / 8 + jump * width, bytes_ahead = values_ahead + jump * row_bytes;
 #pragma GCC unroll 4
@@ -131,7 +135,7 @@ struct Packed {
                     prefetch(masks + r * stride, masks_ahead);
                 }
             }
-            // More of them than the one line that is fetched at each step.
+            // Fetches the lines beyond the one that each step fetches.
             if (!in_order && line_values > kLineColumns)
                 for (int64_t line = 0; line < line_values; line += kLine)
 #pragma GCC unroll 4
@@ -199,7 +203,8 @@ struct Packed {
 }  // namespace
 
 void avx512_kept(const Product& product, const Prepared& x, const Rows& rows) {
-    // Fewer values than a quarter of the columns: hardly ever more than 32 among 64 columns. Spread values are shared among tokens.
+    // Where a row keeps values for at most a quarter of its columns, hardly ever more than 32 of them lie among 64
+    // columns. With several tokens spreading is worth while, as they share the spread values.
     const bool few = product.kept * 4 <= product.columns && rows.token_count == 1;
     if (x.multiplies_signs) {
         if (few) for_token_groups<Packed<Listed, true>::template Loop>(rows, product, x);

@@ -1,7 +1,8 @@
-// Kept values and signs times many of the few tokens, all bfloat16, with AVX-512 (VBMI2, BF16).
+// Products of kept values and signs with 9 to 32 tokens, all bfloat16, with AVX-512 (VBMI2, BF16).
 //
-// Their entries are put together in small tiles, rounded to bfloat16, and multiplied once instead of once with the value and once with the
-// sign. A tile, the columns of x that it is multiplied with and the sums are in the first cache together.
+// The entries of the sum of both parts are put together in small tiles and rounded to bfloat16. So they are multiplied
+// once, instead of once with the value and once with the sign. A tile, the columns of x that it is multiplied with,
+// and the sums are in the first cache together.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -12,7 +13,7 @@ namespace hf_lowrank {
 namespace {
 
 constexpr int64_t kTileRows = 8, kTileColumns = 512;
-// Rows multiplied together with a group of tokens, so that what is loaded is multiplied several times.
+// This many rows are multiplied together with a group of tokens, so that what is loaded is used several times.
 constexpr int64_t kGroupRows = 4;
 
 using Values = BFloat16<1>;
@@ -20,13 +21,13 @@ using Values = BFloat16<1>;
 struct Tile {
     alignas(64) uint16_t entries[kTileRows][kTileColumns];
     __m512 sums[kTileRows][kBlockTokens];
-    const uint16_t* values[kTileRows];  // where those of the next columns begin
-    // The values of the next rows are fetched from the first to the last, a line for each unit of a product.
+    const uint16_t* values[kTileRows];  // where the values of the next columns begin
+    // The values of the next rows are fetched from the first to the last, one cache line for each unit of a product.
     const char* next_values;
     int64_t next_step;
 };
 
-// R rows of a tile from `row` on times T tokens from `token` on; x: those tokens' columns of the tile.
+// Multiplies R rows of a tile from `row` on with T tokens from `token` on; x holds those tokens' columns of the tile.
 template <int T, int R>
 AVX512_INLINE void multiply_rows(Tile& tile, int64_t row, int64_t token, int64_t columns, const Values::Inputs& x) {
     Sums<T, R, Values> sums;

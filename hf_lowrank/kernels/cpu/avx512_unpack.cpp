@@ -1,4 +1,4 @@
-// A row of the dense matrix from its packed parts, with AVX-512.
+// Unpacks a row of the dense matrix from its packed parts, with AVX-512.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -25,7 +25,7 @@ AVX512_INLINE void store_first(void* out, int64_t at, DType dtype, __m512 low, _
     }
 }
 
-// Columns [column, column + 32) of a row; `whole` where all 32 exist.
+// Unpacks columns [column, column + 32) of a row. `whole` says that all 32 exist.
 template <class Values, bool whole>
 AVX512_INLINE void unpack_unit(const Product& product, const float* scale_in, int64_t padded, int64_t row, int64_t column,
                                const typename Values::Element*& values, const typename Values::Element* end, void* out) {

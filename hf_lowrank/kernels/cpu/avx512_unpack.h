@@ -1,4 +1,4 @@
-// bfloat16 rows of the dense matrix from kept values, and signs with bfloat16 scales, with AVX-512.
+// Unpacks bfloat16 rows of the dense matrix from kept values, and signs with bfloat16 scales, with AVX-512.
 #pragma once
 
 #include "avx512_values.h"
@@ -6,7 +6,7 @@
 namespace hf_lowrank {
 namespace {
 
-// 32 words, those of one half of a register in turn with those of the other.
+// The order that takes 32 words in turn from one half of a register and from the other.
 struct InTurn {
     alignas(64) uint16_t lanes[32];
     constexpr InTurn() : lanes() {
@@ -15,7 +15,8 @@ struct InTurn {
 };
 constexpr InTurn kInTurn;
 
-// unit + scale_out · signed_scale of 32 columns; of two neighbours, each is float32 in the same lane of a register of its own meanwhile.
+// Returns unit + scale_out · signed_scale for 32 columns. Meanwhile two neighbors are float32 in the same lane of two
+// registers.
 AVX512_INLINE __m512i add_signed(__m512i unit, __m512i signed_scale, __m512 scale_out) {
     const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     const __m512 even_sum = _mm512_fmadd_ps(scale_out, _mm512_castsi512_ps(_mm512_slli_epi32(signed_scale, 16)),
@@ -25,9 +26,9 @@ AVX512_INLINE __m512i add_signed(__m512i unit, __m512i signed_scale, __m512 scal
     return _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn.lanes), (__m512i)_mm512_cvtne2ps_pbh(odd_sum, even_sum));
 }
 
-// Columns [begin, end) of a row, begin a multiple of 64, and, `in_tile`, zeros up to a multiple of 32. `values`: where those of the
-// columns begin, afterwards those of the next. Meanwhile the bitmaps of the row `rows_ahead` further on are fetched, and unless `in_tile`
-// its values.
+// Unpacks columns [begin, end) of a row, where begin is a multiple of 64. With `in_tile`, zeros follow up to a
+// multiple of 32. `values` is where the values of the columns begin, and afterwards where those of the next columns
+// do. Meanwhile the bitmaps of the row `rows_ahead` further on are fetched, and its values unless `in_tile`.
 template <bool signs, bool in_tile>
 AVX512_INLINE void unpack_bfloat16(const Product& product, int64_t row, int64_t begin, int64_t end, const uint16_t*& values,
                                    int64_t rows_ahead, uint16_t* out) {

@@ -1,4 +1,5 @@
-// 32 values of a row in AVX-512 registers: loading, spreading by a mask word, widening, multiplying with 32 columns of x.
+// Steps for 32 values of a row in AVX-512 registers: loading, spreading by a mask word, widening, multiplying with 32
+// columns of x.
 #pragma once
 
 #include "product.h"
@@ -26,14 +27,16 @@ AVX512_INLINE __m512i expand_words(__m512i values, __mmask32 mask) {
     return out;
 }
 
-// Eight bytes of a bitmap in a mask register, straight from memory: by way of a general register they would take the port that expands.
+// Loads eight bytes of a bitmap into a mask register, straight from memory: by way of a general register they would
+// take the port that expands.
 AVX512_INLINE __mmask64 load_mask(const uint8_t* bits) {
     __mmask64 mask;
     __asm__("kmovq %1, %0" : "=Yk"(mask) : "m"(*reinterpret_cast<const uint8_t(*)[8]>(bits)));
     return mask;
 }
 
-// How many of the first 32 and of all 64 bits are set; read once, as the loops wait for loads more than for anything else.
+// Counts how many of the first 32 and of all 64 bits are set. They are read once, as the loops wait for loads more
+// than for anything else.
 struct BitCounts {
     int64_t first_half, all;
 };
@@ -59,7 +62,8 @@ struct Bits16 {
         return _mm512_maskz_loadu_epi16(first_of_32(count), values);
     }
     AVX512_INLINE Unit expand(Unit values, uint32_t mask) { return expand_words(values, mask); }
-    // The next values of a row under 64 columns. The upper mask is shifted down, which takes no port of the expansion.
+    // Spreads the next values of a row over 64 columns. The upper mask is shifted down, which takes no port of the
+    // expansion.
     AVX512_INLINE void expand_64(const Element*& values, const uint8_t* mask, Unit& low, Unit& high) {
         const __mmask64 bits = load_mask(mask);
         const BitCounts counts = count_bits(mask);
@@ -69,7 +73,7 @@ struct Bits16 {
     }
 };
 
-// bfloat16, multiplied by each of the pieces whose sum is x.
+// Values in bfloat16, multiplied by each of the pieces whose sum is x.
 template <int Pieces>
 struct BFloat16 : Bits16 {
     AVX512_INLINE void widen(const Unit& unit, __m512& low, __m512& high) {
@@ -153,7 +157,8 @@ struct Float32 : FloatInputs {
 
 // --- signs -----------------------------------------------------------------------------------------------------------------------
 
-// For word j of 32: the bits of an eight-byte word that end with bit j (low) or 32 + j (high), in the word's upper byte.
+// Positions that bring, for word j of 32, the bits of an eight-byte word that end with bit j (low) or 32 + j (high)
+// into the word's upper byte.
 struct SignPositions {
     alignas(64) uint8_t low[64], high[64];
     constexpr SignPositions() : low(), high() {
@@ -165,7 +170,7 @@ struct SignPositions {
 };
 constexpr SignPositions kSignPositions;
 
-// ± scale: negative where the bit is clear.
+// Returns ± scale, which is negative where the bit is clear.
 AVX512_INLINE __m512i with_signs(__m512i bits, __m512i positions, __m512i scale) {
     __m512i moved = _mm512_multishift_epi64_epi8(positions, bits);
     return _mm512_ternarylogic_epi32(moved, scale, _mm512_set1_epi32(static_cast<int>(0x80008000u)), 0xc6);  // scale ^ (~moved & 0x8000)
@@ -179,14 +184,15 @@ AVX512_INLINE __m512i broadcast_8_bytes(const uint8_t* bytes) {
 
 // --- memory that will be read soon -----------------------------------------------------------------------------------------------
 
-// In assembly, so that the sum of both takes no register.
+// This is assembly, so that the sum of both takes no register.
 AVX512_INLINE void prefetch(const void* from, int64_t bytes_ahead) {
     __asm__ volatile("prefetcht0 (%0,%1)" : : "r"(from), "r"(bytes_ahead));
 }
 
 // --- sums of several rows and tokens ---------------------------------------------------------------------------------------------
 
-// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's latency.
+// Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's
+// latency.
 template <int T, int R, class Values>
 struct Sums {
     __m512 of[R][T];
@@ -203,7 +209,7 @@ struct Sums {
         for (int t = 0; t < T; ++t) Values::multiply_add(sums.of[row][t], unit, x, t, column);
     }
 
-    // To rows `first`, `first` + `step`, ... of the block.
+    // Stores to rows `first`, `first` + `step`, ... of the block.
     AVX512_INLINE void store(const Sums& sums, const Rows& rows, int64_t first, int64_t step) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)

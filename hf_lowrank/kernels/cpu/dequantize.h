@@ -1,4 +1,5 @@
-// Codes of a row → float32, in plain C++; every instruction set that has no loop of its own compiles this one for itself.
+// Converts the codes of a row to float32, in plain C++. Every instruction set that has no loop of its own compiles
+// this one for itself.
 #pragma once
 
 #include "product.h"

@@ -1,6 +1,7 @@
-// The operations of runtime/ops.py as functions of a Python module, for few tokens: each takes the tensors themselves and makes the
-// result, or answers None where it does not apply. One product of a layer takes half a millisecond, and whatever a call touches has left
-// the caches since the last one: reading six tensors through DLPack takes 2 µs where Python took 50 (ctypes: 20 fields to be set).
+// The operations of runtime/ops.py as functions of a Python module, for few tokens. Each takes the tensors themselves
+// and makes the result, or returns None where it does not apply. One product of a layer takes half a millisecond, and
+// whatever a call touches has left the caches since the last one. Reading six tensors through DLPack takes 2 µs, where
+// Python took 50 (ctypes had 20 fields to set).
 #if __has_include(<Python.h>)
 
 #define PY_SSIZE_T_CLEAN
@@ -19,17 +20,17 @@ extern "C" int32_t hf_lowrank_multiply(const hf_lowrank::Product*);
 namespace hf_lowrank {
 namespace {
 
-// As SERIAL_BYTES and FEW_TOKENS of products.py, where more tokens are multiplied.
+// The values of SERIAL_BYTES and FEW_TOKENS in products.py, which multiplies more tokens.
 constexpr int64_t kSerialBytes = 1 << 17, kFewTokens = 16;
 constexpr int kMostDimensions = 8;
 constexpr int64_t kLargestGroup = INT32_MAX;  // so that no sum of sizes overflows
 
-// What is asked of torch, looked up once.
+// Functions and types of torch, looked up once.
 const dlpack::ExchangeApi* api;
 PyObject *tensor_type, *parameter_type, *get_num_threads, *is_autocast_enabled, *cpu;
 std::atomic<int32_t> instruction_set{kAvx512};
 
-// What does not apply is left to the caller, who finds its errors, too.
+// Returns None: a call that does not apply is left to the caller, who also finds its errors.
 PyObject* none() {
     PyErr_Clear();
     return Py_NewRef(Py_None);
@@ -60,12 +61,12 @@ DType float_type(const dlpack::Tensor& tensor) {
     return tensor.dtype.bits == 32 ? kFloat32 : tensor.dtype.bits == 16 ? kFloat16 : kNone;
 }
 
-// False if it is not an ordinary tensor of this process's memory, one value after the other.
+// Reads a tensor. Returns false if it is not an ordinary, contiguous tensor in this process's memory.
 bool read(PyObject* object, dlpack::Tensor& out) {
     if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(tensor_type) && Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(parameter_type))
         return false;
     if (api->tensor_from_object(object, &out)) {
-        PyErr_Clear();  // a wrapper without memory, as torch.func's
+        PyErr_Clear();  // a wrapper without memory, such as those of torch.func
         return false;
     }
     if (out.device.type != dlpack::kCpu || !is_contiguous(out)) return false;
@@ -74,12 +75,13 @@ bool read(PyObject* object, dlpack::Tensor& out) {
     return (out.data || !elements(out)) && aligned;
 }
 
-// A new tensor's memory, of which torch becomes the owner: a third of the time that torch takes to make one. Its storage cannot grow.
+// The memory of a new tensor, of which torch becomes the owner. This takes a third of the time in which torch makes a
+// tensor. Its storage cannot grow.
 struct alignas(64) Output {
     dlpack::ManagedTensor managed;
     int64_t shape[kMostDimensions], strides[kMostDimensions];
 
-    // As x, but for the last dimension; null if there is no memory.
+    // Makes an output in the shape of x, except for the last dimension. Returns null if there is no memory.
     static Output* of(const dlpack::Tensor& x, int64_t columns) {
         const int64_t bytes = elements(x) / x.shape[x.dimensions - 1] * columns * x.dtype.bits / 8;
         void* memory = std::aligned_alloc(64, sizeof(Output) + (bytes + 63) / 64 * 64);
@@ -100,13 +102,15 @@ struct alignas(64) Output {
 
 // --- one product -----------------------------------------------------------------------------------------------------------------
 
-// A size of the product, −1 until a tensor has it; the others must agree.
+// Compares a size of the product with that of a tensor. It is −1 until the first tensor sets it; the others must
+// agree.
 bool agree(int64_t& size, int64_t found) {
     if (size < 0) size = found;
     return size == found;
 }
 
-// The reading methods answer false where a part is not what the loops read, or does not fit those before.
+// The arguments of a call. The reading methods return false where a part is not what the loops read, or does not fit
+// the parts before it.
 class Call {
    public:
     Call() {
@@ -162,7 +166,7 @@ class Call {
                (mask == Py_None ? product_.kept == product_.columns : bitmap(mask, product_.mask));
     }
 
-    // The product as a new tensor, or None where it is left to the caller; null with an error set.
+    // Returns the product as a new tensor, None where it is left to the caller, or null with an error set.
     PyObject* result() {
         if (product_.rows < 1 || autocasts()) return none();
         for (int64_t* size : {&product_.kept, &product_.binary_rank, &product_.rank}) *size = *size < 0 ? 0 : *size;
@@ -303,7 +307,7 @@ bool find_torch() {
 }  // namespace
 }  // namespace hf_lowrank
 
-// ImportError where torch offers no tables of DLPack functions: the kernels in products.py compute there.
+// Raises ImportError where torch offers no tables of DLPack functions. The kernels in products.py compute there.
 PyMODINIT_FUNC PyInit__native() {
     if (!hf_lowrank::find_torch()) {
         PyErr_SetString(PyExc_ImportError, "this torch has no __dlpack_c_exchange_api__ of DLPack 1");

@@ -1,5 +1,6 @@
-// The part of DLPack 1.x's C interface (https://dmlc.github.io/dlpack) by which a Python package's tensors are read and made without
-// calling its Python functions: `type(tensor).__dlpack_c_exchange_api__`, a capsule "dlpack_exchange_api". torch has it from 2.10 on.
+// The part of DLPack 1.x's C interface (https://dmlc.github.io/dlpack) by which a Python package's tensors are read
+// and made without calling its Python functions. It is `type(tensor).__dlpack_c_exchange_api__`, a capsule
+// "dlpack_exchange_api", which torch has from 2.10 on.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The C++ library: finding it, its C interface, and which of its instruction sets is in use."""
+"""The C++ library: where it lies, its C interface, and which of its instruction sets is in use."""
 
 import ctypes
 import os
@@ -14,46 +14,65 @@ from types import ModuleType
 import torch
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
-"""From the slowest to the fastest; the position is the number in the C interface."""
+"""Names from the slowest to the fastest. A name's position is its number in the C interface."""
 ENVIRONMENT_VARIABLE = "HF_LOWRANK_CPU_ISA"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The dtypes the library computes with, and their numbers in the C interface."""
+"""The dtypes that the library computes with, and their numbers in the C interface."""
 
 
 class Product(ctypes.Structure):
-    """`struct Product` of product.h."""
+    """`struct Product` of product.h, field by field in the same order."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tokens", "columns", "rows")),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "values", "mask")),
+        ("tokens", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        # the sparse part
+        ("values", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
         ("kept", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("signs", "scale_in", "scale_out")),
+        # the binary part
+        ("signs", ctypes.c_void_p),
+        ("scale_in", ctypes.c_void_p),
+        ("scale_out", ctypes.c_void_p),
         ("binary_rank", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("lowrank_a", "lowrank_b")),
+        # the low-rank part, and its pivots
+        ("lowrank_a", ctypes.c_void_p),
+        ("lowrank_b", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
         ("pivots", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("codes", "code_scale")),
+        # the quantized matrix
+        ("codes", ctypes.c_void_p),
+        ("code_scale", ctypes.c_void_p),
         ("group", ctypes.c_int64),
         ("code_bits", ctypes.c_int32),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("x_dtype", "values_dtype", "scale_dtype", "lowrank_dtype", "code_scale_dtype")
-        ),
-        *((name, ctypes.c_int32) for name in ("threads", "instruction_set")),
+        # numbers of `DTYPES`
+        ("x_dtype", ctypes.c_int32),
+        ("values_dtype", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("lowrank_dtype", ctypes.c_int32),
+        ("code_scale_dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("instruction_set", ctypes.c_int32),
     ]
 
 
 def library_path() -> Path | None:
-    """The built extension beside this file, or None."""
-    candidates = (Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in candidates if path.exists()), None)
+    """Return the built extension beside this file, or None if there is none."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            return path
+    return None
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None after one warning."""
+    """Return the loaded library, or None after one warning if it was not built."""
     path = library_path()
     if path is None:
         warnings.warn(
@@ -66,7 +85,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def loaded() -> ctypes.CDLL:
-    """The library, for kernels, which are only registered where there is one."""
+    """Return the library to a kernel. Kernels are registered only where there is a library."""
     native = library()
     assert native is not None
     return native
@@ -74,40 +93,57 @@ def loaded() -> ctypes.CDLL:
 
 @cache
 def module() -> ModuleType | None:
-    """The library as a module of functions that take tensors; None where it was built without Python's headers or torch is too old."""
+    """Return the library as a Python module of functions that take tensors.
+
+    It is None where the library was not built, was built without Python's headers, or torch is too old to offer its
+    tensors through DLPack's C functions.
+    """
+    if library() is None:
+        return None
     try:
-        functions = import_module(f"{__package__}._native") if library() else None
+        functions = import_module(f"{__package__}._native")
     except ImportError:
         return None
-    if functions is not None:
-        functions.use_instruction_set(instruction_set())
+    # Its functions are called without passing through Python, and so keep the instruction set themselves.
+    functions.use_instruction_set(instruction_set())
     return functions
 
 
 @cache
 def best_instruction_set() -> str:
-    """The fastest instruction set that both the library and this processor have."""
+    """Return the fastest instruction set that both the library and this processor have."""
     native = library()
-    return INSTRUCTION_SETS[native.hf_lowrank_instruction_set() if native else 0]
+    if native is None:
+        return INSTRUCTION_SETS[0]
+    return INSTRUCTION_SETS[native.hf_lowrank_instruction_set()]
 
 
 _forced: list[int] = []
+"""Numbers of the instruction sets of the `forced_instruction_set` blocks that are open, the innermost last."""
 
 
 def instruction_set() -> int:
-    """The number of the instruction set in use: the forced one, the environment's, or the best."""
-    return _forced[-1] if _forced else _from_environment()
+    """Return the number of the instruction set in use: the forced one, else the environment's, else the best.
+
+    Raises:
+        ValueError: if the environment names one that is unknown or that this processor lacks.
+    """
+    if _forced:
+        return _forced[-1]
+    return _from_environment()
 
 
 def instruction_set_in_use() -> str:
-    """Its name."""
+    """Return the name of the instruction set in use."""
     return INSTRUCTION_SETS[instruction_set()]
 
 
 @cache
 def _from_environment() -> int:
     name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return INSTRUCTION_SETS.index(best_instruction_set()) if name is None else _number(name)
+    if name is None:
+        return INSTRUCTION_SETS.index(best_instruction_set())
+    return _number(name)
 
 
 @contextmanager
@@ -130,9 +166,12 @@ def forced_instruction_set(name: str) -> Iterator[None]:
 
 
 def _number(name: str) -> int:
+    """Return the number of an instruction set, or raise ValueError if it is unknown or this processor lacks it."""
+    # A processor that has an instruction set has the slower ones too.
     available = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(best_instruction_set()) + 1]
     if name not in available:
         raise ValueError(
-            f"instruction set {name!r} is not available here, expected one of {', '.join(available)}; unset {ENVIRONMENT_VARIABLE}"
+            f"instruction set {name!r} is not available here, expected one of {', '.join(available)}; "
+            f"unset {ENVIRONMENT_VARIABLE}"
         )
     return INSTRUCTION_SETS.index(name)

@@ -40,7 +40,7 @@ template <int T>
 struct For<dtype>::DenseLoop {
     static void run(const void* matrix, const Prepared& x, const Rows& rows) {
         for (int64_t i = 0; i < rows.count; ++i) {
-            // Eight sums of every eighth column, which a compiler can keep in vector registers.
+            // There are eight sums, each over every eighth column, which a compiler can keep in a vector register.
             float sums[T][8] = {};
             for (int64_t first = 0; first < x.columns; first += 8) {
                 float values[8] = {};

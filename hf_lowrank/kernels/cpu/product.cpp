@@ -1,4 +1,4 @@
-// One compressed layer's product for a few tokens: prepare x, then blocks of rows in parallel.
+// The product of one compressed layer and a few tokens: x is prepared, then blocks of rows are multiplied in parallel.
 #include "product.h"
 
 #include <algorithm>
@@ -30,7 +30,7 @@ const Kernels& kernels_of(int32_t instruction_set) {
     return portable_kernels();
 }
 
-// Memory of one thread, kept between calls, for x in its prepared forms.
+// Memory of one thread for x in its prepared forms, kept between calls.
 class Scratch {
    public:
     ~Scratch() { std::free(memory_); }
@@ -52,7 +52,7 @@ class Scratch {
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// The number of bfloat16 whose sum is any value of the dtype.
+// Returns how many bfloat16 pieces are needed to make any value of the dtype as their sum.
 int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
 
 // The forms of x that a product's loops read, and where they lie in memory of the calling thread.
@@ -105,7 +105,7 @@ bool copy(const uint16_t* from, int64_t count, int64_t padded, uint16_t* out) {
     return !not_finite;
 }
 
-// The same for any dtype, to float32.
+// Copies one token of any dtype to float32, in the same way.
 bool convert(const void* x, DType dtype, int64_t token, const Prepared& prepared) {
     float* out = prepared.values + token * prepared.padded;
     int64_t start = token * prepared.columns;
@@ -123,7 +123,7 @@ bool convert(const void* x, DType dtype, int64_t token, const Prepared& prepared
     return !not_finite;
 }
 
-// Splits finite values into bfloat16 pieces, each the rounded rest of those before.
+// Splits finite values into bfloat16 pieces. Each piece is what the ones before it leave, rounded.
 void split(int64_t token, const Prepared& prepared) {
     for (int piece = 0; piece < prepared.piece_count; ++piece) {
         const float* values = prepared.values + token * prepared.padded;
@@ -185,7 +185,8 @@ void for_each_block(const Product& product, int64_t row_count, const Step& step,
     parallel_for(product.threads, (row_count + kBlockRows - 1) / kBlockRows, block);
 }
 
-// Rows [first, first + count) of codes as a product of its own, its values float32 in memory of the calling thread.
+// Returns rows [first, first + count) of codes as a product of its own. Its values are float32 in memory of the
+// calling thread.
 Product dequantized(const Product& product, const Kernels& kernels, int64_t first, int64_t count) {
     thread_local Scratch scratch;
     float* values = reinterpret_cast<float*>(scratch.at_least((count * product.kept + kCodeStep) * 4));
@@ -198,7 +199,7 @@ Product dequantized(const Product& product, const Kernels& kernels, int64_t firs
     return rows;
 }
 
-// A few rows at a time are dequantised, and multiplied while they are in the cache.
+// Dequantizes a few rows at a time, and multiplies them while they are in the cache.
 void multiply_codes(const Product& product, const Kernels& kernels, const Prepared& x, const Rows& rows) {
     constexpr int64_t step = 4;
     for (int64_t first = 0; first < rows.count; first += step) {
@@ -210,7 +211,8 @@ void multiply_codes(const Product& product, const Kernels& kernels, const Prepar
     }
 }
 
-// Where the values of A x, then those of B (A x), lie in y; empty if the pivots are not as many as the rank.
+// Returns the places in y of the values of A x, then of those of B (A x). It is empty if the pivots are not as many as
+// the rank.
 std::vector<int64_t> output_order(const Product& product) {
     std::vector<int64_t> pivots, others;
     for (int64_t row = 0; product.pivots && row < product.outputs; ++row)
@@ -230,8 +232,9 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_instruction
     return best;
 }
 
-// Computes product.y; 0 when done, 1 where that is left to the caller: x (or A x) has a value that is not finite, the pivots are not as many
-// as the rank, or there is no memory. Zeros that are not stored would have to turn an infinity into a NaN, or not, as in the dense product.
+// Computes product.y. Returns 0 when done, and 1 where that is left to the caller: x (or A x) has a value that is not
+// finite, the pivots are not as many as the rank, or there is no memory. In the dense product zeros turn an infinity
+// into a NaN; here zeros are not stored.
 extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(const Product* argument) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));
@@ -284,8 +287,8 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
     return 0;
 }
 
-// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse, binary or quantised part, (row_count, columns) of
-// dtype x_dtype, to product.y.
+// Writes rows [first_row, first_row + row_count) of the dense matrix of the sparse, binary or quantized part to
+// product.y, (row_count, columns) of dtype x_dtype.
 extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const Product* argument, int64_t first_row, int64_t row_count) {
     const Product& product = *argument;
     const Kernels& kernels = kernels_of(std::min(product.instruction_set, hf_lowrank_instruction_set()));

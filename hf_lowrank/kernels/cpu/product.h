@@ -1,7 +1,7 @@
 // The product of one compressed layer on a CPU: y = S x + Σ_b scale_out_b ⊙ (±1 · (scale_in_b ⊙ x)) + B (A x).
 //
-// Product is the C interface: plain data pointers, filled by the Python side. Prepared is what is derived from x once per
-// call; Kernels are the loops over rows that each instruction set implements. Every loop adds to float32 sums.
+// Product is the C interface: plain data pointers, filled by the Python side. Prepared is derived from x once per
+// call. Kernels are the loops over rows that each instruction set implements. Every loop adds to float32 sums.
 #pragma once
 
 #include <cstdint>
@@ -11,15 +11,17 @@ namespace hf_lowrank {
 enum DType : int32_t { kNone = -1, kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// Rows and tokens that one call of a loop takes at most; its sums are float[kBlockTokens][kBlockRows].
+// Maximum numbers of rows and tokens that one call of a loop takes. Its sums are float[kBlockTokens][kBlockRows].
 constexpr int64_t kBlockRows = 64, kBlockTokens = 32;
-// Tokens multiplied in one pass over a few rows; more tokens take several passes while the rows are in the first cache.
+// Maximum number of tokens that are multiplied in one pass over a few rows. More tokens take several passes, while the
+// rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
-// Codes are dequantised in steps of this many.
+// Codes are dequantized in steps of this many.
 constexpr int64_t kCodeStep = 64;
 // Columns of x are padded with zeros to a multiple of this.
 constexpr int64_t kUnit = 32;
-// Columns that share one lookup table of signed sums, and its entries; AVX2 arranges the same memory in its own way.
+// Number of columns that share one lookup table of signed sums, and of the table's entries. AVX2 arranges the same
+// memory in its own way.
 constexpr int64_t kTableColumns = 4;
 constexpr int64_t kTableEntries = 16;
 
@@ -27,24 +29,27 @@ extern "C" struct Product {
     int64_t tokens, columns, rows;
     const void* x;  // (tokens, columns)
     void* y;        // (tokens, rows), x's dtype
-    // sparse part, or values = null: `kept` values per row, bitmap with ⌈columns/8⌉ bytes per row
+    // The sparse part, if values is not null: `kept` values per row, and a bitmap with ⌈columns/8⌉ bytes per row.
     const void* values;
     const uint8_t* mask;
     int64_t kept;
-    // binary part, or signs = null
+    // The binary part, if signs is not null.
     const uint8_t* signs;
     const void* scale_in;   // (binary_rank, columns)
     const void* scale_out;  // (rows, binary_rank)
     int64_t binary_rank;
-    // low-rank part, or lowrank_b = null: A (rank, columns), B (rows, rank); without A this is a dense matrix (rows, rank = columns)
+    // The low-rank part, if lowrank_b is not null: A (rank, columns) and B (rows, rank). Without A it is a dense
+    // matrix (rows, rank = columns).
     const void* lowrank_a;
     const void* lowrank_b;
     int64_t rank;
-    // pivoted low-rank part, or pivots = null: bitmap of the `rank` among `outputs` values of y that are A x itself; B has the others
+    // A pivoted low-rank part, if pivots is not null: a bitmap of those `rank` among the `outputs` values of y that
+    // are A x itself. B has the others.
     const uint8_t* pivots;
     int64_t outputs;  // rows of y: `rows`, or with pivots rows + rank
-    // quantised matrix, or codes = null: `kept` codes per row, little-endian bit stream of whole bytes per row; where `mask` is null
-    // they are those of all columns. Code q of b bits stands for (q − (2ᵇ − 1)/2) · scale, one scale per `group` codes.
+    // A quantized matrix, if codes is not null: `kept` codes per row, a little-endian bit stream of whole bytes. Where
+    // `mask` is null, every column has a code. Code q of b bits stands for (q − (2ᵇ − 1)/2) · scale, with one scale
+    // per `group` codes.
     const uint8_t* codes;
     const void* code_scale;  // (rows, ⌈kept / group⌉)
     int64_t group;
@@ -54,7 +59,8 @@ extern "C" struct Product {
     int32_t instruction_set;
 };
 
-// x in the forms that the loops read, of which only those that they do are made; columns padded with zeros to a multiple of kUnit.
+// x in the forms that the loops read. Only the forms that a product needs are made. Columns are padded with zeros to a
+// multiple of kUnit.
 struct Prepared {
     int64_t tokens, columns, padded;
     float* values;     // (tokens, padded)
@@ -73,17 +79,19 @@ struct Rows {
 };
 
 struct Kernels {
-    // the sparse and the binary part
+    // Multiplies the sparse and the binary part.
     void (*packed)(const Product&, const Prepared&, const Rows&);
-    // matrix (rows, prepared.columns) of the given dtype
+    // Multiplies a matrix (rows, prepared.columns) of the given dtype.
     void (*dense)(const void* matrix, DType dtype, const Prepared&, const Rows&);
-    // the signed sums of `scaled` (padded,) that `packed` looks up
+    // Writes the signed sums of `scaled` (padded,) that `packed` looks up.
     void (*tables)(const float* scaled, int64_t padded, float* out);
-    // the `kept` values of one row of codes; writes up to kCodeStep − 1 more
+    // Writes the `kept` values of one row of codes, and up to kCodeStep − 1 more.
     void (*dequantize)(const Product&, int64_t row, float* out);
-    // rows of codes times bfloat16 x without a bitmap, groups of whole units; null where that is no faster
+    // Multiplies rows of codes without a bitmap, in groups of whole units, with bfloat16 x. Null where that is no
+    // faster.
     void (*codes)(const Product&, const Prepared&, const Rows&);
-    // one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in (binary_rank, padded)
+    // Writes one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in is
+    // (binary_rank, padded).
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);
     bool multiplies_bfloat16;  // bfloat16 matrices are multiplied by the pieces of x
 };
@@ -110,7 +118,7 @@ inline uint32_t to_bits(float value) {
 
 inline float from_bfloat16(uint16_t value) { return from_bits(static_cast<uint32_t>(value) << 16); }
 
-// Round to nearest, ties to even; a NaN stays a NaN.
+// Rounds to nearest, ties to even. A NaN stays a NaN.
 inline uint16_t to_bfloat16(float value) {
     uint32_t bits = to_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
@@ -148,7 +156,7 @@ inline void store_from_float(void* data, int64_t index, DType dtype, float value
 
 inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// Up to four bytes of a bitmap row from byte `offset`, bits past the row's end zero.
+// Returns up to four bytes of a bitmap row from byte `offset` on, with the bits past the row's end zero.
 inline uint32_t load_bits(const uint8_t* row, int64_t width, int64_t offset) {
     uint32_t bits = 0;
     if (width - offset >= 4) __builtin_memcpy(&bits, row + offset, 4);

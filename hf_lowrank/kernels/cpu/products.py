@@ -1,4 +1,10 @@
-"""The operations of `runtime.ops` by the C++ library: each takes the operation's arguments and answers None where it does not apply."""
+"""The operations of `runtime.ops`, computed by the C++ library.
+
+Each function takes its operation's arguments. It returns None where it does not apply, for example because of a dtype
+or of a layout in memory, and plain torch computes then. For few tokens, where neither gradients nor a graph are
+recorded, `runtime.ops` first asks the functions of direct.cpp. They give the same bits and spend less time on each
+call.
+"""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -12,15 +18,23 @@ from torch.nn import functional as F
 from . import native
 
 FEW_TOKENS = 16
-"""Up to this many tokens the layer is multiplied from its packed form."""
+"""Largest number of tokens for which a layer is multiplied from its packed form."""
 FEW_TOKENS_BY_BFLOAT16 = 32
-"""The same of kept values where the processor multiplies bfloat16 itself: as many as are faster so than by tiles and torch."""
+"""This limit is for kept values where the processor multiplies bfloat16 itself, which pays for more tokens."""
 TILE_BYTES = 1 << 23
-"""Size of the dense tile that many tokens are multiplied by."""
+"""Size of the dense tile of rows that many tokens are multiplied by. It must stay in the processor's cache."""
 SERIAL_BYTES = 1 << 17
-"""Below this many bytes waking other threads costs more than it saves."""
+"""Layers of fewer bytes are computed by one thread: waking others would cost more than it saves."""
 
 _STORED = {*native.DTYPES, torch.uint8}
+"""Dtypes of the tensors that the loops read. Bitmaps and codes are bytes."""
+_DTYPE_FIELDS = {
+    "values": "values_dtype",
+    "scale_in": "scale_dtype",
+    "lowrank_b": "lowrank_dtype",
+    "code_scale": "code_scale_dtype",
+}
+"""Fields of `native.Product` for the dtypes of parts. Parts that have the same dtype, such as A and B, share one."""
 
 
 def bitmask_linear(x: Tensor, weight: Tensor, weight_mask: Tensor) -> Tensor | None:
@@ -45,21 +59,21 @@ def quantized_linear(
 
 
 def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | None:
-    """B (A x), A x kept in float32; None for many tokens, whose two products are torch's own."""
+    """Return B (A x), with A x kept in float32, or None for many tokens, whose two products are left to torch."""
     return _multiply_few(x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b)
 
 
 def pivoted_linear(
     x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int
 ) -> Tensor | None:
-    """P [I; B'] (A' x); None for many tokens."""
+    """Return P [I, B'ᵀ]ᵀ (A' x), with A' x kept in float32, or None for many tokens."""
     return _multiply_few(
         x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=lowrank_pivots, outputs=rows
     )
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor | None:
-    """F.linear(x, weight) for few tokens by the same loops: the yardstick of the benchmark."""
+    """Return F.linear(x, weight) for few tokens, by the same loops. Benchmarks compare compressed layers with it."""
     return _multiply_few(x, weight.shape[0], lowrank_b=weight)
 
 
@@ -101,51 +115,75 @@ KERNELS = {kernel.__name__: kernel for kernel in _OPERATIONS}
 
 
 def _linear(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
-    bfloat16 = (
-        "codes" not in parts
-        and "mask" in parts
-        and x.dtype == torch.bfloat16
-        and native.instruction_set_in_use() == "avx512"
-    )
-    few = FEW_TOKENS_BY_BFLOAT16 if bfloat16 else FEW_TOKENS
-    return _multiply(x, rows, **parts) if _tokens(x) <= few else _multiply_tiles(x, rows, **parts)
+    """Return the product of the parts and x: few tokens from the packed form, many by dense tiles."""
+    if _tokens(x) <= _few_tokens(x, parts):
+        return _multiply(x, rows, **parts)
+    return _multiply_tiles(x, rows, **parts)
+
+
+def _few_tokens(x: Tensor, parts: dict[str, Any]) -> int:
+    """Return up to how many tokens the packed form is faster than tiles."""
+    # AVX-512 has an instruction that multiplies bfloat16. Codes with a bitmap become float32 before they are
+    # multiplied.
+    kept_values = "mask" in parts and "codes" not in parts
+    if kept_values and x.dtype == torch.bfloat16 and native.instruction_set_in_use() == "avx512":
+        return FEW_TOKENS_BY_BFLOAT16
+    return FEW_TOKENS
 
 
 def _multiply_few(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
-    return _multiply(x, rows, **parts) if _tokens(x) <= FEW_TOKENS else None
+    if _tokens(x) > FEW_TOKENS:
+        return None
+    return _multiply(x, rows, **parts)
 
 
 def _multiply(x: Tensor, rows: int, outputs: int | None = None, **parts: Any) -> Tensor | None:
-    """The product of whichever parts are given; `outputs` where it has more rows than the matrix of `rows`."""
+    """Return the product of x and the parts that are given, computed from their packed form.
+
+    Args:
+        rows: rows of the matrix that the parts store.
+        outputs: rows of the product, where pivots give it more than `rows`.
+    """
     y = x.new_empty(*x.shape[:-1], rows if outputs is None else outputs)
     x = x.contiguous()
-    product = _product(_tokens(x), x.shape[-1], rows, x.dtype, parts) if _is_aligned(x) else None
+    if not _is_aligned(x):
+        return None
+    product = _product(_tokens(x), x.shape[-1], rows, x.dtype, parts)
     if product is None:
         return None
-    product.x, product.y, product.outputs = x.data_ptr(), y.data_ptr(), y.shape[-1]
-    return None if native.loaded().hf_lowrank_multiply(ctypes.byref(product)) else y
+    product.x = x.data_ptr()
+    product.y = y.data_ptr()
+    product.outputs = y.shape[-1]
+    # The library declines values that are not finite, for example: zeros that are not stored make no NaN of an
+    # infinity.
+    declined = native.loaded().hf_lowrank_multiply(ctypes.byref(product))
+    return None if declined else y
 
 
 def _multiply_tiles(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
-    """The same for many tokens: tiles of rows are unpacked, and multiplied by torch while they are in the cache."""
+    """Return the product for many tokens: torch multiplies tiles of unpacked rows while they are in the cache."""
     inputs = x.reshape(-1, x.shape[-1])
     tiles = _tiles(inputs, rows, x.shape[-1], parts)
     if tiles is None:
         return None
     y = x.new_empty(inputs.shape[0], rows)
     for covered, tile in tiles:
-        if len(tile) == rows:
+        if len(tile) == rows:  # a single tile: its product is the result, with no copy into y
             return F.linear(inputs.to(tile.dtype), tile).to(x.dtype).view(*x.shape[:-1], rows)
         y[:, covered] = F.linear(inputs.to(tile.dtype), tile)
     return y.view(*x.shape[:-1], rows)
 
 
 def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
-    """Mᵀ g for the matrix M (m, n) of the parts and g (..., m), tile by tile; the tiles' products are added in float32 or better."""
+    """Return Mᵀ g for the matrix M (m, n) of the parts and g (..., m).
+
+    It is computed tile by tile. The tiles' products are added in float32 or better.
+    """
     gradients = grad.reshape(-1, grad.shape[-1])
     tiles = _tiles(gradients, grad.shape[-1], columns, parts)
     if tiles is None:
         return None
+    # Rounding the sum after every tile would lose what small gradients add.
     total = torch.zeros(gradients.shape[0], columns, dtype=torch.promote_types(grad.dtype, torch.float32))
     for covered, tile in tiles:
         total += gradients[:, covered].to(tile.dtype) @ tile
@@ -153,13 +191,19 @@ def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
 
 
 def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterator[tuple[slice, Tensor]] | None:
-    """Rows of the unpacked matrix, one tile after the other in the same memory, and which rows they are."""
+    """Return an iterator over the tiles of the unpacked matrix, each with the rows that it covers.
+
+    All tiles use the same memory: one is valid until the next is asked for.
+    """
     dtype = _tile_dtype(x)
     product = _product(_tokens(x), columns, rows, dtype, parts)
-    return None if product is None else _unpacked(product, rows, columns, dtype)
+    if product is None:
+        return None
+    return _unpacked(product, rows, columns, dtype)
 
 
 def _unpacked(product: native.Product, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the tiles of a product's matrix, all in the same memory, each with the rows that it covers."""
     tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype)
     product.y = tile.data_ptr()
     unpack = partial(native.loaded().hf_lowrank_unpack, ctypes.byref(product))
@@ -170,53 +214,50 @@ def _unpacked(product: native.Product, rows: int, columns: int, dtype: torch.dty
 
 
 def _tile_dtype(x: Tensor) -> torch.dtype:
-    """bfloat16 where the processor multiplies it faster than float32."""
-    fast = x.dtype == torch.bfloat16 and native.best_instruction_set() == "avx512"
-    return torch.bfloat16 if fast else torch.promote_types(x.dtype, torch.float32)
+    """Return bfloat16 where the processor multiplies it faster than float32, otherwise at least float32."""
+    if x.dtype == torch.bfloat16 and native.best_instruction_set() == "avx512":
+        return torch.bfloat16
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _product(tokens: int, columns: int, rows: int, dtype: torch.dtype, parts: dict[str, Any]) -> native.Product | None:
-    """The arguments of the C interface, x and y left out; None if a dtype or a layout in memory is not for it, or nothing is to compute.
+    """Return the arguments of the C interface, with x and y left out.
+
+    It is None if a dtype or a layout in memory is not one that the loops read, or if there is nothing to compute.
 
     Args:
-        dtype: of x, and of the unpacked tiles.
+        dtype: dtype of x, and of the unpacked tiles.
         parts: tensors and numbers by their names in `Product`.
     """
     if dtype not in native.DTYPES or not tokens or not columns or not rows:
         return None
     product = native.Product(tokens=tokens, columns=columns, rows=rows, outputs=rows, x_dtype=native.DTYPES[dtype])
-    stored = 0
+    stored_bytes = 0
     for name, part in parts.items():
         if isinstance(part, Tensor):
             if part.dtype not in _STORED or not part.is_contiguous() or not _is_aligned(part):
                 return None
-            stored += part.nbytes
+            stored_bytes += part.nbytes
             setattr(product, name, part.data_ptr())
             if name in _DTYPE_FIELDS:
                 setattr(product, _DTYPE_FIELDS[name], native.DTYPES[part.dtype])
         elif part is not None:
             setattr(product, name, part)
+    # The library reads sizes from the product only, and these are sizes of tensors.
     if product.scale_in:
         product.binary_rank = parts["scale_in"].shape[0]
     if product.lowrank_b:
         product.rank = parts["lowrank_b"].shape[1]
-    product.threads = 1 if stored < SERIAL_BYTES else torch.get_num_threads()
+    product.threads = 1 if stored_bytes < SERIAL_BYTES else torch.get_num_threads()
     product.instruction_set = native.instruction_set()
     return product
 
 
-_DTYPE_FIELDS = {
-    "values": "values_dtype",
-    "scale_in": "scale_dtype",
-    "lowrank_b": "lowrank_dtype",
-    "code_scale": "code_scale_dtype",
-}
-
-
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether the values lie at a multiple of their size; in memory that is mapped from a file they need not."""
+    """Return whether the values lie at a multiple of their size. In memory mapped from a file they need not."""
     return tensor.data_ptr() % tensor.itemsize == 0
 
 
 def _tokens(x: Tensor) -> int:
+    """Return the number of vectors in x (..., n)."""
     return x.numel() // max(x.shape[-1], 1)

@@ -12,7 +12,8 @@
 namespace hf_lowrank {
 namespace {
 
-// Indices are handed out in runs, so that a thread reads neighbouring rows, but small enough for the fast to help the slow.
+// Indices are handed out in runs, so that a thread reads neighboring rows. Runs are small enough for fast threads to
+// help slow ones.
 constexpr int64_t kRunsPerThread = 8;
 
 struct Job {
@@ -69,7 +70,7 @@ class Pool {
     int places_ = 0, running_ = 0, started_ = 0;
 };
 
-// Never destroyed: its threads sleep in it until the process ends. A forked child starts afresh.
+// The pool is never destroyed, as its threads sleep in it until the process ends. A forked child starts afresh.
 std::atomic<Pool*> pool{nullptr};
 std::atomic<bool> forked{false};
 
@@ -106,7 +107,7 @@ void parallel_for(int threads, int64_t count, void (*task)(void*, int64_t), void
     job.context = context;
     if (threads <= 1 || count <= 1) return job.work();
     ParallelRegion region = openmp_region();
-    // Always the whole team: OpenMP would end the threads that a smaller one leaves over.
+    // The team always has all threads: OpenMP would end those that a smaller team leaves over.
     if (region && !forked) region(work_on, &job, static_cast<unsigned>(threads), 0);
     else own_pool().run(job, threads);
 }

@@ -1,4 +1,7 @@
-"""The operations of `runtime.ops` by Triton: each takes the operation's arguments and answers None where it does not apply."""
+"""The operations of `runtime.ops`, computed by Triton.
+
+Each function takes its operation's arguments. It returns None where it does not apply, and plain torch computes then.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,35 +16,48 @@ from . import factors, packed
 from .tuning import TunedKernel
 
 FEW_TOKENS = 16
-"""Up to this many tokens a matrix is multiplied from its packed form; more are multiplied by its rows in full, some at a time."""
+"""Largest number of tokens for which a matrix is multiplied from its packed form. For more, its rows are unpacked."""
 VECTOR_TOKENS = 2
-"""Up to this many tokens a product is summed entry by entry; more go to the tensor cores, 16 at a time."""
+"""Largest number of tokens whose product is summed entry by entry. More go to the tensor cores, 16 at a time."""
 FACTOR_TOKENS = 4
-"""Up to this many tokens low-rank factors are multiplied one after the other by a kernel; more by torch."""
+"""Largest number of tokens that low-rank factors are multiplied by in a kernel. More are left to torch."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _configurations(*sizes: tuple[int, int, int], second: str, **further: Any) -> list[triton.Config]:
-    """From the rows of a program, its columns or spans, and its warps."""
-    return [
-        triton.Config({"BLOCK_ROWS": rows, second: width, **further}, num_warps=warps) for rows, width, warps in sizes
-    ]
+    """Return the configurations of a kernel, one for each of `sizes`.
+
+    Args:
+        sizes: rows of a program, its size in columns or spans, and its warps.
+        second: name of the kernel's argument for the size in columns or spans.
+        further: arguments of the kernel that all configurations share.
+    """
+    configurations = []
+    for rows, width, warps in sizes:
+        arguments = {"BLOCK_ROWS": rows, second: width, **further}
+        configurations.append(triton.Config(arguments, num_warps=warps))
+    return configurations
 
 
 _COMPILED = isinstance(packed.multiply, triton.JITFunction)
+"""False in Triton's interpreter."""
 _FORM = ("rows", "columns", "stride", "HAS_VALUES", "HAS_MASK", "BITS", "GROUP", "BINARY_RANK")
+"""Arguments that make a shape of packed matrices, for which the fastest configuration is measured."""
+# Sizes are rows, spans (or columns) and warps of a program. The first of each list is what the interpreter runs.
 _VECTOR_SIZES = ((4, 1, 1), (2, 1, 1), (4, 2, 2), (2, 2, 2), (4, 4, 4), (2, 4, 4))  # a warp for each span
 _VECTORS = [
     *_configurations(*_VECTOR_SIZES, second="SPANS", FETCHED=True),
     *_configurations((4, 1, 1), (4, 4, 4), second="SPANS", FETCHED=False),
 ]
 _multiply_vectors = TunedKernel(packed.multiply, _VECTORS, (*_FORM, "TOKENS"))
+# Tensor cores take at least 16 rows, and a tile of one span. Tokens are always padded to 16, so that they make no
+# shape.
 _MATRICES = _configurations((16, 1, 4), (32, 1, 8), second="SPANS", FETCHED=True)
 _multiply_matrices = TunedKernel(packed.multiply, _MATRICES, _FORM)
-_unpack = TunedKernel(
-    packed.unpack, _configurations((4, 1, 1), (2, 1, 1), (4, 2, 2), (4, 4, 4), second="SPANS"), _FORM[1:]
-)  # alike for all rows
+_UNPACKINGS = _configurations((4, 1, 1), (2, 1, 1), (4, 2, 2), (4, 4, 4), second="SPANS")
+# Without the number of rows: tiles of all sizes take the same configuration.
+_unpack = TunedKernel(packed.unpack, _UNPACKINGS, _FORM[1:])
 _FACTOR_SIZES = ((4, 256, 1), (8, 256, 1), (4, 512, 2), (4, 1024, 4), (2, 1024, 4), (1, 1024, 4), (2, 2048, 8))
 _FACTOR_FORM = ("rows", "columns", "PIVOTED", "TOKENS")
 _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES, second="BLOCK_COLUMNS"), _FACTOR_FORM)
@@ -49,7 +65,7 @@ _multiply_factor = TunedKernel(factors.multiply, _configurations(*_FACTOR_SIZES,
 
 @dataclass(frozen=True)
 class Parts:
-    """What a matrix is the sum of; see `kernels.triton.packed`."""
+    """The parts that a matrix is the sum of, as `kernels.triton.packed` describes them."""
 
     values: Tensor | None = None
     code_scale: Tensor | None = None
@@ -62,18 +78,27 @@ class Parts:
 
     @property
     def packed(self) -> Tensor:
-        """One of those with a row of their own for each row of the matrix."""
-        rows = self.values if self.signs is None else self.signs
-        assert rows is not None
-        return rows
+        """A tensor with as many rows as the matrix: the sign bits, or the values where there are none."""
+        if self.signs is not None:
+            return self.signs
+        assert self.values is not None
+        return self.values
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """By the names of the kernels' arguments."""
-        names = ("values", "code_scale", "mask", "signs", "scale_in", "scale_out")
-        return {name: getattr(self, name) for name in names}
+        """Return the tensors by the names of the kernels' arguments."""
+        return {
+            "values": self.values,
+            "code_scale": self.code_scale,
+            "mask": self.mask,
+            "signs": self.signs,
+            "scale_in": self.scale_in,
+            "scale_out": self.scale_out,
+        }
 
     def arguments(self) -> dict[str, Any]:
-        """Those that all kernels of packed matrices share."""
+        """Return the arguments that all kernels of packed matrices share."""
+        # Eight codes make whole words only where their bits are a multiple of 4. With a bitmap, codes are read one by
+        # one.
         words_of_codes = self.mask is None and self.bits % 4 == 0
         return {
             **self.tensors(),
@@ -112,14 +137,14 @@ def quantized_linear(
 
 
 def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | None:
-    """B (A x), A x kept in float32; None for more than `FACTOR_TOKENS`, whose two products are torch's own."""
+    """Return B (A x), with A x kept in float32, or None for more than `FACTOR_TOKENS`, which are left to torch."""
     return _lowrank(x, lowrank_a, lowrank_b, None, lowrank_b.shape[0])
 
 
 def pivoted_linear(
     x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int
 ) -> Tensor | None:
-    """P [I; B'] (A' x); None for more than `FACTOR_TOKENS`."""
+    """Return P [I, B'ᵀ]ᵀ (A' x), with A' x kept in float32, or None for more than `FACTOR_TOKENS`."""
     return _lowrank(x, lowrank_a, lowrank_b, lowrank_pivots, rows)
 
 
@@ -160,6 +185,7 @@ KERNELS = {kernel.__name__: kernel for kernel in _OPERATIONS}
 
 
 def _linear(x: Tensor, parts: Parts) -> Tensor | None:
+    """Return the product of the parts and x: few tokens from the packed form, many by unpacked rows."""
     rows = parts.packed.shape[0]
     if not rows or not _readable(x, *parts.tensors().values()):
         return None
@@ -169,22 +195,28 @@ def _linear(x: Tensor, parts: Parts) -> Tensor | None:
         _multiply(inputs, y, parts)
     else:
         for covered, tile in _tiles(inputs, x.shape[-1], parts):
-            torch.mm(inputs, tile.T, out=y[:, covered])
+            torch.mm(inputs, tile.T, out=y[:, covered])  # straight into its columns, without a copy
     return y.view(*x.shape[:-1], rows)
 
 
 def _multiply(x: Tensor, y: Tensor, parts: Parts) -> None:
-    """y (tokens, rows) of x (tokens, columns), for few tokens."""
+    """Write the product with x (tokens, columns) to y (tokens, rows), for few tokens."""
     tokens, rows = y.shape
-    vectors = tokens <= VECTOR_TOKENS
-    kernel = _multiply_vectors if vectors else _multiply_matrices
     size = {"tokens": tokens, "rows": rows, "columns": x.shape[1]}
-    padded = {"TOKENS": triton.next_power_of_2(tokens) if vectors else FEW_TOKENS, "TENSOR_CORES": not vectors}
-    kernel.launch(x.device, _programs(rows), x=x, y=y, **size, **padded, **parts.arguments())
+    if tokens <= VECTOR_TOKENS:
+        kernel = _multiply_vectors
+        form = {"TOKENS": triton.next_power_of_2(tokens), "TENSOR_CORES": False}
+    else:
+        kernel = _multiply_matrices
+        form = {"TOKENS": FEW_TOKENS, "TENSOR_CORES": True}
+    kernel.launch(x.device, _programs(rows), x=x, y=y, **size, **form, **parts.arguments())
 
 
 def _input_grad(grad: Tensor, columns: int, parts: Parts) -> Tensor | None:
-    """Mᵀ g for the matrix M (m, n) of the parts and g (..., m), tile by tile; the tiles' products are added in float32."""
+    """Return Mᵀ g for the matrix M (m, n) of the parts and g (..., m).
+
+    It is computed tile by tile. The tiles' products are added in float32.
+    """
     if not columns or not _readable(grad, *parts.tensors().values()):
         return None
     gradients = as_matrix(grad)
@@ -195,7 +227,10 @@ def _input_grad(grad: Tensor, columns: int, parts: Parts) -> Tensor | None:
 
 
 def _tiles(x: Tensor, columns: int, parts: Parts) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the matrix in full, in the dtype of x, one tile after the other in the same memory, and which rows they are."""
+    """Yield the tiles of the unpacked matrix, in the dtype of x, each with the rows that it covers.
+
+    All tiles use the same memory: one is valid until the next is asked for.
+    """
     tiles = list(row_tiles(parts.packed, x.new_empty(0, columns)))
     memory = x.new_empty(tiles[0].stop, columns)
     for rows in tiles:
@@ -206,11 +241,13 @@ def _tiles(x: Tensor, columns: int, parts: Parts) -> Iterator[tuple[slice, Tenso
 
 
 def _lowrank(x: Tensor, a: Tensor, b: Tensor, pivots: Tensor | None, rows: int) -> Tensor | None:
-    inputs, rank = as_matrix(x).contiguous(), a.shape[0]
+    """Return B (A x) for two factors. With `pivots`, B has only those rows of the product that are not A x itself."""
+    inputs = as_matrix(x).contiguous()
+    rank = a.shape[0]
     tokens = inputs.shape[0]
     if tokens > FACTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
         return None
-    z = inputs.new_empty(tokens, rank, dtype=torch.float32)
+    z = inputs.new_empty(tokens, rank, dtype=torch.float32)  # A x is not rounded before B multiplies it
     y = inputs.new_empty(tokens, rows)
     _multiply_by_factor(inputs, z, a, None)
     _multiply_by_factor(z, y, b, pivots)
@@ -236,20 +273,26 @@ def _multiply_by_factor(x: Tensor, y: Tensor, weight: Tensor, pivots: Tensor | N
 
 
 def _as_words(packed: Tensor | None) -> Tensor | None:
-    """Rows of bytes as rows of int32 where they can be read so."""
+    """Return rows of bytes as rows of int32 where their length and their place in memory allow it."""
     if packed is None or packed.dtype != torch.uint8 or packed.shape[1] % 4 or packed.data_ptr() % 4:
         return packed
     return packed.flatten(1).view(torch.int32)
 
 
 def _programs(rows: int) -> Callable[[dict[str, Any]], tuple[int]]:
-    return lambda configuration: (triton.cdiv(rows, configuration["BLOCK_ROWS"]),)
+    """Return the grid of a launch: Triton calls it with a configuration's arguments, for the number of programs."""
+
+    def grid(arguments: dict[str, Any]) -> tuple[int]:
+        return (triton.cdiv(rows, arguments["BLOCK_ROWS"]),)
+
+    return grid
 
 
 def _readable(x: Tensor, *parts: Tensor | None) -> bool:
-    """Whether all are of a dtype and a layout in memory that the kernels read, and x is not empty."""
-    stored = [part for part in parts if part is not None]
-    readable = all(
-        part.is_contiguous() and part.device == x.device and part.dtype in (*DTYPES, torch.uint8) for part in stored
-    )
-    return readable and x.dtype in DTYPES and x.numel() > 0
+    """Return whether all tensors have a dtype and a layout in memory that the kernels read, and x is not empty."""
+    for part in parts:
+        if part is None:
+            continue
+        if not part.is_contiguous() or part.device != x.device or part.dtype not in (*DTYPES, torch.uint8):
+            return False
+    return x.dtype in DTYPES and x.numel() > 0

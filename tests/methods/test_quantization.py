@@ -1,12 +1,12 @@
-"""rtn and gptq: what plain quantisation of a whole weight must keep."""
+"""RTN and GPTQ: the promises of plain quantization of a whole weight."""
 
 import pytest
 import torch
 
 from hf_lowrank import CompressionError
 from hf_lowrank.methods import Budget, Layer, Statistics, make_method
+from hf_lowrank.methods.factorization import inverse_cholesky
 from hf_lowrank.methods.gptq import compensated
-from hf_lowrank.methods.spectral import inverse_cholesky
 from hf_lowrank.runtime.configuration import LayerSpec
 from hf_lowrank.runtime.quantization import Quantized, group_scales, quantize, spread_scale
 
@@ -14,7 +14,7 @@ METHODS = ["rtn", "gptq"]
 
 
 def problem(m: int = 24, n: int = 100, seed: int = 0) -> tuple[torch.Tensor, Statistics]:
-    """A weight (m, n) and statistics of correlated inputs with channels of very different size; one channel is dead."""
+    """Return a weight (m, n) and statistics of correlated inputs. Channels differ much in size, and one is dead."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, dtype=torch.float64, generator=generator)
     mixing = torch.randn(n, n, dtype=torch.float64, generator=generator) + 2
@@ -45,7 +45,7 @@ def restored(method: str, bits: int, **options) -> torch.Tensor:
 
 
 def loop(weight: torch.Tensor, gram: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """GPTQ from its definition: after each column, the best change of all later ones, by least squares, no Cholesky factor."""
+    """Return GPTQ's result by its definition: after each column the best change of all later ones."""
     n = weight.shape[1]
     W, out = weight.clone(), torch.zeros_like(weight)
     hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)

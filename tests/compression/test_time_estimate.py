@@ -1,4 +1,4 @@
-"""The time that a compression will take: counted, and extrapolated from small pieces."""
+"""The estimated time of a compression is counted, and extrapolated from small pieces."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lowrank import CompressionConfig
-from hf_lowrank.compression import duration
-from hf_lowrank.compression.duration import extrapolated
-from hf_lowrank.compression.from_disk import describe
+from hf_lowrank.compression import time_estimate
+from hf_lowrank.compression.dry_run import describe
+from hf_lowrank.compression.time_estimate import TimeEstimate, estimate_time, extrapolated
 
 from ..support import tiny_models
 
@@ -18,7 +18,7 @@ COEFFICIENT = st.floats(0.01, 100)
 
 @given(st.lists(COEFFICIENT, min_size=3, max_size=3), st.sets(st.sampled_from([0, 1, 2]), min_size=1))
 def test_times_that_follow_a_law_are_extrapolated_by_it(coefficients: list[float], powers: set[int]) -> None:
-    """Linear, quadratic and cubic work, and mixtures of two of them."""
+    """The law holds for linear, quadratic and cubic work, and for mixtures of two of them."""
     if len(powers) == 3:
         powers.pop()
 
@@ -31,31 +31,31 @@ def test_times_that_follow_a_law_are_extrapolated_by_it(coefficients: list[float
 
 @pytest.mark.parametrize("method", ["wanda", "svd-llm", "sola", "lowrank", "fwsvd"])
 def test_more_of_anything_takes_longer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr(duration, "_timed", lambda task: 0.01)
+    monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
 
-    def found(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> duration.Duration:
+    def found(samples: int = 4, options: dict[str, bool] | None = None, **shape: int) -> TimeEstimate:
         config = CompressionConfig(
             method=method, ratio=0.4, samples=samples, sequence_length=24, calibration="c4", options=options or {}
         )
-        return duration.duration(tiny_models.llama(**shape), config)
+        return estimate_time(tiny_models.llama(**shape), config)
 
-    few = found()
-    assert found(samples=8).calibration == pytest.approx(2 * few.calibration)
-    assert found(num_hidden_layers=8).solving > few.solving
-    assert found(num_hidden_layers=8).calibration == pytest.approx(2 * few.calibration)
-    assert found(hidden_size=64).calibration > few.calibration
+    few = estimate()
+    assert estimate(samples=8).calibration == pytest.approx(2 * few.calibration)
+    assert estimate(num_hidden_layers=8).solving > few.solving
+    assert estimate(num_hidden_layers=8).calibration == pytest.approx(2 * few.calibration)
+    assert estimate(hidden_size=64).calibration > few.calibration
     assert few.total == few.start + few.calibration + few.solving + few.files
     if method == "svd-llm":
-        assert found(options={"update": True}).calibration > few.calibration
+        assert estimate(options={"update": True}).calibration > few.calibration
 
 
 def test_an_expert_sees_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two experts of four at a time cost what two dense networks of their size would, not four."""
-    monkeypatch.setattr(duration, "_timed", lambda task: 0.01)
+    monkeypatch.setattr(time_estimate, "_timed", lambda task: 0.01)
     seen: list[dict[str, float]] = []
-    usual = duration._seen
-    monkeypatch.setattr(duration, "_seen", lambda *arguments: seen.append(usual(*arguments)) or seen[-1])
-    duration.duration(
+    usual = time_estimate._token_shares
+    monkeypatch.setattr(time_estimate, "_token_shares", lambda *arguments: seen.append(usual(*arguments)) or seen[-1])
+    estimate_time(
         tiny_models.mixtral(), CompressionConfig(method="wanda", ratio=0.4, calibration="c4", sequence_length=24)
     )
     assert seen[0]["model.layers.0.mlp.experts.3.gate_up"] == 0.5
@@ -69,14 +69,14 @@ def test_a_dry_run_counts_the_values_as_they_will_be_stored() -> None:
     assert size.format("0.03") in describe(str(tiny_models.BUNDLED), config, dtype="float32")
 
 
-def test_a_dry_run_tells_the_time_or_why_not(tmp_path: Path) -> None:
+def test_a_dry_run_says_the_time_or_why_it_is_not_known(tmp_path: Path) -> None:
     dense = str(tiny_models.BUNDLED)
-    told = describe(dense, CompressionConfig(method="wanda", calibration="c4"))
-    assert "time if this machine has nothing else to do: " in told
+    shown = describe(dense, CompressionConfig(method="wanda", calibration="c4"))
+    assert "time if this machine has nothing else to do: " in shown
     mixture = str(tiny_models.saved(tiny_models.mixtral(), tmp_path / "mixture"))
-    told = describe(mixture, CompressionConfig(method="auto", ratio=0.7, calibration="c4", sequence_length=24))
-    assert "GB for the curvature of all outputs, and" in told
-    assert "calibration" in told
+    shown = describe(mixture, CompressionConfig(method="auto", ratio=0.7, calibration="c4", sequence_length=24))
+    assert "GB for the curvature of all outputs, and" in shown
+    assert "calibration" in shown
     assert "time: not known for what trains" in describe(dense, CompressionConfig(method="soco", calibration="c4"))
     assert "time: not known for cuda" in describe(dense, CompressionConfig(method="wanda", calibration="c4"), "cuda")
     assert "sampling of the calibration text comes on top" in describe(dense, CompressionConfig(method="wanda"))

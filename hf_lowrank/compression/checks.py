@@ -1,0 +1,128 @@
+"""Checks that refuse a run before any work is done, in one line each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..calibration import TokenBatch
+from ..execution.work_folder import difference
+from ..methods import Method, make_method
+from ..models.architectures import find_blocks
+from ..models.linears import is_finite
+from ..models.offloading import every_weight
+from ..runtime.configuration import CompressionConfig
+from ..runtime.errors import CompressionError, NumericalError
+from ..runtime.layers import CompressedLinear
+from .session import Session
+
+
+def check_given(model: Any, config: Any, tokenizer: Any) -> None:
+    """Raise CompressionError for what is no recipe, no tokenizer, or no plain and dense model of transformers."""
+    if not isinstance(config, CompressionConfig):
+        raise CompressionError(
+            f"config: found {type(config).__name__}, expected a CompressionConfig, "
+            "such as CompressionConfig(method='slab')"
+        )
+    if tokenizer is not None and not callable(tokenizer):
+        raise CompressionError(
+            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; "
+            "texts to calibrate on are calibration="
+        )
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise CompressionError(
+            f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first "
+            "(merge_and_unload), and take off what torch or accelerate have wrapped around it"
+        )
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+        raise CompressionError(
+            f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
+        )
+
+
+def whole_model_reason(
+    config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None
+) -> str | None:
+    """Return why the whole model must be in memory, or None if one block at a time is enough.
+
+    Args:
+        dense: the model, or its skeleton.
+        calibration: what to calibrate on instead of `config.calibration`.
+    """
+    method = make_method(config.method, config.options)
+    source = config.calibration if calibration is None else calibration
+    if method.trains:
+        return f"{method.name} trains through the whole model"
+    if method.learns_from_loss:
+        return f"{method.name} needs gradients through the whole model"
+    if config.refinement_steps:
+        return "refining compares the blocks with those of the dense model"
+    if isinstance(source, str) and source == "self":
+        return "the calibration text is sampled from the model; name a text or a dataset to go block by block"
+    lists_of_blocks = {name.rpartition(".")[0] for name in find_blocks(dense)}
+    if len(lists_of_blocks) > 1:
+        return f"{type(dense).__name__} has more than one list of blocks"
+    if device != "cpu":
+        return f"the device is {device}"
+    return None
+
+
+def check_block_by_block(
+    model: PreTrainedModel, config: CompressionConfig, calibration: Any, work_dir: str | Path | None
+) -> None:
+    """Raise CompressionError if a model that has its blocks on disk cannot be compressed block by block."""
+    name = type(model).__name__
+    if work_dir is None:
+        raise CompressionError(f"{name} has its blocks on disk; name a work folder for the finished ones")
+    reason = whole_model_reason(config, model, "cpu", calibration)
+    if reason is not None:
+        raise CompressionError(f"{name} has its blocks on disk and must be in memory as a whole: {reason}")
+
+
+def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: Sequence[TokenBatch] = ()) -> None:
+    """Raise CompressionError if a method learns from the loss of the next token, which the model does not predict."""
+    if not method.learns_from_loss:
+        return
+    reads_other_inputs = any(batch.others for batch in batches)
+    if not model.can_generate() or model.config.is_encoder_decoder or reads_other_inputs:
+        raise CompressionError(
+            f"{method.name} learns from the loss of the next token of a text, which is not what "
+            f"{type(model).__name__} is given; use a method without training, such as slab or sola"
+        )
+
+
+def check_finite(session: Session) -> None:
+    """Check every weight before calibration, which would blame other layers.
+
+    Raises:
+        CompressionError: if a weight has no values.
+        NumericalError: if a weight is not finite, naming it.
+    """
+    buffers = {name for name, _ in session.model.named_buffers()}
+    for name, tensor in every_weight(session.model, session.offloaded):
+        if tensor.is_meta:
+            raise CompressionError(f"{name}: has no values (it is on the meta device); load the weights first")
+        # Buffers may be infinite on purpose, such as masks.
+        if name not in buffers and not is_finite(tensor):
+            raise NumericalError(
+                f"{name}: the weight is not finite; the checkpoint is damaged or its dtype too narrow"
+            )
+
+
+def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:
+    """Raise CompressionError if the processes of a run were not given the same whole things, naming what differs."""
+    from torch.distributed.tensor import DTensor  # not in every build of torch
+
+    if any(isinstance(parameter, DTensor) for parameter in session.model.parameters()):
+        raise CompressionError(
+            f"{type(session.model).__name__}: its weights are sharded over the processes; "
+            "compress it before it is sharded"
+        )
+    identities = session.group.gather(identity)
+    for rank, other in enumerate(identities):
+        if other != identities[0]:
+            what = difference(identities[0], other, words=("process 0 has", f"process {rank}"))
+            raise CompressionError(
+                f"process {rank} has other {what}; give every process the same model, calibration and recipe"
+            )

@@ -1,0 +1,75 @@
+"""The text of `--dry-run`: the memory, the disk and the time that a compression takes."""
+
+from transformers import PreTrainedModel
+
+from ..execution.files import human_bytes
+from ..methods import make_method
+from ..models.loading import load_config, skeleton
+from ..runtime.configuration import CompressionConfig
+from .checks import whole_model_reason
+from .estimate import curvature_bytes, estimate
+from .time_estimate import estimate_time
+
+
+def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype: str = "auto") -> str:
+    """Return what compressing a checkpoint would take, by formula, as lines of text."""
+    dense = skeleton(load_config(source), dtype)
+    reason = whole_model_reason(config, dense, device)
+    lines = _block_by_block(dense, config) if reason is None else [_whole_model(dense, config, reason)]
+    return "\n".join([*lines, _time(dense, config, device)])
+
+
+def _whole_model(dense: PreTrainedModel, config: CompressionConfig, reason: str) -> str:
+    model_bytes = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())
+    curvature = curvature_bytes(dense, config)
+    more = f", {_gigabytes(curvature)} for the curvature of all outputs" if curvature else ""
+    return (
+        f"the whole model must be in memory, {_gigabytes(model_bytes)}{more}, and statistics and working space "
+        f"beside it: {reason}"
+    )
+
+
+def _block_by_block(dense: PreTrainedModel, config: CompressionConfig) -> list[str]:
+    needs = estimate(dense, config)
+    return [
+        f"memory above torch's own, at most: {_gigabytes(needs.peak)}",
+        f"  embeddings, norms and libraries: {_gigabytes(needs.resident)}",
+        f"  the largest block: {_gigabytes(needs.block)}",
+        f"  activations: {_gigabytes(needs.activations)}",
+        f"  statistics and working space: {_gigabytes(needs.working)}",
+        f"disk: {_gigabytes(needs.output)} for the result, and until it is done {_gigabytes(needs.work_folder)} "
+        "in the work folder",
+    ]
+
+
+def _time(dense: PreTrainedModel, config: CompressionConfig, device: str) -> str:
+    """Return what can be said of the time. Training is not estimated."""
+    if device != "cpu":
+        return f"time: not known for {device}"
+    if make_method(config.method, config.options).trains or config.refinement_steps:
+        return "time: not known for what trains"
+    needs = estimate_time(dense, config)
+    parts = {
+        "start": needs.start,
+        "calibration": needs.calibration,
+        "solving": needs.solving,
+        "checksums": needs.files,
+    }
+    spans = ", ".join(f"{part} {_span(seconds)}" for part, seconds in parts.items())
+    sampling = "; the sampling of the calibration text comes on top" if config.calibration == "self" else ""
+    return (
+        f"time if this machine has nothing else to do: {_span(needs.total)} ({spans}); "
+        f"runs took 0.7 to 2.2 times that{sampling}"
+    )
+
+
+def _span(seconds: float) -> str:
+    """Return a span of time in whole seconds, or with two digits in a larger unit."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _gigabytes(size: int) -> str:
+    return human_bytes(size, smallest_unit="GB")

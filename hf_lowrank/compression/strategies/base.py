@@ -1,0 +1,50 @@
+"""The base of every strategy: it compresses the blocks, and says beforehand how much work that is."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from ...budget import Layer
+from ...calibration import BlockBatch, TokenBatch
+from ...methods import Method
+from ..session import Session
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often the calibration tokens go through a block.
+
+    Attributes:
+        forward: forward passes of all tokens, the capture of the inputs among them.
+        sums: how often the Gram matrices of all tokens are summed.
+    """
+
+    forward: float
+    sums: int
+
+
+class Strategy(ABC):
+    """A way of treating the model as a whole."""
+
+    @staticmethod
+    def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:
+        """Return the calibration batches as the strategy wants them."""
+        return tokens
+
+    @staticmethod
+    @abstractmethod
+    def compress(session: Session, batches: list[BlockBatch]) -> None:
+        """Compress the blocks of the model, in place.
+
+        Args:
+            batches: this process's calibration batches, at the first block.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def passes(method: Method) -> Passes:
+        """Return how often the calibration tokens go through a block."""
+
+    @staticmethod
+    def survey_bytes(layers: list[Layer]) -> int:
+        """Return the bytes in the work folder that a survey of these layers takes until they are built."""
+        return 0

@@ -9,6 +9,7 @@ import pytest
 from tests.support.assets import PROJECT
 from tests.support.markdown import documents, prose, relative_name
 
+ARCHITECTURE = PROJECT / "docs" / "architecture.md"
 LONGEST_LINE = 160
 MADE_BY_SCRIPTS = ("quality.md", "models.md")
 """Names of pages whose long lines no one wraps."""
@@ -32,6 +33,17 @@ def test_files_that_are_named_exist(document: Path) -> None:
     rooms = "|".join(("docs", "benchmarks", "tests", "notebooks", "model_cards", "hf_lowrank"))
     for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", prose(document)):
         assert (PROJECT / path).exists(), path
+
+
+def test_the_tree_of_the_architecture_is_that_of_the_project() -> None:
+    """Every module that it shows exists, and it shows every folder of the package."""
+    ((_, tree), *_) = re.findall(
+        r"^```(\w*)\n(.*?)^```", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    modules = {file.name for file in [*PROJECT.glob("*.py"), *(PROJECT / "hf_lowrank").rglob("*.py")]}
+    assert set(re.findall(r"\w+\.py", tree)) <= modules
+    folders = {file.parent.name for file in (PROJECT / "hf_lowrank").glob("*/*.py")}
+    assert folders <= set(re.findall(r"(\w+)/", tree))
 
 
 @pytest.mark.parametrize("document", [d for d in documents() if d.name not in MADE_BY_SCRIPTS], ids=relative_name)

@@ -130,14 +130,14 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     resumed.save_pretrained(tmp_path / "resumed")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
-    curves = [len(resumed.save_pretrained.report["curve"][key]) for key in ("loss", "ratio", "phase")]
-    assert curves == [STEPS + FINISH] * 3
+    curves = [len(resumed.compression_report["curve"][key]) for key in ("loss", "ratio", "phase")]
+    assert curves == [STEPS + FINISH] * 3  # those of before the kill are in the saved state
 
 
 def test_the_training_lowers_the_divergence_it_ends_with() -> None:
     """After the cut, re-fitting what is left brings the model closer to the dense one."""
     model = compress(tiny_models.llama(), recipe(finish_steps=40), calibration=IDS)
-    losses = model.save_pretrained.report["curve"]["loss"]
+    losses = model.compression_report["curve"]["loss"]
     assert sum(losses[-8:]) < sum(losses[STEPS : STEPS + 8])
 
 
@@ -146,7 +146,7 @@ def test_the_training_lowers_the_divergence_it_ends_with() -> None:
 )
 def test_every_option_meets_the_budget(tmp_path: Path, options: dict) -> None:
     model = compress(tiny_models.llama(), recipe(**options), calibration=IDS)
-    report = model.save_pretrained.report
+    report = model.compression_report
     assert 0.4 <= report["ratio_stored"] <= 0.405
     biased = [entry["name"] for entry in report["layers"] if model.get_submodule(entry["name"]).bias is not None]
     assert bool(biased) == options.get("deviation", True)
@@ -161,7 +161,7 @@ def test_padding_does_not_count_in_the_loss(kind: str, predictions: tuple[int, i
 
     def first_loss(rows: list[list[int]]) -> float:
         model = compress(tiny_models.llama(), recipe(steps=1, finish_steps=0, loss=kind), calibration=rows)
-        return float(model.save_pretrained.report["curve"]["loss"][0])
+        return float(model.compression_report["curve"]["loss"][0])
 
     mean = sum(count * first_loss([row]) for count, row in zip(predictions, rows, strict=True)) / sum(predictions)
     assert first_loss(rows) == pytest.approx(mean, rel=1e-2 if kind == "kl" else 1e-5)

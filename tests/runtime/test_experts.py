@@ -86,7 +86,7 @@ def test_experts_that_compute_something_else_stay_fused_and_are_reported() -> No
     model.get_submodule(BANK).__class__ = Clamped
     assert not is_fused_experts(model.get_submodule(BANK))
     compress(model, recipe(), calibration=family.batches(), progress=False)
-    report = model.save_pretrained.report
+    report = model.compression_report
     assert type(model.get_submodule(BANK)) is Clamped
     assert model.config.quantization_config.experts == ["model.layers.0.mlp.experts"]
     assert report["warnings"][0].startswith("2 fused expert tensors (")
@@ -146,8 +146,9 @@ def test_two_passes_are_compared_token_by_token() -> None:
 def test_experts_that_see_no_token_are_compressed_without_data_and_counted(method: str) -> None:
     options = {"update": True} if method == "svd-llm" else {}
     config = recipe(method, 0.5 if method == "auto" else 0.4, **options)
+    # A single token goes to two of the four experts of every block.
     model = compress(FAMILIES["Qwen3-MoE"].make(), config, calibration=[[5]], progress=False)
-    report = model.save_pretrained.report
+    report = model.compression_report
     unseen = [entry["name"] for entry in report["layers"] if not entry["tokens"]]
     expected = []
     if unseen:
@@ -173,7 +174,7 @@ def test_prime_neurons_of_an_expert_are_its_own() -> None:
         # The prime neurons are known by the columns that the output matrix keeps.
         columns = before.down.weight
         neurons = [int((columns == kept[:, None]).all(dim=0).nonzero()) for kept in after.down.weight.T]
-        assert len(neurons) == 12
+        assert len(neurons) == 12  # 15 % of 80, SoLA's default
         orders.add(tuple(neurons))
         for half in (0, 80):  # the first rows of gate and of up
             kept = after.gate_up.weight[half : half + 12]
@@ -236,6 +237,7 @@ def test_a_dense_expert_among_compressed_ones_is_stored_by_itself(saved: Path) -
     model = AutoModelForCausalLM.from_pretrained(saved)
     expert = model.get_submodule(f"{BANK}.2")
     assert torch.equal(expert.down.weight, weight)
+    # Its storage is its own, and not a view of a tensor for all experts.
     assert expert.down.weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
     assert hf_lowrank.inspect(saved).ratio_stored == pytest.approx(
         json.loads((saved / "compression_report.json").read_text())["ratio_stored"]

@@ -1,39 +1,37 @@
-"""Writes benchmarks/quality.md from finished comparisons.
+"""Put finished comparisons into benchmarks/quality.md.
 
-`python benchmarks/quality.py out/quality/reference-7m out/quality/stories260K`
+    python benchmarks/quality.py NAME=FOLDER[,FOLDER...] ...
 
-Each folder is the --out of `hf-lowrank compare`. Its command, versions and table go into the page as they are.
+Each folder is the --out of a `hf-lowrank compare`; folders of one name measured the same model on the same texts and share a table. A
+section with that name is replaced; a new one comes first. Commands, versions and figures go into the page as they are.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from hf_lowrank.evaluation import pareto
 
-INTRODUCTION = """# What is lost at a given size
-
-Made by `benchmarks/quality.py` from the results of the commands below. No figure is typed. Every model is compressed
-and measured in processes of its own, reloaded from disk. `assets/` is the folder that `HF_LOWRANK_ASSETS` names in the
-tests.
-
-- bits/weight: everything that is stored for the linear layers of the blocks (values, masks, signs, scales, factors),
-  over the number of their weights;
-- nats lost: log perplexity minus that of the dense model, per token;
-- KL: the divergence of the compressed model's predictions from the dense model's, in nats per token;
-- top-1: the share of tokens with the same most likely next token;
-- seconds and peak MiB: time and memory of the whole compressing process, from start to end. Seconds vary with what
-  else the machine does;
-- ★: the best method at each size.
-"""
+PAGE = Path(__file__).with_suffix(".md")
 
 
-def section(folder: Path) -> str:
-    """Return the section of one comparison."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"""
-## {folder.name}
+def merged(folders: list[Path]) -> dict[str, Any]:
+    """The results of several comparisons as one: all their combinations, and their commands one below the other."""
+    results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
+    first = results[0]
+    for other in results[1:]:
+        assert (other["model"], other["versions"]) == (first["model"], first["versions"]), "other models or versions"
+        assert other["dense"]["texts"] == first["dense"]["texts"], "other texts or windows"
+    combinations = [combination for each in results for combination in each["combinations"]]
+    return {**first, "combinations": combinations, "command": "\n".join(each["command"] for each in results)}
+
+
+def section(name: str, folders: list[Path]) -> str:
+    """A section of the page: commands, versions and table."""
+    results = merged(folders)
+    versions = ", ".join(f"{library} {version}" for library, version in results["versions"].items())
+    return f"""## {name}
 
 ```bash
 {results["command"]}

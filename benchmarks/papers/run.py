@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.evaluation.comparison_records import model_sha256, text_sha256, write_json
+from hf_lowrank.evaluation.comparison_records import finished_record, model_sha256, text_sha256, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution.files import write_atomically
 from hf_lowrank.models.architectures import find_blocks, find_layers
@@ -97,7 +97,7 @@ def run_cell(table: Table, model: str, setting: str, method: str, out: Path, **a
     seconds = time.monotonic() - started
     with tempfile.TemporaryDirectory(dir=out) as folder:
         compressed.save_pretrained(folder)
-        del dense, compressed
+        del dense, compressed  # the reloaded model needs their memory
         stored = inspect(folder)
         ratios = {
             "ratio_stored": stored.ratio_stored,
@@ -123,7 +123,7 @@ def measure(
     window = table["models"][model]["window"]
     figures: dict[str, float] = {}
     for name, text in table["texts"].items():
-        found[name] = evaluate(subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows"))
+        evaluation = evaluate(subject, tokenizer, text["source"], window=window, max_windows=text.get("max_windows"))
         figures[name] = evaluation.perplexity
     if tasks and table["tasks"]:
         figures |= accuracies(subject, tokenizer, table["tasks"], device, batch_size, task_folder)
@@ -215,7 +215,7 @@ def fill(
     for model, setting, method in cells:
         file = cell_file(out, model, setting, method)
         cell_inputs = inputs(table, model, setting, method, tasks)
-        if finished(file, cell_inputs, say) is None:
+        if finished_record(file, cell_inputs, log=say) is None:
             say(f"{model}, {setting}, {method} ...")
             try:
                 record = run_cell(table, model, setting, method, out, tasks=tasks, **arguments)
@@ -223,7 +223,7 @@ def fill(
                 if method == "dense":  # without the dense model's figures the rest says nothing
                     raise
                 record = {"failed": str(error)}
-            write_json(file, {"inputs": needed, **record})
+            write_json(file, {"inputs": cell_inputs, **record})
         write_atomically(out / "table.md", markdown(table, out))
     return out / "table.md"
 

@@ -1,4 +1,4 @@
-"""`verify` finds every change, `from_pretrained` every one that matters to what it runs, and neither runs a checkpoint's code."""
+"""`verify` finds every change, and `from_pretrained` every one that matters to it. Neither runs code it is given."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def change_config(folder: Path, **fields: object) -> None:
 
 
 def assert_refused_everywhere(folder: Path, *parts: str) -> None:
-    """By opening, with consent to remote code or not, and by verify; in one line that says what."""
+    """Check that opening, with consent to remote code or without, and `verify` refuse a checkpoint with one line."""
     for arguments in ({}, {"trust_remote_code": True}):
         with pytest.raises(CheckpointError) as error:
             AutoModelForCausalLM.from_pretrained(folder, **arguments)
@@ -55,10 +55,10 @@ def assert_refused_everywhere(folder: Path, *parts: str) -> None:
 
 @pytest.mark.parametrize("name", ["slab", "shards", "sola", "bfloat16", "quantised", "pivoted", "gpt2"])
 def test_what_was_saved_is_sound(sources: dict[str, Path], name: str) -> None:
-    found = verify(sources[name])
-    assert found.problems == []
-    assert found.layers > 0
-    assert found.runtime.startswith("hf_lowrank ")
+    verification = verify(sources[name])
+    assert verification.problems == []
+    assert verification.layers > 0
+    assert verification.runtime.startswith("hf_lowrank ")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_bits_that_lie(
 
 
 def test_padding_bits(copy_of: Callable[[str], Path]) -> None:
-    """Rows of 3 · 13 two-bit codes end within a byte; so do those of masks of layers that are not multiples of eight wide."""
+    """Rows of codes end within a byte, and so do rows of masks if the width of the layer is no multiple of eight."""
     from hf_lowrank.runtime.configuration import LayerSpec
     from hf_lowrank.runtime.content_checks import check_contents
     from hf_lowrank.runtime.layers import SparseLowRankBinaryLinear
@@ -156,8 +156,8 @@ def test_tensors_that_no_config_accounts_for(copy_of: Callable[[str], Path]) -> 
     state.pop("model.norm.weight")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert_refused_everywhere(folder, "model.norm.weight", "missing")
-    save_file(load_file(folder / "model.safetensors") | {"model.norm.weight": torch.ones(32), "model.more.weight": torch.ones(1)},
-              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    state |= {"model.norm.weight": torch.ones(32), "model.more.weight": torch.ones(1)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert_refused_everywhere(folder, "model.more.weight", "unexpected")
 
 
@@ -233,7 +233,7 @@ def test_a_config_that_cannot_be_read(copy_of: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("levels", [200, 900])
 def test_a_config_that_is_nested_deeper_than_any(copy_of: Callable[[str], Path], levels: int) -> None:
-    """JSON's own limit lies above that of copying."""
+    """Python reads deeper JSON than it can copy, so both depths must be refused."""
     folder = copy_of("slab")
     dictionaries: object = 1
     lists: object = 1
@@ -265,10 +265,10 @@ def test_the_checkpoints_code_never_runs_where_the_package_is(
         assert type(AutoModelForCausalLM.from_pretrained(folder, **arguments)).__module__.startswith(
             "transformers.models.llama"
         )
-    found = verify(folder)
-    assert not (tmp_path / "canary").exists()
-    assert found.runtime == "unknown"
-    assert any("layers.py" in problem and "trust_remote_code" in problem for problem in found.problems)
+    verification = verify(folder)
+    assert not (tmp_path / "canary").exists()  # the code of the checkpoint would have written it
+    assert verification.runtime == "unknown"
+    assert any("layers.py" in problem and "trust_remote_code" in problem for problem in verification.problems)
 
 
 def test_what_is_not_ours_passes_untouched(tmp_path: Path) -> None:

@@ -388,10 +388,9 @@ def test_the_demo_compresses_reopens_measures_and_keeps(tmp_path: Path, monkeypa
     """Reduced to one recipe at few samples on the tiny model; the command itself runs four on the bundled one."""
     texts = tmp_path / "texts"
     texts.write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    monkeypatch.setattr(
-        hf_lowrank.cli.demo, "BUNDLED_MODEL", tiny_models.saved(tiny_models.llama(), tmp_path / "dense")
-    )
-    monkeypatch.setattr(hf_lowrank.cli.demo, "BUNDLED_TEXT", texts)
+    dense = str(tiny_models.saved(tiny_models.llama(), tmp_path / "dense"))
+    monkeypatch.setattr(hf_lowrank.cli.demo, "reference_model", lambda: dense)
+    monkeypatch.setattr(hf_lowrank.cli.demo, "reference_text", lambda: str(texts))
     recipe = CompressionConfig(method="slab", ratio=0.5, samples=4, sequence_length=16, options={"iterations": 2})
     monkeypatch.setattr(hf_lowrank.cli.demo, "RECIPES", {"slab": recipe})
     result = run("demo", "-o", tmp_path / "kept")

@@ -1,4 +1,4 @@
-"""compare: what is recorded is what lies on disk, nothing is done twice, and what cannot be made is a line in the table."""
+"""Comparisons record what lies on disk, measure nothing twice, and name what cannot be compressed with the reason."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from hf_lowrank.models.loading import load_model, load_tokenizer
 
 from ..support import tiny_models
 
-pytestmark = pytest.mark.xdist_group("comparison")  # one process makes what all its tests look at
+pytestmark = pytest.mark.xdist_group("comparison")  # one process prepares the folder that all tests here read
 
 METHOD, RATIO, TOO_MUCH = "slab[iterations=2]", 0.4, 0.95
 
@@ -35,15 +35,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     tiny_models.saved(tiny_models.llama(), folder / "dense")
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(tiny_models.text(20)), encoding="utf-8")
-    done = run(folder)
-    assert done.exit_code == 0, done.output
+    result = run(folder)
+    assert result.exit_code == 0, result.output
     return folder
 
 
 def run(folder: Path, *more: str) -> Result:
-    arguments = f"--methods {METHOD} --ratios {RATIO} {TOO_MUCH} --samples 4 --sequence-length 16 --max-windows 4 --keep".split()
-    paths = ["--text", str(folder / "text.txt"), "--out", str(folder / "out")]
-    return CliRunner().invoke(cli.app, ["compare", str(folder / "dense"), *arguments, *paths, *more])
+    arguments = ["--methods", METHOD, "--ratios", str(RATIO), str(TOO_MUCH), "--keep"]
+    arguments += ["--samples", "4", "--sequence-length", "16", "--max-windows", "4"]
+    arguments += ["--text", str(folder / "text.txt"), "--out", str(folder / "out")]
+    return CliRunner().invoke(cli.app, ["compare", str(folder / "dense"), *arguments, *more])
 
 
 def results(home: Path) -> Any:
@@ -51,30 +52,29 @@ def results(home: Path) -> Any:
 
 
 def test_figures_are_those_of_the_checkpoint(home: Path) -> None:
-    """Bits, loss, KL and agreement of a record are what inspecting and measuring the kept checkpoint gives."""
+    """The figures of a record are those of an inspection and an evaluation of the kept checkpoint."""
     record = results(home)["combinations"][0]
     folder = home / "out" / "checkpoints" / Candidate("slab", RATIO, {"iterations": "2"}).file_name
     stored = inspect(folder)
     assert (record["ratio_stored"], record["disk_bytes"]) == (stored.ratio_stored, stored.disk_bytes)
     assert record["bits_per_weight"] == pytest.approx(32 * (1 - stored.ratio_stored))
     dense = load_model(str(home / "dense"), "float32")
-    measured = evaluate(
-        load_model(str(folder), "float32"), load_tokenizer(str(folder)), str(home / "text.txt"), max_windows=4, reference=dense
-    ).to_dict()  # fmt: skip
+    compressed, tokenizer = load_model(str(folder), "float32"), load_tokenizer(str(folder))
+    evaluation = evaluate(compressed, tokenizer, str(home / "text.txt"), max_windows=4, reference=dense).to_dict()
     for name in ("perplexity", "nats_lost", "kl", "top1_agreement"):
-        assert record["texts"][0][name] == pytest.approx(measured[name], abs=1e-5)
+        assert record["texts"][0][name] == pytest.approx(evaluation[name], abs=1e-5)
     assert record["seconds"] > 0
     assert record["peak_bytes"] is None or record["peak_bytes"] > stored.disk_bytes
 
 
 def test_results_name_everything_they_depend_on(home: Path) -> None:
-    found = results(home)
-    assert found["model"]["model.safetensors"] == file_checksum(home / "dense" / "model.safetensors")
-    assert found["texts"] == {str(home / "text.txt"): file_checksum(home / "text.txt")}
-    assert found["recipe"]["seed"] == 0
-    assert set(found["versions"]) == {"hf_lowrank", "torch", "transformers"}
-    assert len(found["combinations"][0]["calibration_sha256"]) == 64
-    assert found["dense"]["texts"][0]["nats_lost"] == 0
+    content = results(home)
+    assert content["model"]["model.safetensors"] == file_checksum(home / "dense" / "model.safetensors")
+    assert content["texts"] == {str(home / "text.txt"): file_checksum(home / "text.txt")}
+    assert content["recipe"]["seed"] == 0
+    assert set(content["versions"]) == {"hf_lowrank", "torch", "transformers"}
+    assert len(content["combinations"][0]["calibration_sha256"]) == 64
+    assert content["dense"]["texts"][0]["nats_lost"] == 0
 
 
 def test_combination_out_of_reach_is_a_line_with_its_reason(home: Path) -> None:
@@ -84,7 +84,7 @@ def test_combination_out_of_reach_is_a_line_with_its_reason(home: Path) -> None:
 
 
 def test_second_run_does_nothing_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even what was out of reach; and the tables are the same."""
+    """Combinations that were out of reach are not tried again either, and the tables stay the same."""
     table, plot = (home / "out" / "table.md").read_bytes(), (home / "out" / "pareto.png").read_bytes()
 
     def refuse(arguments: list[str]) -> None:
@@ -98,7 +98,7 @@ def test_second_run_does_nothing_again(home: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_run_that_broke_off_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A combination that crashed is not finished: the next run tries it again, and only it, and clears what was left."""
+    """The next run tries a combination that crashed again, and no other one, and clears what was left of it."""
     again = home / "broken"
     shutil.copytree(home / "out", again)
     files = {file.name: file for file in (again / "combinations").iterdir()}
@@ -120,7 +120,10 @@ def test_run_that_broke_off_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_training_that_broke_off_goes_on_in_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next run gets the same folder, with what is in it; a run with other inputs another one; at success both are gone."""
+    """The next run gets the same folder with its content, and a run with other inputs another one.
+
+    Both are gone after a success.
+    """
     again = home / "trained"
     shutil.copytree(home / "out", again)
     (again / "combinations" / (Candidate("slab", RATIO, {"iterations": "2"}).file_name + ".json")).unlink()
@@ -153,7 +156,9 @@ def test_training_that_broke_off_goes_on_in_its_folder(home: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_no_child_is_left_by_a_signal(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_child_process_is_left_by_a_signal(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in, started = tmp_path / "python", tmp_path / "started"
     stand_in.write_text(
         f'#!/bin/sh\necho $$ > "{started}.partial"\nmv "{started}.partial" "{started}"\nexec sleep 60\n',
@@ -178,19 +183,19 @@ def test_no_child_is_left_by_a_signal(number: signal.Signals, tmp_path: Path, mo
 
 def test_changed_input_is_named_and_computed_again(tmp_path: Path) -> None:
     file = tmp_path / "one.json"
-    said: list[str] = []
+    lines: list[str] = []
     write_json(file, {"inputs": {"model": "a", "texts": "b"}, "value": 1})
-    assert finished_record(file, {"model": "a", "texts": "b"}, said.append) == {
+    assert finished_record(file, {"model": "a", "texts": "b"}, lines.append) == {
         "inputs": {"model": "a", "texts": "b"},
         "value": 1,
     }
-    assert said == []
-    assert finished_record(file, {"model": "a", "texts": "c"}, said.append) is None
-    assert "texts changed" in said[-1]
+    assert lines == []
+    assert finished_record(file, {"model": "a", "texts": "c"}, lines.append) is None
+    assert "texts changed" in lines[-1]
     file.write_text("{", encoding="utf-8")
-    assert finished_record(file, {"model": "a"}, said.append) is None
-    assert "damaged" in said[-1]
-    assert finished_record(tmp_path / "none.json", {}, said.append) is None
+    assert finished_record(file, {"model": "a"}, lines.append) is None
+    assert "damaged" in lines[-1]
+    assert finished_record(tmp_path / "none.json", {}, lines.append) is None
 
 
 @pytest.mark.parametrize(
@@ -228,20 +233,20 @@ def test_inputs_change_with_whatever_the_figures_depend_on(home: Path) -> None:
         Comparison(model, [text], max_windows=2),
         Comparison(model, [text, reference_text()]),
     ]
-    found = [json.dumps(each.inputs(), sort_keys=True) for each in (base, *variants)]
-    assert len(set(found)) == len(found)
+    inputs = [json.dumps(variant.inputs(), sort_keys=True) for variant in (base, *variants)]
+    assert len(set(inputs)) == len(inputs)
 
 
 def test_method_with_options_reads_back_from_its_label() -> None:
-    """Labels are names again, and different candidates have different files."""
-    made = candidates(
+    """A label can be given to `--methods` again, and different candidates have different files."""
+    combinations = candidates(
         ["slab", "slab[weighted=true,iterations=3]", "slab[refinement_steps=8]", "wanda[pattern=2:4]", "slab"],
         [0.3, 0.5],
     )
-    assert len(made) == 8
-    assert len({each.file_name for each in made}) == 8
-    for each in made:
-        assert parse_method(each.label) == (each.method, each.options)
+    assert len(combinations) == 8
+    assert len({candidate.file_name for candidate in combinations}) == 8
+    for candidate in combinations:
+        assert parse_method(candidate.label) == (candidate.method, candidate.options)
 
 
 def test_best_at_each_size_loses_least() -> None:

@@ -24,9 +24,14 @@ MODEL, OTHER = tiny_models.llama(), tiny_models.llama(seed=1)
 def plain(
     model: PreTrainedModel, stream: Tensor, window: int, stride: int, max_windows: int | None = None
 ) -> tuple[float, int]:
-    """Mean nll and number of scored tokens, token by token: each is scored once, in the first window that predicts it."""
-    total, scored, starts = 0.0, set(), range(0, len(stream) - window + 1, stride)
-    for start in list(starts)[:max_windows]:
+    """Return the mean nll and the number of scored tokens, computed token by token.
+
+    Each token is scored once, in the first window that predicts it.
+    """
+    total = 0.0
+    scored = set()
+    starts = range(0, len(stream) - window + 1, stride)
+    for start in starts[:max_windows]:
         with torch.no_grad():
             logs = model(stream[None, start : start + window]).logits[0].double().log_softmax(dim=-1)
         for position in range(1, window):
@@ -48,14 +53,14 @@ def test_perplexity_is_a_plain_mean_over_tokens(tokens: int, window: int, share:
     stride = max(1, int(share * window))
     usual, perplexity.TOKENS_PER_BATCH = perplexity.TOKENS_PER_BATCH, batch
     try:
-        found = evaluate_windows(MODEL, windows(stream, window, stride), stride)
+        evaluation = evaluate_windows(MODEL, windows(stream, window, stride), stride)
     finally:
         perplexity.TOKENS_PER_BATCH = usual
     nll, scored = plain(MODEL, stream, window, stride)
-    assert found.scored_tokens == scored
-    assert found.nll == pytest.approx(nll, rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
-    assert (found.window, found.stride) == (window, stride)
+    assert evaluation.scored_tokens == scored
+    assert evaluation.nll == pytest.approx(nll, rel=1e-5)
+    assert evaluation.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+    assert (evaluation.window, evaluation.stride) == (window, stride)
 
 
 def test_a_shorter_stride_scores_every_token_that_a_window_can_predict() -> None:
@@ -75,9 +80,9 @@ def write(folder: Path, documents: int = 4) -> str:
 def test_a_text_file_is_scored_as_its_token_stream(tmp_path: Path) -> None:
     tokenizer = tiny_models.tokenizer()
     stream = token_stream(tokenizer, tiny_models.text(4))
-    found = evaluate(MODEL, tokenizer, write(tmp_path), window=16, stride=8, max_windows=5)
-    assert (found.windows, found.text) == (5, write(tmp_path))
-    assert found.nll == pytest.approx(plain(MODEL, stream, 16, 8, max_windows=5)[0], rel=1e-5)
+    evaluation = evaluate(MODEL, tokenizer, write(tmp_path), window=16, stride=8, max_windows=5)
+    assert (evaluation.windows, evaluation.text) == (5, write(tmp_path))
+    assert evaluation.nll == pytest.approx(plain(MODEL, stream, 16, 8, max_windows=5)[0], rel=1e-5)
     whole = evaluate(MODEL, tokenizer, write(tmp_path))
     assert (whole.window, whole.stride, whole.windows) == (
         tiny_models.CONTEXT,
@@ -111,22 +116,22 @@ def test_a_text_shorter_than_a_window_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_model_agrees_with_itself() -> None:
-    found = evaluate_windows(MODEL, tiny_models.token_ids(4, 20), 20, reference=tiny_models.llama())
-    assert (found.kl, found.nats_lost, found.top1_agreement) == (0.0, 0.0, 1.0)
-    assert found.reference_nll == found.nll
+    evaluation = evaluate_windows(MODEL, tiny_models.token_ids(4, 20), 20, reference=tiny_models.llama())
+    assert (evaluation.kl, evaluation.nats_lost, evaluation.top1_agreement) == (0.0, 0.0, 1.0)
+    assert evaluation.reference_nll == evaluation.nll
 
 
 def test_fidelity_to_another_model_is_a_plain_mean() -> None:
     rows = tiny_models.token_ids(4, 20)
-    found = evaluate_windows(MODEL, rows, 20, reference=OTHER)
+    evaluation = evaluate_windows(MODEL, rows, 20, reference=OTHER)
     with torch.no_grad():
         logs, reference = (model(rows).logits[:, :-1].double().log_softmax(dim=-1) for model in (MODEL, OTHER))
     targets = rows[:, 1:, None]
-    assert found.kl == pytest.approx(float((reference.exp() * (reference - logs)).sum(-1).mean()), rel=1e-5)
-    assert found.top1_agreement == pytest.approx(float((logs.argmax(-1) == reference.argmax(-1)).double().mean()))
-    assert found.reference_nll == pytest.approx(-float(reference.gather(-1, targets).mean()), rel=1e-5)
-    assert found.nats_lost == pytest.approx(-float((logs - reference).gather(-1, targets).mean()), rel=1e-4)
-    assert found.nats_lost == pytest.approx(found.nll - found.reference_nll)
+    assert evaluation.kl == pytest.approx(float((reference.exp() * (reference - logs)).sum(-1).mean()), rel=1e-5)
+    assert evaluation.top1_agreement == pytest.approx(float((logs.argmax(-1) == reference.argmax(-1)).double().mean()))
+    assert evaluation.reference_nll == pytest.approx(-float(reference.gather(-1, targets).mean()), rel=1e-5)
+    assert evaluation.nats_lost == pytest.approx(-float((logs - reference).gather(-1, targets).mean()), rel=1e-4)
+    assert evaluation.nats_lost == pytest.approx(evaluation.nll - evaluation.reference_nll)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -154,5 +159,5 @@ def test_published_references_are_reproduced(
     file.write_text(asset_text(text), encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = evaluate(model, tokenizer, str(file), window=window, max_windows=max_windows)
-    assert found.nll == pytest.approx(nll, abs=5e-4)
+    evaluation = evaluate(model, tokenizer, str(file), window=window, max_windows=max_windows)
+    assert evaluation.nll == pytest.approx(nll, abs=5e-4)

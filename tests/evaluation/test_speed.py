@@ -1,5 +1,6 @@
-"""The benchmark counts bytes as the checkpoint does, measures every variant, and refuses what it cannot; no test looks at a time."""
+"""The benchmark counts bytes as the checkpoint does and measures every variant. No test here looks at a time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,11 @@ def _small_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
 def test_a_layout_stores_no_more_than_its_ratio_leaves(method: str, ratio: float, accounting: str) -> None:
     rows, columns = 256, 640
-    found = speed.layout(method, ratio, accounting)(rows, columns)
+    spec = speed.layout(method, ratio, accounting)(rows, columns)
     budget = (1 - ratio) * 16 * rows * columns
-    more = found.stored_bits(rows, columns, 16, accounting) + 16 * (rows + columns)
-    assert found.stored_bits(rows, columns, 16, accounting) <= budget < more
+    stored = spec.stored_bits(rows, columns, 16, accounting)
+    largest_step = 16 * (rows + columns)  # one more rank
+    assert stored <= budget < stored + largest_step
 
 
 def test_layers_are_measured_once_for_every_variant_with_their_stored_bytes() -> None:
@@ -92,19 +94,23 @@ def test_the_benchmark_prints_one_row_per_layout_and_number_of_tokens() -> None:
     assert all(answer.output.count(name) == 1 for name in speed.PAPER_LAYOUTS)
 
 
-def test_linear_layers_are_the_yardstick_of_bytes() -> None:
+def test_dense_bytes_are_those_of_a_linear_layer() -> None:
     row = speed.benchmark_layers([(16, 24)], {"low rank": lambda m, n: LayerSpec(rank=2)}, repeats=1)[0]
     assert row.dense_bytes == nn.Linear(24, 16, bias=False, dtype=torch.bfloat16).weight.nbytes
 
 
 def test_a_timer_of_the_callers_measures_every_variant_with_all_its_copies() -> None:
-    rows = speed.benchmark_layers(
-        [(16, 24)], repeats=3, build_timer=lambda calls, x: lambda: float(len([call(x) for call in calls]))
-    )
+    def build_timer(calls: Sequence[speed.Call], x: torch.Tensor) -> speed.Timer:
+        def count_calls() -> float:
+            return float(len([call(x) for call in calls]))
+
+        return count_calls
+
+    rows = speed.benchmark_layers([(16, 24)], repeats=3, build_timer=build_timer)
     assert {(row.dense.median, row.compressed.median) for row in rows} == {(2.0, 2.0)}
 
 
-def test_the_yardstick_does_not_read_what_torchs_product_has_just_left_in_the_cache(
+def test_the_packages_dense_product_does_not_read_what_torchs_has_just_left_in_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = []
@@ -121,5 +127,7 @@ def test_the_yardstick_does_not_read_what_torchs_product_has_just_left_in_the_ca
     monkeypatch.setattr(speed.products, "dense_linear", dense_linear)
     monkeypatch.setattr(nn.Linear, "forward", dense_forward)
     speed.benchmark_layers([(16, 24)], {}, repeats=3)
-    read = weights[1:]  # the first call finds out whether there is a yardstick here
-    assert all(mine != others for mine, others in zip(read[1::2], read[::2], strict=True)) and len(set(read)) == 2
+    read = weights[1:]  # the first call finds out whether this machine has the package's dense product
+    for torch_weight, package_weight in zip(read[::2], read[1::2], strict=True):
+        assert torch_weight != package_weight
+    assert len(set(read)) == 2

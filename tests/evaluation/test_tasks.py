@@ -1,4 +1,4 @@
-"""lm-eval scores local files as a plain reading of the likelihoods would, and mistakes in them are one line."""
+"""lm-eval scores local files as a plain computation of the likelihoods does, and mistakes in them give one line."""
 
 import gzip
 import json
@@ -62,8 +62,8 @@ def log_likelihood(model: PreTrainedModel, context: str, continuation: str) -> f
 
 def test_every_form_is_told_by_its_fields(tmp_path: Path) -> None:
     for form, example in zip(FORMS, EXAMPLES, strict=True):
-        found, items = read_items(Path(written(tmp_path, [example] * 2)))
-        assert found is form
+        recognized, items = read_items(Path(written(tmp_path, [example] * 2)))
+        assert recognized is form
         assert len(items) == 2
 
 
@@ -72,29 +72,34 @@ def test_a_choice_is_the_continuation_of_the_highest_likelihood(
     model: PreTrainedModel, tmp_path: Path, name: str
 ) -> None:
     items = continuations()
-    (found,) = evaluate_tasks(model, tiny_models.tokenizer(), [written(tmp_path, items, name)])
+    (result,) = evaluate_tasks(model, tiny_models.tokenizer(), [written(tmp_path, items, name)])
     right, right_per_character = 0, 0
     for item in items:
         scores = [log_likelihood(model, item["ctx"], f" {choice}") for choice in item["choices"]]
         per_character = [score / len(choice) for score, choice in zip(scores, item["choices"], strict=True)]
         right += scores.index(max(scores)) == item["label"]
         right_per_character += per_character.index(max(per_character)) == item["label"]
-    assert found.metrics == {"acc": right / len(items), "acc_norm": right_per_character / len(items)}
-    assert (found.task, found.items, found.shots, found.reference) == (f"{tmp_path.name}/{name}", len(items), 0, None)
+    assert result.metrics == {"acc": right / len(items), "acc_norm": right_per_character / len(items)}
+    assert (result.task, result.items, result.shots, result.reference) == (
+        f"{tmp_path.name}/{name}",
+        len(items),
+        0,
+        None,
+    )
 
 
 def test_several_tasks_shots_a_limit_and_a_reference(model: PreTrainedModel, tmp_path: Path) -> None:
     choices = written(tmp_path, continuations(), "choices.jsonl")
     words = written(tmp_path, [{"text": text[:30]} for text in tiny_models.text(6)], "words.jsonl")
     other = tiny_models.llama(seed=1)
-    found = evaluate_tasks(model, tiny_models.tokenizer(), [choices, words], shots=1, limit=4, reference=other)
-    assert [(row.task.rpartition("/")[2], row.items, row.shots) for row in found] == [
+    results = evaluate_tasks(model, tiny_models.tokenizer(), [choices, words], shots=1, limit=4, reference=other)
+    assert [(row.task.rpartition("/")[2], row.items, row.shots) for row in results] == [
         ("choices.jsonl", 4, 1),
         ("words.jsonl", 4, 1),
     ]
-    assert found[1].metrics.keys() == {"acc", "perplexity"}
+    assert results[1].metrics.keys() == {"acc", "perplexity"}
     alone = evaluate_tasks(other, tiny_models.tokenizer(), [choices, words], shots=1, limit=4)
-    assert [row.reference for row in found] == [row.metrics for row in alone]
+    assert [row.reference for row in results] == [row.metrics for row in alone]
 
 
 MISTAKES = {
@@ -150,7 +155,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(
 def test_an_unknown_task_is_told_what_it_may_mean(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among the tasks of one folder: listing all that lm-eval brings takes seconds."""
+    """Only the tasks of one folder are searched, because listing all that lm-eval brings takes seconds."""
     (tmp_path / "task.yaml").write_text("task: continuations\ndataset_path: json\n")
     manager = lm_eval.tasks.TaskManager(include_path=tmp_path, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: manager)

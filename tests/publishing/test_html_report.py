@@ -1,4 +1,4 @@
-"""The page needs nothing but itself, says what the files say, and looks the same every time."""
+"""The page needs no other file and no network, shows what the files say, and is the same every time."""
 
 import json
 import re
@@ -23,7 +23,7 @@ VOID = {"meta", "col", "br", "use", "path", "rect", "stop"}
 
 
 class Page(HTMLParser):
-    """Tags in order, checked to be closed as they were opened; ids, attributes and texts."""
+    """Ids, attributes and texts of a page, whose tags must be closed in the order in which they were opened."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -44,9 +44,12 @@ class Page(HTMLParser):
         self._note(tag, attrs)
 
     def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.classes += [word for name, value in attrs if name == "class" for word in (value or "").split()]
+        for name, value in attrs:
+            self.attributes.append((tag, name, value or ""))
+            if name == "id":
+                self.ids.append(value or "")
+            if name == "class":
+                self.classes += (value or "").split()
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
@@ -56,7 +59,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def made(folder: Path, model: Any, method: str, ratio: float = 0.4, **options: Any) -> Path:
+def compressed(folder: Path, model: Any, method: str, ratio: float = 0.4, **options: Any) -> Path:
     config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=16, options=options)
     compress(model, config, tiny_models.tokenizer(), tiny_models.text(8), progress=False).save_pretrained(folder)
     return folder
@@ -64,7 +67,7 @@ def made(folder: Path, model: Any, method: str, ratio: float = 0.4, **options: A
 
 @pytest.fixture(scope="module")
 def slab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = made(tmp_path_factory.mktemp("pages") / "slab", tiny_models.llama(), "slab", iterations=2)
+    folder = compressed(tmp_path_factory.mktemp("pages") / "slab", tiny_models.llama(), "slab", iterations=2)
     quality = [
         {
             "metric": "perplexity",
@@ -80,7 +83,7 @@ def slab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def soco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(
+    return compressed(
         tmp_path_factory.mktemp("pages") / "soco",
         tiny_models.llama(),
         "soco",
@@ -89,6 +92,11 @@ def soco(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finish_steps=2,
         batch_tokens=32,
     )
+
+
+@pytest.fixture(scope="module")
+def sola(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compressed(tmp_path_factory.mktemp("pages") / "sola", tiny_models.llama(), "sola", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -106,61 +114,70 @@ def _logging() -> Iterator[None]:
         transformers.utils.logging.enable_progress_bar()
 
 
+def combination(label: str, nats_lost: tuple[float, float]) -> dict[str, Any]:
+    """Return the record of a method at 50 %, with its losses on two texts."""
+    figures = {"perplexity": 25.0, "kl": 0.1, "top1_agreement": 0.9}
+    return {
+        "label": label,
+        "ratio": 0.5,
+        "ratio_stored": 0.5,
+        "failed": None,
+        "bits_per_weight": 8.0,
+        "peak_bytes": None,
+        "seconds": 1.0,
+        "texts": [{**figures, "nats_lost": nats} for nats in nats_lost],
+    }
+
+
 def comparison(folder: Path) -> Path:
+    """Write the results of a comparison of three methods on two texts and return their folder. One method failed."""
     texts = [{"text": "a/one.txt", "perplexity": 20.0}, {"text": "a/two.txt", "perplexity": 30.0}]
-    lost = {"slab": (0.1, 0.2), "svd": (0.4, 0.3)}
-    records = [
-        {
-            "label": label,
-            "ratio": 0.5,
-            "ratio_stored": 0.5,
-            "failed": None,
-            "bits_per_weight": 8.0,
-            "peak_bytes": None,
-            "seconds": 1.0,
-            "texts": [{"perplexity": 25.0, "nats_lost": nats, "kl": 0.1, "top1_agreement": 0.9} for nats in values],
-        }
-        for label, values in lost.items()
+    combinations: list[dict[str, Any]] = [
+        combination("slab", nats_lost=(0.1, 0.2)),
+        combination("svd", nats_lost=(0.4, 0.3)),
+        {"label": "wanda", "ratio": 0.99, "failed": "out of reach"},
     ]
-    failed = {"label": "wanda", "ratio": 0.99, "failed": "out of reach"}
-    results = {"dense": {"bits_per_weight": 16.0, "texts": texts}, "combinations": [*records, failed]}
+    results = {"dense": {"bits_per_weight": 16.0, "texts": texts}, "combinations": combinations}
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
 def page(folder: Path, out: Path, **options: Any) -> tuple[str, Page]:
+    """Write the page of a checkpoint and return its text and its parsed content."""
     write_html_report(folder, out, **options)
     text = out.read_text(encoding="utf-8")
     return text, Page(text)
 
 
 def heat_maps(text: str) -> dict[str, list[list[str]]]:
-    """Content of the cells by row, for each map by its title."""
-    found = re.findall(r"<h3>([^<]+)</h3>\s*<figcaption>.*?<tbody>(.*?)</tbody>", text, flags=re.DOTALL)
-    return {
-        title: [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in body.split("</tr>")[:-1]] for title, body in found
-    }
+    """Return the content of the cells row by row, for each map by its title."""
+    maps = {}
+    pattern = r"<h3>([^<]+)</h3>\s*<figcaption>.*?<tbody>(.*?)</tbody>"
+    for title, body in re.findall(pattern, text, flags=re.DOTALL):
+        rows = body.split("</tr>")[:-1]
+        maps[title] = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in rows]
+    return maps
 
 
 def test_the_page_needs_nothing_but_itself(slab_page: tuple[str, Page]) -> None:
     text, parsed = slab_page
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _, _ in parsed.attributes}
-    addresses = [value for _, name, value in parsed.attributes if name.endswith(("href", "src"))]
-    assert all(address.startswith("#") for address in addresses)
+    for tag, name, value in parsed.attributes:
+        assert tag not in ("script", "link", "img", "iframe", "object")
+        if name.endswith(("href", "src")):
+            assert value.startswith("#")
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]+)\)", text))
     assert "@import" not in text
     assert len(parsed.ids) == len(set(parsed.ids)) > 0
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
 
-def test_colours_are_those_of_the_page(slab_page: tuple[str, Page]) -> None:
-    """Any colour that a chart fixed by itself would be wrong in one of the two themes."""
+def test_colors_are_those_of_the_page(slab_page: tuple[str, Page]) -> None:
+    """A color that a chart sets by itself would be wrong in one of the two themes."""
     text, _ = slab_page
     for chart in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
-        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {
-            "none",
-            *re.findall(r"(?:var|color-mix)\((?:[^()]|\([^()]*\))*\)", chart),
-        }
+        used = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart))
+        colors_of_the_page = set(re.findall(r"(?:var|color-mix)\((?:[^()]|\([^()]*\))*\)", chart))
+        assert used <= {"none"} | colors_of_the_page
 
 
 def test_the_same_files_give_the_same_page(soco: Path, tmp_path: Path) -> None:
@@ -170,19 +187,20 @@ def test_the_same_files_give_the_same_page(soco: Path, tmp_path: Path) -> None:
 
 
 def test_it_says_what_the_files_say(slab: Path, slab_page: tuple[str, Page]) -> None:
-    found = inspect(slab)
+    inspection = inspect(slab)
     text, parsed = slab_page
     shown = " ".join(parsed.texts)
-    assert all(layer.name in shown for layer in found.layers)
-    assert f"{found.ratio_stored:.2%}" in shown
-    assert f"{found.disk_bytes:,} bytes" in shown
+    assert all(layer.name in shown for layer in inspection.layers)
+    assert f"{inspection.ratio_stored:.2%}" in shown
+    assert f"{inspection.disk_bytes:,} bytes" in shown
     maps = heat_maps(text)
     assert maps.keys() == {"Density", "Bits per weight", "Relative error"}  # no low-rank part, no map of ranks
-    blocks = [[layer for layer in found.layers if f".layers.{block}." in layer.name] for block in range(4)]
-    assert maps["Density"] == [[f"{100 * layer.density:.0f}" for layer in row] for row in zip(*blocks, strict=True)]
-    assert maps["Bits per weight"] == [
-        [f"{layer.bits_per_weight:.1f}" for layer in row] for row in zip(*blocks, strict=True)
-    ]
+    blocks = []
+    for block in range(4):
+        blocks.append([layer for layer in inspection.layers if f".layers.{block}." in layer.name])
+    rows = list(zip(*blocks, strict=True))
+    assert maps["Density"] == [[f"{100 * layer.density:.0f}" for layer in row] for row in rows]
+    assert maps["Bits per weight"] == [[f"{layer.bits_per_weight:.1f}" for layer in row] for row in rows]
     assert "books/<b>.txt, 3 windows" in shown and "<b>" not in text
     assert "+1.5" in shown and "hf-lowrank compress MODEL" in shown
 
@@ -198,6 +216,8 @@ def test_spectra_training_and_ranks_of_a_learned_spectrum(soco: Path, tmp_path: 
     shown = " ".join(parsed.texts)
     assert "in the calibration metric" in shown
     assert "exploration" in shown and "re-fit" in shown
+    for label in ("singular value / largest", "components, from the largest on", "training step", "removed bits"):
+        assert label in shown
 
 
 def test_the_pareto_front_of_a_comparison(slab: Path, slab_page: tuple[str, Page], tmp_path: Path) -> None:
@@ -210,7 +230,7 @@ def test_the_pareto_front_of_a_comparison(slab: Path, slab_page: tuple[str, Page
 
 @pytest.mark.parametrize("model", ["gpt2", "opt"])
 def test_other_architectures_and_a_checkpoint_without_report(tmp_path: Path, model: str) -> None:
-    folder = made(tmp_path / model, getattr(tiny_models, model)(), "svd-llm")
+    folder = compressed(tmp_path / model, getattr(tiny_models, model)(), "svd-llm")
     (folder / "compression_report.json").unlink()
     text, parsed = page(folder, tmp_path / "page.html")
     assert heat_maps(text).keys() == {"Rank", "Bits per weight"}
@@ -242,3 +262,16 @@ def test_mistakes_are_one_line(slab: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pareto, "find_spec", lambda name: None)
     with pytest.raises(CompressionError, match="plots need matplotlib: pip install 'hf_lowrank\\[eval\\]'"):
         write_html_report(slab, out)
+
+
+def test_cells_of_parts_that_do_not_exist_are_hatched(sola: Path, tmp_path: Path) -> None:
+    """SoLA leaves layers dense, and gives a sparse part to some layers only. The legends say so."""
+    _, parsed = page(sola, tmp_path / "page.html")
+    layers = inspect(sola).layers
+    without_rank = sum(layer.rank == 0 for layer in layers)
+    without_sparse_part = sum(layer.kind == "dense" or layer.sparse == "none" for layer in layers)
+    without_error = sum(layer.relative_error is None for layer in layers)
+    assert 0 < without_rank < without_sparse_part < len(layers)
+    assert parsed.classes.count("none") == without_rank + without_sparse_part + without_error
+    shown = " ".join(parsed.texts)
+    assert "left dense or no sparse part" in shown

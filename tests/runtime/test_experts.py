@@ -1,7 +1,7 @@
 """Fused experts are compressed one by one: a bank computes what they compute, and checkpoints say which are apart."""
 
 import copy
-import inspect as python_inspect
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -59,9 +59,7 @@ def test_a_bank_computes_what_the_fused_module_does(family: str, dtype: torch.dt
     x = torch.randn(9, fused.down_proj.shape[1], generator=generator).to(dtype)
     indices = torch.rand(9, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
     weights = torch.rand(9, 2, generator=generator)
-    eager_forward = python_inspect.unwrap(
-        type(fused).forward
-    )  # without the choice between transformers' implementations
+    eager_forward = inspect.unwrap(type(fused).forward)  # without the choice between transformers' implementations
     with torch.no_grad():
         expected = eager_forward(fused, x, indices, weights)
         assert torch.equal(bank(x, indices, weights), expected)
@@ -82,7 +80,7 @@ def test_experts_that_compute_something_else_stay_fused_and_are_reported() -> No
         """Experts with the usual tensors, which compute something else where numbers are large."""
 
         def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            eager = python_inspect.unwrap(usual.forward)
+            eager = inspect.unwrap(usual.forward)
             return eager(self, hidden_states.clamp(-50, 50), top_k_index, top_k_weights)
 
     model.get_submodule(BANK).__class__ = Clamped

@@ -258,7 +258,8 @@ REMARKS = """
   see none, which are compressed without data. Products run expert by expert, not in one grouped kernel. The family's
   own names are what `hf-lowrank dense` writes.
 - Only models that generate from a text alone calibrate on themselves. The others say so and want data.
-- SoCo and FWSVD learn from the loss of the next token, and refuse models without one.
+- `soco`, `fwsvd`, `lowrank`, `slab-gram` and `auto` learn from the loss of the next token, and refuse models without
+  one.
 - Models that run one block several times (ALBERT) are not supported, nor are those that read the weights of their
   layers past the layers themselves (Mamba's kernels). The first are refused by name. Layers that calibration never
   calls stay dense and are reported.

@@ -143,7 +143,8 @@ def enter_block_list(session: Session, visit: BlockVisit, batches: list[BlockBat
     model, index = session.model, visit.index
     if session.offloaded is not None:
         raise CompressionError(
-            f"{visit.name} reads more than the block before it gives: {type(model).__name__} must be in memory as a whole"
+            f"{visit.name} reads more than the block before it gives: "
+            f"{type(model).__name__} must be in memory as a whole"
         )
     captured = batches
     has_twins = any(batch.compressed_twin is not None for batch in batches)

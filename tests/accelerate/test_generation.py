@@ -37,6 +37,7 @@ def test_every_mode_writes_what_the_dense_model_writes(compressed: Compressed, m
 def test_the_compressed_model_drafts_for_the_dense_one(compressed: Compressed) -> None:
     """Whatever the draft proposes, the text is the dense model's own."""
     dense = compressed.model().dequantize()
+    # The dense model becomes another one, so that it does not accept all that is drafted.
     with torch.no_grad():
         dense.get_output_embeddings().weight.add_(0.05 * torch.randn_like(dense.get_output_embeddings().weight))
     assert not torch.allclose(logits(dense), logits(compressed.saved), atol=1e-3)
@@ -56,6 +57,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pipeline_writes_text(chatty: Path) -> None:
     generator = pipeline("text-generation", model=str(chatty))
     (answer,) = generator("the cat", max_new_tokens=5, do_sample=False)
+    # The pipeline must write what `generate` writes for the same tokens.
     ids = AutoTokenizer.from_pretrained(chatty)("the cat", return_tensors="pt")
     expected = generator.model.generate(**ids, max_new_tokens=5, do_sample=False)
     assert answer["generated_text"] == generator.tokenizer.decode(expected[0], skip_special_tokens=True)

@@ -43,6 +43,7 @@ def test_a_model_with_blocks_on_disk_answers_and_saves_itself(compressed: Compre
 
 
 def test_accelerate_finds_a_device_map_for_little_memory(compressed: Compressed, tmp_path: Path) -> None:
+    # Half of the model fits, so the other half must go to disk.
     size = sum(tensor.nbytes for tensor in compressed.saved.state_dict().values())
     limits = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": tmp_path}
     model = AutoModelForCausalLM.from_pretrained(compressed.folder, **limits)
@@ -68,7 +69,7 @@ def test_an_empty_model_is_filled_by_accelerate(compressed: Compressed, on_disk:
         model = AutoModelForCausalLM.from_config(config)
         quantizer.preprocess_model(model)
     model.tie_weights()
-    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.is_meta for parameter in model.parameters())  # nothing has been allocated yet
     places = blocks_on_disk(model) if on_disk else {"": "cpu"}
     offload = {"offload_folder": str(tmp_path / "offload"), "offload_buffers": on_disk}  # masks and signs are buffers
     model = load_checkpoint_and_dispatch(model.eval(), str(compressed.folder), device_map=places, **offload)

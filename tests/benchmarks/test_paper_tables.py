@@ -114,6 +114,7 @@ def test_a_table_fills_itself_and_does_nothing_twice(
         mark = "" if figure["source"] == "paper" else "†"  # for figures that are second-hand
         assert f" {figure['value']}{mark} · " in text
 
+    # A table that is filled already costs nothing: no file is written again, and no cell is run.
     finished = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     capsys.readouterr()
     papers.fill(table, tmp_path, [model], [setting], [table["method"]], **arguments)

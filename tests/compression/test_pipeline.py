@@ -75,13 +75,14 @@ OPTIONS_AND_RATIOS = [
 @pytest.mark.parametrize(("method", "ratio", "options"), OPTIONS_AND_RATIOS)
 def test_options_do_not_move_the_budget(method: str, ratio: float, options: dict[str, Any]) -> None:
     model = compress(tiny_models.llama(dtype=torch.bfloat16), config(method, ratio, options=options), calibration=IDS)
-    assert ratio <= model.save_pretrained.report["ratio_stored"] <= ratio + 0.005
+    assert ratio <= model.compression_report["ratio_stored"] <= ratio + 0.005
 
 
 def test_paper_accounting_leaves_the_mask_bits_out() -> None:
     model = compress(tiny_models.llama(), config("slab", 0.4, accounting="paper"), calibration=IDS)
-    report = model.save_pretrained.report
+    report = model.compression_report
     assert 0.4 <= report["ratio_paper"] <= 0.405
+    # The two ratios differ by the packed bits of the masks, eight in a byte.
     masks = sum(module.weight_mask.numel() for module in model.modules() if isinstance(module, SparseLowRankLinear))
     dense = sum(entry["dense_bits"] for entry in report["layers"])
     assert report["ratio_paper"] - report["ratio_stored"] == pytest.approx(8 * masks / dense)
@@ -128,7 +129,7 @@ def test_a_seed_always_gives_the_same_bytes(tmp_path: Path, method: str) -> None
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_linear_is_compressed_or_listed_with_a_reason(method: str) -> None:
     model = compress(tiny_models.llama(), config(method), calibration=IDS)
-    report = model.save_pretrained.report
+    report = model.compression_report
     compressed, dense = {layer["name"] for layer in report["layers"]}, set(report["dense"])
     assert compressed | dense == {layer.name for layer in find_layers(find_blocks(tiny_models.llama()))}
     assert not compressed & dense
@@ -143,7 +144,7 @@ def test_every_linear_is_compressed_or_listed_with_a_reason(method: str) -> None
 @pytest.mark.parametrize("method", RECIPES)
 def test_the_report_describes_what_is_stored(method: str) -> None:
     model = compress(tiny_models.llama(), config(method), calibration=IDS)
-    report = model.save_pretrained.report
+    report = model.compression_report
     expected = {"method": method, "ratio_asked": 0.4, "accounting": "bits", "warnings": []}
     assert {key: report[key] for key in expected} == expected
     for entry in report["layers"]:
@@ -174,7 +175,7 @@ def test_the_config_records_the_recipe_and_where_it_came_from() -> None:
     assert recorded.options["iterations"] == 2
     assert recorded.options["binary_rank"] == 1  # defaults too: a later version may have others
     assert recorded.provenance["calibration_tokens"] == 96
-    assert len(recorded.provenance["calibration_sha256"]) == 64
+    assert len(recorded.provenance["calibration_sha256"]) == 64  # hexadecimal digits
     assert set(recorded.provenance["versions"]) == {"hf_lowrank", "torch", "transformers"}
 
 
@@ -192,12 +193,12 @@ LAYERS_OF_PATTERNS = {
 def test_modules_to_not_convert_stay_as_they_are(pattern: str) -> None:
     dense = tiny_models.llama()
     model = compress(tiny_models.llama(), config("svd", 0.3, modules_to_not_convert=[pattern]), calibration=IDS)
-    reasons = model.save_pretrained.report["dense"]
+    reasons = model.compression_report["dense"]
     listed = {name for name, reason in reasons.items() if "modules_to_not_convert" in reason}
     assert len(listed) == LAYERS_OF_PATTERNS[pattern]
     for name in listed:
         assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
-    assert 0.3 <= model.save_pretrained.report["ratio_stored"] <= 0.305  # the others pay for them
+    assert 0.3 <= model.compression_report["ratio_stored"] <= 0.305  # the others pay for them
 
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
@@ -208,7 +209,7 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 def test_tied_layers_stay_dense() -> None:
     model = tiny_models.llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    report = compress(model, config("svd"), calibration=IDS).save_pretrained.report
+    report = compress(model, config("svd"), calibration=IDS).compression_report
     assert report["dense"] == {f"model.layers.{i}.mlp.up_proj": "its weight is tied to another module" for i in (0, 1)}
 
 
@@ -258,6 +259,7 @@ def test_a_weight_that_is_not_finite_is_named(method: str, calibration: str, dam
 def test_activations_that_overflow_are_an_error_in_self_calibration_too() -> None:
     model = tiny_models.llama()
     with torch.no_grad():
+        # Every weight is finite, and the logits are not.
         model.model.norm.weight.fill_(3e38)
         model.lm_head.weight.mul_(1e5)
     with pytest.raises(NumericalError, match="not finite"):
@@ -270,7 +272,8 @@ def test_the_callers_modes_and_gradients_stay_as_they_are(method: str) -> None:
     model.model.embed_tokens.weight.requires_grad_(False)
     compress(model, config(method), calibration=IDS)
     assert model.training
-    assert all(module.training for module in model.modules())
+    for module in model.modules():
+        assert module.training
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (name != "model.embed_tokens.weight")
     assert torch.is_grad_enabled()
@@ -282,4 +285,5 @@ def test_loading_with_a_config_compresses_as_compress_does(tmp_path: Path, caplo
     assert "calibrating on text sampled from the model itself" in caplog.text
     expected = compress(tiny_models.llama(), config("svd-llm"), calibration="self").state_dict()
     assert loaded.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[name])

@@ -125,7 +125,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
         compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
     written = killing(monkeypatch, 100, complete=False)
     compress(tiny_models.llama(), recipe("slab"), calibration=IDS, work_dir=tmp_path)
-    assert written == ["built-inputs-00004", "built-00003"]
+    assert written == ["built-inputs-00004", "built-00003"]  # only the last of the four blocks
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path, monkeypatch
 
     def save_until_full(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         writes.append(file)
-        if len(writes) == 4:
+        if len(writes) == 4:  # in the middle of the run, with part of the file written
             file.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, file, metadata)
@@ -270,9 +270,9 @@ def test_a_killed_command_leaves_no_output_and_goes_on_to_the_same_files(tmp_pat
     running = subprocess.Popen(
         command("result", *options), cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (work / "built-00001.safetensors").exists():
+    while not (work / "built-00001.safetensors").exists():  # until the second block is finished
         time.sleep(0.001)
-    running.send_signal(signal.SIGKILL)
+    running.send_signal(signal.SIGKILL)  # which no handler sees
     running.wait()
     assert not (here / "result").exists()
     subprocess.run(command("result", *options), cwd=here, check=True, capture_output=True)

@@ -243,7 +243,7 @@ def method_classes() -> set[str]:
 
 
 def name_of(node: ast.expr) -> str:
-    """Return the last part of a dotted name; an empty string for other expressions."""
+    """Return the last part of a dotted name, or an empty string for other expressions."""
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""

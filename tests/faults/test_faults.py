@@ -106,6 +106,7 @@ def test_a_fault_in_any_stage_ends_in_one_line_and_its_exit_code(
         assert line in ending["stderr"].splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
     assert not (tmp_path / "new" / "output").exists()
+    # A second run is tried where the first one may have left most behind.
     if (stage, fault) in (("saved", "SIGKILL"), ("saving", "ENOSPC"), ("decomposition", "SIGKILL")):
         assert run(*command)["code"] == 0
         assert contents(tmp_path / "new" / "output") == undisturbed
@@ -161,6 +162,7 @@ def test_a_training_killed_at_any_time_still_ends_in_the_same_bytes(run: Run, de
         return ["compress", dense, *SOCO, *QUICK, "--work-dir", tmp_path / f"work-{name}", "-o", tmp_path / name]
 
     assert run(*command("whole"))["code"] == 0
+    # A number of kills by hand makes this a long test of random instants.
     rng, kills = random.Random(0), int(os.environ.get("HF_LOWRANK_KILLS", "2"))
     for _ in range(kills):
         ending = run(*command("killed"), kill_after=rng.uniform(0.1, 2))
@@ -177,7 +179,7 @@ def test_a_work_folder_serves_one_process_at_a_time(run: Run, dense: Path, tmp_p
     work = tmp_path / "work"
     work.mkdir()
     command = ["compress", dense, *SOCO, *QUICK, "--work-dir", work, "-o", tmp_path / "output"]
-    with locked(work):
+    with locked(work):  # as another process would hold it
         ending = run(*command)
         assert ending["code"] == 1
         assert f"error: {work}: another process is working in it" in ending["stderr"]
@@ -188,7 +190,7 @@ def test_a_work_folder_serves_one_process_at_a_time(run: Run, dense: Path, tmp_p
 def test_a_damaged_state_of_a_training_is_one_line(run: Run, dense: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    (work / "soco_state.safetensors").write_bytes(b"\x10")
+    (work / "soco_state.safetensors").write_bytes(b"\x10")  # shorter than the length of a header
     ending = run("compress", dense, *SOCO, *QUICK, "--work-dir", work, "-o", tmp_path / "output")
     assert ending["code"] == 1
     assert "soco_state.safetensors: is damaged (" in ending["stderr"].splitlines()[-1]

@@ -55,9 +55,9 @@ def change_json(rng: random.Random, value: Any) -> Any:
     kind = rng.randrange(7)
     if kind == 0:
         del parent[key]
-    elif kind == 1 and isinstance(parent, dict):
+    elif kind == 1 and isinstance(parent, dict):  # a key gets another name
         parent[rng.choice(("", "extra", str(key) + "x", "layers", "dtype", "auto_map"))] = parent.pop(key)
-    elif kind == 2:
+    elif kind == 2:  # two places change their values
         other_parent, other_key = rng.choice(places)
         parent[key], other_parent[other_key] = other_parent[other_key], parent[key]
     elif kind == 3 and isinstance(parent[key], (int, float)):
@@ -227,6 +227,7 @@ def code(rng: random.Random, folder: Path) -> None:
 
 def pickle(rng: random.Random, folder: Path) -> None:
     """Add weights of another format, which run code when they are opened."""
+    # Unpickling this calls `touch` on the canary.
     payload = f"cposix\nsystem\n(S'touch ${CANARY}'\ntR.".encode()
     (folder / "pytorch_model.bin").write_bytes(payload)
     if rng.random() < 0.5:

@@ -111,7 +111,7 @@ def attempt(route: Callable[[Path], str], folder: Path) -> Outcome:
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     before, started = _peak_memory(), time.monotonic()
     signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(SECONDS)
+    signal.alarm(SECONDS)  # raises TimeoutError in the middle of the route
     try:
         outcome = Outcome("opened", route(folder))
     except CompressionError as error:
@@ -123,11 +123,12 @@ def attempt(route: Callable[[Path], str], folder: Path) -> Outcome:
     finally:
         signal.alarm(0)
     grown = _peak_memory() - before
-    if canary.exists():
+    if canary.exists():  # code of the checkpoint ran, whatever came of the attempt
         canary.unlink()
         return Outcome("code was run", outcome.detail)
     if grown > 2 * size + SPARE_BYTES:
         return Outcome(f"took {grown >> 20} MiB for {size >> 10} KiB", outcome.detail)
+    # C code does not see the alarm, so the time is also measured afterwards.
     if outcome.allowed and time.monotonic() - started > SECONDS:
         return Outcome(f"took {time.monotonic() - started:.0f} seconds", outcome.detail)
     return outcome

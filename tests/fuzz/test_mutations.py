@@ -67,7 +67,7 @@ def test_damage_goes_no_further_than_the_folder(sources: list[Path], tmp_path: P
 def test_any_mutation_is_opened_or_refused(
     sources: list[Path], tmp_path: Path, rng: random.Random, route: str
 ) -> None:
-    for left in tmp_path.iterdir():
+    for left in tmp_path.iterdir():  # hypothesis runs all examples in one folder
         shutil.rmtree(left, ignore_errors=True)
     source = rng.choice(sources)
     folder = tmp_path / "mutated"

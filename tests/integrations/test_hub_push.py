@@ -107,9 +107,10 @@ for options in ({}, {"revision": sys.argv[3]}, {"revision": sys.argv[3], "local_
 
 def test_a_pushed_model_opens_on_both_routes(hub, folder, saved, tmp_path):
     """One process pushes, after a push that failed at the commit. Others load with clean caches."""
+    # The weights are uploaded before the commit fails, and the second push must not depend on what was left.
     hub.faults.append(Fault("POST", "/commit/main", 403))
     commit = hub.client(PUSH, folder, home=tmp_path / "a", token=WRITE_TOKEN)
-    for route in ("plugin", "remote code"):
+    for route in ("plugin", "remote code"):  # each has a cache of its own
         loaded = hub.client(LOAD, route, saved.parent / "logits.pt", commit, home=tmp_path / route, token=READ_TOKEN)
         assert loaded.splitlines() == ["LlamaForCausalLM True"] * 3
     read = "from huggingface_hub import ModelCard; print(ModelCard.load('tester/tiny-slab').text)"

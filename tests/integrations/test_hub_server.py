@@ -107,6 +107,7 @@ def test_what_is_pushed_comes_back(hub, folder, home):
     assert snapshot.name == commit
     sizes = sorted(exchange.received for exchange in hub.served("PUT", "^/lfs/"))
     assert sizes == [256, 200_000, PART_SIZE, PART_SIZE]  # one part for the small binary file, three for the weights
+    # The client also asks for a list that this Hub does not have.
     assert {exchange.status for exchange in hub.exchanges if "agent-harnesses" not in exchange.path} == {200}
 
     download = """
@@ -243,7 +244,7 @@ def test_a_killed_push_leaves_nothing_half_done(hub, folder, home, method, path)
     hub.faults.append(fault)
     command = [sys.executable, "-c", PUSH, "tester/model", str(folder)]
     client = subprocess.Popen(command, env=hub.environment(home("a"), WRITE_TOKEN), stdout=subprocess.DEVNULL)
-    assert fault.reached.wait(timeout=60)
+    assert fault.reached.wait(timeout=60)  # the client is in the middle of its request now
     client.kill()
     client.wait()
     assert stored(hub) == {}
@@ -277,6 +278,7 @@ def test_content_that_is_not_what_was_announced_is_refused(hub):
         request = urllib.request.Request(
             url, data=body, method=method, headers={"Authorization": f"Bearer {WRITE_TOKEN}"}
         )
+        # Without proxies, as the environment of the tests may name some.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             return json.load(answer)
 

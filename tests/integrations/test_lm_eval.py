@@ -21,6 +21,7 @@ def autoload(tmp_path_factory: pytest.TempPathFactory) -> Path:
     declared = re.search(entry_points, (PROJECT / "pyproject.toml").read_text())
     assert declared is not None
     site = tmp_path_factory.mktemp("site")
+    # Another name than the package's own, which may be installed too.
     metadata = site / "hf_lowrank_in_tests-0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-lowrank-in-tests\nVersion: 0\n")
@@ -90,5 +91,5 @@ def test_programs_that_never_heard_of_the_package_open_it(checkpoint: Path, auto
     running = []
     for code in PROGRAMS.values():
         running.append(start(["-c", code.format(folder=str(checkpoint))], tmp_path, [PROJECT, autoload]))
-    for process in running:
+    for process in running:  # all of them run at the same time
         output(process)

@@ -1,5 +1,8 @@
-"""The back ends under test, each registered as a whole: the C++ library once per instruction set and once as a module that takes tensors
-itself, Triton on a GPU or in its interpreter."""
+"""The back ends under test, each registered as a whole.
+
+The C++ library is tested once per instruction set, and once as a module that takes tensors itself. Triton is tested on
+a GPU or in its interpreter.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -27,11 +30,11 @@ class BackEnd:
     """A back end in use.
 
     Attributes:
-        kernels: by operation.
-        exact_tokens: up to how many tokens the entries of the matrix are not rounded.
-        exact_signed_tokens: the same of a matrix with kept values and signs.
-        largest: rows, columns and tokens to draw at random; the interpreter takes its time.
-        factor_tokens: up to how many tokens low-rank products are its own.
+        kernels: its kernels by operation.
+        exact_tokens: largest number of tokens for which the entries of the matrix are not rounded.
+        exact_signed_tokens: this number for a matrix with kept values and signs.
+        largest: largest numbers of rows, columns and tokens to draw at random. The interpreter is slow.
+        factor_tokens: largest number of tokens for which it computes low-rank products itself.
     """
 
     kernels: dict[str, Callable[..., Tensor | None]]
@@ -42,12 +45,12 @@ class BackEnd:
     factor_tokens: int = 16
 
     def kernel(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor | None:
-        """What the kernel itself answers."""
+        """Return what the kernel itself returns."""
         y = self.kernels[operation_of(form)](*self.placed(x, *layer.arguments(form)))
         return None if y is None else y.cpu()
 
     def declared(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor:
-        """The same by the declared operation."""
+        """Return the product by the declared operation."""
         module = quantized_ops if form.startswith("quantized") else ops
         y: Tensor = getattr(module, operation_of(form))(*self.placed(x, *layer.arguments(form)))
         return y.cpu()
@@ -117,7 +120,7 @@ def in_use(name: str) -> Iterator[BackEnd]:
 
 @contextmanager
 def multiplying_bfloat16() -> Iterator[None]:
-    """Have `tl.dot` multiply bfloat16 in Triton's interpreter, which otherwise multiplies the bits as if they were integers."""
+    """Have `tl.dot` multiply bfloat16 in Triton's interpreter, which would multiply the bits as integers."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,6 +1,6 @@
-"""Compiles Triton's kernels for an H100 (or the capability named) where there is no GPU; run in a process of its own.
+"""Compiles the Triton kernels for an H100 (or the capability named) without a GPU, in a process of its own.
 
-The interpreter takes programs that the compiler refuses, so that both have a say.
+The interpreter accepts programs that the compiler refuses, and therefore both are tested.
 """
 
 import sys
@@ -23,11 +23,11 @@ CASES = (
     ("quantized_linear, bitmask", 20, 77, 5, torch.float32),
     ("pivoted_linear", 1, 77, 4, torch.bfloat16),
 )
-"""A form, a number of tokens, columns (rows of a bitmap are whole words, or not), the bits of codes, and the dtype."""
+"""Form, tokens, columns, bits of codes and dtype of each case. With 96 columns a bitmap's rows are whole words."""
 
 
 class NoGPU:
-    """What the compiler asks of a driver."""
+    """A driver without a GPU, which answers what Triton's compiler asks of a driver."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(sys.argv[1]) if sys.argv[1:] else 90, 32)

@@ -1,4 +1,4 @@
-"""The kernels are loaded for the tests of this folder only: they change the last bits of a logit."""
+"""Loads the kernels for the tests of this folder only, as they change the last bits of a logit."""
 
 from collections.abc import Iterator
 

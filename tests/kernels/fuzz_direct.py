@@ -1,7 +1,9 @@
-"""Ordinary and hostile calls of the kernels that take tensors themselves: `python -m tests.kernels.fuzz_direct --seconds 600`.
+"""Makes ordinary and hostile calls of the kernels that take tensors themselves.
 
-An ordinary call gives the bits of the general kernel. Whatever else is passed, an answer is a tensor or None: no crash, no exception,
-no reference lost. For a run under sanitizers see `docs/trust.md`.
+`python -m tests.kernels.fuzz_direct --seconds 600`
+
+An ordinary call must give the bits of the general kernel. Whatever else is passed, the answer must be a tensor or
+None: no crash, no exception, no lost reference. For a run under sanitizers see `docs/trust.md`.
 """
 
 import argparse
@@ -47,11 +49,11 @@ NUMBERS = (
 
 
 class Named(Tensor):
-    """A subclass, which may compute otherwise."""
+    """A subclass of tensors, which may compute in another way."""
 
 
 def without_memory(tensor: Tensor) -> Tensor:
-    """The tensor after its memory was freed, as a swapped-out parameter's is."""
+    """Return a copy of the tensor whose memory was freed, as that of a swapped-out parameter is."""
     freed = tensor.clone()
     freed.untyped_storage().resize_(0)
     return freed
@@ -94,7 +96,7 @@ HOSTILE: tuple[Callable[[Tensor], Any], ...] = (
 
 
 def ordinary_call(rng: random.Random) -> tuple[str, list[Any]]:
-    """A form and arguments that fit: shapes, dtypes and values drawn at random."""
+    """Return a form and arguments that fit it, with shapes, dtypes and values drawn at random."""
     columns, rows = rng.choice((1, 7, 8, 31, 64, rng.randint(1, 300))), rng.randint(1, 150)
     kept, rank = rng.randint(0, columns), rng.randint(1, 40)
     bits, group = rng.randint(2, 8), rng.choice((1, 16, 32, 64, 128, 2**31 - 1, rng.randint(1, 400)))
@@ -106,7 +108,7 @@ def ordinary_call(rng: random.Random) -> tuple[str, list[Any]]:
 
 
 def spoil(rng: random.Random, arguments: list[Any]) -> list[Any]:
-    """The arguments with one or two of them made something else, or too many or too few."""
+    """Return the arguments with one or two of them replaced, or one too many, or some missing."""
     spoiled = list(arguments)
     for _ in range(rng.choice((1, 1, 2))):
         index = rng.randrange(len(arguments))
@@ -114,19 +116,19 @@ def spoil(rng: random.Random, arguments: list[Any]) -> list[Any]:
         try:
             spoiled[index] = rng.choice(HOSTILE)(part) if isinstance(part, Tensor) else rng.choice(NUMBERS)
         except (RuntimeError, NotImplementedError, ValueError):
-            continue  # a tensor that torch itself does not make
+            continue  # torch itself does not make this tensor
     if rng.random() < 0.03:
         spoiled = rng.choice((spoiled[:-1], [*spoiled, None], []))
     return spoiled
 
 
 def tensor_references(arguments: list[Any]) -> list[int]:
-    """How often each tensor is referred to."""
+    """Return the number of references to each tensor."""
     return [sys.getrefcount(part) for part in arguments if isinstance(part, Tensor)]
 
 
 def main() -> int:
-    """Call until the time is over; exit code 1 with a finding."""
+    """Call until the time is over, and return the exit code, which is 1 if an ordinary call gave other bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
@@ -151,9 +153,8 @@ def main() -> int:
             found = direct(*arguments)
             counts["ordinary, answered" if found is not None else "ordinary, left to torch"] += 1
             if found is not None and not torch.equal(found, products.KERNELS[operation](*arguments)):
-                print(
-                    f"{form}, {[getattr(part, 'shape', part) for part in arguments]}: other bits than the general kernel's"
-                )
+                shapes = [getattr(part, "shape", part) for part in arguments]
+                print(f"{form}, {shapes}: other bits than the general kernel's")
                 return 1
             for _ in range(8):
                 spoiled = spoil(rng, arguments)

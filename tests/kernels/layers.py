@@ -1,6 +1,7 @@
 """Random packed layers, and the dense float64 matrix that each of them stands for.
 
-A form names what is multiplied: an operation, `quantized_linear` once with and once without a bitmap.
+A form names what is multiplied. It is the name of an operation, and `quantized_linear` has two: without and with a
+bitmap.
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class PackedLayer:
         return self.lowrank_a, self.lowrank_b
 
     def arguments(self, form: str) -> tuple[Any, ...]:
-        """The layer's tensors and numbers in the order that an operation takes them."""
+        """Return the layer's tensors and numbers in the order in which an operation takes them."""
         codes, kept = self.codes, self.kept_codes
         form_of_kept = (kept.bits, kept.group, kept.shape[1])
         parts: dict[str, tuple[Any, ...]] = {
@@ -91,7 +92,7 @@ class PackedLayer:
         return parts[form]
 
     def dense(self, form: str) -> tuple[Tensor, Tensor]:
-        """The float64 matrix of a form, and the sum of the magnitudes that add up to its entries."""
+        """Return the float64 matrix of a form, and the sums of the magnitudes that add up to its entries."""
         columns = self.scale_in.shape[1]
         sparse = packing.unpack_values(self.weight.double(), packing.unpack_bits(self.weight_mask, columns))
         magnitudes = self.scale_out.double() @ self.scale_in.double()
@@ -124,7 +125,10 @@ def random_layer(
     group: int = 16,
     seed: int = 0,
 ) -> PackedLayer:
-    """A layer with normal values, uniform scales and a mask drawn row by row; the pivots are `rank` rows beyond the others."""
+    """Return a layer with normal values, uniform scales and a mask drawn row by row.
+
+    The pivots are `rank` further rows, at random places among the others.
+    """
     random = torch.Generator().manual_seed(seed)
     dense = torch.randn(rows, columns, generator=random)
     order = torch.rand(rows, columns, generator=random).argsort(dim=1)

@@ -1,4 +1,8 @@
-"""Laws of every back end: the float64 oracle, dense behaviour on infinities, shapes and strides of `nn.functional.linear`."""
+"""Laws of every back end.
+
+Results agree with the float64 oracle, infinities come out as in a dense layer, and shapes and strides are treated as
+in `nn.functional.linear`.
+"""
 
 import math
 from collections.abc import Iterator
@@ -34,7 +38,11 @@ def back_end(request: pytest.FixtureRequest) -> Iterator[BackEnd]:
 
 
 def tolerance(y: Tensor, x: Tensor, magnitudes: Tensor, rounded: bool) -> Tensor:
-    """Twice the rounding error of the result's dtype, and that of float32 sums; `rounded` entries of the matrix have theirs too."""
+    """Return the largest error that is accepted.
+
+    It is twice the rounding error of the result's dtype plus the error of float32 sums, and with `rounded` the
+    rounding errors of the matrix's entries.
+    """
     rounding = torch.finfo(y.dtype).eps / 2
     of_sums = x.double().abs() @ magnitudes.T * (rounding if rounded else 0) + x.double().abs() @ magnitudes.T * 2**-20
     return 2 * rounding * y.double().abs() + of_sums + torch.finfo(y.dtype).tiny

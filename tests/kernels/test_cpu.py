@@ -1,4 +1,4 @@
-"""Laws of the CPU kernels alone: independence of threads, forks and callers; a library that is missing."""
+"""Laws of the CPU kernels alone: they do not depend on threads, forks and callers, and the library may be missing."""
 
 import multiprocessing
 import warnings
@@ -37,7 +37,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_few_values_side_by_side_and_infinite_neighbours(instruction_set: str, form: str) -> None:
     layer = random_layer(70, 320, 75, torch.bfloat16)
     columns = torch.arange(320).expand(70, -1)
-    # Four rows of five have their values side by side, 64 columns full of them; the fifth has them everywhere, and they are infinite.
+    # Four rows of five have their values side by side, so that 64 columns are full of them. The fifth row has them
+    # everywhere, and they are infinite.
     infinite = torch.arange(70) % 5 == 4
     mask = torch.where(infinite[:, None], (columns % 4 == 1) & (columns < 300), (columns >= 100) & (columns < 175))
     layer.weight_mask.copy_(packing.pack_bits(mask))
@@ -52,12 +53,12 @@ def test_few_values_side_by_side_and_infinite_neighbours(instruction_set: str, f
 @pytest.mark.parametrize("kept", [150, 480, 900])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 9, 32])
 def test_values_and_signs_of_wide_rows_agree_with_the_oracle(instruction_set: str, tokens: int, kept: int) -> None:
-    """Columns of several tiles and the last ones of none, rows of several blocks; few, half and most of the columns with values."""
+    """Columns fill several tiles and a part of one, rows several blocks. Few, half or most columns have values."""
     layer = random_layer(131, 1100, kept, torch.bfloat16)
     x = torch.randn(tokens, 1100, generator=torch.Generator().manual_seed(1)).bfloat16()
     y = multiplied("bitmask_binary_linear", x, *layer.arguments("bitmask_binary_linear"))
     dense, magnitudes = layer.dense("bitmask_binary_linear")
-    # Each entry rounded once, and the result.
+    # Each entry is rounded once, and so is the result.
     assert bool(
         (
             (y.double() - x.double() @ dense.T).abs()

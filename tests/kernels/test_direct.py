@@ -1,4 +1,8 @@
-"""Kernels that take a layer's tensors themselves: the same bits, nothing remembered between calls, out of the way of torch's modes."""
+"""Laws of the kernels that take a layer's tensors themselves.
+
+They give the same bits as the general kernels, remember nothing between calls, and keep out of the way of torch's
+modes.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -37,7 +41,7 @@ def slab(dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> SparseLowRa
 
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether the direct kernel answered, for each call of one."""
+    """Return a list that tells of each call of a direct kernel whether it answered."""
     answers: list[bool] = []
 
     def watched(kernel: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -103,7 +107,7 @@ def test_misaligned_memory_is_left_to_torch(form: str) -> None:
 
 
 def misaligned(tensor: Tensor) -> Tensor:
-    """The same values one byte beside a multiple of their size."""
+    """Return the same values in memory that begins one byte beside a multiple of their size."""
     memory = torch.frombuffer(bytearray(tensor.nbytes + 1), dtype=tensor.dtype, offset=1, count=tensor.numel())
     return memory.view(tensor.shape).copy_(tensor)
 
@@ -112,8 +116,8 @@ def misaligned(tensor: Tensor) -> Tensor:
     ("position", "number"),
     [(3, 2**32 + 4), (3, 2**70), (3, 4.0), (4, 0), (4, 2**31), (4, 2**63 - 1), (5, -1), (5, 2**61), (5, None)],
 )
-def test_numbers_of_a_quantised_layer_that_do_not_fit(position: int, number: object) -> None:
-    """Bits, group and count are what a caller says; no product of them may overflow to one that fits."""
+def test_numbers_of_a_quantized_layer_that_do_not_fit(position: int, number: object) -> None:
+    """Bits, group and count come from the caller. No product of them may overflow to one that fits."""
     arguments = list(random_layer(M, N, 20, torch.bfloat16, group=2**20).arguments("quantized_linear, bitmask"))
     kernel = native.module().quantized_linear
     assert kernel(inputs(1), *arguments) is not None
@@ -124,7 +128,7 @@ def test_numbers_of_a_quantised_layer_that_do_not_fit(position: int, number: obj
 
 
 class Named(Tensor):
-    """A tensor with more to it."""
+    """A subclass of tensors."""
 
 
 def test_nothing_is_remembered_of_a_layer(answered: list[bool]) -> None:

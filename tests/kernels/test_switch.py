@@ -1,4 +1,4 @@
-"""The kernels load by themselves when a layer is first computed, never by an import, and can be switched off and on."""
+"""The kernels load when a layer is first computed, never by an import. They can be switched off and on."""
 
 import json
 import os

@@ -1,4 +1,8 @@
-"""The Triton back end beside its arithmetic: off unless asked for, by reasons that are told; compiled for a GPU; captured with care."""
+"""Laws of the Triton back end beside its arithmetic.
+
+It is off unless it is asked for, and says why. Its kernels compile for a GPU, and refuse to be tuned in a captured
+graph.
+"""
 
 import importlib.util
 import os
@@ -29,7 +33,7 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with an H100 and Triton, as far as questions go."""
+    """Have this machine answer questions as one with an H100 and Triton would."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(back_end, "find_spec", lambda name: object())
@@ -98,7 +102,11 @@ def test_the_compiler_for_gpus_takes_every_kernel(tmp_path: Path) -> None:
 
 
 def kept_by_ptx(byte: int, memory: list[int]) -> list[int]:
-    """The eight results of `PTX_OF_KEPT_VALUES` for a byte, `memory` holding the values from the address on."""
+    """Interpret `PTX_OF_KEPT_VALUES` and return its eight results for a byte.
+
+    Args:
+        memory: the values from the address on.
+    """
     from hf_lowrank.kernels.triton.bits import PTX_OF_KEPT_VALUES
 
     registers: dict[str, int] = {"$8": byte, "$9": 1 << 40}
@@ -114,7 +122,9 @@ def kept_by_ptx(byte: int, memory: list[int]) -> list[int]:
         "ld.global.u16": lambda address: memory[(address - (1 << 40)) // 2],
     }
     for statement in PTX_OF_KEPT_VALUES.value.strip("{}").split(";"):
-        predicate, name, operands = re.fullmatch(r"\s*(?:@(\w+) )?([\w.:]*) ?(.*)", statement, re.S).groups()  # type: ignore[union-attr]
+        match = re.fullmatch(r"\s*(?:@(\w+) )?([\w.:]*) ?(.*)", statement, re.S)
+        assert match is not None
+        predicate, name, operands = match.groups()
         if not name or name == ".reg" or (predicate and not registers[predicate]):
             continue
         target, *sources = (operand.strip(" []") for operand in operands.split(","))
@@ -157,15 +167,15 @@ def test_a_shape_that_is_new_in_a_captured_graph_is_refused(monkeypatch: pytest.
     from hf_lowrank.kernels.triton import factors, tuning
 
     kernel = tuning.TunedKernel(factors.multiply, [None], ["rows"])
-    torchrun_group: list[int] = []
-    kernel.tuned = defaultdict(lambda: lambda rows: torchrun_group.append(rows))
+    launched_rows: list[int] = []
+    kernel.tuned = defaultdict(lambda: lambda rows: launched_rows.append(rows))
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     for rows, capturing[0] in ((3, False), (3, True)):
         kernel.launch(torch.device("cpu"), lambda _: (1,), rows=rows)
     with pytest.raises(CompressionError, match="new shape while a CUDA graph is captured"):
         kernel.launch(torch.device("cpu"), lambda _: (1,), rows=4)
-    assert torchrun_group == [3, 3]
+    assert launched_rows == [3, 3]
 
 
 @needs_triton

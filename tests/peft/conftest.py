@@ -1,4 +1,4 @@
-"""Compressed models, and adapters on them."""
+"""Compressed models, and helpers that put adapters on them."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def sola(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
 
 
 def lora(compressed: Compressed, **changes: object) -> LoraConfig:
-    """A LoRA on just the compressed layers."""
+    """Return the config of a LoRA on just the compressed layers."""
     layers = list(compressed.saved.config.quantization_config.layers)
     return LoraConfig(**({"target_modules": layers, "r": RANK, "lora_alpha": 3, "init_lora_weights": False} | changes))
 
 
 def adapted(compressed: Compressed, seed: int = 0, **changes: object) -> PeftModel:
-    """The model under a LoRA of random values, in evaluation mode."""
+    """Return the model under a LoRA of random values, in evaluation mode."""
     torch.manual_seed(seed)
     return get_peft_model(compressed.model(), lora(compressed, **changes)).eval()
 
@@ -44,7 +44,7 @@ def specs(model: PreTrainedModel) -> dict[str, LayerSpec]:
 
 
 def stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every tensor of the compressed layers, under the names of the model without adapters."""
+    """Return copies of all tensors of the compressed layers, by their names in the model without adapters."""
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: module for name, module in whole.named_modules() if isinstance(module, CompressedLinear)}
     return {

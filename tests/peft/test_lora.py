@@ -18,7 +18,7 @@ from tests.support.fresh_process import INPUT_IDS, open_elsewhere
 from .conftest import RANK, adapted, assert_stored, lora, specs, stored
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest |merged − unmerged| / |unmerged|, in the largest logits: a few roundings of the dtype."""
+"""Largest accepted |merged − unmerged| / |unmerged|, relative to the largest logit: a few roundings of the dtype."""
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -157,7 +157,10 @@ def test_only_the_adapter_trains(compressed: Compressed, targets: str | list[str
 def test_adapters_and_merged_models_open_in_another_process(
     sola: Compressed, slab: Compressed, tmp_path: Path
 ) -> None:
-    """With the package and by remote code without it; transformers opens the folder of an adapter on its base model by itself."""
+    """This holds with the package, and by remote code without it.
+
+    Transformers itself opens the folder of an adapter on its base model.
+    """
     tasks, expected = [], []
     for compressed in (sola, slab):
         model = adapted(compressed)
@@ -214,7 +217,7 @@ def test_adapters_side_by_side(slab: Compressed) -> None:
 
 @pytest.mark.parametrize("whole", ["lm_head", "norm", "v_proj"])
 def test_modules_trained_whole(slab: Compressed, whole: str, tmp_path: Path) -> None:
-    """`v_proj` is a compressed layer itself: its float tensors train, its signs and masks stay."""
+    """`v_proj` is a compressed layer itself. Its float tensors train, its signs and masks stay."""
     config = LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=[whole])
     model = get_peft_model(slab.model(), config)
     losses = train(model)

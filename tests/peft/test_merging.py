@@ -1,4 +1,4 @@
-"""A low-rank matrix added to a layer: exact, nothing else changes, and it can be taken out again."""
+"""Adding a low-rank matrix to a layer is exact and changes nothing else, and the matrix can be taken out again."""
 
 import copy
 from dataclasses import replace
@@ -17,8 +17,8 @@ from hf_lowrank.runtime.layers import build_layer
 from tests.runtime.layer_cases import layer_cases, random_layer
 
 M, N = 20, 27
-QUANTISED_FACTORS = {"lowrank_bits": 5, "lowrank_group": 8}
-QUANTISED_VALUES = {"weight_bits": 4, "weight_group": 8}
+QUANTIZED_FACTORS = {"lowrank_bits": 5, "lowrank_group": 8}
+QUANTIZED_VALUES = {"weight_bits": 4, "weight_group": 8}
 BINARY = {"kind": "sparse_lowrank_binary", "binary_rank": 2}
 
 JOINED = {
@@ -28,24 +28,24 @@ JOINED = {
     "bitmask and low rank": LayerSpec(sparse="bitmask", kept=9, rank=3, bias=True),
     "bitmask and signs": LayerSpec(sparse="bitmask", kept=9, **BINARY),
     "signs and low rank": LayerSpec(rank=2, **BINARY),
-    "quantized": LayerSpec(sparse="full", **QUANTISED_VALUES),
-    "quantized bitmask": LayerSpec(sparse="bitmask", kept=9, **QUANTISED_VALUES, **BINARY),
+    "quantized": LayerSpec(sparse="full", **QUANTIZED_VALUES),
+    "quantized bitmask": LayerSpec(sparse="bitmask", kept=9, **QUANTIZED_VALUES, **BINARY),
 }
 """Layers whose own factors take the addition."""
 BESIDE = {
     "rows": LayerSpec(sparse="rows", kept=6, rank=4, bias=True),
     "columns": LayerSpec(sparse="columns", kept=6, rank=4),
     "columns alone": LayerSpec(sparse="columns", kept=6),
-    "quantized rows": LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES, **QUANTISED_FACTORS),
+    "quantized rows": LayerSpec(sparse="rows", kept=6, rank=4, **QUANTIZED_VALUES, **QUANTIZED_FACTORS),
     "pivoted": LayerSpec(rank=4, pivoted=True),
     "pivoted and bitmask": LayerSpec(sparse="bitmask", kept=9, rank=4, pivoted=True, bias=True),
-    "quantized factors": LayerSpec(rank=4, **QUANTISED_FACTORS),
+    "quantized factors": LayerSpec(rank=4, **QUANTIZED_FACTORS),
     "all quantized": LayerSpec(
-        sparse="bitmask", kept=9, rank=4, pivoted=True, **QUANTISED_VALUES, **QUANTISED_FACTORS
+        sparse="bitmask", kept=9, rank=4, pivoted=True, **QUANTIZED_VALUES, **QUANTIZED_FACTORS
     ),
     "full rank": LayerSpec(rank=M),
 }
-"""Layers where it is stored beside them."""
+"""Layers where the addition is stored beside the factors."""
 ALL = JOINED | BESIDE
 
 

@@ -1,4 +1,7 @@
-"""After merges, back to the rank of the compression: nearest in norm, in the same form, and the loss is said."""
+"""After merges a layer goes back to the rank of the compression.
+
+The result is the nearest matrix in norm, in the form that the layer had, and its error is reported.
+"""
 
 import copy
 import json
@@ -19,14 +22,14 @@ from tests.runtime.layer_cases import random_layer
 from tests.support.compressed import Compressed, compressed_model, logits
 
 from .conftest import RANK, adapted, assert_stored, specs, stored
-from .test_merging import ALL, QUANTISED_VALUES, M, N, layer_of, product
+from .test_merging import ALL, QUANTIZED_VALUES, M, N, layer_of, product
 
 PLAIN_FACTORS = [name for name, spec in ALL.items() if spec.factor_rank and not spec.lowrank_bits]
 
 
 @pytest.mark.parametrize("name", PLAIN_FACTORS)
 def test_the_result_is_the_nearest_that_fits_what_the_layer_stored(name: str) -> None:
-    """Nearest in what the factors cover; kept rows and columns take their share of the adapter without loss."""
+    """It is the nearest in what the factors cover. Kept rows and columns take their part of the adapter exactly."""
     layer = layer_of(name, torch.float64)
     spec, shapes = layer.spec, {key: tensor.shape for key, tensor in layer.state_dict().items()}
     rest = copy.deepcopy(layer)
@@ -71,7 +74,7 @@ def test_a_merged_model_goes_back_to_its_size(
 
 
 def test_an_adapter_within_the_layers_own_span_costs_nothing(sola: Compressed) -> None:
-    """B A + B C = B (A + C): the rank did not really grow."""
+    """The adapter has the layer's own B, so that B A + B C = B (A + C) has the layer's own rank."""
     model = sola.model()
     for name, layer in ((name, model.get_submodule(name)) for name in specs(model)):
         covering = layer.spec.lowrank_shape(layer.out_features, layer.in_features) == (
@@ -102,7 +105,7 @@ def test_a_rank_of_the_users_own(slab: Compressed) -> None:
     ],
 )
 def test_what_would_lose_the_adapter_is_refused(name: str, rank: int, message: str) -> None:
-    quantized_rows = LayerSpec(sparse="rows", kept=6, rank=4, **QUANTISED_VALUES)
+    quantized_rows = LayerSpec(sparse="rows", kept=6, rank=4, **QUANTIZED_VALUES)
     layer = layer_of(name) if name in ALL else random_layer(quantized_rows, M, N)
     add_lowrank(layer, *product(3))
     with pytest.raises(CompressionError, match=f"^q_proj: {message}") as error:

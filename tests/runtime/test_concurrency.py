@@ -76,13 +76,13 @@ def test_worker_processes_get_the_answers_of_this_one(
 ) -> None:
     folder = str(sources["slab"])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # sums depend on the number of threads, and OpenMP's threads do not survive a fork
     try:
         model = AutoModelForCausalLM.from_pretrained(folder)
         expected = [answer(model, question).flatten().tolist() for question in questions(4)]
         if start == "fork":
             monkeypatch.setitem(FORKED, folder, model)
-        monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+        monkeypatch.setenv("PYTHONPATH", str(PROJECT))  # a spawned process imports this file
         context = multiprocessing.get_context(start)
         queue: multiprocessing.Queue[list[list[float]]] = context.Queue()
         workers = [context.Process(target=answers_of_a_worker, args=(folder, 4, queue)) for _ in range(2)]

@@ -143,6 +143,7 @@ def test_an_unknown_field_of_a_layer_is_named() -> None:
 
 
 NO_COUNTS = (-1, 1.0, True, "1", None, 10**30)
+"""Values that are no number of rows, columns or ranks."""
 
 
 @pytest.mark.parametrize(
@@ -198,5 +199,5 @@ def data_bytes(file: Path) -> int:
 @given(case=layer_cases())
 def test_paper_accounting_leaves_out_the_mask_and_nothing_else(case: tuple) -> None:
     spec, m, n = case
-    mask_bits = 8 * m * ((n + 7) // 8) if spec.sparse == "bitmask" else 0
+    mask_bits = 8 * m * ((n + 7) // 8) if spec.sparse == "bitmask" else 0  # every row of the mask ends in a whole byte
     assert spec.stored_bits(m, n, 16) - spec.stored_bits(m, n, 16, accounting="paper") == mask_bits

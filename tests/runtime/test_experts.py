@@ -1,7 +1,7 @@
 """Fused experts are compressed one by one: a bank computes what they compute, and checkpoints say which are apart."""
 
 import copy
-import inspect as python_inspect
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -59,9 +59,7 @@ def test_a_bank_computes_what_the_fused_module_does(family: str, dtype: torch.dt
     x = torch.randn(9, fused.down_proj.shape[1], generator=generator).to(dtype)
     indices = torch.rand(9, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
     weights = torch.rand(9, 2, generator=generator)
-    eager_forward = python_inspect.unwrap(
-        type(fused).forward
-    )  # without the choice between transformers' implementations
+    eager_forward = inspect.unwrap(type(fused).forward)  # without the choice between transformers' implementations
     with torch.no_grad():
         expected = eager_forward(fused, x, indices, weights)
         assert torch.equal(bank(x, indices, weights), expected)
@@ -82,13 +80,13 @@ def test_experts_that_compute_something_else_stay_fused_and_are_reported() -> No
         """Experts with the usual tensors, which compute something else where numbers are large."""
 
         def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            eager = python_inspect.unwrap(usual.forward)
+            eager = inspect.unwrap(usual.forward)
             return eager(self, hidden_states.clamp(-50, 50), top_k_index, top_k_weights)
 
     model.get_submodule(BANK).__class__ = Clamped
     assert not is_fused_experts(model.get_submodule(BANK))
     compress(model, recipe(), calibration=family.batches(), progress=False)
-    report = model.save_pretrained.report
+    report = model.compression_report
     assert type(model.get_submodule(BANK)) is Clamped
     assert model.config.quantization_config.experts == ["model.layers.0.mlp.experts"]
     assert report["warnings"][0].startswith("2 fused expert tensors (")
@@ -148,8 +146,9 @@ def test_two_passes_are_compared_token_by_token() -> None:
 def test_experts_that_see_no_token_are_compressed_without_data_and_counted(method: str) -> None:
     options = {"update": True} if method == "svd-llm" else {}
     config = recipe(method, 0.5 if method == "auto" else 0.4, **options)
+    # A single token goes to two of the four experts of every block.
     model = compress(FAMILIES["Qwen3-MoE"].make(), config, calibration=[[5]], progress=False)
-    report = model.save_pretrained.report
+    report = model.compression_report
     unseen = [entry["name"] for entry in report["layers"] if not entry["tokens"]]
     expected = []
     if unseen:
@@ -175,7 +174,7 @@ def test_prime_neurons_of_an_expert_are_its_own() -> None:
         # The prime neurons are known by the columns that the output matrix keeps.
         columns = before.down.weight
         neurons = [int((columns == kept[:, None]).all(dim=0).nonzero()) for kept in after.down.weight.T]
-        assert len(neurons) == 12
+        assert len(neurons) == 12  # 15 % of 80, SoLA's default
         orders.add(tuple(neurons))
         for half in (0, 80):  # the first rows of gate and of up
             kept = after.gate_up.weight[half : half + 12]
@@ -238,6 +237,7 @@ def test_a_dense_expert_among_compressed_ones_is_stored_by_itself(saved: Path) -
     model = AutoModelForCausalLM.from_pretrained(saved)
     expert = model.get_submodule(f"{BANK}.2")
     assert torch.equal(expert.down.weight, weight)
+    # Its storage is its own, and not a view of a tensor for all experts.
     assert expert.down.weight.untyped_storage().nbytes() == weight.numel() * weight.itemsize
     assert hf_lowrank.inspect(saved).ratio_stored == pytest.approx(
         json.loads((saved / "compression_report.json").read_text())["ratio_stored"]

@@ -1,16 +1,18 @@
-"""The runtime is what may travel: it imports nothing that a stranger's machine lacks, and every file of it is in a checkpoint."""
+"""The runtime may travel: it imports nothing that another machine lacks, and every file of it is in a checkpoint."""
 
 import ast
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from hf_lowrank.runtime.saving import ENTRY_MODULE, RUNTIME_FILES
+from tests.support.assets import PROJECT
+
+RUNTIME = PROJECT / "hf_lowrank" / "runtime"
 
 
 def test_the_runtime_imports_only_torch_transformers_and_itself() -> None:
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
-    for file in (ROOT / "hf_lowrank" / "runtime").glob("*.py"):
+    for file in RUNTIME.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert {alias.name.partition(".")[0] for alias in node.names} <= allowed, file.name
@@ -21,17 +23,12 @@ def test_the_runtime_imports_only_torch_transformers_and_itself() -> None:
 
 
 def test_every_runtime_file_travels_with_a_checkpoint() -> None:
-    from hf_lowrank.runtime.saving import RUNTIME_FILES
-
-    assert {file.name for file in (ROOT / "hf_lowrank" / "runtime").glob("*.py")} - {"__init__.py"} == set(
-        RUNTIME_FILES
-    )
+    files = {file.name for file in RUNTIME.glob("*.py")}
+    assert files - {"__init__.py"} == set(RUNTIME_FILES)
 
 
 def test_the_entry_names_every_runtime_file() -> None:
     """Transformers 5.0 copies only the files that the entry itself imports."""
-    from hf_lowrank.runtime.saving import ENTRY_MODULE, RUNTIME_FILES
-
-    entry = (ROOT / "hf_lowrank" / "runtime" / f"{ENTRY_MODULE}.py").read_text(encoding="utf-8")
+    entry = (RUNTIME / f"{ENTRY_MODULE}.py").read_text(encoding="utf-8")
     named = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", entry, flags=re.MULTILINE))
     assert {file.removesuffix(".py") for file in RUNTIME_FILES} - {ENTRY_MODULE} == named

@@ -21,6 +21,7 @@ RELATIVE_ERROR = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-
 """Maximum ‖y − ŷ‖∞ / ‖y‖∞ by dtype: one rounding for every part of a layer, and one for the result."""
 
 FULL = make_spec("bitmask", 5, rank=3, binary_rank=1, bias=True, adapter_rank=2)
+# Together these layers have every layout of the sparse part, and every other part.
 EVERY_PART = [
     FULL,
     make_spec("rows", 4, 3, 0, True, adapter_rank=2),
@@ -123,7 +124,7 @@ def test_every_float_tensor_has_the_right_gradient(sparse: str, binary_rank: int
 @pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
 def test_half_precision_gradients_are_rounded_gradients(spec: LayerSpec, dtype: torch.dtype) -> None:
     layer = random_layer(spec, 12, 11, dtype)
-    exact = copy.deepcopy(layer).double()
+    exact = copy.deepcopy(layer).double()  # the same rounded values, computed with in float64
     x = tokens(6, 11, dtype=dtype)
     layer(x).sum().backward()
     exact(x.double()).sum().backward()
@@ -249,7 +250,7 @@ def test_stored_bits_are_the_bytes_of_the_state(spec: LayerSpec) -> None:
 def test_from_dense_is_exact(m: int, n: int, density: float, bias: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(m * 100 + n)
     weight = torch.randn(m, n, generator=generator) * (torch.rand(m, n, generator=generator) < density)
-    weight[:, 0] = 0
+    weight[:, 0] = 0  # at least one column is not kept
     weight = weight.to(dtype)
     bias_values = torch.randn(m, generator=generator).to(dtype) if bias else None
     layer = SparseLowRankLinear.from_dense(weight, bias_values)
@@ -302,7 +303,7 @@ def test_parts_are_rounded_once_to_the_dtype_asked_for() -> None:
 def test_autocast_does_as_for_an_nn_linear(spec: LayerSpec, dtype: torch.dtype) -> None:
     layer = random_layer(spec, 12, 11)
     linear = nn.Linear(11, 12, bias=spec.bias)
-    if dtype == torch.float64:
+    if dtype == torch.float64:  # autocast leaves float64 alone
         layer, linear = layer.double(), linear.double()
     x = tokens(3, 11, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):

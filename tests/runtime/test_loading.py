@@ -25,6 +25,7 @@ from tests.support.torchrun import torchrun_variables
 from .conftest import Checkpoint, answer, calibration, tiny_llama
 
 ALL = ["slab", "sola", "svd", "gpt2"]
+"""Names of the fixtures in `conftest.py`, one of every layout."""
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_dequantize_gives_an_ordinary_dense_model(checkpoint: Checkpoint, tmp_pa
 
 def test_dequantize_gives_layers_the_dtype_that_they_have_now(slab: Checkpoint, tmp_path: Path) -> None:
     model = slab.load()
-    model.save_pretrained(tmp_path)  # which leaves the name of a dtype in the model's config
+    model.save_pretrained(tmp_path)  # leaves the name of a dtype in the model's config
     model.to(torch.float64).dequantize()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     assert torch.allclose(answer(model), slab.logits.double(), atol=1e-4)
@@ -176,7 +177,7 @@ def test_the_same_recipe_gives_the_same_bytes(slab: Checkpoint, tmp_path: Path) 
 
 def test_the_file_holds_what_the_config_says_and_nothing_else(slab: Checkpoint) -> None:
     stored = load_file(slab.folder / "model.safetensors")
-    assert "lm_head.weight" not in stored
+    assert "lm_head.weight" not in stored  # it is tied to the embeddings
     for name, spec in compressed_layers(slab.model).items():
         module = slab.model.get_submodule(name)
         expected = {}
@@ -201,6 +202,7 @@ def test_an_unknown_format_is_refused_before_a_model_is_built(
     slab: Checkpoint, tmp_path: Path, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = edit(slab, tmp_path / "newer", **changes)
+    # No memory may be allocated for a model that will be refused.
     monkeypatch.setattr(LlamaModel, "__init__", lambda *arguments: pytest.fail("a model was built"))
     with pytest.raises(CheckpointError, match=next(iter(changes))):
         AutoModelForCausalLM.from_pretrained(folder)
@@ -225,6 +227,7 @@ def large_checkpoint(folder: Path) -> int:
 
     No dense layer is ever allocated.
     """
+    # On the meta device, dense layers have shapes and no values.
     with torch.device("meta"):
         model = tiny_llama(hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16)
     linears = {name: module for name, module in model.model.named_modules() if type(module) is nn.Linear}
@@ -235,6 +238,7 @@ def large_checkpoint(folder: Path) -> int:
         specs[f"model.{name}"] = LayerSpec(rank=1)
         swap_module(model, f"model.{name}", build_layer(LayerSpec(rank=1), module.in_features, module.out_features))
     model.model.embed_tokens.to_empty(device="cpu")
+    # All other parameters get values, as `save_pretrained` needs them.
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             module.weight = nn.Parameter(torch.ones(2048))

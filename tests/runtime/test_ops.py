@@ -12,7 +12,7 @@ from hf_lowrank.runtime import ops, plain_ops
 
 from .layer_cases import make_spec, random_layer
 
-M, N, KEPT = 24, 21, 6
+M, N, KEPT = 24, 21, 6  # N is no multiple of 8, so packed rows end in padding
 LAYER = random_layer(make_spec("bitmask", KEPT, rank=3, binary_rank=2, bias=False), M, N)
 SPARSE = (LAYER.weight, LAYER.weight_mask)
 BINARY = (LAYER.sign_bits, LAYER.scale_in, LAYER.scale_out)
@@ -110,7 +110,7 @@ def test_no_tensor_is_larger_than_a_tile_or_the_activations(name: str, tokens: i
     small_tiles(rows)
     with torch.no_grad(), LargestTensor() as largest:
         getattr(ops, f"plain_{name}")(inputs(tokens, N), *OPERATIONS[name])
-    bits_of_a_tile = rows * 8 * LAYER.sign_bits.shape[1]
+    bits_of_a_tile = rows * 8 * LAYER.sign_bits.shape[1]  # unpacked together with their padding
     assert largest.elements <= max(bits_of_a_tile, tokens * max(M, N))
 
 
@@ -135,7 +135,7 @@ def test_half_precision_rounds_once(name: str, dtype: torch.dtype) -> None:
     parts = [part.detach().to(dtype) if part.is_floating_point() else part for part in OPERATIONS[name]]
     plain = getattr(ops, f"plain_{name}")
     exact = plain(x.double(), *(part.double() if part.is_floating_point() else part for part in parts))
-    tolerance = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5
+    tolerance = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5  # the summand is for sums in float32
     assert torch.all((plain(x, *parts).double() - exact).abs() <= tolerance)
 
 

@@ -19,9 +19,11 @@ from tests.support.fresh_process import open_elsewhere
 from .conftest import Checkpoint, answer
 
 REMOTE = {"trust_remote_code": True}
+"""Arguments of `from_pretrained` with which a checkpoint may bring its own code."""
 
 
 def test_the_runtime_travels_verbatim_and_whole(slab: Checkpoint) -> None:
+    # A checkpoint gets the files as they are in the package, so one source serves both routes.
     package = Path(hf_lowrank.runtime.__file__).parent
     assert set(RUNTIME_FILES) == {file.name for file in package.glob("*.py")} - {"__init__.py"}
     for name in RUNTIME_FILES:
@@ -107,4 +109,4 @@ def test_importing_the_package_imports_no_more_than_it_needs() -> None:
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=True
     )
     assert finished.stdout.strip() == "[]"
-    assert importlib.util.find_spec("datasets") is not None
+    assert importlib.util.find_spec("datasets") is not None  # else its absence above would say nothing

@@ -23,6 +23,7 @@ COPIES: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
 
 
 def stored_report(folder: Path) -> dict:
+    """Return the report in a checkpoint."""
     return json.loads((folder / REPORT_FILE).read_text())
 
 
@@ -37,7 +38,7 @@ def test_a_loaded_model_has_the_report_of_its_checkpoint(name: str, request: pyt
     checkpoint = request.getfixturevalue(name)
     model = checkpoint.load()
     assert model.compression_report == stored_report(checkpoint.folder)
-    assert model.compression_report is model.compression_report
+    assert model.compression_report is model.compression_report  # the file is read once
 
 
 @pytest.mark.parametrize("copied", COPIES)
@@ -76,7 +77,7 @@ def test_a_damaged_report_is_an_error_only_when_it_is_asked_for(
         _ = model.compression_report
 
 
-def test_a_dense_model_has_none(slab: Checkpoint) -> None:
+def test_a_dense_model_has_no_report(slab: Checkpoint) -> None:
     assert not hasattr(tiny_llama(), "compression_report")
     assert not hasattr(slab.load().dequantize(), "compression_report")
     with pytest.raises(AttributeError, match="'LlamaForCausalLM' object has no attribute 'compression_report'"):
@@ -84,7 +85,7 @@ def test_a_dense_model_has_none(slab: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("package", [True, False], ids=["package", "runtime alone"])
-def test_reading_or_changing_it_changes_no_save_of_a_loaded_model(
+def test_changing_the_report_of_a_loaded_model_changes_no_save(
     package: bool, slab: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not package:
@@ -99,7 +100,7 @@ def test_reading_or_changing_it_changes_no_save_of_a_loaded_model(
         assert (touched / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_what_is_added_after_compressing_is_saved(tmp_path: Path) -> None:
+def test_an_entry_added_after_compressing_is_saved(tmp_path: Path) -> None:
     config = CompressionConfig(method="svd", ratio=0.4, samples=2, sequence_length=16)
     model = compress(tiny_llama(), config, calibration=calibration(2), progress=False)
     model.compression_report["command"] = "hf-lowrank compress"

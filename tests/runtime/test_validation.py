@@ -53,6 +53,7 @@ def change_spec(folder: Path, **fields: object) -> None:
     file.write_text(json.dumps(config))
 
 
+# The file ends before, in and after the length of the header, in the header, and one byte before its end.
 @pytest.mark.parametrize("kept_bytes", [0, 4, 8, 100, -1])
 def test_a_truncated_file_is_refused(folder: Path, kept_bytes: int) -> None:
     file = folder / "model.safetensors"
@@ -128,6 +129,7 @@ def test_any_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory,
         read_header(str(file))
 
 
+# Values in which the keys of a safetensors header come up often.
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: (
@@ -144,7 +146,7 @@ entries = st.fixed_dictionaries({"dtype": json_values, "shape": json_values, "da
 def test_any_header_is_refused_or_read(tmp_path_factory: pytest.TempPathFactory, header: object) -> None:
     file = tmp_path_factory.getbasetemp() / "header.safetensors"
     encoded = json.dumps(header).encode()
-    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded)  # a header and no data
     try:
         tensors = read_header(str(file))
     except CheckpointError as error:
@@ -183,5 +185,6 @@ def test_names_follow_the_base_models_prefix() -> None:
 
 
 def test_shapes_are_those_of_the_product() -> None:
+    """`Conv1D` stores (in, out), so its shape is turned around."""
     assert dense_shape(nn.Linear(3, 5)) == (5, 3)
     assert dense_shape(tiny_gpt2().transformer.h[0].attn.c_attn) == (192, 64)

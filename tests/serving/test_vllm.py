@@ -1,7 +1,9 @@
-"""Compressed checkpoints in vLLM's own Python, on a CPU: found, loaded shard by shard, and the logits are those of transformers.
+"""Compressed checkpoints in vLLM's own Python code, on a CPU.
 
-vLLM brings its attention as compiled kernels, which its wheels for GPUs lack on a CPU; plain attention stands in for it here. Everything
-else is vLLM's: configuration, model, loaders, linear layers. Skipped where vLLM is not installed.
+The checkpoint is recognized and loaded shard by shard, and the logits are those of transformers. vLLM brings its
+attention as compiled kernels, which its wheels for GPUs lack on a CPU. Plain attention stands in for it here.
+Everything else is vLLM's: configuration, model, loaders, linear layers. The tests are skipped where vLLM is not
+installed.
 """
 
 import importlib.util
@@ -57,7 +59,7 @@ LAYOUTS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "rows and columns": ("sola", 0.3, {}),
     "low rank": ("svd-llm", 0.3, {}),
     "pivoted, merged adapters": ("lowrank", 0.3, {}),
-    "quantised": ("auto", 0.7, {}),
+    "quantized": ("auto", 0.7, {}),
     "dense shards": ("slab", 0.4, {"modules_to_not_convert": ["k_proj", "up_proj"]}),
     "biases": ("slab", 0.4, {}),
     "OPT": ("slab", 0.4, {}),
@@ -84,7 +86,7 @@ class PlainAttention(nn.Module):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint of every layout."""
+    """Return the folder of a checkpoint for every layout."""
     root, made = tmp_path_factory.mktemp("served"), {}
     for number, (layout, (method, ratio, changes)) in enumerate(LAYOUTS.items()):
         dense = (
@@ -109,7 +111,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """vLLM's world of one process; registered twice, as in some of its processes."""
+    """Set up vLLM's process group with one process. The format is registered twice, as in some of vLLM's processes."""
     register()
     register()
     with set_current_vllm_config(engine_config(folders["biases"])):
@@ -125,7 +127,7 @@ def config_layers(model: nn.Module) -> list[str]:
 
 
 def engine_config(folder: Path) -> Any:
-    """Without vLLM's compiled operations, which its wheels for GPUs do not bring for a CPU."""
+    """Return vLLM's config without its compiled operations, which its wheels for GPUs do not bring for a CPU."""
     plain = {"custom_ops": ["none"]}
     return EngineArgs(
         model=str(folder), dtype="float32", enforce_eager=True, max_model_len=32, compilation_config=plain
@@ -133,7 +135,7 @@ def engine_config(folder: Path) -> Any:
 
 
 def served(folder: Path) -> nn.Module:
-    """The model as vLLM's default loader makes it."""
+    """Return the model as vLLM's default loader makes it."""
     config = engine_config(folder)
     with set_current_vllm_config(config):
         model = initialize_model(vllm_config=config)
@@ -153,7 +155,7 @@ def test_the_checkpoint_names_the_method(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_logits_are_those_of_transformers(layout: str, folders: dict[str, Path]) -> None:
-    """Of the whole model; in it every fused layer gives the outputs of its shards side by side."""
+    """These are the logits of the whole model, in which every fused layer gives its shards' outputs side by side."""
     tokens = tiny_models.token_ids(1, 20)
     model, reference = served(folders[layout]), AutoModelForCausalLM.from_pretrained(folders[layout])
     with torch.no_grad():

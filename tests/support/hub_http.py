@@ -144,6 +144,7 @@ class HttpHandler(BaseHTTPRequestHandler):
     def _read_body(self) -> Iterator[bytes]:
         """Yield the body in pieces, as Content-Length or the chunked coding delimits it."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            # A chunk is its size in hexadecimal, a line end, its bytes and a line end. One of size 0 is the last.
             while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
                 yield from self._read_exactly(size)
                 self.rfile.readline()

@@ -243,6 +243,7 @@ class HubHandler(HttpHandler):
         answers = []
         for file in self.read_json()["files"]:
             path, sample = file["path"], base64.b64decode(file["sample"])
+            # As on the Hub, weights and binary files go through LFS whatever their size.
             large = file["size"] >= self.server.lfs_size or path.endswith(_LFS_SUFFIXES) or b"\x00" in sample
             answer = {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
             if path in files:
@@ -332,7 +333,7 @@ class HubHandler(HttpHandler):
         repository = self.repository(namespace, name, write=True)
         operations = [(line["key"], line["value"]) for line in map(json.loads, self.read_all().splitlines())]
         header = dict(operations)["header"]
-        with self.server.lock:
+        with self.server.lock:  # no other commit may come between the head that is read and the new one
             if revision not in repository.refs["heads"]:
                 raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             head = self.commit_of(repository, revision)

@@ -156,7 +156,7 @@ class Repository:
     def _write(self, name: str, value: dict) -> None:
         temporary = self.folder / f"{name}.new"
         temporary.write_text(json.dumps(value, indent=1))
-        os.replace(temporary, self.folder / name)
+        os.replace(temporary, self.folder / name)  # readers see the old file or the new one, and nothing between
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The package as pip installs it, away from the checkout: modules, package data, entry points, and the command `hf-lowrank`."""
+"""Installs the package as pip does, away from the checkout: modules, package data, entry points, and `hf-lowrank`."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ raise SystemExit(main())
 def install(folder: Path) -> dict[str, str]:
     """Write what a wheel holds, except the compiled kernels, and return the environment in which programs find it.
 
-    Programs that run in this environment see no network. setuptools decides which files belong to a wheel, so data that
-    `pyproject.toml` forgets is missing here, too.
+    Programs that run in this environment see no network. setuptools decides which files belong to a wheel, so data
+    that `pyproject.toml` forgets is missing here, too.
     """
     packages, programs = folder / "site-packages", folder / "bin"
     packages.mkdir(parents=True)

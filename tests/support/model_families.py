@@ -106,7 +106,7 @@ class Family:
             torch.manual_seed(0)
             model: PreTrainedModel = cls(cls.config_class(**{**COMMON, **self.config})).eval()
             for parameter in model.parameters():
-                if parameter.dim() == 1:
+                if parameter.dim() == 1:  # biases and norms start at zero and one
                     parameter.data += 0.1 * torch.randn_like(parameter)
         return model.to(dtype)
 

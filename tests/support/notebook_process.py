@@ -1,7 +1,8 @@
-"""Runs the cells of a notebook as Jupyter would, and answers with their outputs; needs nothing but matplotlib.
+"""Runs the cells of a notebook as Jupyter would, and answers with their outputs. It needs nothing but matplotlib.
 
-As a script: it reads a list of sources from standard input as JSON, and writes a list of lists of outputs, in the form of notebook files
-(nbformat 4.5). Standard error is left out of the outputs: progress and warnings differ from machine to machine.
+As a script, this file reads a list of sources from standard input as JSON, and writes a list of lists of outputs in
+the form of notebook files (nbformat 4.5). Standard error is left out of the outputs, as progress and warnings differ
+from machine to machine.
 """
 
 import ast
@@ -21,7 +22,11 @@ DPI = 72
 
 
 def run_cell(source: str, names: dict[str, Any], number: int) -> list[Output]:
-    """Run a cell among the names that earlier cells defined; return what it prints, what it draws and its last value."""
+    """Run a cell among the names that earlier cells defined.
+
+    Returns:
+        What the cell prints, its last value, and what it draws.
+    """
     tree = ast.parse(source)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     value, printed = None, io.StringIO()
@@ -39,7 +44,7 @@ def run_cell(source: str, names: dict[str, Any], number: int) -> list[Output]:
 
 
 def _pictures() -> list[Output]:
-    """Every figure that a cell has left open, as a picture; they are closed then."""
+    """Return every figure that a cell has left open as a picture, and close them all."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is None:
         return []
@@ -58,9 +63,10 @@ def _lines(text: str) -> list[str]:
 
 
 def _main() -> None:
+    # The answer goes to what was standard output. What C code prints there goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what is printed past Python's sys.stdout is no answer
-    sys.path[0] = ""  # the working directory, as in a notebook, not the folder of this file
+    os.dup2(2, 1)
+    sys.path[0] = ""  # imports come from the working directory, as in a notebook, not from the folder of this file
     names: dict[str, Any] = {"__name__": "__main__"}
     outputs = [run_cell(source, names, number) for number, source in enumerate(json.load(sys.stdin), 1)]
     json.dump(outputs, answers)

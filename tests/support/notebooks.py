@@ -1,6 +1,8 @@
 """Runs the notebooks from an installed package in empty folders, and stores their outputs.
 
-python -m tests.support.notebooks [NOTEBOOK...]        (all of them by default; `make notebooks` does that)
+    python -m tests.support.notebooks [NOTEBOOK...]
+
+Without names it runs all of them, as `make notebooks` does.
 """
 
 import json
@@ -18,10 +20,11 @@ from .notebook_process import Output
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 PROCESS = Path(__file__).with_name("notebook_process.py")
 PLAIN = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "2"}
+"""Variables with which a notebook gives the same outputs on every machine."""
 
 
 def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells that are run, as they stand in the notebook."""
+    """Return the cells of code, as they stand in the notebook."""
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
@@ -29,7 +32,7 @@ def run_notebook(path: Path, folder: Path, environment: dict[str, str]) -> list[
     """Run a notebook in a folder, beside a Hub on this machine, and return the outputs of every code cell.
 
     Args:
-        environment: as `installed_package.install` returns it.
+        environment: what `installed_package.install` returns.
 
     Raises:
         AssertionError: if a cell fails; the message is its traceback.
@@ -53,7 +56,7 @@ def run_notebook(path: Path, folder: Path, environment: dict[str, str]) -> list[
 
 
 def store(path: Path, outputs: list[list[Output]]) -> None:
-    """Write the outputs into a notebook, in place of those it has."""
+    """Write the outputs into a notebook, in the place of those that it has."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for number, (cell, new) in enumerate(zip(code_cells(notebook), outputs, strict=True), 1):
         cell["execution_count"], cell["outputs"] = number, new
@@ -62,6 +65,7 @@ def store(path: Path, outputs: list[list[Output]]) -> None:
 
 
 def main() -> None:
+    """Run the notebooks that the command names, or all, and store their outputs."""
     with tempfile.TemporaryDirectory() as root:
         environment = install(Path(root, "installed"))
         for path in [Path(name) for name in sys.argv[1:]] or NOTEBOOKS:

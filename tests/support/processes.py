@@ -151,6 +151,7 @@ def run(act: Callable[[], None], size: int = 2) -> list[int]:
         process = os.fork()
         if process == 0:
             os.environ |= of_rank
+            # A fork must not return into the code of its parent, whatever happens.
             try:
                 act()
             except SystemExit as end:
@@ -172,6 +173,7 @@ def main(folder: Path) -> None:
     statuses["alone"] = run(lambda: command(folder / "alone"), size=1)
     statuses["whole"] = run(lambda: command(folder / "whole"))
     statuses["killed"] = run(lambda: command(folder / "killed", dies=True))
+    # What the killed run has left, before the next run goes on with it.
     torch.save(sorted(file.name for file in (folder / "killed" / "work").iterdir()), folder / "left.pt")
     statuses["resumed"] = run(lambda: command(folder / "killed"))
     torch.save({"models": models(), "statuses": statuses}, folder / "alone.pt")

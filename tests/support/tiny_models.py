@@ -153,6 +153,6 @@ def _build(cls: Any, config_cls: Any, seed: int, dtype: torch.dtype, fields: dic
         config = config_cls(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, initializer_range=0.1, **fields)
         model: PreTrainedModel = cls(config).eval()
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias"):  # transformers sets biases to zero, with which many faults would not show
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.to(dtype)

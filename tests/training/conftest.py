@@ -18,7 +18,7 @@ LAYOUTS = {
     "bitmask and signs": ("slab", 0.4),
     "rows and columns": ("sola", 0.3),
     "pivoted": ("lowrank", 0.3),
-    "quantised": ("rtn", 0.8),
+    "quantized": ("rtn", 0.8),
     "Conv1D": ("slab", 0.4),
 }
 WINDOW = 24
@@ -38,7 +38,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def settings(folder: Path, **changes: Any) -> TrainingArguments:
-    """Two steps of four windows, saved after each."""
+    """Return settings for two steps of four windows each, with a checkpoint after each step."""
     fields: dict[str, Any] = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -51,28 +51,28 @@ def settings(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def pattern(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all masks, pivots, signs and codes."""
+    """Return copies of all masks, pivots, signs and codes."""
     return {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.uint8}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that is trained."""
+    """Return copies of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two sets of tensors are bit-identical."""
+    """Return whether two sets of tensors are bit-identical."""
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def dense(layout: str) -> PreTrainedModel:
-    """The dense model of a layout."""
+    """Return the dense model of a layout."""
     return tiny_models.gpt2() if layout == "Conv1D" else tiny_models.llama(num_hidden_layers=3)
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with tokenizer for every layout."""
+    """Return the folder of a checkpoint with a tokenizer for every layout."""
     root, folders = tmp_path_factory.mktemp("layouts"), {}
     for number, (layout, (method, ratio)) in enumerate(LAYOUTS.items()):
         config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=32)
@@ -85,7 +85,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of one document per line, as many as fill whole batches of eight."""
+    """Return a text with one document per line. The documents fill whole batches of eight."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(tiny_models.text(64)) + "\n", encoding="utf-8")
     return file
@@ -93,6 +93,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
-    """Where programs run that need processes of their own."""
+    """Return the process that starts programs which need processes of their own."""
     with Prepared(tmp_path_factory.mktemp("prepared")) as process:
         yield process

@@ -1,7 +1,7 @@
-"""What two processes do in `test_fsdp2.py`: run as `python -m tests.training.fsdp2 OUTPUT FOLDER`.
+"""The program of the two processes in `test_fsdp2.py`, which run `python -m tests.training.fsdp2 OUTPUT FOLDER`.
 
-Accelerate shards on accelerators only; on a CPU it would quietly fall back to DDP. Its code for FSDP2 needs no accelerator, so the one
-question that it asks is answered for it here.
+Accelerate shards on accelerators only, and would silently fall back to DDP on a CPU. Its code for FSDP2 needs no
+accelerator. So its one check for an accelerator is answered for it here.
 """
 
 import json
@@ -41,7 +41,7 @@ def allow_fsdp_on_cpus() -> None:
 
 
 def with_trainer(folder: str, output: Path, **changes: Any) -> list[float]:
-    """The losses of stock `Trainer` under accelerate's FSDP2; it saves the full state dict."""
+    """Train by the plain `Trainer` under accelerate's FSDP2, save the full state dict, and return the losses."""
     arguments = settings(
         output, max_steps=STEPS, save_steps=2, per_device_train_batch_size=4, fsdp=True, fsdp_config=dict(FSDP)
     )
@@ -59,7 +59,7 @@ def sharded(folder: str) -> PreTrainedModel:
 
 
 def emptied(model: nn.Module) -> nn.Module:
-    """The model with zeros in everything that a checkpoint must bring back."""
+    """Return the model with zeros in everything that a checkpoint must bring back."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *(buffer for buffer in model.buffers() if buffer.dtype == torch.uint8)):
             tensor.zero_()
@@ -67,7 +67,7 @@ def emptied(model: nn.Module) -> nn.Module:
 
 
 def by_hand(folder: str, output: Path) -> dict[str, bool]:
-    """A loop of one's own with `fully_shard`; which ways to save and load give the same model again."""
+    """Train in a loop of one's own with `fully_shard`, and return which ways to save and load give the same model."""
     model, rank = sharded(folder), dist.get_rank()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.stack([Windows()[4 * rank + row]["input_ids"] for row in range(4)])

@@ -1,4 +1,4 @@
-"""A training in a process of its own: `python -m tests.training.killed CHECKPOINT OUTPUT [kill | resume]`."""
+"""Trains in a process of its own: `python -m tests.training.killed CHECKPOINT OUTPUT [kill | resume]`."""
 
 import os
 import signal
@@ -16,21 +16,21 @@ STEPS, KILLED_AT = 4, 3
 
 
 class Kill(TrainerCallback):
-    """No warning, no clean-up: what a machine that is taken away does."""
+    """Kills the process without a warning and without a clean-up, as when the machine is taken away."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: str, output: str, *told: str) -> None:
+def main(folder: str, output: str, *instructions: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     arguments = settings(
         Path(output), max_steps=STEPS, save_steps=2, gradient_accumulation_steps=2, lr_scheduler_type="cosine"
     )
-    callbacks = [Kill()] if "kill" in told else []
+    callbacks = [Kill()] if "kill" in instructions else []
     Trainer(model, arguments, train_dataset=Windows(), callbacks=callbacks).train(
-        resume_from_checkpoint="resume" in told
+        resume_from_checkpoint="resume" in instructions
     )
 
 

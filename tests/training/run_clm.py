@@ -1,7 +1,8 @@
-"""A script in the manner of the language modelling example of transformers: it knows nothing of compressed models.
+"""A script in the manner of the language modeling example of transformers. It knows nothing of compressed models.
 
-It has that example's structure: three dataclasses of arguments, `load_dataset` on local files, tokenize and group the texts, train, save,
-resume from the last checkpoint if there is one, evaluate, write the metrics. The test runs it as it stands.
+It has that example's structure: three dataclasses of arguments, `load_dataset` on local files, tokenize and group the
+texts, train, save, resume from the last checkpoint if there is one, evaluate, write the metrics. The test runs it as
+it is.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Distillation: its loss is what it says, and less of it brings the student nearer to the teacher."""
+"""The loss of distillation is its formula, and training reduces it: the student comes nearer to the teacher."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,7 @@
-"""FSDP2 over two processes, as accelerate and as PyTorch do it: the same losses, and models that are saved and loaded whole."""
+"""FSDP2 over two processes, as accelerate and as PyTorch do it.
+
+The losses are those of one process, and models are saved and loaded whole.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +20,7 @@ from .fsdp2 import STEPS
 pytestmark = pytest.mark.xdist_group("prepared")  # one process serves them all
 
 
-@pytest.mark.parametrize("layout", ["bitmask and signs", "quantised"])
+@pytest.mark.parametrize("layout", ["bitmask and signs", "quantized"])
 def test_two_processes_are_one(layout: str, checkpoints: dict[str, Path], prepared: Prepared, tmp_path: Path) -> None:
     folder, two, one = checkpoints[layout], tmp_path / "two", tmp_path / "one"
     prepared.run(["-m", "tests.training.fsdp2", two, folder], tmp_path, processes=2)

@@ -1,4 +1,7 @@
-"""docs/training.md, executed: its scripts under the names that it gives them, its commands as they stand, the rest as one program."""
+"""Follows docs/training.md.
+
+Its scripts are run under the names that the guide gives them, its commands as they are, and the rest as one program.
+"""
 
 import json
 import re
@@ -28,7 +31,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(checkpoints: dict[str, Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the guide is followed: the models and the text that it names, and its scripts."""
+    """Return a folder with the models and the text that the guide names, and with its scripts."""
     root = tmp_path_factory.mktemp("guide")
     shutil.copytree(checkpoints[LAYOUT], root / "compressed")
     shutil.copyfile(text_file, root / "text.txt")
@@ -41,7 +44,7 @@ def folder(checkpoints: dict[str, Path], text_file: Path, tmp_path_factory: pyte
 
 @pytest.fixture(scope="module")
 def followed(folder: Path, prepared: Prepared) -> Path:
-    """The same folder after everything was run; `torchrun` by as many processes as it would start."""
+    """Return this folder after everything was run, `torchrun` by as many processes as it would start."""
     for command in (line.split() for block in blocks("bash") for line in block.splitlines()):
         if command[:2] == ["torchrun", "--nproc-per-node"]:
             prepared.run(command[3:], folder, processes=int(command[2]))
@@ -62,7 +65,7 @@ def test_the_snippets_leave_whole_folders(followed: Path) -> None:
 
 
 def test_two_processes_are_one(followed: Path) -> None:
-    """DDP and FSDP2: the losses of twenty steps to 1e-4, and on disk the same model."""
+    """With DDP and with FSDP2 the losses of twenty steps agree to 1e-4, and so do the models on disk."""
     losses, stored = {}, {}
     for output in ("trained", "trained-ddp", "trained-fsdp2"):
         history = json.loads((followed / output / "trainer_state.json").read_text())["log_history"]

@@ -1,4 +1,4 @@
-"""Checkpoint, kill, resume: bit for bit the weights of a run that nobody disturbed."""
+"""A training that is killed and resumed from a checkpoint has, bit for bit, the weights of an undisturbed one."""
 
 import signal
 from pathlib import Path
@@ -13,7 +13,7 @@ from .conftest import same
 pytestmark = pytest.mark.xdist_group("prepared")  # one process serves them all
 
 
-@pytest.mark.parametrize("layout", ["bitmask and signs", "quantised", "Conv1D"])
+@pytest.mark.parametrize("layout", ["bitmask and signs", "quantized", "Conv1D"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     layout: str, checkpoints: dict[str, Path], prepared: Prepared, tmp_path: Path
 ) -> None:

@@ -1,4 +1,7 @@
-"""A training script that knows nothing of compressed models, run as it stands on both routes, and pushing while it trains."""
+"""A training script that knows nothing of compressed models runs by the plugin and by remote code.
+
+By remote code it pushes while it trains.
+"""
 
 import json
 import subprocess
@@ -39,7 +42,7 @@ print(accuracy(f"pretrained={folder},trust_remote_code=True", Path(task)))
 
 
 def command(folder: Path, text: Path, output: Path, *more: str) -> list[str]:
-    """The script with its arguments."""
+    """Return the script with its arguments."""
     options = ["--model_name_or_path", folder, "--train_file", text, "--validation_file", text, "--output_dir", output]
     options += [
         "--do_train",
@@ -70,7 +73,7 @@ def command(folder: Path, text: Path, output: Path, *more: str) -> list[str]:
 def runs(
     checkpoints: dict[str, Path], text_file: Path, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, HubServer, Path, float]:
-    """By plugin, and by remote code, which pushes while it trains and has lm-eval measure the result."""
+    """Run the script by the plugin, and by remote code, which pushes while it trains and then runs lm-eval."""
     root, folder = tmp_path_factory.mktemp("clm"), checkpoints["bitmask and signs"]
     prepared.run(command(folder, text_file, root / "plugin"), root)
     pushing = ["--trust_remote_code", "--push_to_hub", "--hub_model_id", "tester/tuned"]

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, unchanged, on compressed checkpoints."""
+"""TRL's `SFTTrainer` trains compressed checkpoints without a change."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def fine_tuned(folder: Path, output: Path, data: Dataset, **changes: Any) -> SFT
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_texts(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """By the path of the checkpoint, with TRL's own defaults (gradient checkpointing) and bfloat16 autocast."""
+    """The trainer opens the checkpoint itself, with TRL's defaults (gradient checkpointing) and bfloat16 autocast."""
     fine_tuned(checkpoints[layout], tmp_path, Dataset.from_dict({"text": tiny_models.text(12)}))
 
 

@@ -1,4 +1,7 @@
-"""`transformers.Trainer`, unchanged, on compressed checkpoints: what is trained, what stays, and what is on disk afterwards."""
+"""`transformers.Trainer` trains compressed checkpoints without a change.
+
+The tests say what is trained, what stays, and what is on disk afterwards.
+"""
 
 import copy
 import pickle
@@ -32,7 +35,7 @@ def opened(folder: Path, **arguments: Any) -> PreTrainedModel:
 
 
 def trained(folder: Path, output: Path, **changes: Any) -> tuple[PreTrainedModel, list[float]]:
-    """The model of a folder after training, and its losses."""
+    """Return the model of a folder after training, and its losses."""
     trainer = Trainer(opened(folder), settings(output, **changes), train_dataset=Windows(), eval_dataset=Windows(4))
     trainer.train()
     return trainer.model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -40,7 +43,7 @@ def trained(folder: Path, output: Path, **changes: Any) -> tuple[PreTrainedModel
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_float_moves_and_the_pattern_stays(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """With what users switch on at once: gradient checkpointing, accumulation, evaluation, the best checkpoint, weight decay."""
+    """Users combine all of it: gradient checkpointing, accumulation, evaluation, the best checkpoint, weight decay."""
     before = opened(checkpoints[layout])
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     model, _ = trained(
@@ -85,7 +88,7 @@ def test_bfloat16_autocast_follows_float32(layout: str, checkpoints: dict[str, P
 
 
 def test_compiled_training_is_training(tmp_path: Path) -> None:
-    """Traced forward and backward whole; the code generator behind it is torch's own business."""
+    """Forward and backward are traced whole. The code generator behind that is for torch to test."""
     config = CompressionConfig(method="slab", ratio=0.4, samples=4, sequence_length=32)
     model = compress(
         tiny_models.llama(num_hidden_layers=1),
@@ -113,7 +116,7 @@ def test_a_loss_of_the_users_own(checkpoints: dict[str, Path], tmp_path: Path) -
 
 
 def test_a_trainer_leaves_the_runtime_in_its_own_folder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """From there it is pushed while the training goes on, with config and weights that it copies there itself."""
+    """The trainer pushes this folder while it trains, with the config and the weights that it copies there itself."""
     trained(checkpoints[SLAB], tmp_path, max_steps=1, save_only_model=True, save_total_limit=1)
     assert set(RUNTIME_FILES) <= {file.name for file in tmp_path.iterdir()}
 
@@ -122,7 +125,10 @@ def test_a_trainer_leaves_the_runtime_in_its_own_folder(checkpoints: dict[str, P
 def test_figures_of_other_weights_are_not_kept(
     package: bool, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save of the same weights keeps what was measured on them, in however many shards; one after training says that it does not."""
+    """A save of the same weights keeps what was measured on them, in however many shards.
+
+    A save after training says that the figures are of other weights.
+    """
     folder = shutil.copytree(checkpoints[SLAB], tmp_path / "measured")
     figure = {"metric": "perplexity", "dataset": "text", "compressed": 61.53}
     record(folder, quality=[figure], license="mit")
@@ -148,7 +154,7 @@ def test_figures_of_other_weights_are_not_kept(
 
 
 def test_a_save_writes_the_state_dict_that_it_is_given(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Transformers would write the model's own instead, which under sharded training holds a part of every tensor."""
+    """Transformers would write the model's own state dict, which when sharded holds only a part of every tensor."""
     model = opened(checkpoints[SLAB])
     given = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=dict(given))
@@ -168,7 +174,7 @@ def test_a_save_that_cannot_be_opened_is_refused(checkpoints: dict[str, Path], t
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_casts_after_loading(layout: str, checkpoints: dict[str, Path]) -> None:
-    """`float`, `half` and `to` mean what they mean on a dense model, on copies and pickles too."""
+    """`float`, `half` and `to` do what they do on a dense model, also on copies and pickles."""
     model = opened(checkpoints[layout])
     tokens, masks = Windows(2)[0]["input_ids"][None], pattern(model)
     expected = model(tokens).logits
@@ -187,8 +193,8 @@ def test_casts_after_loading(layout: str, checkpoints: dict[str, Path]) -> None:
 
 
 def test_preparing_for_kbit_training_freezes_and_widens(checkpoints: dict[str, Path]) -> None:
-    """PEFT's helper, which scripts call on every quantized model, is harmless."""
-    model = opened(checkpoints["quantised"], dtype=torch.bfloat16)
+    """PEFT's helper is harmless, which scripts call on every quantized model."""
+    model = opened(checkpoints["quantized"], dtype=torch.bfloat16)
     masks = pattern(model)
     prepared = prepare_model_for_kbit_training(model)
     assert {(parameter.dtype, parameter.requires_grad) for parameter in prepared.parameters()} == {

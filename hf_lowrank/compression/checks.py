@@ -19,7 +19,7 @@ from .session import Session
 
 
 def check_given(model: Any, config: Any, tokenizer: Any) -> None:
-    """Raise CompressionError if model, config or tokenizer is of the wrong kind, or the model is compressed already."""
+    """Raise CompressionError if model, config or tokenizer is of the wrong kind, or the model is compressed."""
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
             f"config: found {type(config).__name__}, expected a CompressionConfig, "

@@ -55,7 +55,7 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Bring the files of a complete folder to the disk and give it its name. An older folder of that name is replaced."""
+    """Bring the files of a complete folder to the disk and give it its name. A folder that had it is replaced."""
     for file in partial.rglob("*"):
         if file.is_file():
             flush_to_disk(file)

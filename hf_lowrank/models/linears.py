@@ -36,13 +36,13 @@ def is_finite(tensor: Tensor) -> bool:
     """Return whether every value of a float tensor is finite, without a temporary tensor of its size."""
     if not tensor.numel():
         return True
-    # NaN anywhere makes both extremes NaN
+    # NaN anywhere makes both extremes NaN.
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def permute_outputs(module: nn.Module, order: Tensor) -> None:
     """Reorder the output features of a linear layer in place, with its bias."""
-    # `dense_weight` is a view, so that the copy changes the layer's own weight
+    # `dense_weight` is a view, so that the copy changes the layer's own weight.
     dense_weight(module).copy_(dense_weight(module)[order].clone())
     if isinstance(module.bias, Tensor):
         module.bias.data.copy_(module.bias.data[order].clone())

@@ -9,7 +9,7 @@ ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def main() -> None:
-    """Run the command line. Its verbs handle signals themselves once they have imported torch."""
+    """Run the command line. Its commands handle signals themselves once they have imported torch."""
     for number in ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # whoever ignores it, `nohup` for one, wants that
             signal.signal(number, _end)
@@ -20,5 +20,5 @@ def main() -> None:
 
 def _end(number: int, frame: Any) -> None:
     """End at once: an import could swallow an exception, and nothing was begun that would have to be undone."""
-    os.write(2, f"{ENDINGS[signal.Signals(number)]}; nothing was left behind\n".encode())
+    os.write(2, f"{ENDINGS[signal.Signals(number)]}; no output was written\n".encode())
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""Takes the Markdown files beside `docs/` into the site, so that links between them work there as they do in the repository."""
+"""Take the Markdown files beside `docs/` into the site, so that links between them work there, too."""
 
 import os
 import re

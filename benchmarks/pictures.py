@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py FOLDER... [--out docs/images/loss-against-size.png]
 
-Each folder is the --out of a `hf-lowrank compare` of one and the same model on the same texts. Points of quantized methods above
-`--quantized-below` bits are left out, for a checkpoint that was itself restored from a quantized file.
+Each folder is the --out of a `hf-lowrank compare` of one and the same model on the same texts. Points of quantized
+methods above `--quantized-below` bits are left out, for a checkpoint that was itself restored from a quantized file.
 """
 
 import argparse
@@ -27,27 +27,32 @@ BASELINES = {
 }
 QUANTIZED = ("gptq", "rtn", "auto")
 COLORS = {
-    "lowrank": "#c0392b", "slab-gram": "#8e44ad", "auto": "#d35400", "slab": "#1f618d", "sola": "#148f77", "soco": "#7d6608",
-}  # fmt: skip
+    "lowrank": "#c0392b",
+    "slab-gram": "#8e44ad",
+    "auto": "#d35400",
+    "slab": "#1f618d",
+    "sola": "#148f77",
+    "soco": "#7d6608",
+}
 GRAYS = ("#444444", "#707070", "#8c8c8c")
 
 Points = dict[str, list[tuple[float, float]]]
 
 
 def points(results: list[dict[str, Any]], text: int, quantized_below: float) -> Points:
-    """Stored bits per weight and nats lost of every method, from small to large."""
-    found: Points = {}
+    """Return the stored bits per weight and the nats lost of every method, from small to large."""
+    by_method: Points = {}
     for comparison in results:
         for record in comparison["combinations"]:
             too_large = record["label"] in QUANTIZED and record["bits_per_weight"] >= quantized_below
             if record["failed"] is None and not too_large:
                 point = (record["bits_per_weight"], record["texts"][text]["nats_lost"])
-                found.setdefault(record["label"], []).append(point)
-    return {label: sorted(measured) for label, measured in found.items()}
+                by_method.setdefault(record["label"], []).append(point)
+    return {label: sorted(measured) for label, measured in by_method.items()}
 
 
 def draw(axes: Axes, measured: Points) -> None:
-    """Draw one line per method, with its name at its first point: the systems and our methods in color, baselines in gray."""
+    """Draw one named line per method: the systems and our methods in color, baselines in gray."""
     grays = 0
     for label in sorted(measured, key=lambda label: label in BASELINES):
         bits, lost = zip(*measured[label], strict=True)

@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py NAME=FOLDER[,FOLDER...] ...
 
-Each folder is the --out of a `hf-lowrank compare`; folders of one name measured the same model on the same texts and share a table. A
-section with that name is replaced; a new one comes first. Commands, versions and figures go into the page as they are.
+Each folder is the --out of a `hf-lowrank compare`; folders of one name measured the same model on the same texts and
+share a table. A section with that name is replaced; a new one comes first. Commands, versions and figures go into the
+page as they are.
 """
 
 import json

@@ -1,8 +1,9 @@
-"""Make the example cards in this folder from real runs: compress by each of the three systems, reload, measure, write the card.
+"""Make the example cards in this folder from real runs: compress by each system, reload, measure, write the card.
 
     python model_cards/make.py MODEL --calibration FILE --text FILE...
 
-MODEL is a folder or an id on the Hub. The checkpoints stay in the work folder and are not made again if they are there.
+MODEL is a folder or an id on the Hub. The checkpoints stay in the work folder and are not made again if they are
+there.
 """
 
 import argparse

@@ -27,7 +27,7 @@ class ActivationCache:
 
     def __init__(self, folder: Path | None = None, limit: int | None = None, owner: int = 0) -> None:
         self.folder = folder
-        # the default is looked up at every call, so that the module's constant can be changed at run time
+        # The default is looked up at every call, so that the module's constant can be changed at run time.
         self.limit = ACTIVATIONS_IN_MEMORY if limit is None else limit
         self.owner = owner
         self.bytes_in_memory = 0
@@ -40,9 +40,9 @@ class ActivationCache:
             self.bytes_in_memory += size
             return CachedTensor(self, size, tensor)
         file = self.folder / f"activations-{self.owner}-{next(self._file_numbers)}.bin"
-        # NumPy has no bfloat16: the file holds the bytes of any dtype
+        # NumPy has no bfloat16: the file holds the bytes of any dtype.
         file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        # on the meta device the tensor has its shape and dtype, and no memory
+        # On the meta device the tensor has its shape and dtype, and no memory.
         return CachedTensor(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
 
 
@@ -73,16 +73,16 @@ class CachedTensor:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor. A file is mapped anew at every access, so that it is in memory only while the result is used."""
+        """The tensor. A file is mapped at every access, so that it is in memory only while the result is used."""
         if self._file is None:
             return self._tensor
         empty = self._tensor
-        # a private mapping: what is computed in place on the result does not reach the file
+        # The mapping is private: a computation in place on the result does not reach the file.
         mapped = torch.from_file(str(self._file), shared=False, size=empty.numel(), dtype=empty.dtype)
         return mapped.view(empty.shape).to(self._device or "cpu")
 
     def __del__(self) -> None:
-        # a batch replaces its hidden states after every block, so that the old ones need no call to be given up
+        # A batch replaces its hidden states after every block, so that the old ones need no call to be given up.
         if self._file is None:
             self._cache.bytes_in_memory -= self._size
         else:

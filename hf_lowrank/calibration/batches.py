@@ -1,4 +1,4 @@
-"""Turn what the user calibrates on into batches of token ids, with a mask of the tokens that count."""
+"""Turn texts, token ids, chats or inputs into batches, with a mask of the tokens that count."""
 
 import hashlib
 import inspect
@@ -45,7 +45,7 @@ class TokenBatch:
 
     Attributes:
         input_ids: token ids (B, T). Empty, (B, 0), for a model that reads no tokens.
-        attention_mask: (B, T), nonzero where a token is no padding. None if all tokens count.
+        attention_mask: (B, T), nonzero where a token is not padding. None if all tokens count.
         others: the model's other inputs by name: `pixel_values`, `input_features`, `decoder_input_ids`, ...
     """
 
@@ -108,7 +108,7 @@ def calibration_batches(
     batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
     if model.config.is_encoder_decoder:
         batches = [_with_decoder_inputs(model, batch) for batch in batches]
-    # an input that the model cannot read is an error before any work is done
+    # An input that the model cannot read is an error before any work is done.
     for batch in batches:
         _check_inputs(model, batch)
     return batches
@@ -116,7 +116,7 @@ def calibration_batches(
 
 def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
     """Raise CompressionError if the model cannot read a batch."""
-    # embeddings may stand in place of the main input
+    # Embeddings may stand in place of the main input.
     if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
         raise CompressionError(
             f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
@@ -140,7 +140,7 @@ def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
 
 
 def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, source: Any) -> list[TokenBatch]:
-    """Make the batches by what `source` is: a name, or an iterable whose first item tells the kind of all."""
+    """Make the batches from `source`: a name, or an iterable whose first item tells the kind of all."""
     length = sequence_length(model, config)
     if isinstance(source, str) and source == "self":
         return _batches_from_model(model, config, length)
@@ -161,7 +161,7 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
         if column is not None:
             return _batches(model, config, tokenizer, [item[column] for item in items])
         return [_batch_from_mapping(item, model) for item in items]
-    # token ids and chats: every item is a sequence by itself
+    # With token ids and chats every item is a sequence by itself.
     rows = []
     for item in items[: config.samples]:
         row = _token_ids(item, tokenizer)[:length]
@@ -214,7 +214,7 @@ def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> li
 
 
 def _parts(batch: TokenBatch) -> list[TokenBatch]:
-    # a sequence longer than a pass is a part by itself
+    # A sequence longer than a pass is a part by itself.
     rows = max(TOKENS_PER_PASS // max(batch.input_ids.shape[1], 1), 1)
     ids = batch.input_ids.split(rows)
     if batch.attention_mask is None:
@@ -244,7 +244,7 @@ def fingerprint(batches: Iterable[TokenBatch]) -> str:
     """
     digest = hashlib.sha256()
     for batch in batches:
-        # the shape keeps apart batches whose tokens are the same, in other rows
+        # The shape keeps apart batches whose tokens are the same, in other rows.
         digest.update(repr(tuple(batch.input_ids.shape)).encode())
         digest.update(batch.input_ids.cpu().to(torch.int64).numpy().tobytes())
         if batch.attention_mask is not None:
@@ -265,7 +265,8 @@ def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> T
             length,
             config.samples,
         )
-    # drawn without repetition, and sorted so that a larger sample only adds rows between those of a smaller one
+    # Windows are drawn without repetition. They are sorted, so that a larger sample only adds rows between those of a
+    # smaller one.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     return rows[order[: config.samples].sort().values]
 
@@ -291,7 +292,7 @@ def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
         part = rows[first : first + step]
         input_ids = pad_sequence(part, batch_first=True)
         mask = pad_sequence(list(map(torch.ones_like, part)), batch_first=True)
-        # a mask that masks nothing is left out
+        # A mask that masks nothing is left out.
         batches.append(TokenBatch(input_ids, None if bool(mask.all()) else mask))
     return batches
 
@@ -299,13 +300,13 @@ def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
 def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
     """Make a batch of the inputs that the model reads. Other entries are for the model's head or for the user."""
     readable = {*inspect.signature(model.base_model.forward).parameters} - {"input_ids", "attention_mask"}
-    # an encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss
+    # An encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss.
     if model.config.is_encoder_decoder:
         readable.add("labels")
     else:
         readable.discard("labels")
     others = {}
-    # sorted, as a set of names has another order in every process
+    # The names are sorted, as a set of names has another order in every process.
     for name in sorted(readable & {*item}):
         if item[name] is not None:
             others[name] = torch.as_tensor(item[name])
@@ -343,7 +344,7 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
         text = batch.input_ids
         mask = batch.attention_mask
     else:
-        # labels mark what does not count by a number that is no token id
+        # Labels mark positions that do not count by a number that is not a token id.
         mask = labels != IGNORED_LABEL
         text = labels.masked_fill(~mask, 0)
     if not text.numel():
@@ -351,14 +352,14 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
             f"calibration: the decoder of {type(model).__name__} reads text; give batches with decoder_input_ids or "
             "labels"
         )
-    # T5 and others start their decoders with the padding token
+    # T5 and others start their decoders with the padding token.
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         start = model.config.pad_token_id or 0
     first = torch.full_like(text[:, :1], start)
     others["decoder_input_ids"] = torch.cat([first, text[:, :-1]], dim=1)
     if mask is not None and not bool(mask.all()):
-        # the mask moves with the tokens, and the start token counts
+        # The mask moves with the tokens, and the start token counts.
         others["decoder_attention_mask"] = torch.cat([torch.ones_like(first), mask[:, :-1].to(first.dtype)], dim=1)
     return replace(batch, others=others)
 

@@ -32,8 +32,8 @@ def capture(
 ) -> list[BlockBatch]:
     """Run the model once per batch, and keep the input of the first block and the arguments of every block.
 
-    The blocks themselves are not computed if their arguments do not depend on what other blocks compute. A few tokens
-    show whether they do.
+    The blocks themselves are not computed if their arguments do not depend on the results of other blocks. A few
+    tokens show whether they do.
 
     Args:
         model: the model.
@@ -50,7 +50,7 @@ def capture(
     skipping: AbstractContextManager[None] = nullcontext()
     if extra_outputs is not None:
         skipping = _skipping(blocks, extra_outputs)
-    # only the arguments are captured here, the blocks are computed later, one by one (see `run_block`)
+    # Only the arguments are captured here, the blocks are computed later, one by one (see `run_block`).
     with skipping:
         return [_capture_batch(model, blocks, batch, cache) for batch in batches]
 
@@ -74,10 +74,10 @@ def _extra_outputs(
     with temporary_hooks(handles):
         computed = _capture_batch(model, blocks, probe, ActivationCache())
     for values in extra_outputs.values():
-        # a tensor is computed from hidden states, so that a skipped block cannot return it
+        # A tensor is computed from hidden states, so that a skipped block cannot return it.
         if any(isinstance(value, Tensor) for value in values or ()):
             return None
-    # the second run differs from the first only in what the blocks compute
+    # The second run differs from the first only in what the blocks compute.
     with _skipping(blocks, extra_outputs):
         skipped = _capture_batch(model, blocks, probe, ActivationCache())
     return extra_outputs if _equal(computed.calls, skipped.calls) else None
@@ -101,7 +101,7 @@ def _extra_hook(extra_outputs: ExtraOutputs, name: str) -> Callable[..., None]:
 @contextmanager
 def _skipping(blocks: dict[str, nn.Module], extra_outputs: ExtraOutputs) -> Iterator[None]:
     """Make blocks return the hidden states with which they are called, and their usual extra outputs, while active."""
-    # a module that accelerate has hooks on has a `forward` of its own, which is put back
+    # A module that accelerate has hooks on has a `forward` of its own, which is put back.
     own_forwards = {name: vars(block).get("forward") for name, block in blocks.items()}
     for name, block in blocks.items():
         vars(block)["forward"] = _identity(name, block.forward, extra_outputs)
@@ -139,7 +139,7 @@ def _equal(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, Sequence) and not isinstance(one, str):
         return len(one) == len(other) and all(map(_equal, one, other))
-    # numbers, texts, configs and other plain objects
+    # These are numbers, texts, configs and other plain objects.
     return one is other or bool(one == other)
 
 
@@ -149,7 +149,7 @@ def _capture_batch(
     """Run the model on one batch and record the calls of its blocks."""
     recorder = _CallRecorder(model, blocks, batch, cache)
     with recorder.recording():
-        # without the head, whose logits nobody reads
+        # The model is run without its head, whose logits nobody reads.
         base: Any = model.base_model
         base(**batch.arguments(base))
     calls = [recorder.calls.get(name) for name in blocks]
@@ -203,14 +203,14 @@ class _CallRecorder:
                 "this architecture is not supported"
             )
         hidden, other_args, other_kwargs = _split_arguments(name, args, kwargs)
-        # the very tensor: a block goes on from the one before it if nothing is computed between the two
+        # It is the very same tensor: a block goes on from the one before it if nothing is computed between the two.
         continues = name in self._before and hidden is self._last_output.get(self._before[name])
         start = None if continues else self._cache.put(hidden)
         arguments = inspect.signature(module.forward).bind(hidden, *other_args, **other_kwargs).arguments
         states = arguments.get("encoder_hidden_states")
         mask = self._batch.attention_mask
         context = None
-        if states is not None:  # a decoder: the attention mask is that of the encoder's tokens
+        if states is not None:  # a decoder: the attention mask belongs to the encoder's tokens
             context = (states, mask)
             mask = self._batch.others.get("decoder_attention_mask")
         self.calls[name] = BlockCall(other_args, other_kwargs, start, mask, context)
@@ -236,7 +236,7 @@ def _split_arguments(
     other_kwargs = {key: _without_cache(value) for key, value in kwargs.items()}
     if args and isinstance(args[0], Tensor):
         return args[0], other_args, other_kwargs
-    # some models pass the hidden states by keyword, too
+    # Some models pass the hidden states by keyword, too.
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return other_kwargs.pop("hidden_states"), (), other_kwargs
     raise CompressionError(

@@ -1,4 +1,4 @@
-"""Batches on their way from block to block, and what is measured of a block while it is run.
+"""Batches on their way from block to block, and the measurements of a block while it runs.
 
 A block is run with the arguments with which the model called it (see `block_inputs.py`).
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
-from ..methods.base import Statistics
+from ..methods import Statistics
 from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch
 from .hooks import temporary_hooks
@@ -169,7 +169,7 @@ def block_statistics(
     with routing.watching(block), collector.collecting():
         for batch in batches:
             call = batch.calls[index]
-            # a block that the model did not call is not run, so that no layer of it is counted
+            # A block that the model did not call is not run, so that no layer of it is counted.
             if call is not None:
                 collector.start_batch(call.mask, call.context)
             output = run_block(block, index, batch)
@@ -204,11 +204,11 @@ def compressed_input_sums(
             call = batch.calls[index]
             if call is None:
                 continue
-            # the block is still dense: both runs have the same weights and differ in their hidden states
+            # The block is still dense: both runs have the same weights and differ in their hidden states.
             with sums.recording_inputs() as dense:
                 run_block(block, index, batch)
             with sums.recording_inputs() as compressed:
-                # without a twin the inputs count as the same in both models
+                # Without a twin the inputs count as the same in both models.
                 run_block(block, index, batch.compressed_twin or batch)
             sums.add(dense, compressed, call.mask, call.context)
     sums.all_reduce(group)

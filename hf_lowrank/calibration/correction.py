@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
-from ..methods.base import Statistics
+from ..methods import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
 from .hooks import temporary_hooks
@@ -64,9 +64,9 @@ class CorrectionSums:
         if self.residual is not None:
             error = error + self.residual
         ridge = RIDGE + len(self.gram) / max(self.tokens, 1)
-        # both sides are divided by the mean, so that the ridge does not depend on the scale of the inputs
+        # Both sides are divided by the mean, so that the ridge does not depend on the scale of the inputs.
         hessian = self.gram / mean + ridge * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        # solved for the correction, not for W' itself: the ridge then pulls W' towards W, not towards zero
+        # The correction is solved for, not W' itself: the ridge then pulls W' towards W, not towards zero.
         target: Tensor = weight + torch.linalg.solve(hessian, error / mean, left=False)
         return target
 
@@ -88,7 +88,7 @@ def input_stages(block: nn.Module, index: int, batch: BlockBatch, layers: dict[s
     stages: dict[int, list[str]] = {}
     for name, x in inputs.items():  # `inputs` keeps the tensors alive, so that their ids stay different
         stages.setdefault(id(x), []).append(name)
-    # an expert to which the first batch sends no token may get some in others
+    # An expert to which the first batch sends no token may get some in others.
     unreached = [[name] for name in layers if name not in inputs]
     return [*stages.values(), *unreached]
 
@@ -132,7 +132,7 @@ class DenseReference:
         for position, batch in enumerate(batches):
             passes = self._forward(batch, names, output_of)
             for name, layer_pass in passes.items():
-                # once an input does not fit, none after it is kept either
+                # Once an input does not fit, none after it is kept either.
                 free_bytes -= layer_pass.input.x.numel() * layer_pass.input.x.itemsize
                 if free_bytes >= 0:
                     self._kept[position, name] = layer_pass
@@ -176,7 +176,7 @@ def correction_sums(
 
     Args:
         dense: the batches in a dense copy of the block.
-        block: the block, of which some layers are compressed by now.
+        block: the block. Some of its layers are compressed by now.
         index: index of the block in the model.
         batches: the batches at the input of the block, with their compressed twins.
         names: the layers, named within the block.
@@ -185,7 +185,7 @@ def correction_sums(
     """
     total: CorrectionSums | None = None
     for position, batch in enumerate(batches):
-        # the first layer stands for all, as they see the same input
+        # The first layer stands for all, as they see the same input.
         sums = _batch_sums(dense, block, index, batch, position, names[0], writer)
         if sums is not None:
             total = sums if total is None else sums.plus(total)
@@ -223,15 +223,15 @@ def _batch_sums(
     dense_input, compressed_input = on_common_tokens(dense_pass.input, compressed_pass.input)
     if dense_input.x.shape != compressed_input.x.shape:  # an expert outside a bank, which got other tokens
         return None
-    # float32 is precise enough for the products of one batch, the sums over batches are float64
+    # Float32 is precise enough for the products of one batch, the sums over batches are float64.
     x = select_counted(dense_input.x, call.mask, dense_input.tokens).float()
     x_hat = select_counted(compressed_input.x, call.mask, compressed_input.tokens).float()
     gram = (x_hat.T @ x_hat).double()
-    # M − Ĉ is summed by itself: as a difference of two nearly equal sums it would lose its digits
+    # M − Ĉ is summed by itself: as a difference of two nearly equal sums it would lose its digits.
     difference = ((x - x_hat).T @ x_hat).double()
     residual = None
     if writer is not None:
-        # the stream before the last writer is the block's output without the writer's own
+        # The stream before the last writer is the block's output without the writer's own.
         if is_last:
             stream_error = dense_pass.residual_stream() - compressed_pass.residual_stream()
         else:
@@ -248,7 +248,7 @@ def are_residual_writers(block: nn.Module, index: int, batch: BlockBatch, candid
     """
     if not candidates:
         return False
-    # normalization, scaling or an activation between a layer and the stream changes the sum
+    # Normalization, scaling or an activation between a layer and the stream changes the sum.
     generator = torch.Generator().manual_seed(0)
     expected = batch.hidden.double()
     handles = []
@@ -303,7 +303,7 @@ def _pass_at_layer(block: nn.Module, index: int, batch: BlockBatch, name: str, w
 
     def record_and_stop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         record(module, inputs, output)
-        # what follows in the block is computed only for the sake of its output
+        # The rest of the block is computed only for the sake of its output.
         if not with_output:
             raise _LayerReached
 

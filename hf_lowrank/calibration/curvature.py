@@ -48,13 +48,14 @@ def output_grams(
             if position in own_positions:
                 _backpropagate_drawn_tokens(model, batch, collector, generator)
             else:
-                # another process draws the tokens of this batch: skip its numbers, so that our next batch gets its own
+                # Another process draws the tokens of this batch: skip its numbers, so that our next batch gets its
+                # own.
                 torch.rand(batch.input_ids.numel(), 1, generator=generator)
     grams = group.all_reduce(collector.grams)
     share = used_tokens / sum(batch.tokens for batch in batches)
     for gram in grams.values():
         gram /= share
-    # checked after the sum over processes, so that all of them raise the same error
+    # This is checked after the sum over processes, so that all of them raise the same error.
     check_finite_gradients(grams)
     return grams
 
@@ -91,7 +92,7 @@ class _OutputGramCollector:
         handles = []
         for name in self._layers:
             handles.append(self._model.get_submodule(name).register_forward_hook(self._hook(name)))
-        # no parameter requires a gradient: the embeddings' output does, so that gradients reach all layers
+        # No parameter requires a gradient: the embeddings' output does, so that gradients reach all layers.
         embeddings = self._model.get_input_embeddings()
         handles.append(embeddings.register_forward_hook(_require_gradient))
         try:
@@ -105,7 +106,7 @@ class _OutputGramCollector:
             self._add(name, gradient)
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            # a layer that does not depend on the embeddings has no gradient
+            # A layer that does not depend on the embeddings has no gradient.
             if output.requires_grad:
                 output.register_hook(add)
 
@@ -117,7 +118,7 @@ class _OutputGramCollector:
         else:  # the layer of an expert, whose tokens are a part of the batch in an order of their own
             g = gradient.flatten(0, -2)
         g = g.float()
-        # float32 is precise enough for the product of one batch, the sum over batches is float64
+        # Float32 is precise enough for the product of one batch, the sum over batches is float64.
         self.grams[name] = self.grams.get(name, 0) + (g.T @ g).double()
 
 
@@ -141,15 +142,15 @@ def _backpropagate_drawn_tokens(
         targets = _draw(logits.detach(), generator)
         if collector.mask is not None:
             targets = targets.masked_fill(~collector.mask.flatten(), IGNORED_LABEL)
-        # a mean would scale the gradients by the number of tokens in the batch
+        # A mean would scale the gradients by the number of tokens in the batch.
         F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="sum").backward()
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token from the distribution of each row of `logits` (T, V), (T,) int64."""
     cumulated = logits.softmax(dim=1).cumsum(dim=1)
-    # inverse transform sampling; the generator is on the CPU, so that all devices draw the same numbers
+    # This is inverse transform sampling. The generator is on the CPU, so that all devices draw the same numbers.
     uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
-    # a product that rounds up to the last sum would give a token behind the last one
+    # A product that rounds up to the last sum would give a token after the last one.
     return tokens.clamp(max=logits.shape[1] - 1)

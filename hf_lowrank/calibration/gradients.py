@@ -29,16 +29,16 @@ def squared_gradients(
     weights: list[Any] = [module.weight for module in modules.values()]
     sums: dict[str, Tensor] = {}
     with frozen_parameters(model):
-        # only these weights: gradients of embeddings and head would take memory for nothing
+        # Only these weights get gradients: those of embeddings and head would take memory for nothing.
         for weight in weights:
             weight.requires_grad_(True)
         for batch in group.split(batches):
             with torch.enable_grad():
                 loss = _next_token_loss(model, batch)
-                # an expert that no token of the batch reaches has no gradient: zeros stand for it
+                # An expert that no token of the batch reaches has no gradient: zeros stand for it.
                 gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
             for (name, module), gradient in zip(modules.items(), gradients, strict=True):
-                # (∂L/∂W)² summed over the outputs i leaves one value per input j
+                # (∂L/∂W)² summed over the outputs i leaves one value per input j.
                 output_dimension = 1 if isinstance(module, Conv1D) else 0  # Conv1D stores (n, m)
                 per_input = gradient.double().square().sum(dim=output_dimension)
                 sums[name] = sums.get(name, 0) + per_input / len(batches)

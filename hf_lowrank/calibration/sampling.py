@@ -44,14 +44,14 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
     starts = _start_tokens(model)
     suppressed = _suppressed_tokens(model, starts)
     batches = []
-    # generate() draws from torch's global generators, whose states are the caller's and are put back
+    # `generate()` draws from torch's global generators, whose states are the caller's and are put back.
     cuda_devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda_devices):
         torch.manual_seed(seed)
         batch_size = max(TOKENS_AT_ONCE // length, 1)
         for first in range(0, samples, batch_size):
             count = min(batch_size, samples - first)
-            # without a start token any token begins a sequence with equal probability
+            # Without a start token any token begins a sequence with equal probability.
             if starts:
                 prompt = torch.full((count, 1), starts[0], device=model.device)
             else:
@@ -78,7 +78,8 @@ def _continued(model: PreTrainedModel, prompt: Tensor, length: int, suppressed: 
     """Continue prompts (B, 1) to sequences (B, length)."""
     if length == 1:  # generate() refuses to add no token
         return prompt
-    # the model's own distribution: sampling is not sharpened and not cut off, whatever the generation config says
+    # Tokens follow the model's own distribution: sampling is not sharpened and not cut off, whatever the generation
+    # config says.
     settings: dict[str, Any] = {
         "do_sample": True,
         "temperature": 1.0,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
-from ..methods.base import Statistics
+from ..methods import Statistics
 from ..models.linears import CHUNK
 from ..runtime.errors import NumericalError
 from ..runtime.experts import Expert
@@ -60,7 +60,7 @@ class Routing:
 
         experts = [module for module in block.modules() if isinstance(module, Expert)]
         handles = [expert.register_forward_pre_hook(enter) for expert in experts]
-        # always: a forward pass may end early by an exception, as in `correction.py`
+        # This is done always: a forward pass may end early by an exception, as in `correction.py`.
         handles += [expert.register_forward_hook(leave, always_call=True) for expert in experts]
         with temporary_hooks(handles):
             yield
@@ -126,7 +126,7 @@ class StatisticsCollector:
                 self._leader[name] = self._find_leader(x) or name
             if self._leader[name] != name:  # the leader has counted this tensor
                 return
-            # the tensor is kept until the next batch: no other one can then have its identity
+            # The tensor is kept until the next batch: no other one can then have its identity.
             self._batch_inputs.append((x, name))
             if name not in self._sums:
                 self._sums[name] = _InputSums(x, self.needs_gram)
@@ -147,10 +147,10 @@ class StatisticsCollector:
         Raises:
             NumericalError: if an input was not finite.
         """
-        # processes may disagree: the layers of an expert are called only where tokens reach it
+        # Processes may disagree: the layers of an expert are called only where tokens reach it.
         leaders_by_rank = group.gather(self._leader)
         tokens_by_rank = group.gather({leader: sums.tokens for leader, sums in self._sums.items()})
-        # layers share their statistics if they shared an input in every process
+        # Layers share their statistics if they shared an input in every process.
         keys: dict[str, InputKey] = {}
         for name in self.layers:
             keys[name] = tuple(leaders.get(name) for leaders in leaders_by_rank)
@@ -174,8 +174,8 @@ class StatisticsCollector:
         for key, leader in zip(keys, own_leaders, strict=True):
             if leader is None:
                 continue
-            # layers may share an input here and not in another process: then each key needs its own copy, as the
-            # processes' sums are added in place
+            # Layers may share an input here and not in another process: then each key needs its own copy, as the
+            # processes' sums are added in place.
             shared = own_leaders.count(leader) > 1
             for part, tensor in self._sums[leader].tensors().items():
                 tensors[f"{key}.{part}"] = tensor.clone() if shared else tensor
@@ -203,7 +203,7 @@ class _InputSums:
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of an input (tokens, n)."""
-        # few tokens at a time: the copy in another dtype stays small, and in the caches of a processor
+        # Few tokens are taken at a time: the copy in another dtype stays small, and in the caches of a processor.
         precise = torch.float64 if x.dtype.itemsize > 2 else torch.float32
         for part in x.detach().split(TOKENS_AT_ONCE):
             self._add(part.to(precise))
@@ -215,7 +215,7 @@ class _InputSums:
         total_abs += x.abs().sum(dim=0)
         total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            # a Gram matrix is symmetric: half of the products are enough, `tensors` fills in the upper triangle
+            # A Gram matrix is symmetric: half of the products are enough, `tensors` fills in the upper triangle.
             for rows in _row_blocks(self.gram):
                 self.gram[rows, : rows.stop] += x[:, rows].T @ x[:, : rows.stop]
 
@@ -243,13 +243,13 @@ def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> 
         NumericalError: if a sum is not finite, with the name of a layer that sees the input.
     """
     total, total_abs, total_square = totals
-    # NaN and infinity stay in a sum, so that it is enough to look at the sums
+    # NaN and infinity stay in a sum, so that it is enough to look at the sums.
     if not bool(total_square.isfinite().all()):
         channel = int((~total_square.isfinite()).nonzero()[0])
         raise NumericalError(
             f"{name}: the calibration input is not finite in channel {channel}; check the weights or use a wider dtype"
         )
-    # an expert may have got nothing but padding: its means are zeros
+    # An expert may have got nothing but padding: its means are zeros.
     return Statistics(
         tokens=tokens,
         column_norms=total_square.sqrt(),
@@ -308,7 +308,7 @@ class CompressedInputSums:
             context: as for `StatisticsCollector.start_batch`.
         """
         for name in dense:
-            # routers may send no token to an expert in one of the models
+            # Routers may send no token to an expert in one of the models.
             if name not in compressed:
                 continue
             dense_input, compressed_input = on_common_tokens(dense[name], compressed[name])
@@ -320,7 +320,7 @@ class CompressedInputSums:
 
     def all_reduce(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Replace the sums of this process by those over the tokens of all processes."""
-        # a layer that no token reached in this process is missing, which counts as zeros
+        # A layer that no token reached in this process is missing, which counts as zeros.
         parts = {}
         for name, (gram, cross) in self._sums.items():
             parts[f"{name}.gram"] = gram
@@ -355,7 +355,7 @@ def _mask_of(x: Tensor, mask: Tensor | None, context: Context | None) -> Tensor 
 def on_common_tokens(one: LayerInput, other: LayerInput) -> tuple[LayerInput, LayerInput]:
     """Return two inputs of a layer so that their tokens are the same.
 
-    Of an expert's inputs only the tokens that reached it both times are left, in ascending order. The inputs of other
+    An expert's inputs keep only the tokens that reached it both times, in ascending order. The inputs of other
     layers are returned as they are.
     """
     if one.tokens is None or other.tokens is None:
@@ -384,7 +384,7 @@ def select_counted(x: Tensor, mask: Tensor | None, tokens: Tensor | None = None)
         return x.flatten(0, -2)
     if x.shape[: mask.dim()] == mask.shape:  # (B, T, ..., n)
         return x[mask.bool()].flatten(0, -2)
-    # (B, 1, T, n) or (B T, n); dimensions of size 1 do not tell how the tokens are laid out
+    # This is (B, 1, T, n) or (B T, n). Dimensions of size 1 do not tell how the tokens are laid out.
     token_sides = _sides_above_one(x.shape[:-1])
     if token_sides in (_sides_above_one(mask.shape), [mask.numel()]):
         return x.flatten(0, -2)[mask.bool().flatten()]

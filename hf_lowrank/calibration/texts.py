@@ -120,7 +120,7 @@ def token_stream(tokenizer: Any, documents: Iterable[str]) -> Tensor:
     for document in documents:
         ids = tokenizer(document, verbose=False).input_ids
         start = tokenizer.bos_token_id
-        # some tokenizers add the token by themselves
+        # Some tokenizers add the token by themselves.
         if start is not None and (not ids or ids[0] != start):
             ids = [start, *ids]
         stream += ids
@@ -142,18 +142,18 @@ def windows(stream: Tensor, length: int, stride: int | None = None) -> Tensor:
             f"the text has {stream.numel()} tokens, fewer than one window of {length}; give more text or a shorter "
             "sequence length"
         )
-    # unfold drops the remainder, and its windows are views that take no memory
+    # `unfold` drops the remainder, and its windows are views that take no memory.
     return stream.unfold(0, length, stride or length)
 
 
 def _dataset_documents(name: str, split: str, limit: int | None) -> list[str]:
     """Return the documents of a dataset.
 
-    All rows of WikiText make one document. Of C4 the first `limit` rows are streamed, each a document of its own.
+    All rows of WikiText make one document. The first `limit` rows of C4 are streamed, each as its own document.
     """
     from datasets import load_dataset
 
-    # C4 is read from one of its many files, and that one is streamed
+    # C4 is read from one of its many files, and that one is streamed.
     arguments = dict(DATASETS[name])
     streaming = "data_files" in arguments
     if streaming and split == "test":

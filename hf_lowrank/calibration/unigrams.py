@@ -24,11 +24,11 @@ def with_unigram_sequences(batches: list[TokenBatch], share: float, seed: int) -
     replaced_rows = _evenly_spread(sum(sizes), share).split(sizes)
     masks = [_mask(batch) for batch in batches]
     pool = torch.cat([batch.input_ids[mask] for batch, mask in zip(batches, masks, strict=True)])
-    # one pool over all batches: drawing uniformly from it is drawing from the unigram distribution
+    # There is one pool over all batches: drawing uniformly from it is drawing from the unigram distribution.
     generator = torch.Generator().manual_seed(seed)
     mixed = []
     for batch, mask, rows in zip(batches, masks, replaced_rows, strict=True):
-        # drawn for whole batches, also for rows that stay, so that the share does not change the tokens of a row
+        # Rows that stay are drawn, too, so that the share does not change the tokens of a row.
         tokens = pool[torch.randint(len(pool), batch.input_ids.shape, generator=generator)]
         replaced = mask & rows[:, None]
         replaced[:, 0] = False
@@ -38,12 +38,12 @@ def with_unigram_sequences(batches: list[TokenBatch], share: float, seed: int) -
 
 def _evenly_spread(rows: int, share: float) -> Tensor:
     """Mark a share of the rows at even distances, (rows,) bool."""
-    # a row is marked where the running sum of the share reaches the next integer
+    # A row is marked where the running sum of the share reaches the next integer.
     return (torch.arange(rows + 1, dtype=torch.float64) * share).floor().diff() > 0
 
 
 def _mask(batch: TokenBatch) -> Tensor:
-    """Return which tokens are no padding, (B, T) bool."""
+    """Return which tokens are not padding, (B, T) bool."""
     if batch.attention_mask is None:
         return torch.ones_like(batch.input_ids, dtype=torch.bool)
     return batch.attention_mask.bool()

@@ -11,7 +11,7 @@ from ..budget import Layer
 from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, skeleton
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError, one_line
+from ..runtime.errors import CompressionError, printable
 from ..runtime.reports import REPORT_FILE, read_current_report
 from ..runtime.safetensors_headers import DTYPE_BITS, FLOAT_TYPES, StoredTensor, read_headers, weight_files
 from ..runtime.validation import resolve_layers
@@ -229,8 +229,8 @@ def read_checked_report(folder: Path) -> dict[str, Any]:
         # A report may come from a stranger, so what it puts on a terminal or on a page is made printable.
         reasons = {}
         for name, reason in report.get("dense", {}).items():
-            reasons[str(name)] = one_line(str(reason))
-        warnings = [one_line(str(warning)) for warning in report.get("warnings", [])]
+            reasons[str(name)] = printable(str(reason))
+        warnings = [printable(str(warning)) for warning in report.get("warnings", [])]
     return {**report, "layers": layers, "dense": reasons, "warnings": warnings}
 
 
@@ -244,7 +244,7 @@ def damaged_report(folder: Path) -> Iterator[None]:
     try:
         yield
     except CompressionError:
-        raise  # it says already what is wrong
+        raise  # the message names the fault already
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CompressionError(
             f"{folder / REPORT_FILE}: is damaged ({type(error).__name__}: {error}); delete it to go on without "

@@ -14,7 +14,7 @@ from ..execution.files import system_message
 from ..runtime.checksums import CONFIG, config_checksum, file_checksum
 from ..runtime.config_checks import holds_checkpoint, mentions_checkpoint
 from ..runtime.content_checks import check_contents, check_finite_values
-from ..runtime.errors import CheckpointError, CompressionError, one_line
+from ..runtime.errors import CheckpointError, CompressionError, printable
 from ..runtime.safetensors_headers import read_headers, read_json, weight_files
 from ..runtime.saving import RUNTIME_FILES
 from ..runtime.validation import dense_shape, validate_checkpoint
@@ -74,7 +74,7 @@ def verify(folder: str | Path) -> Verification:
         _attempt(partial(_check_sums, folder, config, result), result)
         _attempt(partial(_check_strays, folder, result), result)
     # Names from a checkpoint may come from a stranger, so they are made printable.
-    result.problems = [one_line(problem) for problem in result.problems]
+    result.problems = [printable(problem) for problem in result.problems]
     return result
 
 
@@ -141,7 +141,7 @@ def _check_structure(folder: Path, config: dict[str, Any], result: Verification)
 
 
 def _check_runtime(folder: Path, result: Verification) -> None:
-    """Find the release that the loading code beside the weights comes from.
+    """Return the release that the loading code beside the weights comes from.
 
     Raises:
         CheckpointError: if there is loading code that no release has.
@@ -152,7 +152,7 @@ def _check_runtime(folder: Path, result: Verification) -> None:
         result.runtime = "none"
         return
     released = released_runtimes()
-    # All files must come from the same release: a mixture is no release, even if each file is known.
+    # All files must come from the same release: a mixture is not a release, even if each file is known.
     for version, checksums in released.items():
         if present == checksums:
             result.runtime = f"hf_lowrank {version}"

@@ -1,6 +1,6 @@
-"""`hf-lowrank`: the command line. Each module holds the verbs of one kind, which register when it is imported.
+"""`hf-lowrank`: the command line. Each module holds the commands of one kind, which register when it is imported.
 
-Nothing here imports torch or transformers before a verb runs, so that `--help` answers at once.
+Nothing here imports torch or transformers before a command runs, so that `--help` answers at once.
 """
 
 from . import compression, measurement, publication, speed, training

@@ -1,4 +1,4 @@
-"""The application that the verbs register with, and how a verb starts and fails."""
+"""The application that the commands register with, and how a command starts and fails."""
 
 import logging
 import os
@@ -23,7 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-OUT_OF_MEMORY = "out of memory; use fewer --samples, a shorter --sequence-length or a smaller dtype"
+OUT_OF_MEMORY = (
+    "out of memory; use fewer --samples, a shorter --sequence-length or a smaller dtype; "
+    "name a --calibration text, or a method without gradients (--dry-run)"
+)
+"""Message for a lack of memory, with the cures. `--dry-run` says how much memory each of them takes."""
 MEMORY_SIGNS = ("out of memory", "DefaultCPUAllocator")
 """Parts of the messages by which torch says that memory ran out."""
 
@@ -31,7 +35,7 @@ PROGRESS_LOGGER = "hf_lowrank.execution.progress"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. It ends a verb as Ctrl-C does, with everything cleaned up."""
+    """SIGTERM. It ends a command as Ctrl-C does, with everything cleaned up."""
 
 
 @app.callback()
@@ -47,9 +51,9 @@ def main() -> None:
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a verb: what goes wrong in it is one line on standard error and exit code 1, never a traceback.
+    """Make a function a command: an error in it is one line on standard error and exit code 1, never a traceback.
 
-    The libraries are imported when the verb begins, so that help texts and mistakes in options are shown at once.
+    The libraries are imported when the command begins, so that help texts and mistakes in options are shown at once.
     """
 
     @wraps(command)
@@ -90,7 +94,7 @@ def _import_libraries() -> None:
 
 
 def _handle_signals() -> None:
-    """From now on, let SIGINT and SIGTERM raise exceptions, so that the verb cleans up behind itself."""
+    """From now on, let SIGINT and SIGTERM raise exceptions, so that the command cleans up after itself."""
     if threading.current_thread() is not threading.main_thread():  # the only one in which Python allows it
         return
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
@@ -103,9 +107,9 @@ def _terminate(*_: Any) -> None:
 
 
 def _runtime_error(error: RuntimeError) -> str | None:
-    """Return what to say of an error of the device or its memory, or None for an error in the program."""
+    """Return the message for an error of the device or its memory, or None for an error in the program."""
     if str(error).startswith("CUDA error"):
-        return f"the device failed ({one_line(error)}); nothing was left behind"
+        return f"the device failed ({one_line(error)}); no output was written"
     if any(sign in str(error) for sign in MEMORY_SIGNS):
         return OUT_OF_MEMORY
     return None
@@ -124,7 +128,7 @@ def _end(terminated: bool) -> None:
             f"{_process()}terminated, as all are when one of them ends; "
             "the same command goes on from the work folder, if any"
         )
-    typer.echo(f"{what}; nothing was left behind", err=True)
+    typer.echo(f"{what}; no output was written", err=True)
     raise typer.Exit(143 if terminated else 130) from None
 
 

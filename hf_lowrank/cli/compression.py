@@ -1,4 +1,4 @@
-"""Verbs that make models: methods, compress, recompress, dense, demo."""
+"""Commands that make models: methods, compress, recompress, dense, demo."""
 
 import dataclasses
 import shlex

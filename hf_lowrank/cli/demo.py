@@ -14,7 +14,8 @@ from ..calibration.sampling import sample_sequences
 from ..checkpoints.inspect import inspect
 from ..compression.pipeline import compress
 from ..evaluation.perplexity import Evaluation
-from ..execution.output_folder import files_size, new_folder
+from ..execution.files import files_size
+from ..execution.output_folder import new_folder
 from ..models.loading import load_model, load_tokenizer
 from ..models.reference import reference_model, reference_text
 from ..runtime.configuration import CompressionConfig

@@ -1,4 +1,4 @@
-"""Verbs that measure models: evaluate, inspect, verify, report, compare."""
+"""Commands that measure models: evaluate, inspect, verify, report, compare."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -191,7 +191,9 @@ def verify(folder: Annotated[Path, typer.Argument(help="compressed checkpoint")]
 def report(
     folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
     out: Annotated[Path, typer.Option(help="HTML file to write")],
-    comparison: Annotated[Path | None, typer.Option(help="folder that compare wrote, to show its frontier")] = None,
+    comparison: Annotated[
+        Path | None, typer.Option(help="folder that compare wrote, to show its Pareto front")
+    ] = None,
 ) -> None:
     """Show a compressed checkpoint on an HTML page: sizes, quality, layers, spectra, training. It needs no network."""
     from ..publishing.html_report import write_html_report

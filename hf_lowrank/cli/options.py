@@ -1,4 +1,4 @@
-"""Options that several verbs share, and their help texts."""
+"""Options that several commands share, and their help texts."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ RECIPE_HELP = {
     "calibration": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts",
     "samples": "number of calibration sequences",
     "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048",
-    "seed": "seed of everything random: same seed, same bytes",
+    "seed": "seed of everything random: same seed, same bytes (exceptions: docs/promises.md)",
     "refinement_steps": "training steps per block, after compression, towards the dense block's output; 0: none",
     "accounting": "'bits' counts everything stored; 'paper' leaves bitmask bits out",
     "modules_to_not_convert": "layers to leave dense: names, suffixes of names, or shell patterns",
@@ -27,7 +27,7 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="folder to write")]
 
 
 class SeveralValues(typer.core.TyperCommand):
-    """A command whose options of several values take them in a row: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`.
+    """A command whose options may take several values in a row: `--ratios 0.2 0.3` is `--ratios 0.2 --ratios 0.3`.
 
     Arguments without a name must come first. After such an option they could not be told from one more value.
     """

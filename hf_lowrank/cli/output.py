@@ -1,4 +1,4 @@
-"""How verbs print: JSON, tables, and what a compressed checkpoint stores."""
+"""Output of the commands: JSON, tables, and what a compressed checkpoint stores."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Verbs that hand models on: push."""
+"""Commands that publish models: push."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ def push(
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise CompressionError(f"{repo}: the Hub refused the push ({one_line(error)}); see `hf auth login`") from error
     except Exception as error:
-        # offline mode, or httpx in whichever of its versions huggingface_hub talks by
+        # The error is of offline mode, or of whichever version of httpx huggingface_hub uses.
         if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("httpx"):
             raise
         raise CompressionError(

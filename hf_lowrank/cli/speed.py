@@ -1,4 +1,4 @@
-"""Verbs about speed: env, benchmark."""
+"""Commands about speed: env, benchmark."""
 
 import dataclasses
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Verbs that train: distill."""
+"""Commands that train: distill."""
 
 import tempfile
 import time

@@ -43,7 +43,7 @@ def train_block(
         steps: number of steps. Each takes one batch of the group's, in turn, and all processes step by its gradients.
 
     Returns:
-        The error relative to the targets' own size, before and after.
+        The error relative to the targets' own size, before and after; zeros if there is nothing to train or no batch.
 
     Raises:
         NumericalError: if the error is not finite.
@@ -62,7 +62,7 @@ def train_block(
             for parameter, dtype in zip(parameters, dtypes, strict=True):
                 parameter.copy_(parameter.to(dtype))
         after = objective.total()
-        # The block was so near to the dense one that rounding is all that is left.
+        # Training did not help: the block was as near to the dense one as its rounding allows.
         if after >= before:
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.data = value

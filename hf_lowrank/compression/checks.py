@@ -19,7 +19,7 @@ from .session import Session
 
 
 def check_given(model: Any, config: Any, tokenizer: Any) -> None:
-    """Raise CompressionError for what is no recipe, no tokenizer, or no plain and dense model of transformers."""
+    """Raise CompressionError if model, config or tokenizer is of the wrong kind, or the model is compressed."""
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
             f"config: found {type(config).__name__}, expected a CompressionConfig, "
@@ -28,7 +28,7 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
     if tokenizer is not None and not callable(tokenizer):
         raise CompressionError(
             f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; "
-            "texts to calibrate on are calibration="
+            "pass texts to calibrate on as calibration="
         )
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise CompressionError(
@@ -93,7 +93,7 @@ def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: S
 
 
 def check_finite(session: Session) -> None:
-    """Check every weight before calibration, which would blame other layers.
+    """Check every weight. A bad weight that is found during calibration would be reported under a later layer.
 
     Raises:
         CompressionError: if a weight has no values.
@@ -111,7 +111,7 @@ def check_finite(session: Session) -> None:
 
 
 def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:
-    """Raise CompressionError if the processes of a run were not given the same whole things, naming what differs."""
+    """Raise CompressionError if the processes of a run were given different or sharded inputs, naming what differs."""
     from torch.distributed.tensor import DTensor  # not in every build of torch
 
     if any(isinstance(parameter, DTensor) for parameter in session.model.parameters()):

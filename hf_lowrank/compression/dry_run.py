@@ -10,9 +10,12 @@ from .checks import whole_model_reason
 from .estimate import curvature_bytes, estimate
 from .time_estimate import estimate_time
 
+OBSERVED_RANGE = "0.7 to 2.2"
+"""Measured times in units of the estimate (benchmarks/large_models.md)."""
+
 
 def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype: str = "auto") -> str:
-    """Return what compressing a checkpoint would take, by formula, as lines of text."""
+    """Return what compressing a checkpoint would take, by formula and short trials, as lines of text."""
     dense = skeleton(load_config(source), dtype)
     reason = whole_model_reason(config, dense, device)
     lines = _block_by_block(dense, config) if reason is None else [_whole_model(dense, config, reason)]
@@ -59,7 +62,7 @@ def _time(dense: PreTrainedModel, config: CompressionConfig, device: str) -> str
     sampling = "; the sampling of the calibration text comes on top" if config.calibration == "self" else ""
     return (
         f"time if this machine has nothing else to do: {_span(needs.total)} ({spans}); "
-        f"runs took 0.7 to 2.2 times that{sampling}"
+        f"runs took {OBSERVED_RANGE} times that{sampling}"
     )
 
 

@@ -43,7 +43,7 @@ class BuildResult:
         layer: the best compressed layer of all attempts, by relative error; None if none gave finite values.
         report: the report on it; None without a layer.
         fault: what was wrong with the first attempt; None if nothing was.
-        remedy: how the layer was built after a fault; None if no attempt is of use.
+        remedy: how the layer was built after a fault. None if nothing was wrong, or if no attempt is of use.
     """
 
     layer: CompressedLinear | None
@@ -129,7 +129,10 @@ class BudgetShares(Generic[T]):
         """Extra bits of each layer that stays dense, which later layers gave up."""
 
     def __getitem__(self, name: str) -> T:
-        """Return the share of a layer, after all that was diverted before it."""
+        """Return the share of a layer, after all that was diverted before it.
+
+        This lowers the shares, once, where a resumed run has restored names in `kept_dense`.
+        """
         # A resumed run restores the names of `kept_dense` from its records, but not yet what they cost.
         for layer in self.layers:
             if layer.name in self.kept_dense and layer.name not in self._diverted:
@@ -148,6 +151,7 @@ class BudgetShares(Generic[T]):
         return True
 
     def _divert(self, layer: Layer, at_any_price: bool) -> bool:
+        """Take the extra bits of a dense layer from the layers of later blocks. Return whether they can pay for it."""
         later_layers = [candidate for candidate in self.layers if candidate.block > layer.block]
         bits_of_later = sum(self._bits(later, self.shares[later.name]) for later in later_layers)
         price = self._dense_bits(layer) - self._bits(layer, self.shares[layer.name])

@@ -13,7 +13,7 @@ from ..runtime.validation import is_linear
 from ..version import library_versions
 from .fallback import fallback_warnings
 from .report import Report, scarce_tokens
-from .resume import record_name
+from .resume import FINAL_STAGE, record_name
 from .session import Session
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def recorded_blocks(session: Session) -> dict[str, Any]:
     assert session.work is not None, "a model on disk has one"
     files = {}
     for index, name in enumerate(session.plan.blocks):
-        files[name] = session.work.file(record_name("built", index))
+        files[name] = session.work.file(record_name(FINAL_STAGE, index))
     return files
 
 

@@ -1,6 +1,6 @@
-"""The way from a dense checkpoint to a compressed one.
+"""Compression from a dense checkpoint to a compressed one.
 
-It goes block by block from disk where that can be, else with the whole model in memory.
+It goes block by block from disk where that is possible, else with the whole model in memory.
 """
 
 import logging
@@ -43,7 +43,10 @@ def compress_checkpoint(
 
     Args:
         source: a folder or a name on the Hub.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: where the model computes. A model on another device than the CPU is in memory as a whole.
         work_dir: records what is finished, so that a killed run goes on from there. It is emptied at the end.
+        overwrite: whether an output folder that is not empty is replaced.
         command: recorded in the report.
 
     Raises:

@@ -11,7 +11,7 @@ from .session import BlockVisit, Session
 
 
 def order_neurons(session: Session, visit: BlockVisit, statistics: dict[str, Statistics]) -> None:
-    """Permute the neurons of the block's feed-forward networks once, as the method wants. `statistics` follow."""
+    """Permute the neurons of the block's feed-forward networks once, as the method wants, and `statistics`."""
     for network in find_feed_forwards(visit.block):
         output_name = f"{visit.name}.{network.output}"
         if output_name in session.log.neuron_orders or output_name not in statistics:

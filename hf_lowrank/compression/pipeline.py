@@ -76,7 +76,9 @@ def compress(
         The same model, of its own class, with compressed layers. Its `save_pretrained` writes a complete checkpoint.
 
     Raises:
-        CompressionError: for a recipe that cannot be followed, before any work is done.
+        CompressionError: for a recipe that cannot be followed. Most are refused before any work is done. Layers that
+            calibration never reaches, and a work folder of another run, are known only after the calibration text was
+            read.
         NumericalError: if a weight, a calibration input or a result is not finite, naming the layer.
     """
     config = config or CompressionConfig()

@@ -20,7 +20,7 @@ from .walk import Stage, walk
 
 
 def refine(session: Session, dense: PreTrainedModel) -> None:
-    """Refine every block on the inputs that the refined blocks before it give, and report on its layers anew.
+    """Refine every block on the inputs that the refined blocks before it give, and report on its layers again.
 
     Args:
         dense: the model as it was, with its neurons in the order in which the method put them.
@@ -34,7 +34,7 @@ def refine(session: Session, dense: PreTrainedModel) -> None:
 
 
 class _Refine(Stage[None]):
-    """Train a block in place. The trained values are its findings, so that a resumed run restores them from there."""
+    """Train a block in place. It replaces no layer: the trained values are its findings."""
 
     name = "refined"
     surveys = True

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Statistics
+from ..methods import Statistics
 from ..models.linears import row_chunks
 from ..runtime.layers import CompressedLinear
 

@@ -1,4 +1,4 @@
-"""The way a killed run goes on: its identity, and the records of its finished blocks in the work folder.
+"""Resuming a killed run: its identity, and the records of its finished blocks in the work folder.
 
 Each stage of a run records every block that it finished, with what the run logged about it, and the inputs of the next
 block. A run that is started again reads these records in place of the work: a bug in resuming is here, in
@@ -6,28 +6,23 @@ block. A run that is started again reads these records in place of the work: a b
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..calibration import ActivationCache, BlockBatch, fingerprint
 from ..execution.process_group import ProcessGroup
 from ..execution.work_folder import Record, WorkFolder, tensors_checksum
 from ..models.architectures import find_feed_forwards
-from ..models.linears import dense_weight
 from ..models.offloading import OffloadedBlocks, every_weight
-from ..runtime.configuration import LayerSpec
-from ..runtime.layers import CompressedLinear, build_layer
-from ..runtime.quantizer import swap_module
 from ..version import library_versions
-from .fallback import BuildResult
 from .neurons import apply_neuron_order
-from .report import LayerReport
+from .records import block_record, restore_block
 from .session import BlockVisit, LogPosition, Session
+
+FINAL_STAGE = "built"
+"""Name of the stage that replaces the layers. Its records are what a model on disk is saved from."""
 
 
 def run_identity(session: Session) -> dict[str, Any]:
@@ -61,8 +56,8 @@ class StageRecords:
     Args:
         session: the run.
         stage: the name of the stage.
-        surveys: whether the stage only finds out about blocks, so that a record holds its findings, not a block.
-        batches: this process's calibration batches, which every `read` brings to where they were before the block.
+        surveys: whether a record holds the findings of the stage about a block, or else the block itself.
+        batches: this process's calibration batches. `read` brings them to the first block that is not finished.
     """
 
     def __init__(self, session: Session, stage: str, surveys: bool, batches: list[BlockBatch]) -> None:
@@ -136,73 +131,11 @@ class StageRecords:
                 apply_neuron_order(session, visit, networks[name], session.log.neuron_orders[name])
 
 
-def block_record(block: nn.Module, log_entries: dict[str, Any]) -> Record:
-    """Return the tensors of a block, which of its layers are compressed and how, and the log entries about it."""
-    specs = {}
-    for name, module in block.named_modules():
-        if isinstance(module, CompressedLinear):
-            specs[name] = module.spec.to_dict()
-    return Record(dict(block.state_dict()), {"specs": specs, "log": log_entries})
-
-
-def restore_block(block: nn.Module, record: Record, values: bool = True) -> None:
-    """Bring a block into the state that was recorded.
-
-    Args:
-        values: whether to restore the values, too, or only which layers are compressed and how.
-    """
-    for name, spec in record.facts["specs"].items():
-        weight = dense_weight(block.get_submodule(name))
-        layer = build_layer(
-            LayerSpec.from_dict(name, spec), weight.shape[1], weight.shape[0], weight.device, weight.dtype
-        )
-        replace_layer(block, name, layer)
-    if values:
-        block.load_state_dict(record.tensors)
-
-
-def replace_layer(model: nn.Module, name: str, layer: CompressedLinear) -> None:
-    """Put a compressed layer in the place of a dense one, with the dense one's training mode and `requires_grad`."""
-    dense = model.get_submodule(name)
-    assert isinstance(dense.weight, Tensor)
-    layer.replaces_conv1d = isinstance(dense, Conv1D)
-    layer.requires_grad_(dense.weight.requires_grad)
-    swap_module(model, name, layer.train(dense.training))
-
-
-def build_result_record(result: BuildResult) -> Record:
-    """Return a build result as a record, in which it travels between processes."""
-    facts: dict[str, Any] = {"fault": result.fault, "remedy": result.remedy}
-    if result.layer is None or result.report is None:
-        return Record({}, facts)
-    facts |= {"spec": result.layer.spec.to_dict(), "report": asdict(result.report)}
-    return Record(dict(result.layer.state_dict()), facts)
-
-
-def build_result_from(record: Record, dense: nn.Module) -> BuildResult:
-    """Return the build result that a record holds.
-
-    Args:
-        dense: the layer that the compressed one stands for; gives its shape, device and dtype.
-    """
-    facts = record.facts
-    if "report" not in facts:
-        return BuildResult(None, None, facts["fault"])
-    report, weight = LayerReport(**facts["report"]), dense_weight(dense)
-    spec = LayerSpec.from_dict(report.name, facts["spec"])
-    layer = build_layer(spec, weight.shape[1], weight.shape[0], weight.device, weight.dtype)
-    layer.load_state_dict(record.tensors)
-    return BuildResult(layer, report, facts["fault"], facts["remedy"])
-
-
-def merge_records(records: Iterable[Record]) -> Record:
-    """Return records of different things as one."""
-    tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
-    for record in records:
-        tensors |= record.tensors
-        facts |= record.facts
-    return Record(tensors, facts)
+def recorded_findings(session: Session, stage: str, visit: BlockVisit) -> Record:
+    """Return what a finished stage found out about a block, from the work folder."""
+    record = session.work.read(record_name(stage, visit.index)) if session.work is not None else None
+    assert record is not None, "written by the survey"
+    return Record(record.tensors, record.facts["findings"])
 
 
 def inputs_record(batches: Iterable[BlockBatch], count: int, group: ProcessGroup, cache: ActivationCache) -> Record:

@@ -71,7 +71,7 @@ def uncalled_layers(blocks: dict[str, nn.Module], layers: list[Layer], called: s
 
 
 def left_out(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> list[str]:
-    """Return warnings about weights of the blocks that are no linear layers, though they compute nearly the same."""
+    """Return warnings about weights of the blocks that are not linear layers, though they compute nearly the same."""
     warnings = []
     experts = fused_experts(model, blocks)
     if experts:

@@ -11,8 +11,8 @@ from ..methods import Statistics
 from ..models.offloading import return_memory
 from ..runtime.layers import CompressedLinear
 from .fallback import BuildResult
+from .records import build_result_from, build_result_record, merge_records
 from .report import LayerReport, layer_report
-from .resume import build_result_from, build_result_record, merge_records
 from .session import Session
 
 
@@ -70,7 +70,8 @@ def report_on(
 ) -> LayerReport:
     """Return the report on a compressed layer.
 
-    It is made apart from the layer so that its decomposition, which is larger than the layer, is gone by then.
+    The decomposition of the layer is larger than the layer. This is a function of its own so that the decomposition is
+    freed before the report is made.
     """
     dense_bits = session.plan.budget.dense_bits(layer)
     return layer_report(layer.name, compressed, weight, statistics, dense_bits, spectrum)

@@ -42,7 +42,7 @@ PASSES_WITH_GRADIENT = 3
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of one core for each part of a compression. Reading from a slow disk is not counted.
+    """Seconds of this machine for each part of a compression. Reading from a slow disk is not counted.
 
     Attributes:
         start: Python and its libraries, as long as it took to come here.

@@ -10,10 +10,11 @@ from typing import Any, Generic, TypeVar
 from ..budget import Layer
 from ..calibration import BlockBatch, capture, starts_new_block_list
 from ..models.architectures import find_feed_forwards
+from ..models.linears import replace_layer
 from ..runtime.errors import CompressionError, NumericalError
 from .fallback import BudgetShares, BuildResult
 from .neurons import apply_neuron_order
-from .resume import StageRecords, replace_layer
+from .resume import StageRecords
 from .session import BlockVisit, Session
 
 S = TypeVar("S")
@@ -22,11 +23,14 @@ S = TypeVar("S")
 class Stage(ABC, Generic[S]):
     """The work of one walk on each block. `S` is the type of the statistics that it collects before it solves.
 
-    A stage either *replaces* layers, or *surveys* the dense model: then it leaves its findings in `visit.findings`.
+    A stage either *replaces* layers: it yields them, and they are recorded with their block. Or it *surveys*: it
+    leaves its findings in `visit.findings`, which are recorded in the block's place. Exactly one stage of a strategy
+    replaces layers. It is the last one, and its name is `FINAL_STAGE`. Between two walks the strategy rewinds the
+    batches.
 
     Attributes:
         name: names the records of finished blocks in the work folder.
-        surveys: whether the stage only surveys.
+        surveys: whether the stage leaves findings and replaces no layer.
         shares: the share of each layer in the budget; only for a stage that replaces layers.
     """
 
@@ -52,7 +56,7 @@ class Stage(ABC, Generic[S]):
 def walk(session: Session, stage: Stage[S], batches: list[BlockBatch]) -> None:
     """Take every block in turn, from the first to the last.
 
-    A block that the work folder holds already is restored from its record, and the walk goes on behind it.
+    A block that the work folder holds already is restored from its record, and the walk continues with the next block.
     """
     records = StageRecords(session, stage.name, stage.surveys, batches)
     for visit in visits(session):
@@ -77,12 +81,12 @@ def walk(session: Session, stage: Stage[S], batches: list[BlockBatch]) -> None:
 
 
 def visits(session: Session) -> Iterator[BlockVisit]:
-    """Yield a visit for every block, and show how many layers lie behind it."""
-    layers_behind = 0
+    """Yield a visit for every block, and show how many layers are done."""
+    layers_done = 0
     for index, (name, block) in enumerate(session.plan.blocks.items()):
         layers = [layer for layer in session.plan.compressed if layer.block == index]
-        session.show(name, layers_behind, len(session.plan.compressed))
-        layers_behind += len(layers)
+        session.show(name, layers_done, len(session.plan.compressed))
+        layers_done += len(layers)
         yield BlockVisit(index, name, block, layers)
 
 
@@ -98,7 +102,7 @@ def load(session: Session, visit: BlockVisit) -> None:
 
 
 def unload(session: Session, visit: BlockVisit) -> None:
-    """Let go of the weights of a block that is on disk. Its compressed weights are in its record."""
+    """Free the weights of a block that is on disk. Its compressed weights are in its record."""
     if session.offloaded is not None:
         session.offloaded.unload(visit.name)
 
@@ -139,7 +143,8 @@ def enter_block_list(session: Session, visit: BlockVisit, batches: list[BlockBat
     model, index = session.model, visit.index
     if session.offloaded is not None:
         raise CompressionError(
-            f"{visit.name} reads more than the block before it gives: {type(model).__name__} must be in memory as a whole"
+            f"{visit.name} reads more than the block before it gives: "
+            f"{type(model).__name__} must be in memory as a whole"
         )
     captured = batches
     has_twins = any(batch.compressed_twin is not None for batch in batches)

@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ..calibration.texts import DATASETS, read_documents
-from ..execution.files import file_checksum, one_line, write_atomically
+from ..execution.files import one_line, write_atomically
+from ..runtime.checksums import file_checksum
 from ..runtime.errors import CompressionError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -24,7 +25,7 @@ def finished_record(file: Path, inputs: dict[str, Any], log: Log) -> ComparisonR
     """Return the record in a file if it exists and still holds, or None if its combination must be measured.
 
     Args:
-        inputs: what the figures depend on now (see `Comparison.inputs`).
+        inputs: everything the figures depend on now (see `Comparison.inputs`).
         log: receives one line if there is a record that does not hold.
     """
     if not file.is_file():

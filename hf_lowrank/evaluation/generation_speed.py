@@ -98,7 +98,7 @@ def _load_and_weigh(
     """Load a model and return it with the resident memory that it takes, or None where the system does not tell."""
     before = resident_bytes()
     model = load().eval()
-    # One generation touches all weights and creates what is created on first use, so that this counts too.
+    # One generation touches all weights and creates everything that is created on first use, so that this counts too.
     _generate(model, prompt_tokens=4, new_tokens=2, clock=clock)
     gc.collect()
     after = resident_bytes()
@@ -108,7 +108,7 @@ def _load_and_weigh(
 
 
 def resident_bytes() -> int | None:
-    """Return the memory of this process that is in use now, or None where there is no /proc."""
+    """Return the memory that this process uses now, or None where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

@@ -15,7 +15,7 @@ LINEAR_BELOW = 0.01
 
 
 def check_plotting() -> None:
-    """Raise CompressionError if there is no library to plot with."""
+    """Raise CompressionError if the library to plot with is missing."""
     if find_spec("matplotlib") is None:
         raise CompressionError("plots need matplotlib: pip install 'hf_lowrank[eval]'")
 

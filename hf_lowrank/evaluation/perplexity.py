@@ -17,7 +17,7 @@ LONGEST_WINDOW = 2048
 TOKENS_PER_BATCH = 4096
 """Maximum number of tokens in one batch of windows."""
 LARGEST_EXPONENT = 700.0
-"""Maximum mean loss whose exponential is taken, in nats; that of a larger one overflows a float."""
+"""Maximum mean loss whose exponential is taken, in nats. The exponential of a larger one overflows a float."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _check_causal(model: PreTrainedModel) -> None:
 def evaluate_windows(
     model: PreTrainedModel, rows: Tensor, stride: int, source: str = "tokens", reference: PreTrainedModel | None = None
 ) -> Evaluation:
-    """Evaluate a model on windows of token ids (W, T), each of which starts `stride` tokens after the one before."""
+    """Evaluate a model on windows of token ids (W, T). Each starts `stride` tokens after the one before."""
     length = rows.shape[1]
     # Windows score unequal numbers of tokens, so means are taken once at the end, of sums in float64.
     sums = torch.zeros(5, dtype=torch.float64)  # tokens, nll, reference nll, KL, agreements

@@ -24,7 +24,7 @@ from ..runtime.packing import pack_bits
 LinearT = TypeVar("LinearT", bound=nn.Linear)
 
 Layout = Callable[[int, int], LayerSpec]
-"""Function from the shape of a layer (out, in) to the description of what is stored for it."""
+"""Function from the shape of a layer (out, in) to its spec."""
 Call = Callable[[Tensor], Tensor | None]
 """Product of one copy of a layer with an input."""
 Timer = Callable[[], float]
@@ -182,7 +182,7 @@ def benchmark_layers(
 
     Args:
         shapes: (out, in) of the layers.
-        layouts: what is stored for each compressed layer, by name.
+        layouts: functions that give the spec of each compressed layer, by name.
         tokens: numbers of input rows to measure with.
         threads: numbers of torch's threads to measure with. By default, the number in use.
         clock: function that returns seconds. `time.thread_time`, for one thread, does not count the time that other

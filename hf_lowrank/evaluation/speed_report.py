@@ -131,7 +131,7 @@ def _thread_counts(threads: int | None) -> list[int]:
 
 
 def _describe(spec: LayerSpec) -> str:
-    """Describe in a few words what is stored for a layer, such as "bitmask 512 + rank 16"."""
+    """Describe in a few words the parts that are stored for a layer, such as "bitmask 512 + rank 16"."""
     parts = []
     if spec.sparse == "full":
         parts.append("full")

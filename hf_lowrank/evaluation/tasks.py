@@ -187,7 +187,7 @@ def _local_task(source: str, form: Form, items: list[Item]) -> Any:
 
     config: dict[str, Any] = {
         "task": short_path(source),
-        # lm-eval passes its own arguments for loading data, none of which are needed here.
+        # Lm-eval passes its own arguments for loading data. None of them is needed here.
         "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
         "test_split": "test",
         "fewshot_split": "test",
@@ -275,7 +275,7 @@ def _check_known(task: str, all_tasks: Sequence[str]) -> None:
 def _quiet() -> Iterator[None]:
     """Keep lm-eval quiet and in this process while the context is active.
 
-    Its warnings about what is done here on purpose (a model that is loaded already) are not shown, and what it prints
+    Its warnings about things done here on purpose (a model that is loaded already) are not shown, and what it prints
     goes to stderr. Its bootstrap runs in this process, because a fork of a process whose torch runs threads may never
     come back.
     """

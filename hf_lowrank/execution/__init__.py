@@ -1,1 +1,1 @@
-"""How a run runs, whatever it computes: processes, threads, files, locks, progress."""
+"""Processes, threads, files, locks and progress."""

@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> tuple[str, float, int | None]:
 
     Returns:
         Its output, its seconds from start to end, and the high-water mark of its resident memory in bytes. The mark is
-        read from /proc every 20 ms, because what `wait4` reports is never less than the memory of the process that
+        read from /proc every 20 ms, because the figure of `wait4` is never less than the memory of the process that
         started the child. It is None where there is no /proc.
 
     Raises:
@@ -92,7 +92,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 def _act_on(number: int) -> None:
-    """Raise what a signal would have raised when it came."""
+    """Raise the exception that a signal would have raised when it came."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -1,23 +1,11 @@
-"""Helpers for files and for messages about them: checksums, atomic writes, readable sizes, paths and errors."""
+"""Helpers for files and for messages about them: atomic writes, sizes, short paths and errors of one line."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..runtime.checksums import file_checksum
-from ..runtime.errors import one_line as printable
-
-__all__ = [
-    "atomic_file",
-    "file_checksum",
-    "flush_to_disk",
-    "human_bytes",
-    "one_line",
-    "short_path",
-    "system_message",
-    "write_atomically",
-]
+from ..runtime.errors import printable
 
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
@@ -43,6 +31,11 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def files_size(folder: str | Path) -> int:
+    """Return how many bytes a folder's weights take on disk."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 @contextmanager
@@ -75,7 +68,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def short_path(path: str | Path) -> str:
     """Return the last two parts of a path: enough to tell files apart without the folders of this machine.
 
-    A name without folders, such as that of a dataset, is returned as it is.
+    A name without folders, such as the name of a dataset, is returned as it is.
     """
     last_parts = Path(path).parts[-2:]
     return "/".join(part for part in last_parts if part != "/")
@@ -90,10 +83,10 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     message = str(error).strip()
     if not message:
         return type(error).__name__
-    # A message may quote a file of a stranger, which must not control the terminal.
+    # A message may quote a file from a stranger, which must not control the terminal.
     return printable(message.splitlines()[0][:limit])
 
 
 def system_message(error: Exception) -> str:
-    """Return what the operating system says about an error, or the error's own message if it says nothing."""
+    """Return the operating system's message about an error, or the error's own message if there is none."""
     return getattr(error, "strerror", None) or str(error)

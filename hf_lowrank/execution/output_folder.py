@@ -17,7 +17,7 @@ from .locking import is_held, locked
 def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder to write into, which takes its name only if the block ends well. Otherwise nothing is left of it.
 
-    What a killed process left behind is removed by the next one that writes to the same name, or put back if it was
+    The next process that writes to the same name removes the files of a killed one, or puts them back if they were
     the old content.
 
     Raises:
@@ -45,7 +45,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
-    """Raise CompressionError if an output folder is taken. What killed processes left behind is cleaned up first."""
+    """Raise CompressionError if an output folder is taken. The folders of killed processes are cleaned up first."""
     target = Path(folder)
     _clean_up_after_kills(target.absolute())
     if target.resolve() == Path.cwd():
@@ -54,13 +54,8 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
         raise CompressionError(f"{target}: exists and is not empty; choose another folder or add --overwrite")
 
 
-def files_size(folder: str | Path) -> int:
-    """Return how many bytes a folder's weights take on disk."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
 def _publish(partial: Path, target: Path) -> None:
-    """Bring the files of a complete folder to the disk and give it its name, in place of what had the name before."""
+    """Bring the files of a complete folder to the disk and give it its name. A folder that had it is replaced."""
     for file in partial.rglob("*"):
         if file.is_file():
             flush_to_disk(file)

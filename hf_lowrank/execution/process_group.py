@@ -1,8 +1,8 @@
 """The processes that work on one run: who does what, sums over all of them, and results that one sends to the others.
 
 Every process holds the model, or the block of it that is being compressed. The calibration batches are split over the
-processes. Each matrix of a block is solved by one process. What only one process may do, such as writing files or
-asking for text, is done by the main one. `ProcessGroup` is a single process, for which all of this is trivial.
+processes. Each matrix of a block is solved by one process. The main process does what only one process may do, such
+as writing files or asking for text. `ProcessGroup` is a single process, for which all of this is trivial.
 `TorchProcessGroup` is the default group of torch.distributed.
 """
 
@@ -256,7 +256,7 @@ class TorchProcessGroup(ProcessGroup):
         return box[0]
 
     def _send_record(self, record: Record, target: int | None = None) -> None:
-        """Send a record to one process, or to all if there is no target. Those call `_receive_record`."""
+        """Send a record to one process, or to all without a target. The receivers call `_receive_record`."""
         tensors = {name: tensor.detach().contiguous() for name, tensor in record.tensors.items()}
         layouts = [(name, tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in tensors.items()]
         header = (layouts, record.facts)  # tells the others how much memory to allocate
@@ -272,7 +272,7 @@ class TorchProcessGroup(ProcessGroup):
         """Return the record that the process `source` sends to this process alone (its `target`), or to all.
 
         Raises:
-            RemoteError: if the other process sends the reason why there is no record.
+            RemoteError: if the other process sends an error message in place of the record.
         """
         box: list[Any] = [None]
         if target is None:
@@ -321,7 +321,7 @@ class TorchProcessGroup(ProcessGroup):
 
 
 class _SharedWorkFolder(WorkFolder):
-    """A work folder that only the main process reads and writes. The other processes receive what it holds."""
+    """A work folder that only the main process reads and writes. The other processes receive its content."""
 
     def __init__(self, path: str | Path, group: TorchProcessGroup) -> None:
         self.path = Path(path)

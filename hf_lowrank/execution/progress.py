@@ -1,6 +1,6 @@
 """The progress of a compression: a bar on a terminal, or one line per block in a log.
 
-Both name what is being worked on, and estimate how long the pass over the model still takes.
+Both name the block or the kind of work, and estimate how long the pass over the model still takes.
 """
 
 import logging
@@ -20,7 +20,10 @@ REPEAT_AFTER = 60.0
 
 
 class Step(Protocol):
-    """Reports that `done` of `total` steps are done, and `what` is next: a block, a layer in it, or a kind of work."""
+    """A callable that reports progress: `done` of `total` steps are done.
+
+    `what` is next: a block, a layer in it, or a kind of work.
+    """
 
     def __call__(self, what: str, done: int, total: int) -> None: ...
 
@@ -33,7 +36,7 @@ def progress_bar(shown: bool) -> Iterator[Step]:
     Python shows such lines only to programs that ask for them. The command line does.
 
     Args:
-        shown: whether anything is reported. Of several processes, only the main one should.
+        shown: whether anything is reported. Among several processes, only the main one should report.
     """
     if not shown:
         yield lambda what, done, total: None

@@ -1,8 +1,8 @@
 """Matrices are solved by one thread each, several at a time, so that solutions do not depend on the number of threads.
 
 LAPACK's factorizations, and sums over many values, differ in their last bits with the number of threads that share
-one. Products do not. The largest matrices are the exception, because few of them would fit into memory at a time: each
-takes all threads, one after the other.
+one. Products differ only as docs/promises.md says. The largest matrices are the exception, because one thread would
+take too long for them: each takes all threads, one after the other.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-TOGETHER = 2**29
+MAX_PARALLEL_BYTES = 2**29
 """Maximum number of bytes of the matrices that are solved at the same time. A larger one gets all threads."""
 
 T = TypeVar("T")
@@ -24,13 +24,14 @@ def parallel_slots(working_memory: int) -> int:
     Args:
         working_memory: bytes that one matrix takes while it is solved.
     """
-    return min(torch.get_num_threads(), TOGETHER // max(working_memory, 1))
+    return min(torch.get_num_threads(), MAX_PARALLEL_BYTES // max(working_memory, 1))
 
 
 def solve_in_threads(costs: dict[str, float], solve: Callable[[str], T], count: int) -> Iterator[tuple[str, T]]:
-    """Yield the solution of every task, in order, each found by one thread.
+    """Yield the solution of every task, in order. One thread solves each task.
 
-    Of several errors, the first in the order of the tasks is raised, when the tasks that had begun are over.
+    If several tasks raise errors, the first one in the order of the tasks is raised, when the tasks that had begun
+    are over.
 
     Args:
         costs: cost of each task by its name, in any unit; the costliest begin first.
@@ -48,7 +49,7 @@ def solve_in_threads(costs: dict[str, float], solve: Callable[[str], T], count: 
     def solve_here(name: str) -> T:
         return solve(name)
 
-    # LAPACK reads the number of threads of the thread it runs in. A new thread begins with that of the environment.
+    # LAPACK reads the number of threads of the thread it runs in, which is the environment's in a new thread.
     with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             pending = {}

@@ -52,8 +52,8 @@ def torchrun_group() -> Iterator[None]:
         dist.init_process_group(distributed_backends(), timeout=STARTUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise CompressionError(
-            f"the {os.environ['WORLD_SIZE']} processes that the environment tells of (WORLD_SIZE) did not come "
-            f"together ({first_sentence(error)}); start all of them by torchrun, or unset WORLD_SIZE to work with one"
+            f"the {os.environ['WORLD_SIZE']} processes announced by WORLD_SIZE did not come together "
+            f"({first_sentence(error)}); start all of them by torchrun, or unset WORLD_SIZE to work with one"
         ) from error
     yield
     dist.destroy_process_group()  # not after an error, because it would wait for processes that are gone

@@ -20,8 +20,8 @@ IDENTITY = "run.json"
 """Name of the file that says which run the records belong to."""
 FINISHED = "finished"
 """Name of the empty file that says that the run is done."""
-LEFTOVERS = ("*.safetensors", "*.partial", "*.bin")
-"""Patterns of the other files that a run leaves."""
+RUN_FILE_PATTERNS = ("*.safetensors", "*.partial", "*.bin")
+"""Patterns of the other files that a run writes into its folder."""
 
 
 class Record(NamedTuple):
@@ -77,10 +77,10 @@ class WorkFolder:
         if recorded is not None and recorded != current:
             if not (self.path / FINISHED).exists():
                 raise CompressionError(
-                    f"{self.path}: holds a run with other {difference(recorded, current)}; "
+                    f"{self.path}: holds a run that differs in {difference(recorded, current)}; "
                     "repeat that one, or delete the folder, or name another"
                 )
-            self.clear()  # a run that is finished needs its records no more
+            self.clear()  # a run that is finished no longer needs its records
             recorded = None
         if recorded is None:
             self._write(IDENTITY, json.dumps(current, indent=1).encode())
@@ -88,13 +88,19 @@ class WorkFolder:
     def read(self, name: str) -> Record | None:
         """Return a record on every process of the run, or None if it was not finished.
 
+        A subclass for several processes overrides this method: all processes call it, and the main one sends the
+        record to the others.
+
         Raises:
             CompressionError: if it is damaged.
         """
         return self.read_here(name)
 
     def read_here(self, name: str) -> Record | None:
-        """Return a record on the process that holds the folder, or None if it was not finished.
+        """Return a record on the process that calls, or None if it was not finished.
+
+        Where several processes share the folder, only the main one calls this method: it reads the file and sends
+        nothing. So the caller can split the record before it is sent.
 
         Raises:
             CompressionError: if it is damaged.
@@ -141,7 +147,7 @@ class WorkFolder:
     def clear(self) -> None:
         """Remove everything that the run left."""
         files = [self.path / IDENTITY, self.path / FINISHED]
-        for pattern in LEFTOVERS:
+        for pattern in RUN_FILE_PATTERNS:
             files += self.path.glob(pattern)
         for file in files:
             file.unlink(missing_ok=True)
@@ -157,7 +163,7 @@ class WorkFolder:
         )
 
     def _read_identity(self) -> dict[str, Any] | None:
-        """Return what was recorded about the run in this folder, or None if there is no run."""
+        """Return the recorded identity of the run in this folder, or None if there is none."""
         file = self.path / IDENTITY
         if not file.exists():
             return None
@@ -178,7 +184,7 @@ class WorkFolder:
     def _unwritable(self, error: Exception) -> CompressionError:
         return CompressionError(
             f"{self.path}: cannot be written ({system_message(error)}); "
-            "what is finished stays, repeat the command to go on"
+            "finished parts stay, repeat the command to go on"
         )
 
 
@@ -198,7 +204,7 @@ def difference(
 
     Args:
         name: name of the entry that holds the two, if they are parts of larger identities.
-        words: what stands before the two values.
+        words: the words before the two values.
     """
     for key in [*before, *after]:
         old, new = before.get(key), after.get(key)
@@ -216,7 +222,7 @@ def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors, none of which shares memory with another. Safetensors refuses those that do."""
+    """Return contiguous tensors that share no memory with each other. Safetensors refuses tensors that do."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():

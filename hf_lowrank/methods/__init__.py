@@ -4,13 +4,12 @@ There are three kinds of method, by the strategy that `compress()` follows with 
 
 - `Method` (base.py), "layerwise": a layer has its budget before it is looked at, and is decomposed within it;
 - `SpectralMethod` (spectral.py), "spectral": the spectra of all layers are measured before the ranks are decided on;
-- `MixedMethod` (mixed.py), "mixed": a layer can become one of several things, and all layers are chosen for from one
-  budget.
+- `MixedMethod` (mixed.py), "mixed": a layer can become one of several things, and one budget decides for
+  all layers.
 
 Importing this package registers all methods. CONTRIBUTING.md shows how one is added.
 """
 
-from ..budget import Budget, Layer
 from . import (
     asvd,
     auto,
@@ -35,10 +34,8 @@ from .registry import make_method, method_class, register_method, registered_met
 from .spectral import Measurement, SpectralMethod
 
 __all__ = [
-    "Budget",
     "Choice",
     "Decomposition",
-    "Layer",
     "Measurement",
     "Method",
     "MixedMethod",

@@ -49,10 +49,11 @@ def uniform_budgets(
 ) -> dict[str, Budget]:
     """Return budgets that give every layer the same share of its dense bits, in whole steps of the method.
 
-    The steps of small layers are coarse. What rounding down to whole steps leaves over is spread, a step at a time.
+    The steps of small layers are coarse. Rounding down to whole steps leaves bits over, which are spread, a step at a
+    time.
 
     Args:
-        available: bits that the compressed layers may take together; by default what the ratio leaves them.
+        available: bits that the compressed layers may take together; by default those that the ratio leaves them.
 
     Raises:
         CompressionError: if the method cannot reach the ratio, or cannot make anything of so few bits.
@@ -177,7 +178,7 @@ def greedy_ranks(
 
 
 def _layers_by_energy_per_bit(names: list[str], energies: dict[str, list[float]], price: dict[str, int]) -> list[str]:
-    """Return one entry for each component of the layers, the layer's name, in order of falling energy per bit."""
+    """Return the layer's name for each component of the layers, in order of falling energy per bit."""
     components: list[tuple[float, str]] = []
     for name in names:
         for energy in energies[name]:
@@ -197,7 +198,7 @@ def fitted_ranks(
     """Return ranks in the proportions of `targets` that take exactly `available` bits, to within one rank.
 
     Args:
-        targets: ranks by layer, of which only the proportions count; None for a layer that stays dense.
+        targets: ranks by layer, None for a layer that stays dense. Only their proportions count.
         limits: largest rank of each layer.
         price, dense_price, fixed: as for `greedy_ranks`.
 
@@ -227,7 +228,7 @@ def cheapest_choices(options: dict[str, list[tuple[int, float]]], available: int
 
     Every layer starts from the smallest option on the lower convex hull of its (bits, loss). Then the step along a
     hull that saves most loss per bit is taken, as long as one fits. Among the options on the hulls that is optimal up
-    to the last step. What is left goes to options off the hulls.
+    to the last step. The rest goes to options off the hulls.
 
     Args:
         options: (bits, loss) of each layer's options.

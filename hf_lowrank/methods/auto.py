@@ -82,7 +82,7 @@ class Auto(MixedMethod):
         row_weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)
         sample, sample_weights = sampled_rows(weight, row_weights)
 
-        # Values are kept at a few bits each, so the loss includes that of rounding them.
+        # Values are kept at a few bits each, so the loss includes the loss of rounding them.
         def loss(parts: Parts) -> float:
             rounded, _ = with_rounded_values(sample * d, C, d, parts, sample_weights)
             return float((row_errors(sample * d - rounded.values - rounded.binary(), C) * sample_weights).sum())
@@ -100,7 +100,7 @@ class Auto(MixedMethod):
         )
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
-        """Decompose `weight` (m, n) by the method that makes what the spec asks for."""
+        """Decompose `weight` (m, n) by the method that makes such a spec."""
         if spec.rank:
             return LowRank().build(weight, statistics, spec)
         if spec.sparse == "full":

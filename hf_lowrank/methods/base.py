@@ -157,7 +157,7 @@ class Decomposition:
 
         Args:
             bias: bias (m,) of the dense layer.
-            dtype: by default that of the parts.
+            dtype: data type of the float tensors, by default the data type of the parts.
         """
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         # A layer has one bias: the sum of its own and of what the method adds, in the method's precision.

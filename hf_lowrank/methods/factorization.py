@@ -97,7 +97,7 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, T
 
 
 def _output_energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Return W (C + λ I) Wᵀ (m, m), of which only the lower triangle is filled, as `eigh` reads no more than that."""
+    """Return W (C + λ I) Wᵀ (m, m), with only the lower triangle filled, as `eigh` reads no more than that."""
     jitter = RELATIVE_JITTERS[0] * gram.diagonal().mean()  # decides by W itself where no token reaches
     energy = weight.new_zeros(weight.shape[0], weight.shape[0])
     for rows in row_chunks(weight):

@@ -47,7 +47,7 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
     """Return `weight` (m, n) quantized by Algorithm 1 of GPTQ (arXiv 2210.17323).
 
     With U the upper Cholesky factor of (X Xᵀ + λ I)⁻¹, column j is rounded, err = (w_j − ŵ_j) / U_jj, and err · U_{j,
-    j+1:} is subtracted from the columns behind it. The scale of a group is chosen when its first column is reached, on
+    j+1:} is subtracted from the columns after it. The scale of a group is chosen when its first column is reached, on
     weights that are up to date, as the one of least Σ err².
 
     Args:
@@ -57,7 +57,7 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
     m, n = weight.shape
     W = weight * (gram.diagonal() > 0)  # the weights of a dead channel have no effect and become zero
     U = inverse_cholesky(gram, damping)
-    importance = U.diagonal() ** -2  # what a column's squared error costs once the columns behind it are adapted
+    importance = U.diagonal() ** -2  # what a column's squared error costs once the columns after it are adapted
     scale = W.new_zeros(m, math.ceil(n / group))
     codes = torch.zeros(m, n, dtype=torch.uint8, device=W.device)
     # A block holds whole groups, so that no group's scale is chosen on weights that still lack an update.
@@ -74,6 +74,6 @@ def compensated(weight: Tensor, gram: Tensor, bits: int, group: int, damping: fl
             error = (W[:, j] - levels(codes[:, j], bits, W.dtype) * s) / U[j, j]
             W[:, j:end] -= torch.outer(error, U[j, j:end])
             errors[:, j - start] = error
-        # All errors of the block reach the columns behind it in one product (the lazy batch updates of GPTQ).
+        # All errors of the block reach the columns after it in one product (the lazy batch updates of GPTQ).
         W[:, end:] -= errors @ U[start:end, end:]
     return Quantized(codes, scale, bits, group)

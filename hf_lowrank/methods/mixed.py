@@ -23,7 +23,7 @@ class Choice:
     """One thing that a layer could become.
 
     Attributes:
-        spec: what the layer would store.
+        spec: the spec that the layer would have.
         loss: expected rise of the model's loss, comparable between layers.
     """
 
@@ -75,10 +75,10 @@ class MixedMethod(Method):
         raise NotImplementedError
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
-        """Return the decomposition of `weight` (m, n), float64, that stores what `spec` says.
+        """Return the decomposition of `weight` (m, n), float64, that `spec` describes.
 
         Args:
-            spec: that of one of the layer's choices.
+            spec: the spec of one of the layer's choices.
         """
         raise NotImplementedError
 

@@ -57,7 +57,7 @@ def compensated_both(weight: Tensor, input_root: Tensor, output_root: Tensor, bi
 
     With upper triangular U of (C + λ I)⁻¹ = Uᵀ U and likewise for G, and each divided by its diagonal row by row to
     L_C and L_G, entry (i, j) is rounded from w_ij − (L_Gᵀ E L_C)_ij, E the errors of the entries with i' ≤ i, j' ≤ j.
-    What remains is Σ E_ij² / (U_ii² U_jj²), as in GPTQ for G = I (two-sided adaptive rounding: YAQA, arXiv
+    The loss that remains is Σ E_ij² / (U_ii² U_jj²), as in GPTQ for G = I (two-sided adaptive rounding: YAQA, arXiv
     2505.22988).
 
     Args:
@@ -104,7 +104,7 @@ def rounded_values(
     Each goes to its nearest level. Then one pass of coordinate descent over the columns improves the codes.
 
     Args:
-        target: what the values stand for in the metric of `gram`, (m, n).
+        target: the matrix that the values stand for in the metric of `gram`, (m, n).
         mask: (m, n), with k entries True in each row.
         values: (m, n), zero off the mask.
         unscale: (n,); the values are stored as values · unscale.
@@ -118,7 +118,7 @@ def rounded_values(
     stored_scale = spread_scale(scale, group, kept).contiguous()
     spread = torch.zeros_like(values).masked_scatter(mask, stored_scale) / unscale
     S = nearest_levels(values, spread, bits) * mask
-    # Transposed: a column of the problem is a row here, which lies together in memory.
+    # The matrices are transposed: a column of the problem is a row here, which lies together in memory.
     E = ((target - S) @ gram).float().T.contiguous()
     S = S.float().T.contiguous()
     spread = spread.float().T.contiguous()
@@ -140,7 +140,7 @@ def rounded_values(
 
 
 def gram_root(gram: Tensor | None, features: int, damping: float) -> Tensor:
-    """Return the upper triangular U of (G + λ I)⁻¹ = Uᵀ U, or the identity if there is no G or it is zero."""
+    """Return the upper triangular U of (G + λ I)⁻¹ = Uᵀ U, or the identity without a G or for G = 0."""
     if gram is None or not float(gram.diagonal().mean()) > 0:
         return torch.eye(features, dtype=torch.float64)
     return inverse_cholesky(gram, damping)

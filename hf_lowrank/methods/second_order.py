@@ -66,7 +66,7 @@ def output_weights(gram: Tensor | None, features: int) -> Tensor:
 def sampled_rows(weight: Tensor, row_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return at most `SAMPLED_ROWS` rows of `weight` (m, n), evenly spread, and their weights.
 
-    The weights are scaled so that their sum is that of all `row_weights` (m,).
+    The weights are scaled so that their sum equals the sum of all `row_weights` (m,).
     """
     stride = -(-weight.shape[0] // SAMPLED_ROWS)
     sample_weights = row_weights[::stride]
@@ -88,7 +88,7 @@ def refit_values(
 
     Args:
         target: R, (m, n).
-        gram: C, positive definite with a diagonal of ones, which is what preconditions it.
+        gram: C, positive definite with a diagonal of ones, which preconditions it.
         start: values to begin with.
         rough: whether a rough solution will do.
     """
@@ -100,7 +100,8 @@ def refit_values(
     residual = RESIDUAL
     if rough:
         residual = ROUGH_RESIDUAL
-    # First in float32, which is half the work, then in the target's own precision until the residual is met there.
+    # The first solution is in float32, which is half the work. The second is in the target's own precision, and goes
+    # on until the residual is met there.
     near = _conjugate_gradients(right.float(), gram.float(), mask, S.float(), residual).to(target)
     if rough:
         return near
@@ -143,14 +144,14 @@ def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kep
     solved for afterwards.
 
     Args:
-        eigen: what `eigenvectors` returns for `gram`.
+        eigen: the result of `eigenvectors` for `gram`.
         start: D to begin with, (m, n).
     """
     energies, Q = eigen
     right, D, rho = (target @ gram).float(), start.float(), FIRST_PENALTY
     V, mask = torch.zeros_like(D), start != 0
     for step in range(1, ADMM_STEPS + 1):
-        # In place where it can be, as each of these matrices is as large as the layer.
+        # Work is done in place where it can be, as each of these matrices is as large as the layer.
         S = ((right - V).add_(D, alpha=rho) @ Q).div_(energies + rho) @ Q.T
         Z = V.div(rho).add_(S)
         mask = largest_per_row(Z.abs(), kept)
@@ -164,10 +165,10 @@ def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kep
 def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor) -> Tensor:
     """Return signs ±1 (m, n) after one pass over the columns that flips each sign where that alone lowers the error.
 
-    The error is that of `target` − magnitudes ⊙ signs. Flips are subtracted at once from the errors of their own block
-    of columns, and together from those of the columns behind it.
+    The error is `target` − magnitudes ⊙ signs. Flips are subtracted at once from the errors of their own block of
+    columns, and together from the errors of the columns after it.
     """
-    # Transposed: a column of the problem is a row here, which lies together in memory.
+    # The matrices are transposed: a column of the problem is a row here, which lies together in memory.
     E = ((target - magnitudes * signs) @ gram).float().T.contiguous()
     B, M, C = signs.float().T.contiguous(), magnitudes.float().T.contiguous(), gram.float()
     for start in range(0, len(C), COLUMNS_AT_ONCE):
@@ -178,7 +179,7 @@ def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor
             step *= 2 * step * E[j] > step.square() * C[j, j]
             E[j:end] -= torch.outer(C[j:end, j], step)
         B[start:end] = torch.where(steps == 0, B[start:end], -B[start:end])
-        # One product for all columns behind the block is much faster than an update for each flip.
+        # One product for all columns after the block is much faster than an update for each flip.
         E[end:] -= C[end:, start:end] @ steps
     return B.T.to(signs)
 

@@ -187,7 +187,7 @@ def interpolated_losses(weight: Tensor, gram: Tensor, most: int, loss: Callable[
 
     They are measured by `loss` at a few numbers, on plain SLaB with refitted values, and log-linear elsewhere.
     """
-    # Without rounds of the alternation, which would take most of the time.
+    # The rounds of the alternation are left out, which would take most of the time.
     positions = sorted({min(round(share * weight.shape[1]), most) for share in ESTIMATED_SHARES})
     tiny = torch.finfo(weight.dtype).tiny  # a loss of zero has no logarithm
     logs = [math.log(max(loss(fit(weight, gram, kept, rounds=0)), tiny)) for kept in positions]

@@ -124,7 +124,7 @@ class SoCo(SpectralMethod):
         return min(step / (EXPLORATION * self.steps), 1.0)
 
     def phase(self, step: int) -> Phase:
-        """Return what is active at a step. In phase 3 T falls from 0.1 to 0.02 and λ_p rises from 0 to 1."""
+        """Return the terms active at a step. In phase 3 T falls from 0.1 to 0.02 and λ_p rises from 0 to 1."""
         done = step / self.steps
         if done < EXPLORATION:
             return Phase(1, temperature=TEMPERATURE, polarization=0.0, hard=False)

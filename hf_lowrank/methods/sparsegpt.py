@@ -56,7 +56,7 @@ class SparseGPT(SparseMethod):
         step = block
         if self.pattern != "unstructured" and kept == largest_kept(self.pattern, n):
             step = group
-        # Says how many values a row keeps in each block, not which.
+        # `best` serves to count the values that a row keeps in each block. It does not decide which.
         best = largest_per_row(W.abs() / U.diagonal(), kept, self.pattern)
 
         mask = torch.zeros_like(best)
@@ -72,6 +72,6 @@ class SparseGPT(SparseMethod):
                 error = torch.where(mask[:, j], 0.0, W[:, j] / U[j, j])
                 W[:, j:end] -= torch.outer(error, U[j, j:end])
                 errors[:, j - start] = error
-            # All errors of the block reach the columns behind it in one product.
+            # All errors of the block reach the columns after it in one product.
             W[:, end:] -= errors @ U[start:end, end:]
         return Decomposition(sparse="bitmask", weight=torch.where(mask, W, 0.0), mask=mask)

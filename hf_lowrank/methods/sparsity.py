@@ -74,7 +74,7 @@ def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstruct
     # Sorting is only needed where rows keep different numbers.
     if isinstance(kept, int):
         return mask.scatter_(1, scores.topk(kept, dim=1, sorted=False).indices, True)
-    # As many entries as the longest row keeps, sorted, of which every other row takes its first ones.
+    # As many entries are sorted as the longest row keeps. Every other row takes the first ones of its own.
     chosen = scores.topk(int(kept.max()), dim=1).indices
     return mask.scatter_(1, chosen, torch.arange(chosen.shape[1], device=chosen.device) < kept[:, None])
 
@@ -82,7 +82,7 @@ def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstruct
 def _allowed_by(pattern: str, scores: Tensor) -> Tensor:
     """Return the mask (m, n) of the N largest scores in every group of M inputs.
 
-    Inputs behind the last whole group are not in the mask.
+    Inputs after the last whole group are not in the mask.
     """
     n_of, m_of = parse_pattern(pattern)
     rows, columns = scores.shape

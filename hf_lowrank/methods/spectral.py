@@ -83,7 +83,7 @@ class SpectralMethod(Method):
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """Decompose one layer by itself, at the largest rank that its budget allows."""
-        # Checked before measuring, as factorizing without a Gram matrix is no error but a plain SVD.
+        # This is checked before measuring, as factorizing without a Gram matrix raises no error: it is a plain SVD.
         if self.needs_gram:
             statistics.require("gram", self.name)
         measurement = self.measure(single_layer(weight), weight, statistics)

@@ -42,7 +42,7 @@ class SVDLLM(Method):
         """W ≈ B A, minimizing ‖(W − B A) X‖_F (arXiv 2403.07378).
 
         With `update` A stays, and B minimizes ‖W X − B A X̂‖_F. The update is the training-free one of the paper's
-        first version. That of the later versions, two LoRA runs, is training.
+        first version. The update of the later versions, two LoRA runs, is training.
         """
         rank = affordable_rank(self.name, budget)
         a, b = whitened_factors(weight, statistics.require("gram", self.name), rank)
@@ -60,7 +60,7 @@ def refit_left(weight: Tensor, right: Tensor, compressed_input_gram: Tensor, cro
         weight: W, (m, n).
         right: A, (r, n).
         compressed_input_gram: Ĉ = X̂ X̂ᵀ, (n, n), of the compressed model's inputs.
-        cross_gram: M = X X̂ᵀ, (n, n). With M = Ĉ the target is W X̂, which is what the authors' release fits.
+        cross_gram: M = X X̂ᵀ, (n, n). With M = Ĉ the target is W X̂, which the authors' release fits.
     """
     normal = right @ compressed_input_gram @ right.T
     target = weight @ cross_gram @ right.T

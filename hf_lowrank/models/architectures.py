@@ -44,18 +44,18 @@ class FeedForward:
 def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the blocks of a model by name, in the order of the model.
 
-    They are the elements of its outermost module lists, so far as they contain linear layers.
+    They are those elements of its outermost module lists that contain linear layers.
 
     Raises:
         CompressionError: if there are none.
     """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        # a list inside a block, such as one of experts, is no list of blocks
+        # A list inside a block, such as one of experts, is not a list of blocks.
         if not isinstance(module, nn.ModuleList) or _is_inside(name, blocks):
             continue
         for child, block in module.named_children():
-            # embeddings and norms may stand in lists, too
+            # Embeddings and norms may stand in lists, too.
             if any(map(is_linear, block.modules())):
                 blocks[f"{name}.{child}"] = block
     if not blocks:
@@ -86,7 +86,7 @@ def _roles(block: nn.Module) -> dict[str, str]:
     networks = find_feed_forwards(block)
     for network in networks:
         roles[network.output] = "ffn_out"
-    # a fused input is gate and up in one: methods that treat the inputs of a network apart leave it alone
+    # A fused input is gate and up in one: methods that treat the inputs of a network apart leave it alone.
     for network in networks:
         input_role = "other" if network.fused else "ffn_in"
         roles |= dict.fromkeys(network.inputs, input_role)
@@ -114,7 +114,7 @@ def find_feed_forwards(block: nn.Module) -> list[FeedForward]:
     routers = set(_routers(block))
     shapes_by_parent: dict[str, dict[str, tuple[int, int]]] = {}
     for name, module in _linears(block):
-        # attention has layers of such shapes, too, where keys and values are narrower than queries
+        # Attention has layers of such shapes, too, where keys and values are narrower than queries.
         if _attention_role(name) == "other" and name not in routers:
             parent = name.rpartition(".")[0]
             shapes_by_parent.setdefault(parent, {})[name] = dense_shape(module)
@@ -123,7 +123,7 @@ def find_feed_forwards(block: nn.Module) -> list[FeedForward]:
         networks += _permutable_networks(block, shapes)
     if networks:
         return networks
-    # the layers may lie in different modules; square ones are rather part of attention
+    # The layers may lie in different modules; square ones are rather part of attention.
     scattered: dict[str, tuple[int, int]] = {}
     for shapes in shapes_by_parent.values():
         for name, shape in shapes.items():
@@ -143,7 +143,7 @@ def _networks(shapes: dict[str, tuple[int, int]]) -> Iterator[FeedForward]:
         inputs = {name: shape for name, shape in shapes.items() if name != output}
         if f == d:  # square matrices cannot be told apart
             continue
-        # the shapes of three layers tell which is the output, of two it is the layer with fewer outputs than inputs
+        # Of three layers the shapes tell which is the output. Of two it is the layer with fewer outputs than inputs.
         count_is_plausible = len(inputs) == 2 or (len(inputs) == 1 and f > d)
         if count_is_plausible and all(shape == (f, d) for shape in inputs.values()):
             yield FeedForward(tuple(inputs), output)
@@ -152,14 +152,14 @@ def _networks(shapes: dict[str, tuple[int, int]]) -> Iterator[FeedForward]:
 
 
 def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
-    """Return whether no weight beside the network's layers has one entry for each of its neurons."""
+    """Return whether no weight outside the network's layers has one entry for each of its neurons."""
     parent = network.output.rpartition(".")[0]
     neurons = dense_shape(block.get_submodule(network.output))[1]
     for name, module in block.named_modules():
         if is_linear(module) or not name.startswith(parent):
             continue
         for parameter in module.parameters(recurse=False):
-            # a norm or a scale, which would have to be permuted, too
+            # It is a norm or a scale, which would have to be permuted, too.
             if parameter.shape == (neurons,):
                 return False
     return True
@@ -168,7 +168,7 @@ def _has_plain_neurons(block: nn.Module, network: FeedForward) -> bool:
 def _routers(block: nn.Module) -> list[str]:
     """Return the layers with one output, or with one for each of the experts in the same part of the block.
 
-    Layers with one output are gates of shared experts. A part of a block is what has the same first name in it.
+    Layers with one output are gates of shared experts. Modules with the same first name in a block make a part of it.
     """
     experts = {(_part(name), parameter.shape[0]) for name, parameter in _expert_tensors(block)}
     banks = {name: module for name, module in block.named_modules() if isinstance(module, ExpertBank)}
@@ -193,7 +193,7 @@ def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
     banks = {}
     for block_name, block in blocks.items():
         for name, module in list(block.named_modules()):
-            # the list of modules is complete by now, so that a bank may take a module's place
+            # The list of modules is complete by now, so that a bank may take a module's place.
             if is_fused_experts(module):
                 bank = ExpertBank(module)
                 banks[f"{block_name}.{name}"] = bank
@@ -205,7 +205,7 @@ def separate_experts(blocks: dict[str, nn.Module]) -> dict[str, ExpertBank]:
 def fused_experts(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> dict[str, int]:
     """Return the number of entries of the fused expert weights in the blocks by name.
 
-    They have three dimensions and are no linear layers, so that they are not compressed.
+    They have three dimensions and are not linear layers, so that they are not compressed.
     """
     entries = {}
     for block_name, block in blocks.items():
@@ -215,10 +215,10 @@ def fused_experts(model: PreTrainedModel, blocks: dict[str, nn.Module]) -> dict[
 
 
 def _expert_tensors(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the weights of three dimensions, but for those of convolutions, by name within the block."""
+    """Yield the weights of three dimensions by name within the block, except those of convolutions."""
     for module_name, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            # a first dimension of 1 is that of a learned token or position, not of experts
+            # A first dimension of 1 belongs to a learned token or position, not to experts.
             if parameter.dim() == 3 and parameter.shape[0] > 1 and not isinstance(module, nn.Conv1d):
                 yield f"{module_name}.{name}".lstrip("."), parameter
 

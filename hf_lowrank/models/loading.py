@@ -43,7 +43,7 @@ def load_config(source: str) -> Any:
         _check_hub_name(source)
     elif not (path / "config.json").is_file():
         raise CompressionError(f"{source}: not a model: it has no config.json")
-    # transformers raises different errors for files that are missing, damaged or of an unknown type
+    # Transformers raises different errors for files that are missing, damaged or of an unknown type.
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -61,7 +61,7 @@ def _check_hub_name(source: str) -> None:
     """
     if not _is_hub_name(source):
         raise CompressionError(f"{source}: no such folder, and no name on the Hub (owner/model); check the path")
-    # owner/model may be a path, too: it is one if there is a folder `owner`, unless that model was downloaded before
+    # `owner/model` may be a path, too. It is one if there is a folder `owner`, unless the model was downloaded before.
     parent = source.partition("/")[0]
     is_cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
     if Path(parent).is_dir() and not is_cached:
@@ -156,7 +156,7 @@ def skeleton(config: Any, dtype: str = "auto") -> PreTrainedModel:
         config: the config of a dense or a compressed model.
         dtype: as for `load_model`.
     """
-    # `_from_config` builds the class without looking for weights
+    # `_from_config` builds the class without looking for weights.
     with torch.device("meta"):
         model: PreTrainedModel = _model_class(config)._from_config(config, dtype=_torch_dtype(dtype) or config.dtype)
     compression = compression_of(config)
@@ -181,7 +181,7 @@ def _model_class(config: Any) -> Any:
     Raises:
         CompressionError: if there is none either.
     """
-    # only classes of transformers: code that comes with a model is not executed
+    # Only classes of transformers are used: code that comes with a model is not executed.
     names = getattr(config, "architectures", None) or [""]
     named_class = getattr(transformers, names[0], None)
     if isinstance(named_class, type) and issubclass(named_class, PreTrainedModel):

@@ -25,7 +25,7 @@ from ..runtime.quantizer import CompressionQuantizer
 from .architectures import find_blocks
 
 SMALLEST_SHARD = 250_000_000
-"""Minimum size of an output file in bytes, but for the last one."""
+"""Minimum size of an output file in bytes, except for the last one."""
 
 LARGEST_SHARD = 1_000_000_000
 """Maximum size of an output file in bytes. No more of the output is in memory at a time."""
@@ -46,7 +46,7 @@ def device_map(skeleton: PreTrainedModel) -> dict[str, str]:
             if module is output:
                 places[name] = "disk"
     on_disk = tuple(places)
-    # every tensor needs a place: the fewest entries are those of the outermost modules
+    # Every tensor needs a place: the fewest entries are those of the outermost modules.
     parameters = skeleton.named_parameters(remove_duplicate=False)
     for name, _ in itertools.chain(parameters, skeleton.named_buffers()):
         places.setdefault(_outermost_module(name, on_disk), "cpu")
@@ -69,7 +69,7 @@ def shard_size(skeleton: PreTrainedModel) -> int:
     sizes = []
     for block in find_blocks(skeleton).values():
         sizes.append(sum(tensor.numel() * tensor.itemsize for tensor in block.parameters()))
-    # a dense block and its compressed layers are in memory together
+    # A dense block and its compressed layers are in memory together.
     return min(max(2 * max(sizes), SMALLEST_SHARD), LARGEST_SHARD)
 
 
@@ -103,7 +103,7 @@ class OffloadedBlocks:
             for weight, (fused, index) in bank.slices().items():
                 slices[f"{name}.{weight}"] = (f"{name}.{fused}", index)
         self.weights = _WithSlices(self.weights, slices)
-        # the layers of a bank are new modules, which accelerate knows nothing of
+        # The layers of a bank are new modules, which accelerate knows nothing of.
         for weight in slices:
             layer = weight.rpartition(".")[0]
             hook = AlignDevicesHook("cpu", offload=True, weights_map=PrefixedDataset(self.weights, f"{layer}."))
@@ -115,7 +115,7 @@ class OffloadedBlocks:
         _remove_hooks(block)
         for key, tensor in block.state_dict().items():
             if tensor.device.type == "meta":
-                # a copy: the tensor is mapped from a file, whose pages would count as ours once they are read
+                # The tensor is copied: it is mapped from a file, whose pages would count as ours once they are read.
                 value = self.weights[f"{name}.{key}"].clone()
                 set_module_tensor_to_device(block, key, "cpu", value=value)
 
@@ -130,7 +130,7 @@ class OffloadedBlocks:
     def release(self) -> None:
         """Take off what lets the model run from disk, once all blocks are done."""
         _remove_hooks(self.model)
-        # with this attribute transformers would save and move it as an offloaded model
+        # With this attribute transformers would save and move it as an offloaded model.
         del self.model.hf_device_map
 
 
@@ -144,7 +144,7 @@ def _weights_on_disk(model: PreTrainedModel) -> Mapping[str, Tensor]:
         for hook in _align_hooks(module):
             if hook.offload and hook.weights_map is not None:
                 weights: Any = hook.weights_map
-                # a hook sees the names within its module through a `PrefixedDataset` over the names in the model
+                # A hook sees the names within its module through a `PrefixedDataset` over the names in the model.
                 return getattr(weights, "dataset", weights)
     raise CompressionError(
         f"{type(model).__name__}: none of its weights are on disk; open it with a device_map that leaves them"
@@ -221,7 +221,7 @@ class StoredWeights(dict[str, Tensor]):
     """
 
     def __init__(self, model: PreTrainedModel, blocks: OffloadedBlocks, files: dict[str, Path]) -> None:
-        # tensors on the meta device stand for those on disk, so that names, shapes and dtypes are complete
+        # Tensors on the meta device stand for those on disk, so that names, shapes and dtypes are complete.
         super().__init__(model.state_dict())
         self._blocks = blocks
         self._files = files
@@ -231,7 +231,7 @@ class StoredWeights(dict[str, Tensor]):
         tensor = super().pop(name, *default)
         if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
             return tensor
-        # a finished block has compressed weights in its record, the other weights are those of the dense model
+        # A finished block has compressed weights in its record, the other weights are those of the dense model.
         for block, file in self._files.items():
             if name.startswith(f"{block}."):
                 with safe_open(file, "pt") as opened:
@@ -256,8 +256,8 @@ class OffloadedQuantizer(CompressionQuantizer):
         self.files = files
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[StoredWeights, dict[str, str]]:
-        # older versions of transformers take every tensor on the meta device for a parameter when they save
-        # on the instance, so that the class stays as it is
+        # Older versions of transformers take every tensor on the meta device for a parameter when they save
+        # on the instance, so that the class stays as it is.
         vars(model)["get_parameter"] = partial(_parameter_or_buffer, model)
         return StoredWeights(model, self.blocks, self.files), {}
 
@@ -274,7 +274,7 @@ def _remove_hooks(module: nn.Module) -> None:
 
     That method would keep replaced layers alive.
     """
-    # noted before: accelerate takes its mark off together with the hook
+    # This is noted before: accelerate takes its mark off together with the hook.
     hooked = [part for part in module.modules() if hasattr(part, "_hf_hook")]
     remove_hook_from_module(module, recurse=True)
     for part in hooked:

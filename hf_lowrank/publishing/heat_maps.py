@@ -68,11 +68,11 @@ class Quantity:
     """A quantity of layers that a heat map shows.
 
     Attributes:
-        title, note: heading of the map, and a sentence that says what the quantity is.
+        title, note: heading of the map, and a sentence that explains the quantity.
         low, high: ends of the scale as text. The scale begins at zero.
         top: value at the dark end of the scale.
         value: function from a layer to its value, or to None where the quantity does not exist.
-        text: function from a layer to what is written in its cell.
+        text: function from a layer to the text in its cell.
         missing: function from a layer without a value to the reason, as the legend says it.
     """
 
@@ -92,7 +92,7 @@ class Cell:
 
     Attributes:
         shade: shade from 0 to 1, or None for a hatched cell.
-        text: what is written in the cell.
+        text: the text in the cell.
         title: what a pointer over the cell is told.
         missing: why the cell is hatched, as the legend says it.
     """
@@ -127,7 +127,7 @@ class HeatMap:
 
     @property
     def hatched_legend(self) -> str:
-        """The reasons for hatched cells, empty if there is no such cell."""
+        """The reasons for hatched cells, empty if there are none."""
         reasons = []
         for _, cells in self.rows:
             for cell in cells:

@@ -139,7 +139,7 @@ def _weight_count(inspection: Inspection) -> float:
 
 
 def _headline(quality: list[dict[str, Any]]) -> dict[str, str] | None:
-    """Return the figure to show first: perplexity on a text beside the dense model's, or what comes nearest to it."""
+    """Return the figure to show first: perplexity on a text beside the dense model's, or the nearest figure to it."""
     if not quality:
         return None
     # Tasks may have a metric called perplexity as well. Texts are known by their KL divergence, which no task has.

@@ -30,7 +30,7 @@ def push_folder(
     """Push the compressed checkpoint in `folder` in one commit, which removes weights that the folder does not have.
 
     A card is written if there is none. A card that nobody has changed since it was written is renamed to the repo. A
-    push that broke off is repeated by calling again, and what has arrived is not sent again.
+    push that broke off is repeated by calling again, and files that have arrived are not sent again.
 
     Args:
         private: visibility of a repo that does not exist yet.

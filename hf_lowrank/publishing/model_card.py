@@ -1,4 +1,4 @@
-"""Model cards: the README of a compressed checkpoint, written from its own files and from what was measured."""
+"""Model cards: the README of a compressed checkpoint, written from its own files and from measurements."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
 
     Args:
         config: content of its `config.json`.
-        inspection: what its files store (`checkpoints.inspect.Inspection` as a dictionary).
+        inspection: the content of its files (`checkpoints.inspect.Inspection` as a dictionary).
         report: content of its report: of the compression, and what `record` added. It is empty if there is none.
         name: argument for `from_pretrained` that the card shows.
     """

@@ -33,7 +33,8 @@ class CompressionConfig(QuantizationConfigMixin):
         metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"},
     )
     options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "settings of the method, by name; defaults are the paper's"}
+        default_factory=dict,
+        metadata={"help": "settings of the method, by name; defaults are the paper's, where it gives any"},
     )
     calibration: str = field(
         default="self",
@@ -45,7 +46,10 @@ class CompressionConfig(QuantizationConfigMixin):
     sequence_length: int | None = field(
         default=None, metadata={"help": "tokens per calibration sequence; default: the model's context, at most 2048"}
     )
-    seed: int = field(default=0, metadata={"help": "seed of everything random: same seed, same bytes"})
+    seed: int = field(
+        default=0,
+        metadata={"help": "seed of everything random: same seed, same bytes (exceptions: docs/promises.md)"},
+    )
     refinement_steps: int = field(
         default=0,
         metadata={"help": "training steps per block, after compression, towards the dense block's output; 0: none"},
@@ -121,7 +125,7 @@ class CompressionConfig(QuantizationConfigMixin):
         """Read a config from a checkpoint's `quantization_config`.
 
         Args:
-            return_unused_kwargs: whether to return, beside the config, the keyword arguments that are no fields of it.
+            return_unused_kwargs: whether to return, beside the config, the keyword arguments that are not its fields.
             kwargs: values of fields that replace those of the checkpoint.
 
         Raises:

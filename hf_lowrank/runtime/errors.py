@@ -11,7 +11,7 @@ class CompressionError(ValueError):
     """Base class of every error that `hf_lowrank` raises on purpose."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(one_line(message))
+        super().__init__(printable(message))
 
 
 class CheckpointError(CompressionError):
@@ -22,7 +22,7 @@ class NumericalError(CompressionError):
     """Raised when a value that must be finite is not. The message names the layer."""
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """Return the text as one line of bounded length, without control characters and lone surrogates.
 
     Messages quote file names and values of checkpoints. A terminal would obey control characters in them, and
@@ -31,10 +31,10 @@ def one_line(text: str) -> str:
     if len(text) > LONGEST_MESSAGE:
         half = LONGEST_MESSAGE // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return "".join(map(_printable, text))
+    return "".join(map(_printable_letter, text))
 
 
-def _printable(letter: str) -> str:
+def _printable_letter(letter: str) -> str:
     """Return a printable letter as it is, any white space as a space, and everything else as its escape sequence."""
     if letter.isprintable():
         return letter

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import CheckpointError
 
-MARK = "_hf_lowrank"
+HOOKED = "_hf_lowrank"
 """Attribute of a function that is wrapped already."""
 
 
@@ -29,7 +29,7 @@ def hook_configs() -> None:
 
     bound: Any = PreTrainedConfig.get_config_dict
     original: Callable[..., tuple[dict[str, Any], dict[str, Any]]] = bound.__func__
-    if getattr(original, MARK, False):
+    if getattr(original, HOOKED, False):
         return
 
     @wraps(original)
@@ -53,7 +53,7 @@ def hook_configs() -> None:
         _check_config(values, folder, saved_here)
         return values, unused
 
-    setattr(get_config_dict, MARK, True)
+    setattr(get_config_dict, HOOKED, True)
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
 
 
@@ -97,7 +97,7 @@ def hook_tokenizers() -> None:
 
     bound: Any = PreTrainedTokenizerBase.from_pretrained
     original: Callable[..., Any] = bound.__func__
-    if getattr(original, MARK, False):
+    if getattr(original, HOOKED, False):
         return
 
     @wraps(original)
@@ -116,7 +116,7 @@ def hook_tokenizers() -> None:
                 f"AutoTokenizer.from_pretrained(BASE).save_pretrained({folder!r})"
             ) from error
 
-    setattr(from_pretrained, MARK, True)
+    setattr(from_pretrained, HOOKED, True)
     PreTrainedTokenizerBase.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
 
 

@@ -34,7 +34,7 @@ CACHE_LINE = 64
 NOT_SPLIT = (
     "tp_plan: compressed layers are not split over processes; load without it, for instance with device_map='auto'"
 )
-CASTS = ("float", "half")
+CAST_METHODS = ("float", "half")
 """Methods that transformers refuses on every quantized model.
 
 The float tensors of a compressed model can be cast like those of a dense one.
@@ -128,7 +128,7 @@ class CompressionQuantizer(HfQuantizer):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
         fuse_experts(model)
-        for cast in CASTS:
+        for cast in CAST_METHODS:
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
         # Loading a compressed checkpoint needs no conversions, and leaves an empty list of them. Without the list,
@@ -206,7 +206,7 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     marked.config.quantization_config = quantizer.quantization_config
     marked.config._is_quantized = True
     marked.add_model_tags(QUANT_METHOD)  # for the cards that trainers write
-    for cast in CASTS:
+    for cast in CAST_METHODS:
         # Transformers' own methods raise for quantized models; those of torch do not.
         marked.__dict__[cast] = functools.partial(getattr(nn.Module, cast), model)
     CompleteSave.attach(model)

@@ -1,4 +1,4 @@
-"""Distillation: a compressed model learns to predict what the dense model predicts that it was made from."""
+"""Distillation: a compressed model learns the predictions of the dense model that it was made from."""
 
 import hashlib
 from pathlib import Path
@@ -11,27 +11,26 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..calibration.batches import IGNORED_LABEL
 from ..compression.resume import weights_fingerprint
 from ..execution.work_folder import WorkFolder
 from ..runtime.errors import CompressionError
 
-IGNORED = -100
-"""The label of a position that no loss counts, as everywhere in transformers."""
 BATCH_TOKENS = 4096
 """Maximum number of tokens in one step of `distill`."""
 
 
 class DistillationTrainer(Trainer):
-    """A `Trainer` whose loss is that of knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531).
+    """A `Trainer` with the loss of knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531).
 
     The loss is (1 − λ) T² KL(teacher ‖ student) + λ L. Both distributions are at temperature T, and the divergence is
     averaged over the positions that have a label. L is the student's own loss on the labels. Training minimizes this
     loss and evaluation reports it. Everything else is as in `Trainer`.
 
     Args:
-        args, kwargs: as for `Trainer`. The `model` is the student. teacher_model: the dense model, with the student's
-        vocabulary. It is moved to the training device and frozen, and
-            is not changed otherwise.
+        args, kwargs: as for `Trainer`. The `model` is the student.
+        teacher_model: the dense model, with the student's vocabulary. It is moved to the training device and frozen,
+            and is not changed otherwise.
         temperature: T, above 0. A higher temperature gives unlikely tokens more weight.
         lm_weight: λ, from 0 (the teacher alone) to 1 (the labels alone).
 
@@ -108,12 +107,12 @@ class DistillationTrainer(Trainer):
             CompressionError: if the batch has no labels.
         """
         if "shift_labels" in inputs:
-            return inputs["shift_labels"] != IGNORED
+            return inputs["shift_labels"] != IGNORED_LABEL
         if "labels" not in inputs:
             raise CompressionError(
                 f"the batches have {', '.join(inputs)} and no labels; use a data collator that makes them"
             )
-        has_label: Tensor = inputs["labels"] != IGNORED
+        has_label: Tensor = inputs["labels"] != IGNORED_LABEL
         if self.predicts_next_token:
             has_label = F.pad(has_label[..., 1:], (0, 1))  # the last position predicts nothing
         return has_label

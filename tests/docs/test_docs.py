@@ -1,8 +1,8 @@
 """What the documents tell people to run, runs: from an installed package, in an empty folder, without network.
 
-Python blocks run as one program per document; those of README one by one, and its bash blocks, too. Command lines of all other documents
-are checked as far as their options. A block marked `py` instead of `python` is a fragment, and one marked `console` needs the network,
-a checkout or hours: both are shown and not run.
+Python blocks run as one program per document; those of README one by one, and its bash blocks, too. Command lines of
+all other documents are checked as far as their options. A block marked `py` instead of `python` is a fragment, and one
+marked `console` needs the network, a checkout or hours: both are shown and not run.
 """
 
 import os
@@ -34,7 +34,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, installed: dict[str, 
 
 @pytest.mark.timeout(600)  # ten processes that import torch and transformers
 def test_the_readme_runs_from_top_to_bottom(tmp_path: Path, installed: dict[str, str]) -> None:
-    """Every Python block is a program, every bash block a script; a later one finds the folders that earlier ones wrote."""
+    """Every Python block is a program, every bash block a script. Later ones find the folders of earlier ones."""
     for language, code in blocks(README, "python", "bash"):
         command = ["python", "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
         run(command, tmp_path, installed)
@@ -68,7 +68,7 @@ def test_command_lines_are_understood(document: Path) -> None:
 
 
 def test_a_method_is_one_file_and_one_registration(tmp_path: Path) -> None:
-    """CONTRIBUTING.md, followed to the letter in a copy of the project: the contract suite covers the method and passes."""
+    """CONTRIBUTING.md is followed to the letter in a copy of the project. The contract suite covers the method."""
     ((_, code),) = blocks(PROJECT / "CONTRIBUTING.md", "python")
     ignored = shutil.ignore_patterns("__pycache__", "reference-7m", "*.so")
     for part in ("hf_lowrank", "tests"):

@@ -1,7 +1,7 @@
-"""Imports between the rooms of the package go down only, and no modules import each other in a circle.
+"""Imports between the subpackages of the package go down only, and no modules import each other in a circle.
 
-A room is a folder of `hf_lowrank`, or a module that lies loose beside these folders. Rooms are found from the files,
-so a new one must be given its floor here on purpose. The files are parsed and not imported.
+A subpackage is a folder of `hf_lowrank`, or a module that lies loose beside these folders. They are found from the files,
+so a new one must be given its level here on purpose. The files are parsed and not imported.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.support.assets import PROJECT
 
 PACKAGE = "hf_lowrank"
-FLOORS = (
+LEVELS = (
     ("cli", "serving"),
     ("publishing",),
     ("evaluation", "training"),
@@ -28,11 +28,11 @@ FLOORS = (
     ("kernels", "peft"),
     ("runtime",),
 )
-"""The rooms from the top floor to the ground. A module imports from its own room and from the floors below it."""
-ENTRANCES = ("__init__", "__main__")
-"""Modules outside the order, which may import every room: the public names and the command."""
-BASEMENT = ("registration", "version")
-"""Modules outside the order, which every room may import, and which import no room themselves."""
+"""The subpackages from the top level to the lowest. A module imports from its own one and from the levels below it."""
+ENTRY_POINTS = ("__init__", "__main__")
+"""Modules outside the order, which may import every subpackage: the public names and the command."""
+SHARED = ("registration", "version")
+"""Modules outside the order, which every subpackage may import, and which import no subpackage themselves."""
 MAX_LOOSE_MODULES = 10
 """Maximum number of modules at the top of the package, `__init__` included."""
 
@@ -140,20 +140,20 @@ def all_imports() -> list[Import]:
     return imports
 
 
-def room_of(module: str) -> str:
+def subpackage_of(module: str) -> str:
     """Return the folder or the loose module that a module belongs to: "methods" for "hf_lowrank.methods.slab"."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def floor_of(room: str) -> int:
-    """Return the height of a room above the ground floor."""
-    height = len(FLOORS)
-    for rooms in FLOORS:
+def level_of(subpackage: str) -> int:
+    """Return the height of a subpackage above the lowest level."""
+    height = len(LEVELS)
+    for subpackages in LEVELS:
         height -= 1
-        if room in rooms:
+        if subpackage in subpackages:
             return height
-    raise AssertionError(f"{room} has no floor; add it to FLOORS of {Path(__file__).name}")
+    raise AssertionError(f"{subpackage} has no level; add it to LEVELS of {Path(__file__).name}")
 
 
 def enclosing_packages(module: str) -> set[str]:
@@ -179,21 +179,21 @@ def test_imports_of_every_kind_are_seen() -> None:
     }
 
 
-def test_every_room_has_one_floor() -> None:
-    rooms = {room_of(module) for module in modules()}
-    listed = [room for floor in FLOORS for room in floor]
-    assert sorted([*listed, *ENTRANCES, *BASEMENT]) == sorted(rooms)
+def test_every_subpackage_has_one_level() -> None:
+    subpackages = {subpackage_of(module) for module in modules()}
+    listed = [subpackage for level in LEVELS for subpackage in level]
+    assert sorted([*listed, *ENTRY_POINTS, *SHARED]) == sorted(subpackages)
 
 
-def test_imports_between_rooms_go_down_only() -> None:
+def test_imports_between_subpackages_go_down_only() -> None:
     """Imports inside functions and under TYPE_CHECKING count too."""
     climbing = []
     for entry in all_imports():
-        importer, imported = room_of(entry.importer), room_of(entry.imported)
-        is_outside = importer in ENTRANCES or imported in (*ENTRANCES, *BASEMENT)
+        importer, imported = subpackage_of(entry.importer), subpackage_of(entry.imported)
+        is_outside = importer in ENTRY_POINTS or imported in (*ENTRY_POINTS, *SHARED)
         if importer == imported or is_outside:
             continue
-        if importer in BASEMENT or floor_of(imported) >= floor_of(importer):
+        if importer in SHARED or level_of(imported) >= level_of(importer):
             climbing.append(str(entry))
     assert not climbing, "\n".join(climbing)
 
@@ -227,7 +227,7 @@ def method_classes() -> set[str]:
     """Return the names of all classes that derive from `Method`, which is judged by the names of their bases."""
     bases: dict[str, set[str]] = {}
     for module, file in modules().items():
-        if room_of(module) == "methods":
+        if subpackage_of(module) == "methods":
             for node in ast.walk(parsed(file)):
                 if isinstance(node, ast.ClassDef):
                     bases[node.name] = {name_of(base) for base in node.bases}
@@ -266,7 +266,7 @@ def test_only_methods_know_the_classes_of_methods() -> None:
     assert {"SpectralMethod", "MixedMethod", "SoCo", "SLaB"} <= classes
     asked = []
     for module, file in modules().items():
-        if room_of(module) != "methods":
+        if subpackage_of(module) != "methods":
             for name, line in classes_asked_about(parsed(file)):
                 if name in classes:
                     asked.append(f"{module}:{line} asks for {name}")

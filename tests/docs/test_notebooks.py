@@ -1,4 +1,4 @@
-"""The notebooks run from an installed package in an empty folder, and their outputs are stored and show nothing of a machine."""
+"""The notebooks run from an installed package in an empty folder. Their stored outputs show nothing of a machine."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def kinds(outputs: list[list[dict[str, Any]]]) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_and_show_what_is_stored(path: Path, tmp_path: Path, installed: dict[str, str]) -> None:
-    """Every cell runs and has outputs of the kinds that are stored: after a change, `make notebooks` stores them anew."""
+    """Every cell runs and has outputs of the kinds that are stored. `make notebooks` stores them after a change."""
     outputs = run_notebook(path, tmp_path, installed)
     assert any(kinds(outputs))
     assert kinds(outputs) == kinds(stored_outputs(path))

@@ -29,7 +29,7 @@ def test_links_within_the_project_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", documents(), ids=relative_name)
 def test_files_that_are_named_exist(document: Path) -> None:
-    """Paths in code type, such as `docs/trust.md` or `tests/serving`, are those of files and folders of the project."""
+    """Paths in code type, such as `docs/trust.md` or `tests/serving`, are files and folders of the project."""
     rooms = "|".join(("docs", "benchmarks", "tests", "notebooks", "model_cards", "hf_lowrank"))
     for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", prose(document)):
         assert (PROJECT / path).exists(), path
@@ -53,7 +53,7 @@ def test_lines_of_prose_are_short(document: Path) -> None:
 
 
 def test_troubleshooting_quotes_messages_of_the_package() -> None:
-    """Its headings in code type are parts of messages, with … for what is filled in; one message is transformers' own."""
+    """Its headings in code type are parts of messages, with … for filled-in parts. One message is of transformers."""
     text = (PROJECT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     headings = re.findall(r"^### `(.*)`$", text, flags=re.MULTILINE)
     assert len(headings) > 20

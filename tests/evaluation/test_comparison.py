@@ -20,8 +20,8 @@ from hf_lowrank.evaluation.comparison_records import finished_record, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution import child_process
 from hf_lowrank.execution.child_process import ProcessError
-from hf_lowrank.execution.files import file_checksum
 from hf_lowrank.models.loading import load_model, load_tokenizer
+from hf_lowrank.runtime.checksums import file_checksum
 
 from ..support import tiny_models
 

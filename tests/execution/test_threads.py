@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import CompressionConfig, compress
-from hf_lowrank.execution.threads import TOGETHER, parallel_slots, solve_in_threads
+from hf_lowrank.execution.threads import MAX_PARALLEL_BYTES, parallel_slots, solve_in_threads
 from hf_lowrank.methods import make_method, method_class, registered_methods
 from hf_lowrank.methods.mixed import MixedMethod
 from hf_lowrank.methods.spectral import SpectralMethod
@@ -78,7 +78,11 @@ def test_every_strategy_solves_with_one_thread(name: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(cls, step, noted(getattr(cls, step)))
     torch.set_num_threads(2)
     recipe = CompressionConfig(method=name, ratio=0.4, samples=2, sequence_length=16)
-    for working_memory, count, alone in ((0, 1, False), (TOGETHER, 1, True), (TOGETHER + 1, 2, True)):
+    for working_memory, count, alone in (
+        (0, 1, False),
+        (MAX_PARALLEL_BYTES, 1, True),
+        (MAX_PARALLEL_BYTES + 1, 2, True),
+    ):
         seen.clear()
         monkeypatch.setattr(cls, "working_memory", lambda self, layer, value=working_memory: value)
         compress(tiny_models.llama(), recipe, calibration=tiny_models.token_ids(2, 16).tolist(), progress=False)

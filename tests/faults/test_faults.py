@@ -73,8 +73,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 FAULTS = {
-    "SIGINT": (130, "interrupted; nothing was left behind"),
-    "SIGTERM": (143, "terminated; nothing was left behind"),
+    "SIGINT": (130, "interrupted; no output was written"),
+    "SIGTERM": (143, "terminated; no output was written"),
     "SIGKILL": (-9, None),
     "ENOSPC": (1, "No space left on device"),
     "EROFS": (1, "Read-only file system"),
@@ -224,4 +224,4 @@ hf_lowrank_command.main()
     finished = subprocess.run(
         [sys.executable, "-c", interruption], cwd=PROJECT, capture_output=True, text=True, check=False
     )
-    assert (finished.returncode, finished.stderr) == (FAULTS[fault][0], f"{word}; nothing was left behind\n")
+    assert (finished.returncode, finished.stderr) == (FAULTS[fault][0], f"{word}; no output was written\n")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_lowrank import CompressionError
-from hf_lowrank.methods import Budget, Layer, Statistics, make_method
+from hf_lowrank.budget import Budget, Layer
+from hf_lowrank.methods import Statistics, make_method
 from hf_lowrank.methods.factorization import inverse_cholesky
 from hf_lowrank.methods.gptq import compensated
 from hf_lowrank.runtime.configuration import LayerSpec

@@ -18,7 +18,7 @@ from hf_lowrank.compression.checks import whole_model_reason
 from hf_lowrank.compression.estimate import estimate
 from hf_lowrank.compression.from_disk import compress_checkpoint
 from hf_lowrank.compression.session import Session
-from hf_lowrank.execution.output_folder import files_size
+from hf_lowrank.execution.files import files_size
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.models.loading import load_config, load_model, skeleton
 from hf_lowrank.models.offloading import LARGEST_SHARD, SMALLEST_SHARD, shard_size

@@ -18,7 +18,7 @@ class Passes:
         sums: how often the Gram matrices of all tokens are summed.
     """
 
-    forward: float
+    forward: int
     sums: int
 
 

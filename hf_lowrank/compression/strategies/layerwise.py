@@ -11,6 +11,7 @@ from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import LayerReport, compressed_input_error
+from ..resume import FINAL_STAGE
 from ..session import BlockVisit, Session
 from ..solving import report_on, solve_layers
 from ..walk import Stage, walk
@@ -29,7 +30,12 @@ class Layerwise(Strategy):
 
     @staticmethod
     def passes(method: Method) -> Passes:
-        """One pass captures the inputs, one collects, and a sequential method runs the compressed block once more."""
+        """Return how often the calibration tokens go through a block.
+
+        One pass captures the inputs, one collects the statistics, and a sequential method runs the compressed block
+        once more. With compressed inputs both the batch and its twin go through the block, and two more sums are
+        taken.
+        """
         if method.needs_compressed_inputs:
             return Passes(forward=5, sums=3)
         return Passes(forward=3 if method.sequential else 2, sums=1)
@@ -38,7 +44,7 @@ class Layerwise(Strategy):
 class _Decompose(Stage[dict[str, Statistics]]):
     """Decompose the layers of every block."""
 
-    name = "built"
+    name = FINAL_STAGE
 
     def __init__(self, session: Session, batches: list[BlockBatch]) -> None:
         self.session = session

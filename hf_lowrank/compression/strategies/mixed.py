@@ -32,6 +32,7 @@ from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import LayerReport, relative_error
+from ..resume import FINAL_STAGE
 from ..session import BlockVisit, Session
 from ..solving import report_on, solve_layers, survey_layers
 from ..walk import Stage, walk
@@ -131,7 +132,7 @@ class _Fit(Stage[dict[str, Statistics]]):
         surveyed: statistics of the survey by block, as far as they were kept.
     """
 
-    name = "built"
+    name = FINAL_STAGE
 
     def __init__(
         self,

@@ -5,6 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
+import torch
+
 from ...budget import Layer
 from ...calibration import BlockBatch
 from ...execution.work_folder import Record
@@ -16,14 +18,12 @@ from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
 from ..report import LayerReport, sampled_spectrum
-from ..resume import record_name
+from ..resume import FINAL_STAGE, recorded_findings
 from ..session import BlockVisit, Session
 from ..soco_training import learn_spectrum
 from ..solving import report_on, solve_layers, survey_layers
 from ..walk import Stage, walk
 from .base import Passes, Strategy
-
-FLOAT64_BYTES = 8
 
 
 class Spectral(Strategy):
@@ -51,11 +51,11 @@ class Spectral(Strategy):
     @staticmethod
     def survey_bytes(layers: list[Layer]) -> int:
         """The factors of every layer stay in the work folder until the ranks of all are known."""
-        total = 0
+        values = 0
         for layer in layers:
             m, n = layer.out_features, layer.in_features
-            total += FLOAT64_BYTES * (m + n) * min(m, n)
-        return total
+            values += (m + n) * min(m, n)
+        return values * torch.float64.itemsize
 
 
 def decide_ranks(
@@ -67,7 +67,7 @@ def decide_ranks(
         return measurements, method.allocate(measurements, plan.budget, plan.available_bits)
     measurements, ranks, curve = learn_spectrum(
         session.model,
-        cast(SoCo, method),
+        cast(SoCo, method),  # the one spectral method that trains
         measurements,
         session.tokens,
         plan.budget,
@@ -125,7 +125,7 @@ class _Truncate(Stage[dict[str, Statistics]]):
         spectra: the spectrum of each layer as its report shows it.
     """
 
-    name = "built"
+    name = FINAL_STAGE
 
     def __init__(
         self,
@@ -161,7 +161,8 @@ class _Truncate(Stage[dict[str, Statistics]]):
     def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterator[tuple[Layer, BuildResult]]:
         session = self.session
         if session.offloaded is not None:
-            self.measurements |= self._recorded_measurements(visit)
+            findings = recorded_findings(session, _Measure.name, visit)
+            self.measurements |= measurements_from(findings, visit.layers)
         ranks: dict[str, int] = {}
         for layer in visit.layers:
             rank = self.shares[layer.name]
@@ -184,12 +185,6 @@ class _Truncate(Stage[dict[str, Statistics]]):
     def _spread(self, layers: list[Layer], available_bits: int) -> dict[str, int | None]:
         wanted: dict[str, float | None] = {layer.name: self.ranks[layer.name] for layer in layers}
         return fitted_ranks(wanted, self._price, self._dense_price, self._fixed, self._largest_ranks, available_bits)
-
-    def _recorded_measurements(self, visit: BlockVisit) -> dict[str, Measurement]:
-        work = self.session.work
-        record = work.read(record_name(_Measure.name, visit.index)) if work is not None else None
-        assert record is not None, "written by the survey"
-        return measurements_from(Record(record.tensors, record.facts["findings"]), visit.layers)
 
     def _build(self, all_statistics: dict[str, Statistics], ranks: dict[str, int], layer: Layer) -> BuildResult:
         """Truncate a layer to its rank."""

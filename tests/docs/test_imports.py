@@ -1,7 +1,7 @@
 """Imports between the subpackages of the package go down only, and no modules import each other in a circle.
 
-A subpackage is a folder of `hf_lowrank`, or a module that lies loose beside these folders. They are found from the
-files, so a new one must be given its level here on purpose. The files are parsed and not imported.
+A subpackage is a folder of `hf_lowrank`, or a module that lies loose beside these folders. The files define them, so a
+new one must be given its level here on purpose. The files are parsed and not imported.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Budgets first, then block by block: every layer is decomposed as soon as its statistics are known."""
+"""The layerwise strategy gives every layer its budget first, and decomposes it as soon as its statistics are known."""
 
 from collections.abc import Iterator
 from functools import partial

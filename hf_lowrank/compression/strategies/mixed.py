@@ -1,4 +1,4 @@
-"""A survey of what each layer could become, one choice for all within the budget, and then the layers.
+"""The mixed strategy surveys what each layer could become, chooses for all within the budget, and then fits the layers.
 
 The survey measures the dense model. Each layer is then fitted to targets that are corrected for the layers before it.
 """

@@ -1,4 +1,4 @@
-"""The spectra of all layers in the dense model, then the ranks of all layers, then the layers."""
+"""The spectral strategy measures the spectra of all layers, decides on all ranks, and then truncates the layers."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The mixed strategy surveys what each layer could become, chooses for all within the budget, and then fits the layers.
+"""The mixed strategy surveys what each layer could become, chooses within one budget, and then fits the layers.
 
 The survey measures the dense model. Each layer is then fitted to targets that are corrected for the layers before it.
 """

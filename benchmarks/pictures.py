@@ -13,8 +13,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from hf_lowrank.evaluation.pareto import text_name
+from hf_lowrank.execution.files import short_path
 
 OURS = ("lowrank", "slab-gram", "auto")
 SYSTEMS = {"slab": "SLaB", "sola": "SoLA", "soco": "SoCo"}
@@ -64,10 +65,16 @@ def draw(axes: Axes, measured: Points) -> None:
             grays += 1
         axes.plot(bits, lost, **style)
         axes.annotate(
-            name, (bits[-1], lost[-1]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9,
+            name,
+            (bits[-1], lost[-1]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
             color=style["color"],
-        )  # fmt: skip
+        )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.25)
@@ -90,7 +97,7 @@ def main() -> None:
     panels = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
     for number, (axes, text) in enumerate(zip(panels, texts, strict=True)):
         draw(axes, points(results, number, arguments.quantized_below))
-        axes.set_title(f"{text_name(text)}", fontsize=10)
+        axes.set_title(short_path(text), fontsize=10)
         axes.margins(x=0.12, y=0.1)
     panels[0].set_ylabel("nats lost per token (lower is better)")
     figure.suptitle(arguments.title, fontsize=11)

@@ -124,5 +124,5 @@ def check_same_everywhere(session: Session, identity: dict[str, Any]) -> None:
         if other != identities[0]:
             what = difference(identities[0], other, words=("process 0 has", f"process {rank}"))
             raise CompressionError(
-                f"process {rank} has other {what}; give every process the same model, calibration and recipe"
+                f"process {rank} differs in {what}; give every process the same model, calibration and recipe"
             )

@@ -72,7 +72,7 @@ def test_the_checkpoint_of_two_processes_is_that_of_one(folder: Path) -> None:
 def test_processes_that_cannot_go_on_say_why(folder: Path) -> None:
     first, second = (left_by(folder, f"process-{rank}")["refusals"] for rank in (0, 1))
     assert first["calibration"] == second["calibration"]
-    assert first["calibration"].startswith("process 1 has other calibration (process 0 has '")
+    assert first["calibration"].startswith("process 1 differs in calibration (process 0 has '")
     assert (first["error"], second["error"]) == ("process 1 fails", "process 1 fails")
 
 

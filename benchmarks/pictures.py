@@ -13,10 +13,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator
 
 from hf_lowrank.execution.files import short_path
 
+OURS = ("lowrank", "slab-gram", "auto")
 SYSTEMS = {"slab": "SLaB", "sola": "SoLA", "soco": "SoCo"}
 BASELINES = {
     "svd-llm": "SVD-LLM",
@@ -26,8 +27,6 @@ BASELINES = {
     "magnitude": "magnitude",
 }
 QUANTIZED = ("gptq", "rtn", "auto")
-TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-"""Nats that are written at the axis."""
 COLORS = {
     "lowrank": "#c0392b",
     "slab-gram": "#8e44ad",
@@ -66,10 +65,18 @@ def draw(axes: Axes, measured: Points) -> None:
             grays += 1
         axes.plot(bits, lost, **style)
         axes.annotate(
-            name, (bits[-1], lost[-1]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9,
+            name,
+            (bits[-1], lost[-1]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
             color=style["color"],
-        )  # fmt: skip
+        )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("stored bits per weight of the compressed layers (16 = dense)")
@@ -93,10 +100,6 @@ def main() -> None:
         axes.set_title(short_path(text), fontsize=10)
         axes.margins(x=0.12, y=0.1)
     panels[0].set_ylabel("nats lost per token (lower is better)")
-    lowest, highest = panels[0].get_ylim()
-    panels[0].set_yticks([tick for tick in TICKS if lowest < tick < highest], minor=False)
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_locator(NullLocator())
     figure.suptitle(arguments.title, fontsize=11)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=110, metadata={"Software": None})

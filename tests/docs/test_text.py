@@ -93,7 +93,7 @@ def _constants(tree: ast.Module) -> dict[str, str]:
 
 
 def _text(node: ast.expr, constants: dict[str, str]) -> str:
-    """A string or an f-string as text, other expressions as …; logging's %s and %d are filled in, too."""
+    """Return a string or an f-string as text, with … for other expressions and for logging's %s and %d."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.sub(r"%[sd]", "…", node.value)
     if isinstance(node, ast.JoinedStr):

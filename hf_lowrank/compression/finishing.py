@@ -1,6 +1,7 @@
 """The end of a run: the model becomes a compressed one for transformers, with its config and its report."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from ..calibration import fingerprint
@@ -83,7 +84,7 @@ def release_fused_experts(session: Session) -> None:
                 parameter.data = parameter.data.clone()
 
 
-def recorded_blocks(session: Session) -> dict[str, Any]:
+def recorded_blocks(session: Session) -> dict[str, Path]:
     """Return the files of the work folder that hold the finished blocks, by the name of the block."""
     assert session.work is not None, "a model on disk has one"
     files = {}

@@ -13,9 +13,9 @@ from ..runtime.layers import CompressedLinear
 from .block_training import train_block
 from .collecting import no_data
 from .fallback import BuildResult
-from .report import BlockRefinement, LayerReport, layer_report
+from .report import BlockRefinement, LayerReport
 from .session import BlockVisit, Session
-from .solving import survey_layers
+from .solving import report_on, survey_layers
 from .walk import Stage, walk
 
 
@@ -67,9 +67,8 @@ class _Refine(Stage[None]):
             compressed = session.model.get_submodule(layer.name)
             assert isinstance(compressed, CompressedLinear)
             weight = dense_weight(original).detach().double()
-            bits = session.plan.budget.dense_bits(layer)
             spectrum = session.log.reports[self._report_positions[layer.name]].spectrum
-            new_report = layer_report(layer.name, compressed, weight, statistics, bits, spectrum)
+            new_report = report_on(session, layer, compressed, weight, statistics, spectrum)
             return Record({}, {layer.name: asdict(new_report)})
 
         reports = survey_layers(session, layers, examine=report).facts.values()

@@ -1,6 +1,5 @@
 """Several processes are one: the same layers, one that writes, and a run that goes on after one of them was killed."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from hf_lowrank.execution.process_group import SINGLE_PROCESS, balanced, current_process_group
 from hf_lowrank.execution.torchrun import torchrun_rank
 from tests.support.assets import PROJECT
+from tests.support.files import digests
 from tests.support.processes import RECIPES
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process makes what all its tests look at
@@ -44,10 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def left_by(folder: Path, who: str) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(folder / f"{who}.pt")
     return found
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("model", [*RECIPES, "refined", "broken", "T5"])

@@ -1,7 +1,6 @@
 """Compression from disk to disk gives the files of the model in memory, and has one block at a time in memory."""
 
 import gc
-import hashlib
 import logging
 import weakref
 from pathlib import Path
@@ -24,6 +23,7 @@ from hf_lowrank.models.loading import load_config, load_model, skeleton
 from hf_lowrank.models.offloading import LARGEST_SHARD, SMALLEST_SHARD, shard_size
 
 from ..support import tiny_models
+from ..support.files import digests
 
 MODELS = {"llama": tiny_models.llama, "gpt2": tiny_models.gpt2, "opt": tiny_models.opt, "mixtral": tiny_models.mixtral}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,14 +45,6 @@ def recipe(method: str, calibration: str, **changes: Any) -> CompressionConfig:
     return CompressionConfig(method=method, calibration=calibration, **fields)
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
 @pytest.mark.parametrize("method", OPTIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_files_are_those_of_the_model_in_memory(
@@ -64,7 +56,7 @@ def test_the_files_are_those_of_the_model_in_memory(
     compress_checkpoint(dense, tmp_path / "from-disk" / "model", config, tokenizer)
     monkeypatch.setattr(from_disk, "whole_model_reason", lambda *_: "the test wants it")
     compress_checkpoint(dense, tmp_path / "in-memory" / "model", config, tokenizer)
-    assert files(tmp_path / "from-disk") == files(tmp_path / "in-memory")  # and nothing else is left there
+    assert digests(tmp_path / "from-disk") == digests(tmp_path / "in-memory")  # and nothing else is left there
     assert load_model(str(tmp_path / "from-disk" / "model")).config.quantization_config.layers
 
 
@@ -76,7 +68,7 @@ def test_shards_are_those_of_save_pretrained(tmp_path: Path, monkeypatch: pytest
     made = compress(load_model(dense), config, tiny_models.tokenizer())
     made.save_pretrained(tmp_path / "b" / "model", max_shard_size="40KB")
     assert len(list((tmp_path / "a" / "model").glob("*.safetensors"))) > 2
-    found, expected = files(tmp_path / "a" / "model"), files(tmp_path / "b" / "model")
+    found, expected = digests(tmp_path / "a" / "model"), digests(tmp_path / "b" / "model")
     assert found == expected
 
 
@@ -155,7 +147,7 @@ def test_a_killed_run_goes_on_from_disk_too(tmp_path: Path, monkeypatch: pytest.
             compress_checkpoint(dense, tmp_path / method / "model", config, tiny_models.tokenizer(), work_dir=work)
         assert not (tmp_path / method / "model").exists()
         compress_checkpoint(dense, tmp_path / method / "model", config, tiny_models.tokenizer(), work_dir=work)
-        assert files(tmp_path / method / "model") == files(tmp_path / method / "whole" / "model")
+        assert digests(tmp_path / method / "model") == digests(tmp_path / method / "whole" / "model")
         assert not work.exists()
 
 

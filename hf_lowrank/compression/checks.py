@@ -15,11 +15,17 @@ from ..models.offloading import every_weight
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
+from ..runtime.reopening import check_reopens
 from .session import Session
 
 
 def check_given(model: Any, config: Any, tokenizer: Any) -> None:
-    """Raise CompressionError if model, config or tokenizer is of the wrong kind, or the model is compressed."""
+    """Check what `compress` is given.
+
+    Raises:
+        CompressionError: if model, config or tokenizer is of the wrong kind, if the model is compressed, or if nothing
+            could open it again once it is saved.
+    """
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
             f"config: found {type(config).__name__}, expected a CompressionConfig, "
@@ -39,6 +45,7 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
         raise CompressionError(
             f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
         )
+    check_reopens(model)
 
 
 def whole_model_reason(

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ..execution.files import one_line
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig
 from ..runtime.errors import CheckpointError, CompressionError
+from ..runtime.skeletons import class_of_name
 from ..runtime.validation import resolve_experts
 from .offloading import copy_off_mapped_files, device_map
 
@@ -175,16 +176,16 @@ def compression_of(config: Any) -> CompressionConfig | None:
 def _model_class(config: Any) -> Any:
     """Return the class that a config names.
 
-    Where it names none of transformers' own, that is the class of a language model of its type, or of the model
+    Where it names none that this program knows, that is the class of a language model of its type, or of the model
     without a head.
 
     Raises:
         CompressionError: if there is none either.
     """
-    # Only classes of transformers are used: code that comes with a model is not executed.
+    # Only classes of transformers and of this program are used: code that comes with a model is not executed.
     names = getattr(config, "architectures", None) or [""]
-    named_class = getattr(transformers, names[0], None)
-    if isinstance(named_class, type) and issubclass(named_class, PreTrainedModel):
+    named_class = class_of_name(str(names[0]))
+    if named_class is not None:
         return named_class
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         model_class = auto_class._model_mapping.get(type(config), None)

@@ -15,7 +15,7 @@ from ..checkpoints.inspect import damaged_report, inspect
 from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
 from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, write_report
-from ..runtime.saving import AUTO_CLASSES
+from ..runtime.skeletons import AUTO_CLASSES
 from . import card_sections
 from .measurements import Quality
 

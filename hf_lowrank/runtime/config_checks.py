@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from .configuration import QUANT_METHOD
+from .configuration import QUANT_METHOD, CompressionConfig
 from .errors import CheckpointError
 from .reports import REPORT_FILE
 from .safetensors_headers import FLOAT_TYPES, StoredTensor, read_json
@@ -22,12 +22,19 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 """Names of torch's float dtypes, by those of safetensors."""
 
 
+def is_ours(quantization_config: Any) -> bool:
+    """Return whether the `quantization_config` of a config, as an object or as it is stored, is one of this package."""
+    if isinstance(quantization_config, Mapping):
+        return quantization_config.get("quant_method") == QUANT_METHOD
+    return isinstance(quantization_config, CompressionConfig)
+
+
 def is_compressed(values: Any) -> bool:
     """Return whether the content of a config.json is, or once was, that of a compressed model."""
     if not isinstance(values, Mapping):
         return False
     recorded, entries = values.get("quantization_config"), values.get("auto_map")
-    if isinstance(recorded, dict) and recorded.get("quant_method") == QUANT_METHOD:
+    if is_ours(recorded):
         return True
     if not isinstance(entries, dict):
         return False
@@ -51,6 +58,14 @@ def mentions_checkpoint(folder: str) -> bool:
     with open(config, "rb") as stream:
         # As bytes: what cannot be read may not even be text.
         return QUANT_METHOD.encode() in stream.read()
+
+
+def config_beside(file: str) -> dict[str, Any] | None:
+    """Return the content of the config.json beside a weight file, None if none of a compressed model lies there."""
+    config = os.path.join(os.path.dirname(file), "config.json")
+    values = read_json(config) if os.path.isfile(config) else None
+    recorded = values.get("quantization_config") if isinstance(values, dict) else None
+    return values if is_compressed(values) and isinstance(recorded, dict) else None
 
 
 def check_values(values: Any, key: str = "", depth: int = 0) -> None:

@@ -1,15 +1,19 @@
-"""Wraps two functions of transformers, so that a compressed checkpoint is checked before it is used.
+"""Wraps functions of transformers, so that a compressed checkpoint is checked before it is used, and opens by any class.
 
 All ways of opening a model, by class, by Auto class or by pipeline, read the config first, and by one public function:
 `PreTrainedConfig.get_config_dict`. So every config.json that transformers reads in this process passes here. What is
 no compressed checkpoint goes through untouched.
 
-`PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: transformers does not name the file
-that is missing.
+`PreTrainedModel.from_pretrained` is wrapped for configs that do not say that the checkpoint is compressed, such as the
+part of a config that is for the texts alone. `PreTrainedModel.save_pretrained` is wrapped for dense models with a config
+that says that they are compressed. `PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error:
+transformers does not name the file that is missing.
 """
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -51,6 +55,7 @@ def hook_configs() -> None:
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
         _check_config(values, folder, saved_here)
+        _mark_part(values, cls)
         return values, unused
 
     setattr(get_config_dict, HOOKED, True)
@@ -86,6 +91,121 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     has_lost_weights = saved_here and not weights
     validate_checkpoint(values, folder if has_usual_weights or has_lost_weights else None)
     values.pop("auto_map", None)
+
+
+def _mark_part(values: Any, config_class: Any) -> None:
+    """Copy the `quantization_config` of a compressed model into the part of its config that a class will take by itself.
+
+    Transformers reads nothing else of the config then.
+    """
+    from .config_checks import is_compressed
+
+    model_type = getattr(config_class, "model_type", "")
+    if not is_compressed(values) or values.get("model_type") == model_type or not model_type:
+        return
+    for key, part in values.items():
+        if isinstance(part, dict) and (key == config_class.base_config_key or part.get("model_type") == model_type):
+            part["quantization_config"] = values["quantization_config"]
+
+
+def hook_models() -> None:
+    """Open compressed checkpoints from now on, whatever config comes with the call, and save dense models as dense ones.
+
+    A second call does nothing.
+    """
+    from transformers import PreTrainedModel
+
+    bound: Any = PreTrainedModel.from_pretrained
+    open_model: Callable[..., Any] = bound.__func__
+    save_model: Callable[..., Any] = PreTrainedModel.save_pretrained
+    if getattr(open_model, HOOKED, False):
+        return
+
+    @wraps(open_model)
+    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("config") is not None and kwargs.get("state_dict") is None:
+            kwargs["config"] = _marked_config(kwargs["config"], source, kwargs)
+        return open_model(cls, source, *args, **kwargs)
+
+    @wraps(save_model)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _dense_config(self):
+            return save_model(self, *args, **kwargs)
+
+    setattr(from_pretrained, HOOKED, True)
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _marked_config(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
+    """Return a config that says that a checkpoint is compressed, if the checkpoint is and its caller's config does not.
+
+    Args:
+        source, kwargs: the other arguments of `from_pretrained`.
+    """
+    from .config_checks import holds_checkpoint, is_compressed, mentions_checkpoint
+    from .safetensors_headers import read_json
+
+    if isinstance(config, str | os.PathLike) or getattr(config, "quantization_config", None) is not None:
+        return config
+    folder = _local_folder(source, kwargs)
+    is_local = os.path.isdir(folder)
+    if not is_local:
+        folder = os.path.dirname(_cached_config(source, kwargs) or "")
+    if not folder or not mentions_checkpoint(folder):
+        return config
+    values = read_json(os.path.join(folder, "config.json"))
+    if not is_compressed(values):
+        return config
+    # The weights of a name on the Hub are checked by the quantizer, when they are on this machine.
+    _check_config(values, folder if is_local else "", saved_here=is_local and holds_checkpoint(folder))
+    config = copy.deepcopy(config)
+    config.quantization_config = values["quantization_config"]
+    return config
+
+
+def _cached_config(source: Any, kwargs: dict[str, Any]) -> str | None:
+    """Return the config.json of a name on the Hub, as it lies in the cache. Whoever has a config has read it before."""
+    from transformers.utils import cached_file
+
+    names = ("cache_dir", "revision", "subfolder")
+    arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    try:
+        return cached_file(source, "config.json", local_files_only=True, **arguments, **quiet)
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _dense_config(model: Any) -> Iterator[None]:
+    """While active, hide what the config of a dense model has from a compressed one.
+
+    A config of a compressed checkpoint may have been used to make a new model. What the model is, is what is saved. The
+    config may belong to a compressed model, too, and so gets back afterwards what was hidden.
+    """
+    from .config_checks import is_compressed, is_ours
+
+    config = model.config
+    hidden: list[tuple[Any, str, Any]] = []
+    # The save of a compressed model is the instance's own, and calls the class's.
+    if "save_pretrained" not in vars(model):
+        for part in (config, *(vars(config).get(name) for name in config.sub_configs)):
+            if part is not None and is_ours(vars(part).get("quantization_config")):
+                hidden.append((part, "quantization_config", part.quantization_config))
+        if is_compressed({"auto_map": vars(config).get("auto_map")}):
+            hidden.append((config, "auto_map", config.auto_map))
+    for part, name, _ in hidden:
+        delattr(part, name)
+    try:
+        yield
+    finally:
+        for part, name, value in hidden:
+            setattr(part, name, value)
 
 
 def hook_tokenizers() -> None:

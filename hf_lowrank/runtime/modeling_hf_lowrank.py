@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config_checks import is_compressed  # noqa: F401
     from .configuration import CompressionConfig  # noqa: F401
     from .content_checks import check_contents  # noqa: F401
+    from .counterparts import Counterparts  # noqa: F401
     from .errors import CompressionError  # noqa: F401
     from .experts import ExpertBank  # noqa: F401
     from .layer_spec import LayerSpec  # noqa: F401
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .quantization import Quantized  # noqa: F401
     from .quantized_ops import quantized_linear  # noqa: F401
     from .quantizer import CompressionQuantizer  # noqa: F401
+    from .reopening import check_reopens  # noqa: F401
     from .reports import read_report  # noqa: F401
     from .safetensors_headers import read_header  # noqa: F401
     from .saving import CompleteSave  # noqa: F401

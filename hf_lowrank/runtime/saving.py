@@ -24,6 +24,7 @@ from .reports import (
     read_report,
     write_report,
 )
+from .skeletons import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ RUNTIME_FILES = (
     "config_checks.py",
     "configuration.py",
     "content_checks.py",
+    "counterparts.py",
     "errors.py",
     "experts.py",
     "layer_spec.py",
@@ -47,6 +49,7 @@ RUNTIME_FILES = (
     "quantization.py",
     "quantized_ops.py",
     "quantizer.py",
+    "reopening.py",
     "reports.py",
     "safetensors_headers.py",
     "saving.py",
@@ -57,8 +60,6 @@ ENTRY_MODULE = "modeling_hf_lowrank"
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves. Its own constant lies in a module that imports PEFT."""
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
-
-AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
 
 logger = logging.getLogger(__name__)
 

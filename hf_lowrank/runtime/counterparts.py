@@ -5,7 +5,7 @@ base model's class, and the other way round. The same modules have other names t
 """
 
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import transformers
 from torch import nn
@@ -13,6 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from .configuration import CompressionConfig
 from .errors import CheckpointError
+from .validation import tied_names
 
 Value = TypeVar("Value")
 
@@ -85,13 +86,17 @@ class _Search:
         same_place = self.modules.get(name)
         if same_place is not None and _is_same(same_place, module):
             return name
-        is_generic = type(module).__module__.startswith("torch.")
+        # Whole models, such as the one for the texts in a composite model, have another name in every class. A layer or a
+        # norm beside them is the same under the same name. What is in a block is so only with the whole block.
+        is_whole = isinstance(module, transformers.PreTrainedModel)
+        is_beside = not any(module.children()) and not any(map(str.isdigit, name.split(".")))
+        if not is_whole and not is_beside:
+            return None
         best: list[str] = []
         best_length = 0
         for candidate in self.by_class.get(type(module), []):
             length = _common_end(candidate, name)
-            # A linear layer or a norm is like any other. It is the same only under the same name.
-            if is_generic and (length == 0 or not _has_same_tensors(self.modules[candidate], module)):
+            if is_beside and (length == 0 or not _has_same_tensors(self.modules[candidate], module)):
                 continue
             if length > best_length or not best:
                 best, best_length = [candidate], length
@@ -154,6 +159,42 @@ def check_sources(
                 f"{name}: the checkpoint has no such weights of a {type(model).__name__}; it is that of a "
                 f"{type(saved).__name__}, open it by that class"
             )
+
+
+def tie_as_saved(saved: nn.Module, model: Any, counterparts: Counterparts, stored: Collection[str]) -> None:
+    """Tie the head of a model to its embeddings where the saved model had them tied, so that files hold only one of both.
+
+    The part of a config that a model of another class takes may not say so.
+
+    Args:
+        stored: names of the tensors in the files.
+
+    Raises:
+        CheckpointError: for a tensor that is tied in the saved model and has no value in another model.
+    """
+    for _ in range(2):
+        lost = _lost_ties(saved, model, counterparts, stored)
+        if not lost:
+            return
+        model.config.tie_word_embeddings = True
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    raise CheckpointError(
+        f"{lost[0]}: is tied to another tensor in a {type(saved).__name__} and not in a {type(model).__name__}; "
+        f"open the checkpoint as a {type(saved).__name__}"
+    )
+
+
+def _lost_ties(saved: nn.Module, model: nn.Module, counterparts: Counterparts, stored: Collection[str]) -> list[str]:
+    """Return the tensors of `model` that get no values, as the saved model has them tied to others."""
+    own_names = set(model.state_dict())
+    tied_here = {name for group in tied_names(model) for name in group}
+    lost = []
+    for group in tied_names(saved):
+        for saved_name in group:
+            name = counterparts.name(saved_name)
+            if saved_name not in stored and name in own_names and name not in tied_here:
+                lost.append(name)
+    return lost
 
 
 class Renaming(WeightRenaming):

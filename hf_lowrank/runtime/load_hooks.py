@@ -12,6 +12,7 @@ transformers does not name the file that is missing.
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -39,7 +40,7 @@ def hook_configs() -> None:
     @wraps(original)
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         # Imported when a model is opened, so that `import hf_lowrank` need not wait for them.
-        from .config_checks import holds_checkpoint, mentions_checkpoint
+        from .config_checks import holds_checkpoint, is_compressed, mentions_checkpoint
         from .safetensors_headers import read_json
 
         folder = _local_folder(source, kwargs)
@@ -55,7 +56,9 @@ def hook_configs() -> None:
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
         _check_config(values, folder, saved_here)
-        _mark_part(values, cls)
+        if is_compressed(values):
+            _mark_part(values, cls)
+            hook_models()
         return values, unused
 
     setattr(get_config_dict, HOOKED, True)
@@ -93,28 +96,29 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     values.pop("auto_map", None)
 
 
-def _mark_part(values: Any, config_class: Any) -> None:
+def _mark_part(values: dict[str, Any], config_class: Any) -> None:
     """Copy the `quantization_config` of a compressed model into the part of its config that a class will take by itself.
 
     Transformers reads nothing else of the config then.
     """
-    from .config_checks import is_compressed
-
     model_type = getattr(config_class, "model_type", "")
-    if not is_compressed(values) or values.get("model_type") == model_type or not model_type:
+    if not model_type or values.get("model_type") == model_type:
         return
     for key, part in values.items():
         if isinstance(part, dict) and (key == config_class.base_config_key or part.get("model_type") == model_type):
-            part["quantization_config"] = values["quantization_config"]
+            part["quantization_config"] = values.get("quantization_config")
 
 
 def hook_models() -> None:
     """Open compressed checkpoints from now on, whatever config comes with the call, and save dense models as dense ones.
 
-    A second call does nothing.
+    A second call does nothing, nor does one while transformers is still importing its models. Another one follows when a
+    compressed checkpoint is read.
     """
-    from transformers import PreTrainedModel
-
+    models = sys.modules.get("transformers.modeling_utils")
+    PreTrainedModel: Any = getattr(models, "PreTrainedModel", None)
+    if PreTrainedModel is None:
+        return
     bound: Any = PreTrainedModel.from_pretrained
     open_model: Callable[..., Any] = bound.__func__
     save_model: Callable[..., Any] = PreTrainedModel.save_pretrained
@@ -133,8 +137,8 @@ def hook_models() -> None:
             return save_model(self, *args, **kwargs)
 
     setattr(from_pretrained, HOOKED, True)
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
-    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    PreTrainedModel.save_pretrained = save_pretrained
 
 
 def _marked_config(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:

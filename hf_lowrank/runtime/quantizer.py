@@ -16,7 +16,7 @@ from .checksums import check_weights
 from .configuration import QUANT_METHOD, CompressionConfig
 from .config_checks import config_beside
 from .content_checks import check_contents
-from .counterparts import Counterparts, Renaming, check_sources, find_counterparts
+from .counterparts import Counterparts, Renaming, check_sources, find_counterparts, tie_as_saved
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layer_spec import LayerSpec
@@ -112,7 +112,8 @@ class CompressionQuantizer(HfQuantizer):
             # Where the config is not the one of the files, the sizes of other tensors may have been changed.
             validate_files(saved, layers, stored, compressed_shapes_only=values is None)
         if not same_class:
-            self.renaming = Renaming(counterparts, stored.keys())
+            self.renaming = Renaming(counterparts, set(stored))
+            tie_as_saved(saved, model, counterparts, stored)
         config.experts = list(counterparts.of(dict.fromkeys(config.experts), model))
         resolve_experts(model, config.experts)
         config.layers = counterparts.of(config.layers, model)
@@ -137,6 +138,7 @@ class CompressionQuantizer(HfQuantizer):
         if self.renaming is not None:
             # It is for those files alone. A save by transformers would apply it backwards.
             model._weight_conversions = []
+            self.renaming = None
         # They belong to those files, and not to what becomes of the model.
         self.quantization_config.checksums = {}
         attach(model, self)
@@ -215,8 +217,6 @@ def register(override: bool = False) -> None:
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = CompressionQuantizer
         if not override:
             register_module_module_registration_hook(_watch_adapters)
-            # The package waits for the module that has the models, which imports the quantizers itself.
-            hook_models()
     hook_configs()
     hook_tokenizers()
 
@@ -241,6 +241,7 @@ def _refuse_merge(*args: Any, **kwargs: Any) -> None:
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
     align(model)
+    hook_models()  # its config may be used for a dense model
     marked: Any = model
     # `PreTrainedModel` does not declare these attributes. Transformers asks for them at many places.
     marked.hf_quantizer = quantizer

@@ -36,7 +36,7 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
             f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; "
             "pass texts to calibrate on as calibration="
         )
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PreTrainedModel) or _has_adapters(model):
         raise CompressionError(
             f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first "
             "(merge_and_unload), and take off what torch or accelerate have wrapped around it"
@@ -46,6 +46,12 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
             f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
         )
     check_reopens(model)
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    """Return whether adapters were added to a model. PEFT keeps what they wrap under the name `base_layer`."""
+    has_wrapped_layers = any(name.endswith(".base_layer") for name, _ in model.named_modules())
+    return has_wrapped_layers or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def whole_model_reason(

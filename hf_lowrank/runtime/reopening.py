@@ -1,11 +1,14 @@
-"""Says whether a model can be opened again once it is saved, from its config and the names and shapes of its tensors."""
+"""Says whether a model can be opened again once it is saved, judged by its config and its tensors."""
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .configuration import CompressionConfig
 from .errors import CheckpointError, CompressionError
-from .skeletons import class_of_name, make_skeleton
-from .validation import tied_names
+from .layer_spec import LayerSpec
+from .skeletons import make_skeleton
+from .validation import expected_tensors, resolve_experts, resolve_layers, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,16 +17,30 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_reopens(model: "PreTrainedModel") -> None:
-    """Raise CompressionError if what a dense model's class makes of its config has other tensors than the model.
+    """Check that what a model's class makes of its config has the tensors of the model. Whatever opens it starts there.
 
-    Whatever opens the saved model starts from that.
+    Args:
+        model: dense, or compressed with a config that says which layers are.
+
+    Raises:
+        CompressionError: naming a tensor that would be missing, too much, or of another shape.
     """
     name = type(model).__name__
+    compression = getattr(model.config, "quantization_config", None)
     try:
         skeleton = make_skeleton(_saved_values(model))
+        if isinstance(compression, CompressionConfig):
+            resolve_experts(skeleton, compression.experts)
+            expected = _expected_shapes(skeleton, resolve_layers(skeleton, compression.layers))
+        else:
+            expected = _expected_shapes(skeleton, {})
     except CheckpointError as error:
-        raise CompressionError(f"{name}: could not be opened again once it is saved: {error}") from error
-    expected, found = _shapes(skeleton), _shapes(model)
+        reason = error.__cause__ or error  # without the advice that is for files
+        raise CompressionError(
+            f"{name}: could not be opened again once it is saved: its config makes no such model ({reason}); change "
+            "the config as the model was changed"
+        ) from error
+    found = _shapes(model)
     for tensor in sorted(expected.keys() | found.keys()):
         if expected.get(tensor) != found.get(tensor):
             raise CompressionError(
@@ -46,16 +63,16 @@ def stand_in(model: "PreTrainedModel") -> str | None:
     Programs that do not know the own class can open the model by it. None if there is no such class, and for models of
     transformers' own classes.
     """
-    if _is_native(type(model)):
+    natives = [ancestor for ancestor in type(model).__mro__ if _is_native(ancestor)]
+    if type(model) in natives:
         return None
-    for ancestor in type(model).__mro__[1:]:
-        if _is_native(ancestor) and class_of_name(ancestor.__name__) is ancestor:
-            try:
-                skeleton = make_skeleton({**_saved_values(model), "architectures": [ancestor.__name__]})
-            except CheckpointError:
-                return None
-            return ancestor.__name__ if _shapes(skeleton) == _shapes(model) else None
-    return None
+    name = natives[0].__name__  # PreTrainedModel, if there is no other
+    try:
+        own_skeleton = make_skeleton(_saved_values(model))
+        skeleton = make_skeleton({**_saved_values(model), "architectures": [name]})
+    except CheckpointError:
+        return None
+    return name if _shapes(skeleton) == _shapes(own_skeleton) else None
 
 
 def _is_native(model_class: type) -> bool:
@@ -69,6 +86,10 @@ def _saved_values(model: "PreTrainedModel") -> dict[str, Any]:
     except Exception as error:  # transformers checks a config only now, and may raise anything
         raise CheckpointError(f"its config cannot be saved ({type(error).__name__}: {error})") from error
     return {**values, "architectures": [type(model).__name__.removeprefix("FSDP")]}
+
+
+def _expected_shapes(skeleton: "PreTrainedModel", layers: Mapping[str, LayerSpec]) -> Shapes:
+    return {name: shape for name, (shape, _) in expected_tensors(skeleton, layers).items()}
 
 
 def _shapes(model: "PreTrainedModel") -> Shapes:

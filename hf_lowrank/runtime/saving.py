@@ -24,7 +24,9 @@ from .reports import (
     read_report,
     write_report,
 )
+from .reopening import check_reopens
 from .skeletons import AUTO_CLASSES
+from .validation import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +142,15 @@ class CompleteSave:
             return
         _check_arguments(folder, kwargs)
         record_layers(model)
+        if not model.config.quantization_config.layers:
+            # All compressed layers have been replaced by dense ones: it is a dense model, and is saved as one.
+            model.dequantize()
+            model.save_pretrained(
+                save_directory, is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
+            )
+            return
+        if state_dict is None:  # else the model may be held in shards, under other names
+            check_reopens(model)
         model.config.auto_map = auto_map(model)
         here = Path(__file__).parent
         # Those of all files take their place as soon as these are written.
@@ -309,23 +320,33 @@ def write_runtime(folder: Path) -> None:
 def record_layers(model: "PreTrainedModel") -> None:
     """Write into the model's config what its layers store now, and which experts are stored one by one.
 
-    Layers grow when adapters are merged into them.
+    Layers grow when adapters are merged into them. Some may have been replaced by dense ones, or have gone with their
+    block. The config may have been replaced as well.
 
     Raises:
         CompressionError: if a layer is not where the config has it, because an adapter wraps it.
     """
-    model.config.quantization_config.experts = [
-        name for name, module in model.named_modules() if isinstance(module, ExpertBank)
-    ]
-    layers = model.config.quantization_config.layers
-    for name in layers:
-        module = model.get_submodule(name)
-        if not isinstance(module, CompressedLinear):
+    config = model.config.quantization_config = model.hf_quantizer.quantization_config
+    config.experts = [name for name, module in model.named_modules() if isinstance(module, ExpertBank)]
+    layers, found = {}, set()
+    for name in config.layers:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if isinstance(module, CompressedLinear):
+            layers[name] = module.spec
+            found.add(module)
+        elif not is_linear(module):
             raise CompressionError(
                 f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, "
                 "save the adapter by itself (PeftModel.save_pretrained) or merge it first (merge_and_unload)"
             )
-        layers[name] = module.spec
+    # Where blocks were taken out, the layers of later ones have new names.
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear) and module not in found:
+            layers[name] = module.spec
+    config.layers = layers
 
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:

@@ -223,6 +223,8 @@ def is_hub_id(name: str) -> bool:
 
 def _auto_class(model_type: str, architecture: str) -> str:
     """Return the first Auto class that opens a checkpoint as `architecture`, or `architecture` if there is none."""
+    if model_type not in transformers.CONFIG_MAPPING:  # that of a class of the user's own
+        return architecture
     config_class = transformers.CONFIG_MAPPING[model_type]
     # TASKS comes first, because a class may be known to several Auto classes and these are the usual ones.
     for name in dict.fromkeys((*TASKS, *AUTO_CLASSES)):

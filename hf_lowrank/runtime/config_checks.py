@@ -38,7 +38,12 @@ def is_compressed(values: Any) -> bool:
         return True
     if not isinstance(entries, dict):
         return False
-    return any(str(entry).startswith("modeling_hf_lowrank.") for entry in entries.values())
+    return any(map(is_own_entry, entries.values()))
+
+
+def is_own_entry(entry: Any) -> bool:
+    """Return whether an entry of an `auto_map` names the code that this package puts into checkpoints."""
+    return str(entry).startswith("modeling_hf_lowrank.")
 
 
 def holds_checkpoint(folder: str) -> bool:

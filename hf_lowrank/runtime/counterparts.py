@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from .configuration import CompressionConfig
 from .errors import CheckpointError
-from .validation import tied_names
+from .validation import dense_shape, is_linear, tied_names
 
 Value = TypeVar("Value")
 
@@ -158,6 +158,23 @@ def check_sources(
             raise CheckpointError(
                 f"{name}: the checkpoint has no such weights of a {type(model).__name__}; it is that of a "
                 f"{type(saved).__name__}, open it by that class"
+            )
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise CheckpointError if linear layers of a model have other shapes than the dense ones of the saved model.
+
+    The caller of `from_pretrained` may have changed sizes in the config.
+
+    Args:
+        shapes: those of the saved model, by the names of the layers in `model`.
+    """
+    for name, shape in shapes.items():
+        module = model.get_submodule(name)
+        if is_linear(module) and dense_shape(module) != shape:
+            raise CheckpointError(
+                f"{name}: is {dense_shape(module)} in the model, but {shape} in the checkpoint; "
+                "open it with the sizes of its own config"
             )
 
 

@@ -66,7 +66,7 @@ def hook_configs() -> None:
 
 
 def _check_config(values: Any, folder: str, saved_here: bool) -> None:
-    """Check the content of a config.json if it is that of a compressed model, and take its `auto_map` out.
+    """Check the content of a config.json if it is that of a compressed model, and take our `auto_map` out.
 
     Args:
         folder: where it lies, if it lies on this machine.
@@ -77,6 +77,7 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     """
     from .config_checks import is_compressed
     from .safetensors_headers import INDEX, WEIGHTS
+    from .skeletons import is_known, own_code
     from .validation import validate_checkpoint
 
     if not is_compressed(values):
@@ -92,8 +93,14 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     # The weights of a variant (`model.fp16.safetensors`) have other names, and are not looked for.
     has_usual_weights = any(name in (WEIGHTS, INDEX) or name.startswith("model-") for name in weights)
     has_lost_weights = saved_here and not weights
-    validate_checkpoint(values, folder if has_usual_weights or has_lost_weights else None)
+    code = own_code(values)
+    if not code or is_known(values):
+        validate_checkpoint(values, folder if has_usual_weights or has_lost_weights else None)
+    # Else the class comes with the checkpoint, and is imported after this, if the user has consented to its code. The
+    # checkpoint is checked when the class opens it.
     values.pop("auto_map", None)
+    if code:
+        values["auto_map"] = code
 
 
 def _mark_part(values: dict[str, Any], config_class: Any) -> None:
@@ -127,8 +134,8 @@ def hook_models() -> None:
 
     @wraps(open_model)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("config") is not None and kwargs.get("state_dict") is None:
-            kwargs["config"] = _marked_config(kwargs["config"], source, kwargs)
+        if kwargs.get("config") is not None:
+            kwargs["config"] = _config_of_checkpoint(kwargs["config"], source, kwargs)
         return open_model(cls, source, *args, **kwargs)
 
     @wraps(save_model)
@@ -141,31 +148,57 @@ def hook_models() -> None:
     PreTrainedModel.save_pretrained = save_pretrained
 
 
-def _marked_config(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
-    """Return a config that says that a checkpoint is compressed, if the checkpoint is and its caller's config does not.
+def _config_of_checkpoint(config: Any, source: Any, kwargs: dict[str, Any]) -> Any:
+    """Return a caller's config that says of compression what the checkpoint's own says.
+
+    It may be the part of a config that is for the texts alone, one that was made by hand, or that of another model.
 
     Args:
         source, kwargs: the other arguments of `from_pretrained`.
     """
+    from .config_checks import is_ours
+
+    if isinstance(config, str | os.PathLike):
+        return config
+    given = getattr(config, "quantization_config", None)
+    if given is not None and not is_ours(given):
+        return config
+    # Whoever brings the weights along knows what they are.
+    values = _stored_config(source, kwargs) if kwargs.get("state_dict") is None else None
+    recorded = given if values is None else values.get("quantization_config")
+    if recorded is None and given is None:
+        return config
+    config = copy.deepcopy(config)
+    if recorded is None:
+        del config.quantization_config
+    else:
+        # Transformers asks for a dictionary here, while the config of a loaded model has an object.
+        config.quantization_config = recorded if isinstance(recorded, dict) else recorded.to_dict()
+    return config
+
+
+def _stored_config(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the content of a checkpoint's config.json, or {} if that is of a dense model. None if it is not at hand.
+
+    Raises:
+        CheckpointError: for a compressed checkpoint that is damaged.
+    """
     from .config_checks import holds_checkpoint, is_compressed, mentions_checkpoint
     from .safetensors_headers import read_json
 
-    if isinstance(config, str | os.PathLike) or getattr(config, "quantization_config", None) is not None:
-        return config
     folder = _local_folder(source, kwargs)
     is_local = os.path.isdir(folder)
     if not is_local:
         folder = os.path.dirname(_cached_config(source, kwargs) or "")
-    if not folder or not mentions_checkpoint(folder):
-        return config
-    values = read_json(os.path.join(folder, "config.json"))
+    file = os.path.join(folder, "config.json")
+    if not folder or not os.path.isfile(file):
+        return None
+    values = read_json(file) if mentions_checkpoint(folder) else {}
     if not is_compressed(values):
-        return config
-    # The weights of a name on the Hub are checked by the quantizer, when they are on this machine.
+        return {}
+    # The files of a name on the Hub are checked by the quantizer, when all of them are on this machine.
     _check_config(values, folder if is_local else "", saved_here=is_local and holds_checkpoint(folder))
-    config = copy.deepcopy(config)
-    config.quantization_config = values["quantization_config"]
-    return config
+    return values if isinstance(values, dict) else {}
 
 
 def _cached_config(source: Any, kwargs: dict[str, Any]) -> str | None:

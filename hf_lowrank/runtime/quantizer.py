@@ -16,7 +16,7 @@ from .checksums import check_weights
 from .configuration import QUANT_METHOD, CompressionConfig
 from .config_checks import config_beside
 from .content_checks import check_contents
-from .counterparts import Counterparts, Renaming, check_sources, find_counterparts, tie_as_saved
+from .counterparts import Counterparts, Renaming, check_shapes, check_sources, find_counterparts, tie_as_saved
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layer_spec import LayerSpec
@@ -117,6 +117,8 @@ class CompressionQuantizer(HfQuantizer):
         config.experts = list(counterparts.of(dict.fromkeys(config.experts), model))
         resolve_experts(model, config.experts)
         config.layers = counterparts.of(config.layers, model)
+        shapes = counterparts.of({name: dense_shape(saved.get_submodule(name)) for name in layers}, model)
+        check_shapes(model, shapes)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Check what was loaded, and make the model a compressed one.

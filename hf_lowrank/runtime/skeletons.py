@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .config_checks import is_own_entry
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,15 +63,34 @@ def saved_class(values: Mapping[str, Any]) -> "type[PreTrainedModel]":
     Raises:
         CheckpointError: if it names no class that this program knows.
     """
-    names = values.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    model_class = class_of_name(name) or class_of_name(_recorded_stand_in(values))
+    model_class = class_of_name(_class_name(values)) or class_of_name(_recorded_stand_in(values))
     if model_class is None:
         raise CheckpointError(
-            f"config.json: architectures is {names!r}, expected the name of a model class of transformers; "
+            f"config.json: architectures is {values.get('architectures')!r}, expected the name of a model class of transformers; "
             "if it is a class of your own, import the module that defines it"
         )
     return model_class
+
+
+def is_known(values: Mapping[str, Any]) -> bool:
+    """Return whether this program knows the class that a config.json was saved from."""
+    return class_of_name(_class_name(values)) is not None
+
+
+def own_code(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return those entries of a config's `auto_map` that name the code of a class outside transformers, {} without one.
+
+    A class of transformers needs no code, whatever the `auto_map` says.
+    """
+    entries = values.get("auto_map")
+    if not isinstance(entries, Mapping) or hasattr(transformers, _class_name(values)):
+        return {}
+    return {name: entry for name, entry in entries.items() if not is_own_entry(entry)}
+
+
+def _class_name(values: Mapping[str, Any]) -> str:
+    names = values.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def _recorded_stand_in(values: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 
 def is_ours(quantization_config: Any) -> bool:
-    """Return whether the `quantization_config` of a config, as an object or as it is stored, is one of this package."""
+    """Return whether the `quantization_config` of a config, an object or as it is stored, is one of this package."""
     if isinstance(quantization_config, Mapping):
         return quantization_config.get("quant_method") == QUANT_METHOD
     return isinstance(quantization_config, CompressionConfig)

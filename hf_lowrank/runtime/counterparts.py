@@ -86,8 +86,8 @@ class _Search:
         same_place = self.modules.get(name)
         if same_place is not None and _is_same(same_place, module):
             return name
-        # Whole models, such as the one for the texts in a composite model, have another name in every class. A layer or a
-        # norm beside them is the same under the same name. What is in a block is so only with the whole block.
+        # Whole models, such as the one for the texts in a composite model, have another name in every class. A layer
+        # or a norm beside them is the same under the same name. What is in a block is so only with the whole block.
         is_whole = isinstance(module, transformers.PreTrainedModel)
         is_beside = not any(module.children()) and not any(map(str.isdigit, name.split(".")))
         if not is_whole and not is_beside:
@@ -133,9 +133,7 @@ def _common_end(one: str, other: str) -> int:
     return length
 
 
-def check_sources(
-    saved: nn.Module, model: nn.Module, counterparts: Counterparts, config: CompressionConfig
-) -> None:
+def check_sources(saved: nn.Module, model: nn.Module, counterparts: Counterparts, config: CompressionConfig) -> None:
     """Check that what was compressed is in `model`, too, or has no place there.
 
     Args:
@@ -179,7 +177,7 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> Non
 
 
 def tie_as_saved(saved: nn.Module, model: Any, counterparts: Counterparts, stored: Collection[str]) -> None:
-    """Tie the head of a model to its embeddings where the saved model had them tied, so that files hold only one of both.
+    """Tie the head of a model to its embeddings where the saved model had them tied, so that files hold only one.
 
     The part of a config that a model of another class takes may not say so.
 
@@ -222,7 +220,7 @@ class Renaming(WeightRenaming):
     """
 
     def __init__(self, counterparts: Counterparts, stored: Collection[str]) -> None:
-        """Make the renaming for files that hold tensors of the names `stored`; empty if it is not known what they hold."""
+        """Make the renaming for files with tensors of the names `stored`; empty if it is not known what they hold."""
         super().__init__("(?!)", "")  # a pattern that matches nothing, as none is asked for
         self.counterparts = counterparts
         self.stored = stored

@@ -1,13 +1,13 @@
-"""Wraps functions of transformers, so that a compressed checkpoint is checked before it is used, and opens by any class.
+"""Wraps functions of transformers, so that compressed checkpoints are checked before use, and open by any class.
 
 All ways of opening a model, by class, by Auto class or by pipeline, read the config first, and by one public function:
 `PreTrainedConfig.get_config_dict`. So every config.json that transformers reads in this process passes here. What is
 no compressed checkpoint goes through untouched.
 
 `PreTrainedModel.from_pretrained` is wrapped for configs that do not say that the checkpoint is compressed, such as the
-part of a config that is for the texts alone. `PreTrainedModel.save_pretrained` is wrapped for dense models with a config
-that says that they are compressed. `PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error:
-transformers does not name the file that is missing.
+part of a config that is for the texts alone. `PreTrainedModel.save_pretrained` is wrapped for dense models with a
+config that says that they are compressed. `PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one
+error: transformers does not name the file that is missing.
 """
 
 import copy
@@ -104,7 +104,7 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
 
 
 def _mark_part(values: dict[str, Any], config_class: Any) -> None:
-    """Copy the `quantization_config` of a compressed model into the part of its config that a class will take by itself.
+    """Copy the `quantization_config` of a compressed model into the part of its config that a class takes by itself.
 
     Transformers reads nothing else of the config then.
     """
@@ -117,10 +117,10 @@ def _mark_part(values: dict[str, Any], config_class: Any) -> None:
 
 
 def hook_models() -> None:
-    """Open compressed checkpoints from now on, whatever config comes with the call, and save dense models as dense ones.
+    """Open compressed checkpoints from now on, whatever config comes with the call, and save dense models as such.
 
-    A second call does nothing, nor does one while transformers is still importing its models. Another one follows when a
-    compressed checkpoint is read.
+    A second call does nothing, nor does one while transformers is still importing its models. Another one follows when
+    a compressed checkpoint is read.
     """
     models = sys.modules.get("transformers.modeling_utils")
     PreTrainedModel: Any = getattr(models, "PreTrainedModel", None)
@@ -202,7 +202,7 @@ def _stored_config(source: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None
 
 
 def _cached_config(source: Any, kwargs: dict[str, Any]) -> str | None:
-    """Return the config.json of a name on the Hub, as it lies in the cache. Whoever has a config has read it before."""
+    """Return the config.json of a name on the Hub, as it lies in the cache. Whoever has a config has read it."""
     from transformers.utils import cached_file
 
     names = ("cache_dir", "revision", "subfolder")
@@ -222,8 +222,8 @@ def _cached_config(source: Any, kwargs: dict[str, Any]) -> str | None:
 def _dense_config(model: Any) -> Iterator[None]:
     """While active, hide what the config of a dense model has from a compressed one.
 
-    A config of a compressed checkpoint may have been used to make a new model. What the model is, is what is saved. The
-    config may belong to a compressed model, too, and so gets back afterwards what was hidden.
+    A config of a compressed checkpoint may have been used to make a new model. What the model is, is what is saved.
+    The config may belong to a compressed model, too, and so gets back afterwards what was hidden.
     """
     from .config_checks import is_compressed, is_ours
 

@@ -13,8 +13,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
-from .configuration import QUANT_METHOD, CompressionConfig
 from .config_checks import config_beside
+from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
 from .counterparts import Counterparts, Renaming, check_shapes, check_sources, find_counterparts, tie_as_saved
 from .errors import CompressionError
@@ -139,7 +139,7 @@ class CompressionQuantizer(HfQuantizer):
         check_weights(self.checkpoint_files, self.quantization_config.checksums)
         if self.renaming is not None:
             # It is for those files alone. A save by transformers would apply it backwards.
-            model._weight_conversions = []
+            vars(model)["_weight_conversions"] = []
             self.renaming = None
         # They belong to those files, and not to what becomes of the model.
         self.quantization_config.checksums = {}

@@ -17,7 +17,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_reopens(model: "PreTrainedModel") -> None:
-    """Check that what a model's class makes of its config has the tensors of the model. Whatever opens it starts there.
+    """Check that what a model's class makes of its config has the tensors of the model, as whatever opens it needs.
 
     Args:
         model: dense, or compressed with a config that says which layers are.
@@ -52,8 +52,9 @@ def check_reopens(model: "PreTrainedModel") -> None:
     for group in tied_names(model, by_config=False):
         if not untied.issuperset(group):
             raise CompressionError(
-                f"{group[1]}: is the same tensor as {group[0]}, which {name} does not make of its config; it could not "
-                "be opened again once it is saved: set tie_word_embeddings in the config, or give it a tensor of its own"
+                f"{group[1]}: is the same tensor as {group[0]}, which {name} does not make of its config; it could "
+                "not be opened again once it is saved: set tie_word_embeddings in the config, or give it a tensor of "
+                "its own"
             )
 
 

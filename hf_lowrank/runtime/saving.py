@@ -15,6 +15,7 @@ from .checksums import file_checksum, record_checksums
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layers import CompressedLinear
+from .reopening import check_reopens
 from .reports import (
     CARD_FILE,
     REPORT_FILE,
@@ -24,7 +25,6 @@ from .reports import (
     read_report,
     write_report,
 )
-from .reopening import check_reopens
 from .skeletons import AUTO_CLASSES
 from .validation import is_linear
 
@@ -326,7 +326,8 @@ def record_layers(model: "PreTrainedModel") -> None:
     Raises:
         CompressionError: if a layer is not where the config has it, because an adapter wraps it.
     """
-    config = model.config.quantization_config = model.hf_quantizer.quantization_config
+    quantizer: Any = model.hf_quantizer
+    config = model.config.quantization_config = quantizer.quantization_config
     config.experts = [name for name, module in model.named_modules() if isinstance(module, ExpertBank)]
     layers, found = {}, set()
     for name in config.layers:

@@ -65,8 +65,9 @@ def saved_class(values: Mapping[str, Any]) -> "type[PreTrainedModel]":
     """
     model_class = class_of_name(_class_name(values)) or class_of_name(_recorded_stand_in(values))
     if model_class is None:
+        names = values.get("architectures")
         raise CheckpointError(
-            f"config.json: architectures is {values.get('architectures')!r}, expected the name of a model class of transformers; "
+            f"config.json: architectures is {names!r}, expected the name of a model class of transformers; "
             "if it is a class of your own, import the module that defines it"
         )
     return model_class
@@ -78,7 +79,7 @@ def is_known(values: Mapping[str, Any]) -> bool:
 
 
 def own_code(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return those entries of a config's `auto_map` that name the code of a class outside transformers, {} without one.
+    """Return those entries of a config's `auto_map` that name the code of a class outside transformers.
 
     A class of transformers needs no code, whatever the `auto_map` says.
     """

@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import hf_lowrank.runtime
+from hf_lowrank.runtime.checksums import LOADING_CODE
 from hf_lowrank.runtime.reports import REPORT_FILE
-from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.assets import PROJECT
 from tests.support.fresh_process import open_elsewhere
 
@@ -20,14 +19,6 @@ from .conftest import Checkpoint, answer
 
 REMOTE = {"trust_remote_code": True}
 """Arguments of `from_pretrained` with which a checkpoint may bring its own code."""
-
-
-def test_the_runtime_travels_verbatim_and_whole(slab: Checkpoint) -> None:
-    # A checkpoint gets the files as they are in the package, so one source serves both routes.
-    package = Path(hf_lowrank.runtime.__file__).parent
-    assert set(RUNTIME_FILES) == {file.name for file in package.glob("*.py")} - {"__init__.py"}
-    for name in RUNTIME_FILES:
-        assert (slab.folder / name).read_bytes() == (package / name).read_bytes()
 
 
 def test_the_auto_map_names_the_config_and_every_class_that_can_open_it(slab: Checkpoint) -> None:
@@ -78,7 +69,7 @@ def test_a_checkpoint_opens_without_the_package_by_its_own_code_alone(
 
     for task, checkpoint in zip(remote, (slab, gpt2), strict=True):
         saved = Path(task["save_to"])
-        for file in ("model.safetensors", *RUNTIME_FILES):
+        for file in ("model.safetensors", LOADING_CODE):
             assert (saved / file).read_bytes() == (checkpoint.folder / file).read_bytes()
         assert torch.equal(answer(AutoModelForCausalLM.from_pretrained(saved)), checkpoint.logits)
 

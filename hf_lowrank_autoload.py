@@ -69,7 +69,9 @@ def _registration():  # type: ignore[no-untyped-def]
 def _import_package() -> None:
     import importlib
 
-    importlib.import_module("hf_lowrank")
+    # Of a file that was cut off, nothing but the import succeeds.
+    if not hasattr(importlib.import_module("hf_lowrank"), "__version__"):
+        raise ImportError("the package hf_lowrank is empty")
 
 
 def _warn(error: Exception) -> None:

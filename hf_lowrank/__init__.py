@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .registration import after_foreign_import, after_import
+from . import registration
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .version import __version__
 
@@ -123,21 +123,21 @@ def _compress_on_load(model: Any, config: "CompressionConfig") -> None:
 
 
 # The runtime imports nothing outside itself, because it travels in checkpoints. The package adds what it lacks there.
-after_import(f"{__name__}.runtime.saving", _add_publisher)
-after_import(f"{__name__}.runtime.ops", _offer_kernels)
-after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
+registration.after_import(f"{__name__}.runtime.saving", _add_publisher)
+registration.after_import(f"{__name__}.runtime.ops", _offer_kernels)
+registration.after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
 # Every way of opening a model reads its config, and then asks the quantizers for the format.
 _UNOPENED = "compressed checkpoints do not open"
-after_foreign_import(
+registration.after_foreign_import(
     "transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs(), _UNOPENED
 )
-after_foreign_import(
+registration.after_foreign_import(
     "transformers.tokenization_utils_base",
     lambda: _import(".runtime.load_hooks").hook_tokenizers(),
     "a compressed checkpoint without a tokenizer is not named",
 )
-after_foreign_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"), _UNOPENED)
-after_foreign_import(
+registration.after_foreign_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"), _UNOPENED)
+registration.after_foreign_import(
     "peft.tuners.tuners_utils",
     lambda: _import(".peft").extend_peft(),
     "adapters do not work on compressed layers",

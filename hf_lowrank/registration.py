@@ -72,8 +72,10 @@ class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _WAITING:
+            return None
         outer = getattr(self.searching, "name", None)
-        if fullname not in _WAITING or fullname == outer:
+        if fullname == outer:
             return None
         self.searching.name = fullname  # a finder that wraps this one would otherwise ask it for ever
         try:

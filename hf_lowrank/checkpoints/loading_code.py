@@ -119,7 +119,7 @@ class Module:
     emptied: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.lines = self.text.splitlines()
+        self.lines = self.text.split("\n")
         self.tree = ast.parse(self.text)
         if self.docstring():
             self._hide(self.tree.body[0])
@@ -176,7 +176,8 @@ class Module:
         """Hide the imports of other modules of the runtime in a block, with the comments above them."""
         relative = [node for node in block if isinstance(node, ast.ImportFrom) and node.level]
         for statement in relative:
-            if statement.level > 1 or any(alias.asname or alias.name == "*" for alias in statement.names):
+            renames = any(alias.asname or alias.name == "*" for alias in statement.names)
+            if statement.level > 1 or not statement.module or renames:
                 raise ValueError(f"{self.name}.py: {ast.unparse(statement)}; write `from .module import name`")
             self._hide(statement)
             above = statement.lineno - 1

@@ -164,13 +164,13 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "ops.py").unlink(), "ops.py: missing"),
+        (lambda folder: (folder / LOADING_CODE).unlink(), f"{LOADING_CODE}: missing"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "(safetensors: missing|holds neither)"),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"\x10"), "not a safetensors file"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "the model is dense"),
     ],
-    ids=["no runtime file", "no shard", "truncated shard", "no config", "dense"],
+    ids=["no loading code", "no shard", "truncated shard", "no config", "dense"],
 )
 def test_an_incomplete_checkpoint_is_not_pushed(folder, damage, message):
     check_complete(folder)

@@ -2,11 +2,14 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
+from hf_lowrank.runtime.load_hooks import HOOKED
 from tests.support.simulated_site import ACTIONS, HOOKS, make_site, run_program, write
 
 EVERYTHING = (
@@ -221,3 +224,13 @@ def test_a_folder_that_cannot_be_written_is_enough(working_site: Path) -> None:
         path.chmod(0o755)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert sorted(finished.stdout.split()) == HOOKS
+
+
+def test_a_damaged_package_lets_other_models_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of transformers that are wrapped import what they need when they are called."""
+    LlamaConfig(hidden_size=48).save_pretrained(tmp_path)
+    assert hasattr(PreTrainedConfig.get_config_dict.__func__, HOOKED)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hf_lowrank.runtime.config_checks", None)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 48
+    with pytest.raises((OSError, ValueError), match="tokenizer"):
+        AutoTokenizer.from_pretrained(tmp_path)

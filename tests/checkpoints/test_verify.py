@@ -292,7 +292,7 @@ def test_the_command(copy_of: Callable[[str], Path]) -> None:
     result = CliRunner().invoke(cli.app, ["verify", str(folder)])
     assert result.exit_code == 0 and "verdict: sound" in result.stdout
     os.truncate(folder / "model.safetensors", 100)
-    (folder / LOADING_CODE).unlink()
+    (folder / LOADING_CODE).write_text("changed = True")
     result = CliRunner().invoke(cli.app, ["verify", str(folder)])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and "not sound" in result.stderr

@@ -228,9 +228,9 @@ def test_a_folder_that_cannot_be_written_is_enough(working_site: Path) -> None:
 
 def test_a_damaged_package_lets_other_models_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions of transformers that are wrapped import what they need when they are called."""
-    LlamaConfig(hidden_size=48).save_pretrained(tmp_path)
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path)
     assert hasattr(PreTrainedConfig.get_config_dict.__func__, HOOKED)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hf_lowrank.runtime.config_checks", None)
-    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 48
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 64
     with pytest.raises((OSError, ValueError), match="tokenizer"):
         AutoTokenizer.from_pretrained(tmp_path)

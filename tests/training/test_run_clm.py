@@ -79,7 +79,9 @@ def runs(
     pushing = ["--trust_remote_code", "--push_to_hub", "--hub_model_id", "tester/tuned"]
     task = write_task(root)
     with HubServer(root / "hub") as hub:
-        environment = hub.environment(root / "home", WRITE_TOKEN) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        # The package may be registered as installed, and is not found there.
+        without_package = {"PYTHONPATH": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+        environment = hub.environment(root / "home", WRITE_TOKEN) | {"OMP_NUM_THREADS": "1"} | without_package
         remote = [
             sys.executable,
             "-c",

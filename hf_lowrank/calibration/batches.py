@@ -65,8 +65,9 @@ class TokenBatch:
     @property
     def longest(self) -> int:
         """The number of tokens that count in the longest sequence. Zero for a model that reads no tokens."""
-        if self.attention_mask is None or not self.input_ids.numel():
-            return self.input_ids.shape[1]
+        tokens = self.others.get("inputs_embeds", self.input_ids)
+        if self.attention_mask is None or not tokens.numel():
+            return tokens.shape[1]
         return int((self.attention_mask != 0).sum(dim=1).max())
 
     @property
@@ -100,29 +101,30 @@ def _accepts_use_cache(model: PreTrainedModel) -> bool:
     return False
 
 
-def check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
-    """Raise CompressionError if the model cannot read a batch."""
-    # Embeddings may stand in place of the main input.
-    if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
-        raise CompressionError(
-            f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
-            f"(found {', '.join(batch.inputs) or 'nothing'})"
-        )
+def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
+    """Raise CompressionError if the model cannot read one of the batches."""
     context = context_length(model)
-    if context is not None and batch.input_ids.shape[1] > context:
-        raise CompressionError(
-            f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a "
-            f"context of {context}; cut it (truncation=True, max_length={context})"
-        )
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if vocabulary is None or not batch.input_ids.numel():
-        return
-    smallest, largest = map(int, batch.input_ids.aminmax())
-    if smallest < 0 or largest >= vocabulary:
-        raise CompressionError(
-            f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to {vocabulary - 1}, "
-            f"the vocabulary of {type(model).__name__}; use the model's own tokenizer"
-        )
+    for batch in batches:
+        # Embeddings may stand in place of the main input.
+        if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
+            raise CompressionError(
+                f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+                f"(found {', '.join(batch.inputs) or 'nothing'})"
+            )
+        if context is not None and batch.input_ids.shape[1] > context:
+            raise CompressionError(
+                f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has "
+                f"a context of {context}; cut it (truncation=True, max_length={context})"
+            )
+        if vocabulary is None or not batch.input_ids.numel():
+            continue
+        smallest, largest = map(int, batch.input_ids.aminmax())
+        if smallest < 0 or largest >= vocabulary:
+            raise CompressionError(
+                f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to "
+                f"{vocabulary - 1}, the vocabulary of {type(model).__name__}; use the model's own tokenizer"
+            )
 
 
 def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:

@@ -75,8 +75,7 @@ def calibration_batches(
     if model.config.is_encoder_decoder:
         batches = [with_decoder_inputs(model, batch) for batch in batches]
     # An input that the model cannot read is an error before any work is done.
-    for batch in batches:
-        check_inputs(model, batch)
+    check_inputs(model, batches)
     return batches
 
 
@@ -187,6 +186,8 @@ class _Samples:
     def add(self, row: Any, where: str) -> None:
         """Add what a sample holds, as far as it is needed."""
         content = _content(row, self.model)
+        if isinstance(row, Mapping) and content is not row:
+            where = f"{where}: the column {text_column(row)}"
         if isinstance(content, Mapping):
             for part in _split_columns(content):
                 self._add_inputs(part, where)
@@ -233,7 +234,7 @@ class _Samples:
     def _token_ids(self, sample: Any, where: str) -> list[Sequence]:
         """Return the sequences of a sample: a chat, or a tensor or list of token ids or of several such sequences."""
         if is_chat(sample):
-            return [(chat_tokens(_required(self.tokenizer, "chats"), sample), None)]
+            return [(chat_tokens(_required(self.tokenizer, "chats"), sample, where), None)]
         if not _is_tensor_or_list(sample) or (isinstance(sample, (list, tuple)) and _holds_no_numbers(sample)):
             raise _unusable_sample(sample, where)
         ids = _as_ids(sample, where)
@@ -322,7 +323,9 @@ def _as_tensor(value: Any, where: str) -> Tensor:
     try:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             value = torch.stack(list(value))
-        return torch.as_tensor(value).detach().cpu()
+        # What is no tensor yet is copied: arrays of numpy may be read-only, which torch does not like.
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        return tensor.detach().cpu()
     except (ValueError, TypeError, RuntimeError) as error:
         raise CompressionError(
             f"{where}: found {described(value)}, expected numbers in rows of one length ({error})"

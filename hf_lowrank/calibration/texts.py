@@ -165,7 +165,10 @@ def token_stream(
     parts = [torch.empty(0, dtype=torch.long)]
     tokens = 0
     for count, document in enumerate(documents, 1):
-        parts.append(document_tokens(tokenizer, document))
+        if isinstance(document, str):
+            parts.append(text_tokens(tokenizer, document))
+        else:
+            parts.append(chat_tokens(tokenizer, document, f"document {count}"))
         tokens += len(parts[-1])
         has_many = tokens >= MOST_TOKENS or (most_documents is not None and count >= most_documents)
         if enough is not None and tokens >= enough and has_many:
@@ -173,15 +176,9 @@ def token_stream(
     return torch.cat(parts)
 
 
-def document_tokens(tokenizer: Any, document: Document) -> Tensor:
-    """Return the token ids of a document, (T,) int64.
-
-    Raises:
-        CompressionError: if the document is a chat and the tokenizer has no template for it.
-    """
-    if not isinstance(document, str):
-        return chat_tokens(tokenizer, document)
-    ids = tokenizer(document, verbose=False).input_ids
+def text_tokens(tokenizer: Any, text: str) -> Tensor:
+    """Return the token ids of a text after the beginning-of-sequence token, if there is one, (T,) int64."""
+    ids = tokenizer(text, verbose=False).input_ids
     start = tokenizer.bos_token_id
     # Some tokenizers add the token by themselves.
     if start is not None and (not ids or ids[0] != start):
@@ -189,8 +186,11 @@ def document_tokens(tokenizer: Any, document: Document) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def chat_tokens(tokenizer: Any, chat: Chat) -> Tensor:
+def chat_tokens(tokenizer: Any, chat: Chat, where: str) -> Tensor:
     """Return the token ids that the chat template makes of a chat, (T,) int64.
+
+    Args:
+        where: which chat it is, for the message.
 
     Raises:
         CompressionError: if the tokenizer has no template, or the template cannot read the chat.
@@ -198,7 +198,7 @@ def chat_tokens(tokenizer: Any, chat: Chat) -> Tensor:
     try:
         encoded = tokenizer.apply_chat_template(list(chat), tokenize=True, return_dict=True)
     except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
-        raise CompressionError(f"the tokenizer makes no tokens of a chat ({one_line(error)})") from error
+        raise CompressionError(f"{where}: the tokenizer makes no tokens of a chat ({one_line(error)})") from error
     return torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
 
 

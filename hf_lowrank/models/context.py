@@ -33,7 +33,8 @@ def _reserved_positions(model: PreTrainedModel, positions: int) -> int:
 
     RoBERTa and its relatives count from the position after the one that stands for padding.
     """
-    for module in model.modules():
-        if type(module) is nn.Embedding and module.num_embeddings == positions and module.padding_idx is not None:
-            return module.padding_idx + 1
+    for name, module in model.named_modules():
+        is_learned = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if is_learned and module.num_embeddings == positions and module.padding_idx is not None:
+            return int(module.padding_idx) + 1
     return 0

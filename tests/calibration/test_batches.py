@@ -102,7 +102,7 @@ def test_batches_of_a_data_loader_keep_their_masks() -> None:
     loader = DataLoader(
         texts, batch_size=2, collate_fn=lambda part: TOKENIZER(part, padding=True, return_tensors="pt")
     )
-    batches = calibration_batches(MODEL, config(), TOKENIZER, loader)
+    batches = calibration_batches(MODEL, config(length=None), TOKENIZER, loader)
     assert [batch.input_ids.shape[0] for batch in batches] == [2, 1]
     assert rows_of(batches) == [TOKENIZER(text).input_ids for text in texts]
     assert sum(batch.tokens for batch in batches) == len(stream(texts))

@@ -92,11 +92,10 @@ def documents_of(rows: Iterable[Any], source: str) -> Iterator[Document]:
             if column is None:
                 columns = list(map(str, row)) if number == 1 else columns
                 continue
-            value, where = row[column], f"{source}: row {number}: the column {column}"
+            document = _document(row[column], f"{source}: row {number}: the column {column}", column)
         else:
-            value, where = row, f"{source}: row {number}"
+            document = _document(row, f"{source}: row {number}")
         columns = None
-        document = _document(value, where)
         if document is not None:
             yield document
     if columns is not None:
@@ -120,14 +119,15 @@ def is_chat(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(part, Mapping) for part in value)
 
 
-def _document(value: Any, where: str) -> Document | None:
+def _document(value: Any, where: str, column: str = "text") -> Document | None:
     """Return a text or a chat, or None if there is nothing in it. Anything else raises CompressionError."""
     if is_empty(value):
         return None
     if is_chat(value):
         return list(value)
-    if not isinstance(value, str):
-        raise CompressionError(f"{where} holds {described(value)}, expected a text or a chat (a list of messages)")
+    if not isinstance(value, str) or column != "text":
+        expected = "a text or a chat (a list of messages)" if column == "text" else "a list of messages"
+        raise CompressionError(f"{where} holds {described(value)}, expected {expected}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -100,7 +100,7 @@ def documents_of(rows: Iterable[Any], source: str) -> Iterator[Document]:
             yield document
     if columns is not None:
         raise CompressionError(
-            f"{source}: has the columns {', '.join(columns)}, expected one that is called {' or '.join(TEXT_COLUMNS)}"
+            f"{source}: has the columns {', '.join(columns)}, expected one that is called text or messages"
         )
 
 
@@ -125,9 +125,10 @@ def _document(value: Any, where: str, column: str = "text") -> Document | None:
         return None
     if is_chat(value):
         return list(value)
-    if not isinstance(value, str) or column != "text":
-        expected = "a text or a chat (a list of messages)" if column == "text" else "a list of messages"
-        raise CompressionError(f"{where} holds {described(value)}, expected {expected}")
+    if column == "messages":
+        raise CompressionError(f"{where} holds {described(value)}, expected a list of messages")
+    if not isinstance(value, str):
+        raise CompressionError(f"{where} holds {described(value)}, expected a text or a chat (a list of messages)")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -89,9 +89,10 @@ def evaluate(
     if stride is None:
         stride = window
     # A window of one token predicts nothing.
-    if window < 2 or (context is not None and window > context):
-        expected = "at least 2" if context is None else f"2 to {context}, the model's context"
-        raise CompressionError(f"window: found {window}, expected {expected}")
+    if context is not None and not 1 < window <= context:
+        raise CompressionError(f"window: found {window}, expected 2 to {context}, the model's context")
+    if window < 2:
+        raise CompressionError(f"window: found {window}, expected at least 2")
     if not 1 <= stride <= window:
         raise CompressionError(f"stride: found {stride}, expected 1 to {window}, the window")
     if max_windows is not None and max_windows < 1:

@@ -6,16 +6,22 @@ from typing import Any
 
 import transformers
 
+from .checksums import LOADING_CODE
 from .configuration import QUANT_METHOD, CompressionConfig
 from .errors import CheckpointError
 from .reports import REPORT_FILE
 from .safetensors_headers import FLOAT_TYPES, StoredTensor, read_json
 
-ENTRY_FILE = "modeling_hf_lowrank.py"
 COUNTED = ("layer", "block", "stage", "depth", "expert", "head", "label")
 """Words in the names of those numbers of a config of which transformers makes as many objects."""
 MOST_COUNTED = 100_000
 """Maximum of such a number."""
+PART_OF_COMPRESSED = {"compressed_with": "the whole model, by hf_lowrank"}
+"""The `quantization_config` that each part of a compressed model's config has in its config.json.
+
+Without the package, transformers would open a part by itself and fill it with random weights. As this has no
+`quant_method`, transformers raises instead.
+"""
 MOST_NESTED = 100
 """Maximum number of levels of lists and dictionaries in a config."""
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -27,6 +33,15 @@ def is_ours(quantization_config: Any) -> bool:
     if isinstance(quantization_config, Mapping):
         return quantization_config.get("quant_method") == QUANT_METHOD
     return isinstance(quantization_config, CompressionConfig)
+
+
+def unmark_parts(values: Any) -> None:
+    """Take out of the content of a config.json what its parts have for the sake of programs without the package."""
+    for part in values.values() if isinstance(values, dict) else ():
+        if isinstance(part, dict):
+            if part.get("quantization_config") == PART_OF_COMPRESSED:
+                del part["quantization_config"]
+            unmark_parts(part)
 
 
 def is_compressed(values: Any) -> bool:
@@ -43,13 +58,13 @@ def is_compressed(values: Any) -> bool:
 
 def is_own_entry(entry: Any) -> bool:
     """Return whether an entry of an `auto_map` names the code that this package puts into checkpoints."""
-    return str(entry).startswith("modeling_hf_lowrank.")
+    return str(entry).startswith(LOADING_CODE.removesuffix("py"))
 
 
 def holds_checkpoint(folder: str) -> bool:
     """Return whether a compressed model was saved in a folder, whatever has become of its config."""
     # `lexists`, as a link that leads nowhere shows it, too.
-    return any(os.path.lexists(os.path.join(folder, name)) for name in (ENTRY_FILE, REPORT_FILE))
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (LOADING_CODE, REPORT_FILE))
 
 
 def mentions_checkpoint(folder: str) -> bool:
@@ -60,9 +75,12 @@ def mentions_checkpoint(folder: str) -> bool:
     config = os.path.join(folder, "config.json")
     if not os.path.isfile(config):
         return False
-    with open(config, "rb") as stream:
-        # As bytes: what cannot be read may not even be text.
-        return QUANT_METHOD.encode() in stream.read()
+    try:
+        with open(config, "rb") as stream:
+            # As bytes: what cannot be read may not even be text.
+            return QUANT_METHOD.encode() in stream.read()
+    except OSError:
+        return False
 
 
 def config_beside(file: str) -> dict[str, Any] | None:

@@ -39,7 +39,8 @@ def hook_configs() -> None:
 
     @wraps(original)
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Imported when a model is opened, so that `import hf_lowrank` need not wait for them.
+        if not _can_tell():
+            return original(cls, source, **kwargs)
         from .config_checks import holds_checkpoint, is_compressed, mentions_checkpoint
         from .safetensors_headers import read_json
 
@@ -65,6 +66,19 @@ def hook_configs() -> None:
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
 
 
+def _can_tell() -> bool:
+    """Return whether the modules that tell compressed checkpoints from others can be imported.
+
+    That is when a model is opened, so that `import hf_lowrank` need not wait for them. Where the package is damaged,
+    other models open all the same. Of the damage, the import of the quantizer warns.
+    """
+    try:
+        from .config_checks import holds_checkpoint  # noqa: F401
+    except Exception:
+        return False
+    return True
+
+
 def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     """Check the content of a config.json if it is that of a compressed model, and take our `auto_map` out.
 
@@ -75,7 +89,7 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     Raises:
         CheckpointError: for a fault of the checkpoint, or if the config is not that of the model that was saved there.
     """
-    from .config_checks import is_compressed
+    from .config_checks import is_compressed, unmark_parts
     from .safetensors_headers import INDEX, WEIGHTS
     from .skeletons import is_known, own_code
     from .validation import validate_checkpoint
@@ -88,6 +102,7 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
                 f"{folder}/config.json: not the config of the model that was saved there; download it again"
             )
         return
+    unmark_parts(values)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     weights = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
     # The weights of a variant (`model.fp16.safetensors`) have other names, and are not looked for.
@@ -134,7 +149,7 @@ def hook_models() -> None:
 
     @wraps(open_model)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("config") is not None:
+        if kwargs.get("config") is not None and _can_tell():
             kwargs["config"] = _config_of_checkpoint(kwargs["config"], source, kwargs)
         return open_model(cls, source, *args, **kwargs)
 
@@ -225,12 +240,12 @@ def _dense_config(model: Any) -> Iterator[None]:
     A config of a compressed checkpoint may have been used to make a new model. What the model is, is what is saved.
     The config may belong to a compressed model, too, and so gets back afterwards what was hidden.
     """
-    from .config_checks import is_compressed, is_ours
-
     config = model.config
     hidden: list[tuple[Any, str, Any]] = []
     # The save of a compressed model is the instance's own, and calls the class's.
-    if "save_pretrained" not in vars(model):
+    if "save_pretrained" not in vars(model) and _can_tell():
+        from .config_checks import is_compressed, is_ours
+
         for part in (config, *(vars(config).get(name) for name in config.sub_configs)):
             if part is not None and is_ours(vars(part).get("quantization_config")):
                 hidden.append((part, "quantization_config", part.quantization_config))
@@ -259,11 +274,13 @@ def hook_tokenizers() -> None:
 
     @wraps(original)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        from .config_checks import holds_checkpoint
-
         try:
             return original(cls, source, *args, **kwargs)
         except Exception as error:
+            if not _can_tell():
+                raise
+            from .config_checks import holds_checkpoint
+
             folder = _local_folder(source, kwargs)
             file = os.path.join(folder, "tokenizer_config.json")
             if not holds_checkpoint(folder) or os.path.exists(file):

@@ -1,9 +1,11 @@
 """Says whether a model can be opened again once it is saved, judged by its config and its tensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .config_checks import PART_OF_COMPRESSED
 from .configuration import CompressionConfig
 from .errors import CheckpointError, CompressionError
 from .layer_spec import LayerSpec
@@ -11,7 +13,7 @@ from .skeletons import make_skeleton
 from .validation import expected_tensors, resolve_experts, resolve_layers, tied_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -74,6 +76,27 @@ def stand_in(model: "PreTrainedModel") -> str | None:
     except CheckpointError:
         return None
     return name if _shapes(skeleton) == _shapes(own_skeleton) else None
+
+
+@contextmanager
+def marked_parts(config: "PreTrainedConfig") -> Iterator[None]:
+    """While active, the parts of a composite model's config say that they are of a compressed model."""
+    parts = list(_parts(config))
+    for part in parts:
+        part.quantization_config = dict(PART_OF_COMPRESSED)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.quantization_config
+
+
+def _parts(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield part
+            yield from _parts(part)
 
 
 def _is_native(model_class: type) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
     T5EncoderModel,
     T5ForConditionalGeneration,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_lowrank import CheckpointError, CompressedLinear, CompressionConfig, compress
 from hf_lowrank.runtime.counterparts import find_counterparts
@@ -204,6 +206,18 @@ def test_the_text_config_of_a_caller_is_enough(saved: Saved) -> None:
     """A config made by hand does not say that the checkpoint is compressed. The files do."""
     model = Gemma3ForCausalLM.from_pretrained(saved.compressed, config=Gemma3TextConfig(**TEXT))
     assert any(isinstance(module, CompressedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("saved", COMPOSITE, indirect=True)
+def test_a_part_does_not_open_where_nothing_knows_the_format(saved: Saved) -> None:
+    """Transformers reads the part's own config there, and must raise at it. With the plugin, nothing is seen of that."""
+    values = json.loads((saved.compressed / "config.json").read_text())
+    whole = AutoConfig.from_pretrained(saved.compressed)
+    for part in ("text_config", "vision_config"):
+        with pytest.raises(ValueError, match="quant_method"):
+            AutoHfQuantizer.supports_quant_method(values[part]["quantization_config"])
+        assert getattr(getattr(whole, part), "quantization_config", None) is None
+        assert getattr(getattr(saved.model.config, part), "quantization_config", None) is None
 
 
 @pytest.mark.parametrize("saved", ["causal"], indirect=True)

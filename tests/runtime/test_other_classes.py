@@ -210,7 +210,7 @@ def test_the_text_config_of_a_caller_is_enough(saved: Saved) -> None:
 
 @pytest.mark.parametrize("saved", COMPOSITE, indirect=True)
 def test_a_part_does_not_open_where_nothing_knows_the_format(saved: Saved) -> None:
-    """Transformers reads the part's own config there, and must raise at it. With the plugin, nothing is seen of that."""
+    """Transformers reads the part's own config there, and must raise at it. With the plugin, nothing of that shows."""
     values = json.loads((saved.compressed / "config.json").read_text())
     whole = AutoConfig.from_pretrained(saved.compressed)
     for part in ("text_config", "vision_config"):

@@ -15,6 +15,7 @@ from ..models.offloading import every_weight
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
+from ..runtime.quantizer import CompressionQuantizer
 from ..runtime.reopening import check_reopens
 from .session import Session
 
@@ -44,6 +45,12 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise CompressionError(
             f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, CompressionQuantizer):
+        raise CompressionError(
+            f"{type(model).__name__} is quantized already ({quantizer.quantization_config.quant_method}); "
+            "load the dense model, or model.dequantize() this one"
         )
     check_reopens(model)
 

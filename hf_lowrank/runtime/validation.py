@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -158,12 +159,18 @@ def validate_files(
     for layer, spec in layers.items():
         compressed |= _tensors_of_layer(model, layer, spec).keys()
     optional = _optional_tensors(model, stored)
+    extra = sorted(stored.keys() - expected.keys())
     # All other kinds are names of safetensors dtypes themselves.
     dtypes_of = {"float": FLOAT_TYPES, "uint8": ("U8",)}
     for name, (shape, kind) in expected.items():
         if name not in stored:
             if name in optional:
                 continue
+            if extra:
+                raise CheckpointError(
+                    f"{name}: not in the checkpoint's files, which have {extra[0]} that a {type(model).__name__} of "
+                    f"transformers {transformers.__version__} does not have; open it with the version that saved it"
+                )
             raise CheckpointError(
                 f"{name}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again"
             )
@@ -175,7 +182,6 @@ def validate_files(
                 f"{name}: {tensor.file} has {tensor.dtype} {tensor.shape}, expected {kind} {shape}; "
                 "the file and the config do not belong together"
             )
-    extra = sorted(stored.keys() - expected.keys())
     if extra:
         modules = [name.rpartition(".")[0] for name in extra]
         owner = next((module for module in modules if module in layers), type(model).__name__)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..models.architectures import input_embeddings
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .sampling import sample_sequences
@@ -128,7 +129,7 @@ def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
             f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a "
             f"context of {context}; cut it (truncation=True, max_length={context})"
         )
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
     if vocabulary is None or not batch.input_ids.numel():
         return
     smallest, largest = map(int, batch.input_ids.aminmax())

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..calibration import TokenBatch
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
-from ..models.architectures import find_blocks
+from ..models.architectures import find_blocks, input_embeddings
 from ..models.linears import is_finite
 from ..models.offloading import every_weight
 from ..runtime.configuration import CompressionConfig
@@ -84,7 +84,7 @@ def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: S
     """Raise CompressionError if a method learns from the loss of the next token, which the model does not predict."""
     if not method.learns_from_loss:
         return
-    reads_other_inputs = any(batch.others for batch in batches)
+    reads_other_inputs = any(batch.others for batch in batches) or input_embeddings(model) is None
     if not model.can_generate() or model.config.is_encoder_decoder or reads_other_inputs:
         raise CompressionError(
             f"{method.name} learns from the loss of the next token of a text, which is not what "

@@ -44,7 +44,8 @@ class FeedForward:
 def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the blocks of a model by name, in the order of the model.
 
-    They are those elements of its outermost module lists that contain linear layers.
+    They are those elements of its outermost module lists that contain linear layers. A linear layer by itself, such as
+    one head of several, is no block, and a list in a list is a further list of blocks.
 
     Raises:
         CompressionError: if there are none.
@@ -55,6 +56,8 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList) or _is_inside(name, blocks):
             continue
         for child, block in module.named_children():
+            if is_linear(block) or isinstance(block, nn.ModuleList):
+                continue
             # Embeddings and norms may stand in lists, too.
             if any(map(is_linear, block.modules())):
                 blocks[f"{name}.{child}"] = block
@@ -63,6 +66,14 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
             f"{type(model).__name__}: found no list of blocks with linear layers; nothing to compress"
         )
     return blocks
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return the embeddings of a model's tokens. None if it has no one place of them, as speech and vision models."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _is_inside(name: str, blocks: dict[str, nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..models.architectures import input_embeddings
+from ..models.architectures import input_embeddings, main_input, without_head
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .sampling import sample_sequences
@@ -107,7 +107,8 @@ def calibration_batches(
         CompressionError: if there is nothing to calibrate on, or too little for one sequence.
     """
     batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
-    if model.config.is_encoder_decoder:
+    # Some detectors call themselves encoder-decoders, too, and have no text to decode.
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         batches = [_with_decoder_inputs(model, batch) for batch in batches]
     # An input that the model cannot read is an error before any work is done.
     for batch in batches:
@@ -118,9 +119,10 @@ def calibration_batches(
 def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
     """Raise CompressionError if the model cannot read a batch."""
     # Embeddings may stand in place of the main input.
-    if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
+    needed = main_input(model)
+    if batch.inputs.keys().isdisjoint({needed, "inputs_embeds"}):
         raise CompressionError(
-            f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+            f"calibration: {type(model).__name__} reads {needed}; give batches that have it "
             f"(found {', '.join(batch.inputs) or 'nothing'})"
         )
     context = context_length(model.config)
@@ -300,7 +302,7 @@ def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
 
 def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
     """Make a batch of the inputs that the model reads. Other entries are for the model's head or for the user."""
-    readable = {*inspect.signature(model.base_model.forward).parameters} - {"input_ids", "attention_mask"}
+    readable = {*inspect.signature(without_head(model).forward).parameters} - {"input_ids", "attention_mask"}
     # An encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss.
     if model.config.is_encoder_decoder:
         readable.add("labels")
@@ -314,7 +316,7 @@ def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
     if not others and item.get("input_ids") is None:
         raise CompressionError(
             f"calibration: found samples with the fields {', '.join(map(str, item))}; expected text or messages, or "
-            f"what {type(model).__name__} reads, such as {model.main_input_name}"
+            f"what {type(model).__name__} reads, such as {main_input(model)}"
         )
     mask = item.get("attention_mask")
     if mask is not None:
@@ -356,7 +358,7 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
     # T5 and others start their decoders with the padding token.
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
-        start = model.config.pad_token_id or 0
+        start = getattr(model.config, "pad_token_id", None) or 0
     first = torch.full_like(text[:, :1], start)
     others["decoder_input_ids"] = torch.cat([first, text[:, :-1]], dim=1)
     if mask is not None and not bool(mask.all()):

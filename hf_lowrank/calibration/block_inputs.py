@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..models.architectures import without_head
 from ..runtime.errors import CompressionError
 from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch
@@ -97,7 +98,12 @@ def _probe(batch: TokenBatch) -> TokenBatch:
 
 def _extra_hook(extra_outputs: ExtraOutputs, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        extra_outputs[name] = output[1:] if isinstance(output, tuple) else None
+        if isinstance(output, Tensor):
+            extra_outputs[name] = None
+        elif isinstance(output, tuple) and isinstance(output[0], Tensor):
+            extra_outputs[name] = output[1:]
+        else:  # hidden states among other things: their place in it is not known
+            extra_outputs[name] = (hidden_states(output),)
 
     return hook
 
@@ -170,7 +176,7 @@ def _capture_batch(
 def _record_calls(recorder: "_CallRecorder", model: PreTrainedModel) -> list[BlockCall | None]:
     with recorder.recording():
         # The model is run without its head, whose logits nobody reads.
-        base: Any = model.base_model
+        base = without_head(model)
         base(**recorder.batch.arguments(base))
     return [recorder.calls_of(name) for name in recorder.blocks]
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -17,7 +18,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,17 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
 
 from . import tiny
+from .inputs import inputs_of
 from .overrides import OVERRIDES
 
 SECONDS = 60
-"""Time limit of a class."""
+"""Time limit of a class, in seconds of computation."""
+WAITING = 300
+"""Time limit of a class, in seconds by the clock, as other programs may run beside it."""
 AUTO_CLASSES = {
     "AutoModelForCausalLM": "causal language models",
     "AutoModelForSeq2SeqLM": "encoder-decoders",
@@ -126,7 +128,7 @@ def dense_model(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
-        for inputs in tiny.inputs_of(model):
+        for inputs in inputs_of(model):
             try:
                 if answers(model, inputs):
                     return model, inputs
@@ -226,6 +228,7 @@ def in_child(name: str, auto_name: str, method: str) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         os.close(reader)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         null = open(os.devnull, "w")  # noqa: SIM115
         os.dup2(null.fileno(), 2)
         with redirect_stdout(null), redirect_stderr(null):
@@ -234,11 +237,13 @@ def in_child(name: str, auto_name: str, method: str) -> dict[str, Any]:
         os._exit(0)
     os.close(writer)
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.alarm(SECONDS)
+    signal.alarm(WAITING)
     with open(reader, "rb") as pipe:
         content = pipe.read()
     signal.alarm(0)
-    os.waitpid(child, 0)
+    _, ending = os.waitpid(child, 0)
+    if not content and os.WTERMSIG(ending) not in (signal.SIGKILL, signal.SIGXCPU):
+        return {"auto": auto_name, "status": "FAILS", "detail": f"ends with {ending}", "seconds": SECONDS}
     if not content:
         return {
             "auto": auto_name,

@@ -1,15 +1,13 @@
 """Builds a tiny random model of any class of transformers, and inputs that it runs on.
 
-The default config of a class is shrunk by the names of its fields. Where no model that runs comes of it, all widths are
-divided by one number instead, and at last only the number of layers is reduced.
+The default config of a class is shrunk by the names of its fields. Where no model that runs comes of it, all widths
+are divided by one number instead, and at last only the number of layers is reduced.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 MOST_PARAMETERS = 130_000_000
@@ -20,53 +18,105 @@ TOKENS = 24
 
 Values = dict[str, Any]
 
-WIDTHS = {
-    "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "hidden_dim": 32, "dim": 32, "emb_dim": 32,
-    "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "d_ff": 64, "mlp_dim": 64,
-    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32, "ffn_hidden_size": 64, "n_inner": 64,
-    "projection_dim": 32, "out_hidden_size": 32, "output_dim": 32, "embedding_size": 32, "embedding_dim": 32,
-    "decoder_hidden_size": 32, "encoder_hidden_size": 32, "encoder_hidden_dim": 32, "decoder_intermediate_size": 64,
-    "shared_intermediate_size": 32, "projector_hidden_size": 32, "word_embed_proj_dim": 32, "text_hidden_size": 32,
-    "cross_attention_hidden_size": 32, "output_hidden_size": 32, "qformer_hidden_size": 32, "lru_width": 32,
-    "hidden_size_per_layer_input": 8, "laurel_rank": 8, "d_kv": 8, "dim_head": 8,
-    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-    "qk_head_dim": 12, "index_head_dim": 8, "global_head_dim": 8, "head_dim": 8, "attention_head_dim": 8,
-    "head_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_head_dim": 8,
-    "mamba_d_state": 8, "ssm_state_size": 8, "state_size": 8, "mamba_d_head": 16, "mamba_head_dim": 16,
-    "rotary_dim": 4, "classifier_proj_size": 16, "fpn_hidden_size": 32, "aux_channels": 16, "query_pre_attn_scalar": 8,
-    "hidden_size_global": 32, "vision_hidden_size": 32, "audio_hidden_size": 32, "backbone_hidden_size": 32,
-}  # fmt: skip
+
+def _sizes(names: dict[int, str]) -> dict[str, int]:
+    """Return a size by the name of a field, from the names of the fields of each size."""
+    return {name: size for size, of_size in names.items() for name in of_size.split()}
+
+
+WIDTHS = _sizes(
+    {
+        4: "qk_rope_head_dim rotary_dim",
+        8: """
+            hidden_size_per_layer_input laurel_rank d_kv dim_head qk_nope_head_dim v_head_dim index_head_dim
+            global_head_dim head_dim attention_head_dim head_size linear_key_head_dim linear_value_head_dim
+            linear_head_dim mamba_d_state ssm_state_size state_size query_pre_attn_scalar
+        """,
+        12: "qk_head_dim",
+        16: "moe_intermediate_size kv_lora_rank mamba_d_head mamba_head_dim classifier_proj_size aux_channels",
+        24: "q_lora_rank",
+        32: """
+            hidden_size d_model n_embd embed_dim hidden_dim dim emb_dim shared_expert_intermediate_size
+            projection_dim out_hidden_size output_dim embedding_size embedding_dim decoder_hidden_size
+            encoder_hidden_size encoder_hidden_dim shared_intermediate_size projector_hidden_size
+            word_embed_proj_dim text_hidden_size cross_attention_hidden_size output_hidden_size
+            qformer_hidden_size lru_width fpn_hidden_size hidden_size_global vision_hidden_size
+            audio_hidden_size backbone_hidden_size
+        """,
+        64: """
+            intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff mlp_dim ffn_hidden_size n_inner
+            decoder_intermediate_size
+        """,
+    }
+)
 """Sizes of the fields that say how wide something is."""
-HEADS = {
-    "num_attention_heads": 4, "num_heads": 4, "n_head": 4, "n_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "decoder_num_attention_heads": 4, "encoder_num_attention_heads": 4,
-    "attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "encoder_num_key_value_heads": 2,
-    "decoder_num_key_value_heads": 2, "num_global_key_value_heads": 2, "index_n_heads": 2, "linear_num_heads": 4,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_encoder_attention_heads": 4,
-    "num_decoder_attention_heads": 4, "mamba_n_heads": 4, "mamba_num_heads": 4, "num_query_groups": 2,
-}  # fmt: skip
-LAYERS = (
-    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth", "encoder_layers", "decoder_layers",
-    "num_encoder_layers", "num_decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers", "layers",
-    "l_layers", "x_layers", "r_layers", "num_blocks", "resampler_depth", "decoder_num_layers", "encoder_num_layers",
-    "qformer_num_hidden_layers", "max_window_layers",
-)  # fmt: skip
+HEADS = _sizes(
+    {
+        2: """
+            num_key_value_heads num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads
+            num_global_key_value_heads index_n_heads linear_num_key_heads num_query_groups
+        """,
+        4: """
+            num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads
+            decoder_num_attention_heads encoder_num_attention_heads attention_heads linear_num_heads
+            linear_num_value_heads num_encoder_attention_heads num_decoder_attention_heads mamba_n_heads
+            mamba_num_heads
+        """,
+    }
+)
+LAYERS = [
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "n_layers",
+    "depth",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "encoder_num_hidden_layers",
+    "decoder_num_hidden_layers",
+    "layers",
+    "l_layers",
+    "x_layers",
+    "r_layers",
+    "num_blocks",
+    "resampler_depth",
+    "decoder_num_layers",
+    "encoder_num_layers",
+    "qformer_num_hidden_layers",
+    "max_window_layers",
+]
 """Fields that say how many layers there are."""
-COUNTS = {
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "n_shared_experts": 1,
-    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "num_kv_shared_layers": 0, "zero_expert_num": 2, "num_queries": 8,
-    "num_query_tokens": 8, "num_latents": 8, "d_latents": 32, "num_nextn_predict_layers": 0, "index_topk": 8,
-    "num_self_attends_per_block": 2, "max_2d_position_embeddings": 1024, "vocab_size_per_layer_input": VOCABULARY,
-}  # fmt: skip
-LIMITS = {
-    "max_position_embeddings": 128, "n_positions": 128, "max_source_positions": 64, "max_target_positions": 64,
-    "context_length": 128, "sliding_window": 16, "local_attention": 16, "attention_window_size": 16,
-    "entity_vocab_size": 64, "codebook_size": 64, "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY,
-    "text_vocab_size": VOCABULARY, "audio_vocab_size": VOCABULARY, "decoder_vocab_size": VOCABULARY,
-    "image_size": 64, "pretrain_image_size": 64, "img_size": 64, "num_mel_bins": 16, "num_frames": 4,
-    "num_image_tokens": 16, "image_seq_length": 16, "mm_tokens_per_image": 16, "bigram_vocab_size": 64,
-}  # fmt: skip
+COUNTS = _sizes(
+    {
+        0: "num_kv_shared_layers num_nextn_predict_layers",
+        1: "n_shared_experts n_group topk_group first_k_dense_replace",
+        2: "num_experts_per_tok num_experts_per_token moe_topk moe_k zero_expert_num num_self_attends_per_block",
+        4: "num_experts num_local_experts n_routed_experts moe_num_experts",
+        8: "num_queries num_query_tokens num_latents index_topk",
+        32: "d_latents",
+        128: "vocab_size_per_layer_input",
+        1024: "max_2d_position_embeddings",
+    }
+)
+LIMITS = _sizes(
+    {
+        4: "num_frames",
+        16: """
+            sliding_window local_attention attention_window_size num_mel_bins num_image_tokens image_seq_length
+            mm_tokens_per_image
+        """,
+        64: """
+            max_source_positions max_target_positions entity_vocab_size codebook_size image_size
+            pretrain_image_size img_size bigram_vocab_size
+        """,
+        128: """
+            max_position_embeddings n_positions context_length src_vocab_size tgt_vocab_size text_vocab_size
+            audio_vocab_size decoder_vocab_size
+        """,
+    }
+)
 """Fields that are reduced if they are larger."""
 PICTURES = ("image_size", "img_size")
 WIDTHS_OF_STAGES = ("hidden_sizes", "embed_dims", "widths", "conv_dim")
@@ -219,140 +269,3 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
         elif float(parameter.square().mean()) < 1e-6:  # some classes leave such weights to the checkpoint
             parameter.data = 0.1 * torch.randn_like(parameter)
     return model
-
-
-def inputs_of(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Yield inputs that a model may run on, the most likely ones first."""
-    names = [*inspect.signature(model.forward).parameters]
-    main = model.main_input_name
-    if "grid_thw" in names:
-        patches = _vision_patches(model)
-        first_name = next(name for name in names if name in ("hidden_states", "pixel_values"))
-        yield {first_name: patches, "grid_thw": torch.tensor([[1, 4, 4]])}
-        return
-    for make in _MAKERS.get(main, _MAKERS["input_ids"]):
-        first = {main: make(model)}
-        if main == "input_features" and "input_features_mask" in names:
-            first["input_features_mask"] = torch.ones(first[main].shape[:2], dtype=torch.bool)
-        for more in _companions(model, names, main):
-            yield first | more
-
-
-def _companions(model: PreTrainedModel, names: list[str], main: str) -> Iterator[dict[str, Tensor]]:
-    """Yield further inputs beside the main one, from none to all that can be made."""
-    ids = _text(model)
-    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
-    if model.config.is_encoder_decoder and main != "input_ids":
-        yield decoder
-    yield {}
-    if decoder:
-        yield decoder
-    if main != "input_ids" and "input_ids" in names:
-        yield {"input_ids": ids}
-    if main == "input_ids" and "pixel_values" in names:
-        yield {"pixel_values": _picture(model)}
-    if "bbox" in names:
-        yield {"bbox": torch.randint(0, 100, (*ids.shape, 2)).repeat(1, 1, 2).sort(dim=-1).values}
-    if "input_features" in names and main == "input_ids":
-        yield {"input_features": _frames_last(model)}
-    if "input_values" in names and main == "input_ids":
-        yield {"input_values": _sound(model)}
-
-
-def _find(config: Any, *names: str, default: int) -> int:
-    """Return the first of the named sizes that a config or one of its parts has."""
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    for name in names:
-        for part in parts:
-            value = getattr(part, name, None)
-            if isinstance(value, (list, tuple)) and value:
-                value = value[0]
-            if isinstance(value, int) and value > 0:
-                return value
-    return default
-
-
-def _text(model: PreTrainedModel) -> Tensor:
-    vocabulary = max(min(_find(model.config, "vocab_size", default=VOCABULARY), 60), 8)
-    return torch.randint(3, vocabulary, (2, TOKENS), generator=_generator())
-
-
-def _picture(model: PreTrainedModel) -> Tensor:
-    side = _find(model.config, "image_size", "img_size", "input_size", default=64)
-    channels = _find(model.config, "num_channels", "in_channels", "in_chans", default=3)
-    return torch.randn(2, channels, side, side, generator=_generator())
-
-
-def _small_picture(model: PreTrainedModel) -> Tensor:
-    return torch.randn(2, 3, 64, 64, generator=_generator())
-
-
-def _large_picture(model: PreTrainedModel) -> Tensor:
-    return torch.randn(1, 3, 224, 224, generator=_generator())
-
-
-def _video(model: PreTrainedModel) -> Tensor:
-    frames = _find(model.config, "num_frames", "frames_per_clip", default=4)
-    return _picture(model)[:, None].repeat(1, frames, 1, 1, 1)
-
-
-def _flat_patches(model: PreTrainedModel) -> Tensor:
-    patch = _find(model.config, "patch_size", default=16)
-    return torch.randn(2, 16, 3 * patch * patch, generator=_generator())
-
-
-def _vision_patches(model: PreTrainedModel) -> Tensor:
-    """Return the patches of a picture of 4 x 4 of them, as vision towers of Qwen read them."""
-    patch = _find(model.config, "patch_size", default=14)
-    frames = _find(model.config, "temporal_patch_size", default=1)
-    channels = _find(model.config, "in_channels", "num_channels", "in_chans", default=3)
-    return torch.randn(16, channels * frames * patch * patch, generator=_generator())
-
-
-def _frames_last(model: PreTrainedModel) -> Tensor:
-    """Return spectrograms as Whisper reads them, (B, mel bins, frames)."""
-    frames = 2 * _find(model.config, "max_source_positions", default=64)
-    return torch.randn(2, _find(model.config, "num_mel_bins", default=80), frames, generator=_generator())
-
-
-def _frames_first(model: PreTrainedModel) -> Tensor:
-    """Return spectrograms (B, frames, mel bins)."""
-    bins = _find(model.config, "num_mel_bins", "feature_size", "feature_projection_input_dim", "input_dim",
-                 "input_feat_per_channel", "feat_dim", default=80)  # fmt: skip
-    return torch.randn(2, 128, bins, generator=_generator())
-
-
-def _fixed_frames(model: PreTrainedModel) -> Tensor:
-    frames = _find(model.config, "max_length", default=128)
-    return torch.randn(2, frames, _find(model.config, "num_mel_bins", default=128), generator=_generator())
-
-
-def _sound(model: PreTrainedModel) -> Tensor:
-    return torch.randn(2, 6400, generator=_generator())
-
-
-def _channel_sound(model: PreTrainedModel) -> Tensor:
-    return torch.randn(2, _find(model.config, "audio_channels", default=1), 6400, generator=_generator())
-
-
-def _series(model: PreTrainedModel) -> Tensor:
-    return torch.randn(2, _find(model.config, "context_length", default=32), 1, generator=_generator())
-
-
-def _codes(model: PreTrainedModel) -> Tensor:
-    books = _find(model.config, "num_codebooks", "n_codebooks", default=2)
-    return torch.randint(3, 60, (2, TOKENS, books), generator=_generator())
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-_MAKERS: dict[str, list[Callable[[PreTrainedModel], Tensor]]] = {
-    "input_ids": [_text, _codes],
-    "pixel_values": [_picture, _small_picture, _large_picture, _flat_patches, _video],
-    "pixel_values_videos": [_video],
-    "input_features": [_frames_last, _frames_first, _fixed_frames],
-    "input_values": [_sound, _fixed_frames, _frames_first, _channel_sound],
-    "past_values": [_series],
-}

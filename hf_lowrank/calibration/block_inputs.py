@@ -281,11 +281,13 @@ def _split_arguments(
 
 
 def _hidden_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Return the position or keyword of the hidden states among the arguments of a block, None if there are none."""
     if args and isinstance(args[0], Tensor):
         return 0
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return "hidden_states"
-    for place, value in [*enumerate(args), *kwargs.items()]:
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in places:
         if isinstance(value, Tensor) and value.is_floating_point():
             return place
     return None

@@ -83,7 +83,7 @@ def main_input(model: PreTrainedModel) -> str:
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a model that computes all its blocks: the base model, or the model where heads have blocks."""
+    """Return the base model, which computes all blocks, or the model itself where its heads have blocks, too."""
     base = model.base_model
     if not isinstance(base, PreTrainedModel) or main_input(base) != main_input(model):
         return model

@@ -1,15 +1,31 @@
 """Models and calibrations that do not fit are refused in one line, before any work."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from hf_lowrank import CompressionError, compress
+from hf_lowrank.compression.dry_run import describe
+from hf_lowrank.compression.from_disk import compress_checkpoint
 
 from ..support.model_families import FAMILIES, pairs_of_texts, pictures, sounds_and_texts, text
 from ..support.whole_models import recipe
+
+
+@pytest.mark.parametrize("name", ["ViT", "Whisper"])
+def test_a_text_for_a_model_that_reads_none_is_refused_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
+    FAMILIES[name].make().save_pretrained(tmp_path / "dense")
+    for calibration in ("self", "texts.txt"):
+        config = recipe()
+        config.calibration = calibration
+        with pytest.raises(CompressionError, match=f"takes .*, which '{calibration}' does not give"):
+            describe(str(tmp_path / "dense"), config)
+        with pytest.raises(CompressionError, match=f"takes .*, which '{calibration}' does not give"):
+            compress_checkpoint(str(tmp_path / "dense"), tmp_path / "out", config, tokenizer=None)
+    assert not (tmp_path / "out").exists()
 
 
 def refusals() -> Iterator[tuple[str, str, Any, str, str]]:

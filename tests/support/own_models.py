@@ -90,8 +90,8 @@ class OwnModel(PreTrainedModel):
     config_class = OwnConfig
     base_model_prefix = "base"
 
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__(OwnConfig(is_encoder_decoder=False))
+    def __init__(self, body: nn.Module, is_encoder_decoder: bool = False) -> None:
+        super().__init__(OwnConfig(is_encoder_decoder=is_encoder_decoder))
         self.embeddings = nn.Embedding(VOCABULARY, WIDTH)
         self.body = body
         self.post_init()
@@ -249,6 +249,7 @@ OWN_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "a block listed twice": listed_twice,
     "blocks with a network in common": sharing_block,
     "blocks with a layer in common": lambda: sharing("up"),
+    "an encoder-decoder by name only": lambda: OwnModel(Chain([Block()], plain), is_encoder_decoder=True),
     "two stacks": lambda: OwnModel(TwoStacks()),
     "heads in a list": lambda: OwnModel(WithHeads()),
     "blocks in the head": BlocksInHead,

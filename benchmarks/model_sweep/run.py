@@ -122,7 +122,11 @@ def dense_model(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
         raise Outcome("dense", "transformers does not export it")
     overrides = OVERRIDES.get(name) or OVERRIDES.get(getattr(model_class.config_class, "model_type", ""), {})
     reasons = []
-    for make_config in tiny.configs(model_class.config_class, overrides):
+    try:
+        makers = list(tiny.configs(model_class.config_class, overrides))
+    except Exception as error:
+        raise Outcome("dense", f"its default config: {type(error).__name__}: {error}") from error
+    for make_config in makers:
         try:
             model = tiny.build(model_class, make_config())
         except Exception as error:

@@ -19,6 +19,7 @@ SAMPLE = {
     "HrmTextForCausalLM": "several rounds through its blocks",
     "InklingModel": "sizes of layers that are tensors",
     "OpenAIGPTLMHeadModel": "blocks that return lists",
+    "Qwen3OmniMoeThinkerForConditionalGeneration": "experts that the model initializes from outside",
     "ReformerModelWithLMHead": "two streams, by keyword only",
     "SegformerForImageClassification": "lists in lists",
     "SwinModel": "stages that change shape",

@@ -288,7 +288,8 @@ def main() -> None:
             continue
         results[key] = in_child(name, auto_name, method)
         print(key, results[key]["status"], results[key]["detail"][:200], flush=True)
-        arguments.results.write_text(json.dumps(results, indent=1))
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(result)}" for key, result in results.items())
+        arguments.results.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

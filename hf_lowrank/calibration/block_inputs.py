@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,7 @@ def capture(
     blocks: dict[str, nn.Module],
     batches: list[TokenBatch],
     cache: ActivationCache | None = None,
+    left_dense: Collection[str] = (),
 ) -> list[BlockBatch]:
     """Run the model once per batch, and keep the input of the first block and the arguments of every block.
 
@@ -41,23 +42,25 @@ def capture(
         blocks: its blocks by name, in the order of the model.
         batches: the inputs of the model.
         cache: keeps the hidden states.
+        left_dense: names of blocks of which no layer is compressed. It does not matter how these are called.
 
     Raises:
-        CompressionError: if a block was called without a tensor of hidden states or returned none, or if no block was
-            called.
+        CompressionError: if another block was called without a tensor of hidden states or returned none, or if no
+            block was called.
     """
     cache = cache or ActivationCache()
-    extra_outputs = _extra_outputs(model, blocks, batches)
+    needed = blocks.keys() - set(left_dense)
+    extra_outputs = _extra_outputs(model, blocks, batches, needed)
     skipping: AbstractContextManager[None] = nullcontext()
     if extra_outputs is not None:
         skipping = _skipping(blocks, extra_outputs)
     # Only the arguments are captured here, the blocks are computed later, one by one (see `run_block`).
     with skipping:
-        return [_capture_batch(model, blocks, batch, cache) for batch in batches]
+        return [_capture_batch(model, blocks, batch, cache, needed) for batch in batches]
 
 
 def _extra_outputs(
-    model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch]
+    model: PreTrainedModel, blocks: dict[str, nn.Module], batches: list[TokenBatch], needed: Set[str]
 ) -> ExtraOutputs | None:
     """Collect the values that blocks return beside their hidden states. Return None if blocks cannot be skipped.
 
@@ -73,7 +76,7 @@ def _extra_outputs(
     extra_outputs: ExtraOutputs = {}
     handles = [block.register_forward_hook(_extra_hook(extra_outputs, name)) for name, block in blocks.items()]
     with temporary_hooks(handles):
-        computed = _capture_batch(model, blocks, probe, ActivationCache())
+        computed = _capture_batch(model, blocks, probe, ActivationCache(), needed)
     for values in extra_outputs.values():
         # A tensor is computed from hidden states, so that a skipped block cannot return it.
         if any(isinstance(value, Tensor) for value in values or ()):
@@ -81,7 +84,7 @@ def _extra_outputs(
     # The second run differs from the first only in what the blocks compute.
     try:
         with _skipping(blocks, extra_outputs):
-            skipped = _capture_batch(model, blocks, probe, ActivationCache())
+            skipped = _capture_batch(model, blocks, probe, ActivationCache(), needed)
     except Exception:
         # Models whose blocks change the shape of the hidden states, or return them otherwise, do not run in this way.
         return None
@@ -103,7 +106,7 @@ def _extra_hook(extra_outputs: ExtraOutputs, name: str) -> Callable[..., None]:
         elif isinstance(output, tuple) and isinstance(output[0], Tensor):
             extra_outputs[name] = output[1:]
         else:  # hidden states among other things: their place in it is not known
-            extra_outputs[name] = (hidden_states(output),)
+            extra_outputs[name] = (torch.empty(0),)
 
     return hook
 
@@ -130,7 +133,7 @@ def _identity(name: str, forward: Any, extra_outputs: ExtraOutputs) -> Any:
 
     @functools.wraps(forward)
     def identity(*args: Any, **kwargs: Any) -> Any:
-        hidden, *_ = _split_arguments(name, args, kwargs)
+        hidden, *_ = _split_arguments(args, kwargs)
         extra = extra_outputs.get(name)
         return hidden if extra is None else (hidden, *extra)
 
@@ -158,13 +161,13 @@ class _CalledAgain(Exception):
 
 
 def _capture_batch(
-    model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch, cache: ActivationCache
+    model: PreTrainedModel, blocks: dict[str, nn.Module], batch: TokenBatch, cache: ActivationCache, needed: Set[str]
 ) -> BlockBatch:
     """Run the model on one batch and record the calls of its blocks."""
     try:
-        calls = _record_calls(_CallRecorder(blocks, batch, cache), model)
+        calls = _record_calls(_CallRecorder(blocks, batch, cache, needed), model)
     except _CalledAgain:
-        calls = _record_calls(_CallRecorder(blocks, batch, cache, looped=True), model)
+        calls = _record_calls(_CallRecorder(blocks, batch, cache, needed, looped=True), model)
     if not any(calls):
         raise CompressionError(
             f"{type(model).__name__}: none of its blocks was called ({next(iter(blocks))}); "
@@ -185,15 +188,22 @@ class _CallRecorder:
     """Records how a model calls its blocks in one batch.
 
     Args:
+        needed: the blocks of which layers are compressed.
         looped: whether the model goes through several blocks again and again. No block then counts as going on from
             the one before it, and the inputs of all calls are kept.
     """
 
     def __init__(
-        self, blocks: dict[str, nn.Module], batch: TokenBatch, cache: ActivationCache, looped: bool = False
+        self,
+        blocks: dict[str, nn.Module],
+        batch: TokenBatch,
+        cache: ActivationCache,
+        needed: Set[str],
+        looped: bool = False,
     ) -> None:
         self.blocks = blocks
         self.batch = batch
+        self._needed = needed
         self._cache = cache
         self._looped = looped
         self._calls: dict[str, list[BlockCall]] = {}
@@ -225,7 +235,10 @@ class _CallRecorder:
         return hook
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, place, other_args, other_kwargs = _split_arguments(name, args, kwargs)
+        if _hidden_place(args, kwargs) is None:
+            self._ignore(name, "was not called with a tensor of hidden states")
+            return
+        hidden, place, other_args, other_kwargs = _split_arguments(args, kwargs)
         earlier_calls = self._calls.setdefault(name, [])
         if earlier_calls and name not in self._last_output and not self._looped:
             raise _CalledAgain
@@ -250,30 +263,35 @@ class _CallRecorder:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             states = hidden_states(output)
             if states is None:
-                raise CompressionError(
-                    f"{name}: returned {type(output).__name__} without a tensor; this architecture is not supported"
-                )
-            self._last_output = {name: states}
+                self._ignore(name, f"returned {type(output).__name__} without a tensor")
+            elif name in self._calls:
+                self._last_output = {name: states}
 
         return hook
 
+    def _ignore(self, name: str, reason: str) -> None:
+        """Count a block as not called, whose calls cannot be repeated.
+
+        Raises:
+            CompressionError: if layers of it are to be compressed.
+        """
+        if name in self._needed:
+            raise CompressionError(
+                f"{name}: {reason}, which is not supported; leave it dense (modules_to_not_convert={[name]})"
+            )
+        self._calls.pop(name, None)
+        self._last_output = {}
+
 
 def _split_arguments(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, int | str, tuple[Any, ...], dict[str, Any]]:
     """Split the arguments of a block into its hidden states, their place, and the others, positional and by keyword.
 
-    The hidden states are the first argument, or the one of this name, or else the first that is a tensor of floats.
     A key-value cache among the others is replaced by None.
-
-    Raises:
-        CompressionError: if there is no tensor of hidden states.
     """
     place = _hidden_place(args, kwargs)
-    if place is None:
-        raise CompressionError(
-            f"{name}: was not called with a tensor of hidden states; this architecture is not supported"
-        )
+    assert place is not None, "checked before"
     other_args = [_without_cache(value) for value in args]
     other_kwargs = {key: _without_cache(value) for key, value in kwargs.items()}
     hidden = other_kwargs.pop(place) if isinstance(place, str) else other_args.pop(place)
@@ -281,7 +299,10 @@ def _split_arguments(
 
 
 def _hidden_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
-    """Return the position or keyword of the hidden states among the arguments of a block, None if there are none."""
+    """Return the position or keyword of the hidden states among the arguments of a block, None if there are none.
+
+    They are the first argument, or the one of this name, or else the first that is a tensor of floats.
+    """
     if args and isinstance(args[0], Tensor):
         return 0
     if isinstance(kwargs.get("hidden_states"), Tensor):

@@ -27,8 +27,10 @@ def select_layers(
     Raises:
         CompressionError: if no layer is left to compress, or a pattern of `modules_to_not_convert` matches none.
     """
+    # Heads and other layers outside the blocks stay dense anyway. To say so is no mistake.
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     for pattern in config.modules_to_not_convert:
-        if not any(matches(layer.name, pattern) for layer in layers):
+        if not any(matches(name, pattern) for name in linears):
             raise CompressionError(
                 f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
             )

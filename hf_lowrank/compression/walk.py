@@ -143,7 +143,7 @@ def enter_block_list(session: Session, visit: BlockVisit, batches: list[BlockBat
     has_twins = any(batch.compressed_twin is not None for batch in batches)
     if session.method.sequential or has_twins:
         sources = [batch.source for batch in batches if batch.source is not None]
-        captured = capture(model, session.plan.blocks, sources, session.cache)
+        captured = capture(model, session.plan.blocks, sources, session.cache, session.plan.dense_blocks)
     for position, batch in enumerate(batches):
         if session.method.sequential:
             batches[position] = captured[position]

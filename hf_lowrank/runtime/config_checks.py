@@ -80,13 +80,19 @@ def check_values(values: Any, key: str = "", depth: int = 0) -> None:
         for value in values:
             check_values(value, key, depth + 1)
     # Not `abs(values) > MOST_COUNTED`, which is false for NaN.
-    elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
+    elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and _counts(key):
         raise CheckpointError(
             f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged"
         )
     # An integer may stand there, too: a vocabulary can have a token of that name.
     if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):
         raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
+
+
+def _counts(key: str) -> bool:
+    """Return whether a number of this name says how many objects there are."""
+    # The base of rotary positions (`layer_rope_theta`) is large and counts nothing.
+    return any(word in key for word in COUNTED) and not key.endswith("_theta")
 
 
 def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:

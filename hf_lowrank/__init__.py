@@ -96,6 +96,9 @@ class _Publisher:
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
         return _import(".publishing.hub").upload(folder, repo_id, **options)
 
+    def push(self, save: Any, repo_id: str, **options: Any) -> Any:
+        return _import(".publishing.hub").push_model(save, repo_id, **options)
+
 
 def _add_publisher() -> None:
     """Let saved models have a card, and let `push_to_hub` upload all that belongs to them."""
@@ -124,6 +127,7 @@ after_import(f"{__name__}.runtime.ops", _offer_kernels)
 after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
 # Every way of opening a model reads its config, and then asks the quantizers for the format.
 after_import("transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs())
+after_import("transformers.modeling_utils", lambda: _import(".runtime.load_hooks").hook_models())
 after_import("transformers.tokenization_utils_base", lambda: _import(".runtime.load_hooks").hook_tokenizers())
 after_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"))
 after_import("peft.tuners.tuners_utils", lambda: _import(".peft").extend_peft())  # for adapters on compressed layers

@@ -18,6 +18,14 @@ class CheckpointError(CompressionError):
     """Raised when a compressed checkpoint, or the config inside it, does not hold what it must."""
 
 
+class SaveError(CompressionError, OSError):
+    """Raised when a model cannot be saved to a folder. It is an OSError, too, as of transformers' own saves."""
+
+    def __init__(self, folder: object, reason: str) -> None:
+        super().__init__(f"{folder}: cannot be saved ({reason}); what was there before is as it was")
+        self.strerror = reason
+
+
 class NumericalError(CompressionError):
     """Raised when a value that must be finite is not. The message names the layer."""
 

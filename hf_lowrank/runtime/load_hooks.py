@@ -1,11 +1,12 @@
-"""Wraps two functions of transformers, so that a compressed checkpoint is checked before it is used.
+"""Wraps three functions of transformers, so that a compressed checkpoint is checked before it is used.
 
 All ways of opening a model, by class, by Auto class or by pipeline, read the config first, and by one public function:
 `PreTrainedConfig.get_config_dict`. So every config.json that transformers reads in this process passes here. What is
 no compressed checkpoint goes through untouched.
 
 `PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: transformers does not name the file
-that is missing.
+that is missing. `PreTrainedModel.from_pretrained` is wrapped to remember the subfolder that a model was loaded from,
+which transformers forgets: the files beside it belong to the compressed model, too.
 """
 
 import os
@@ -88,6 +89,31 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     values.pop("auto_map", None)
 
 
+def hook_models() -> None:
+    """Remember from now on where models are loaded from. A second call does nothing."""
+    from transformers import PreTrainedModel
+
+    bound: Any = PreTrainedModel.from_pretrained
+    original: Callable[..., Any] = bound.__func__
+    if getattr(original, HOOKED, False):
+        return
+
+    @wraps(original)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        from .origin import REMEMBERED, loading
+
+        with loading(_source(args, kwargs), kwargs) as told:
+            loaded = original(cls, *args, **kwargs)
+        # With `output_loading_info=True` it is a pair.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model, PreTrainedModel):
+            model.__dict__[REMEMBERED] = told
+        return loaded
+
+    setattr(from_pretrained, HOOKED, True)
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
 def hook_tokenizers() -> None:
     """Raise CheckpointError from now on where a compressed checkpoint has no tokenizer. A second call does nothing.
 
@@ -101,13 +127,13 @@ def hook_tokenizers() -> None:
         return
 
     @wraps(original)
-    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         from .config_checks import holds_checkpoint
 
         try:
-            return original(cls, source, *args, **kwargs)
+            return original(cls, *args, **kwargs)
         except Exception as error:
-            folder = _local_folder(source, kwargs)
+            folder = _local_folder(_source(args, kwargs), kwargs)
             file = os.path.join(folder, "tokenizer_config.json")
             if not holds_checkpoint(folder) or os.path.exists(file):
                 raise
@@ -118,6 +144,11 @@ def hook_tokenizers() -> None:
 
     setattr(from_pretrained, HOOKED, True)
     PreTrainedTokenizerBase.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+def _source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a call of `from_pretrained` is to load, by place or by name."""
+    return args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
 
 
 def _local_folder(source: Any, kwargs: dict[str, Any]) -> str:

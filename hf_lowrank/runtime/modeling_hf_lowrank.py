@@ -15,6 +15,7 @@ import transformers
 # those that this very file imports. So every file of the runtime must be named here.
 if TYPE_CHECKING:
     from .checksums import record_checksums  # noqa: F401
+    from .companions import Companions  # noqa: F401
     from .compressed_linear import CompressedLinear  # noqa: F401
     from .config_checks import is_compressed  # noqa: F401
     from .configuration import CompressionConfig  # noqa: F401
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from .layers import SparseLowRankLinear  # noqa: F401
     from .load_hooks import hook_configs  # noqa: F401
     from .ops import bitmask_linear  # noqa: F401
+    from .origin import Origin  # noqa: F401
     from .packing import pack_bits  # noqa: F401
     from .pivoting import pivot  # noqa: F401
     from .plain_ops import plain_bitmask_linear  # noqa: F401
+    from .privacy import public_name  # noqa: F401
     from .quantization import Quantized  # noqa: F401
     from .quantized_ops import quantized_linear  # noqa: F401
     from .quantizer import CompressionQuantizer  # noqa: F401
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .safetensors_headers import read_header  # noqa: F401
     from .saving import CompleteSave  # noqa: F401
     from .skeletons import make_skeleton  # noqa: F401
+    from .staging import staged  # noqa: F401
     from .validation import validate_files  # noqa: F401
 
 

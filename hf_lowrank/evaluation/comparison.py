@@ -281,7 +281,8 @@ def _measure_candidate(
         if keep:
             _move(checkpoint, out / "checkpoints" / candidate.file_name)
     except ProcessError as error:
-        record["failed"] = public_text(str(error), [comparison.model, comparison.calibration, *comparison.texts, str(out)])
+        paths = [comparison.model, comparison.calibration, *comparison.texts, str(out)]
+        record["failed"] = public_text(str(error), paths)
         # A process that gave a reason would give it again. One that crashed or was killed may succeed in the next run.
         if error.explained:
             write_json(file, record)

@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runtime.privacy import public_name
 from ..runtime.errors import CompressionError
+from ..runtime.privacy import public_name
 from .comparison_records import ComparisonRecord
 
 COLUMNS = ["text", "method", "removed", "bits/weight", "perplexity", "nats lost", "KL", "top-1", "seconds", "peak MiB"]

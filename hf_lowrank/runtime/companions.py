@@ -53,7 +53,9 @@ PROCESSOR = (
     "speaker_embeddings/*",
 )
 OTHERS = (
-    *(f"{name}*" for word in ("license", "licence", "notice", "copying") for name in (word, word.upper(), word.title())),
+    "[Ll][Ii][Cc][Ee][NnSs][SsCc][Ee]*",
+    "[Nn][Oo][Tt][Ii][Cc][Ee]*",
+    "[Cc][Oo][Pp][Yy][Ii][Nn][Gg]*",
     "USE_POLICY*",
     "modules.json",
     "config_sentence_transformers.json",
@@ -241,7 +243,8 @@ def recorded_companions(folder: Path) -> dict[str, str]:
     if not isinstance(companions, dict):
         return {}
     # A config may come from a stranger, and shall not name files of other folders.
-    return {name: str(checksum) for name, checksum in companions.items() if ".." not in name and not os.path.isabs(name)}
+    inside = [name for name in companions if ".." not in name and not os.path.isabs(name)]
+    return {name: str(companions[name]) for name in inside}
 
 
 def files_in(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ which transformers forgets: the files beside it belong to the compressed model, 
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -37,6 +38,7 @@ def hook_configs() -> None:
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         # Imported when a model is opened, so that `import hf_lowrank` need not wait for them.
         from .config_checks import holds_checkpoint, mentions_checkpoint
+        from .origin import note_source
         from .safetensors_headers import read_json
 
         folder = _local_folder(source, kwargs)
@@ -52,6 +54,8 @@ def hook_configs() -> None:
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
         _check_config(values, folder, saved_here)
+        hook_models()
+        note_source(source, kwargs)
         return values, unused
 
     setattr(get_config_dict, HOOKED, True)
@@ -90,13 +94,15 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
 
 
 def hook_models() -> None:
-    """Remember from now on where models are loaded from. A second call does nothing."""
-    from transformers import PreTrainedModel
+    """Remember from now on where models are loaded from. A second call does nothing.
 
-    bound: Any = PreTrainedModel.from_pretrained
-    original: Callable[..., Any] = bound.__func__
-    if getattr(original, HOOKED, False):
+    Nor does a call while transformers' models are being imported. The next config that is read calls again.
+    """
+    PreTrainedModel: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    bound = getattr(PreTrainedModel, "from_pretrained", None)
+    if bound is None or getattr(bound.__func__, HOOKED, False):
         return
+    original: Callable[..., Any] = bound.__func__
 
     @wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +117,7 @@ def hook_models() -> None:
         return loaded
 
     setattr(from_pretrained, HOOKED, True)
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 def hook_tokenizers() -> None:

@@ -17,7 +17,8 @@ REMEMBERED = "_loaded_from"
 
 No class of ours, so that a model that was pickled as a whole opens where this package is not installed.
 """
-_LOADING: ContextVar[dict[str, str]] = ContextVar("loading", default={})  # noqa: B039  # it is never changed
+_READING: ContextVar[dict[str, str] | None] = ContextVar("reading", default=None)
+"""The same of the model whose config was read last, or that is being loaded."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +26,27 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def loading(source: Any, arguments: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Yield what is to be remembered of a model that is being loaded, which `Origin.of` knows while it is."""
+    told = _told(source, arguments)
+    token = _READING.set(told)
+    try:
+        yield told
+    finally:
+        _READING.reset(token)
+
+
+def note_source(source: Any, arguments: dict[str, Any]) -> None:
+    """Note where a config was read from, for a model that is being loaded without `loading`."""
+    reading = _READING.get()
+    if reading is None or reading["source"] != str(source):
+        _READING.set(_told(source, arguments))
+
+
+def _told(source: Any, arguments: dict[str, Any]) -> dict[str, str]:
     told = {name: os.fspath(arguments[name]) for name in ("subfolder", "cache_dir") if arguments.get(name)}
     told["source"] = str(source)
     if os.path.isdir(told["source"]):
         told["folder"] = os.path.abspath(told["source"])  # the current folder may be another one when it is saved
-    token = _LOADING.set(told)
-    try:
-        yield told
-    finally:
-        _LOADING.reset(token)
+    return told
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Origin:
         """Return where a model came from."""
         # Transformers keeps there what it loaded. For the folder of an adapter, that is the adapter's base model.
         source = str(getattr(model.config, "_name_or_path", "") or "")
-        told = model.__dict__.get(REMEMBERED) or _LOADING.get()
+        told: dict[str, str] = model.__dict__.get(REMEMBERED) or _READING.get() or {}
         if told.get("source") != source:
             told = {}
         folder = told.get("folder")

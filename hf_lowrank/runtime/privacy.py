@@ -16,7 +16,9 @@ CACHED_REPO = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots(?:[/\\]|$)
 """Part of a path in the Hub's cache. The group is the id of the repo, with `--` for the slash."""
 PATH = re.compile(r"file:\S+|~[^/\\\n]*[/\\][^\n]*|/(?:[^/\n]+/+)+[^/\n]*|(?:[A-Za-z]:)?\\[^\n]+|[A-Za-z]:/[^\n]*")
 """A value that can only be a path: absolute, in a home folder, or a URL of a file."""
-PATH_IN_TEXT = re.compile(r"(?<![\w/\\~.])(?:file://)?(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`:;,()<>/\\]+[/\\])+[^\s'\"`:;,()<>/\\]*")
+PATH_IN_TEXT = re.compile(
+    r"(?<![\w/\\~.])(?:file://)?(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`:;,()<>/\\]+[/\\])+[^\s'\"`:;,()<>/\\]*"
+)
 """The same in the middle of a text, where white space and punctuation end it."""
 ARGUMENT = re.compile(r"(-{1,2}[\w-]+=|-\w(?=[/\\~.])|\w+=)?(.*)", re.DOTALL)
 """An argument of a command: an option or a key in front, if there is one, and a value."""
@@ -91,7 +93,7 @@ def public_text(text: str, known: Iterable[str] = ()) -> str:
     Args:
         known: paths that may occur in it, which are found even if they are relative or have blanks.
     """
-    for path in sorted({form for path in known for form in (path, os.path.abspath(path))}, key=len, reverse=True):
-        if re.search(r"[/\\]", path):
-            text = text.replace(path, public_name(path))
+    forms = {form for path in known for form in (path, os.path.abspath(path)) if re.search(r"[/\\]", form)}
+    for form in sorted(forms, key=len, reverse=True):  # a path before the folders above it
+        text = text.replace(form, public_name(form))
     return PATH_IN_TEXT.sub(lambda match: public_name(match[0]), text)

@@ -179,9 +179,8 @@ def register(override: bool = False) -> None:
         if not override:
             register_module_module_registration_hook(_watch_adapters)
     hook_configs()
+    hook_models()
     hook_tokenizers()
-    if not override:
-        hook_models()  # the package does so once transformers' models are imported, which they are not yet here
 
 
 def _watch_adapters(adapter: nn.Module, name: str, layer: nn.Module | None) -> None:

@@ -243,7 +243,7 @@ class CompleteSave:
             self.state_dict = None
 
     def write_companions(self, partial: Path, folder: Path) -> Companions:
-        """Write to a new folder what belongs beside the weights: the runtime's files, the report, the tokenizer and more.
+        """Write to a new folder what belongs beside the weights: the runtime's files, the report, the tokenizer, ….
 
         Report and tokenizer come from the checkpoint that the model came from, where there are no others.
 
@@ -269,7 +269,7 @@ class CompleteSave:
             shutil.copyfile(file, folder / name)
 
     def warn_of_width(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """Warn if the weights take more than those of the model that was compressed or loaded, as their dtype is wider."""
+        """Warn if the weights take more than those that were compressed or loaded, as their dtype is wider."""
         tensors: Iterable[Any] = self.model.parameters()
         if state_dict is not None:
             tensors = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]

@@ -236,7 +236,7 @@ def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
 def test_an_evaluation_becomes_rows_of_the_card(folder):
     """The rows are the perplexity of both models and the figures that compare them.
 
-    A data set of the Hub is named by its id, and a file by the end of its path.
+    A data set of the Hub is named by its id, and a file by its name without folders.
     """
     figures = {
         "windows": 3,
@@ -261,8 +261,8 @@ def test_an_evaluation_becomes_rows_of_the_card(folder):
         ("custom", "kl_divergence", 0.5),
         ("custom", "top1_agreement", 0.75),
     ]
-    assert "private/text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
-    assert "/home/me" not in str(card)
+    assert "| text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
+    assert "private" not in str(card)
 
 
 def test_the_card_says_what_the_files_hold(folder):

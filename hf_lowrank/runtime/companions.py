@@ -19,6 +19,7 @@ import transformers
 from .checksums import CONFIG, file_checksum
 from .origin import Origin
 from .privacy import public_values
+from .staging import move, staged
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -140,12 +141,16 @@ class Companions:
     def _keeps_any(self, patterns: Sequence[str]) -> bool:
         return any(self.keeps(name) for name in files_of(self.target, patterns))
 
+    def _leave(self, patterns: Sequence[str]) -> None:
+        """Take files of the target for the user's, as some are: the others belong to these, whoever wrote them."""
+        self.own = {name: checksum for name, checksum in self.own.items() if not matches(name, patterns)}
+
     def _write_tokenizer(self, folder: Path, tokenizer: Any) -> None:
         """Write the tokenizer, unless the user has put one there: then none of its parts is mixed with another's."""
         names = files_of(self.base, (*VOCABULARY, *TOKENIZER_STATE, *TEMPLATES)) if self.base else []
-        if self._keeps_any(VOCABULARY):
-            if not self.keeps(TOKENIZER_CONFIG):
-                self._copy([name for name in names if name == TOKENIZER_CONFIG], folder)
+        if self._keeps_any((*VOCABULARY, TOKENIZER_CONFIG)) and files_of(self.target, VOCABULARY):
+            self._leave((*VOCABULARY, *TOKENIZER_STATE, *TEMPLATES))
+            self._copy([name for name in names if name == TOKENIZER_CONFIG], folder)
             return
         places = (self.origin.source, str(self.base))
         if not hasattr(tokenizer, "save_pretrained"):
@@ -164,8 +169,9 @@ class Companions:
         if self.base is None or self.keeps(PROCESSOR_CONFIG) or (folder / PROCESSOR_CONFIG).is_file():
             return
         names = files_of(self.base, PROCESSOR)
-        if self._keeps_any(PROCESSOR) and PROCESSOR_CONFIG in names:
-            # Parts that are nested in it would be read in place of the user's.
+        if self._keeps_any(PROCESSOR):
+            self._leave(PROCESSOR)
+            # Parts that are nested in a processor's config would be read in place of the user's.
             nested = read_values(self.base / PROCESSOR_CONFIG).values()
             if any(isinstance(value, dict) for value in nested):
                 names.remove(PROCESSOR_CONFIG)
@@ -221,7 +227,9 @@ def carry_over(model: Any, folder: Path) -> None:
     """Write to the folder that a model was just saved to what lies beside the weights of the one it came from."""
     origin = Origin.of(model)
     companions = Companions(origin, origin.fetch(CARRIED), folder)
-    companions.write(folder, tokenizer=None)
+    with staged(folder) as partial:
+        companions.write(partial, tokenizer=None)
+        move(partial, folder)
     clear_paths(folder / CONFIG)
     clear_paths(folder / GENERATION_CONFIG)
 

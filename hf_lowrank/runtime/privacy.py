@@ -14,10 +14,11 @@ from typing import Any
 HUB_ID = re.compile(r"(?!\.{1,2}/)[\w.-]+(?:/[\w.-]+)?")
 CACHED_REPO = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots(?:[/\\]|$)")
 """Part of a path in the Hub's cache. The group is the id of the repo, with `--` for the slash."""
-PATH = re.compile(r"file:\S+|~[^/\\\n]*[/\\][^\n]*|/(?:[^/\n]+/+)+[^/\n]*|(?:[A-Za-z]:)?\\[^\n]+|[A-Za-z]:/[^\n]*")
+PATH = re.compile(r"file:[^\n]+|~[^/\\\n]*[/\\][^\n]*|/(?:[^/\n]+/+)+[^/\n]*|(?:[A-Za-z]:)?\\[^\n]+|[A-Za-z]:/[^\n]*")
 """A value that can only be a path: absolute, in a home folder, or a URL of a file."""
+_PART = r"[^\s'\"`:;,()<>/\\]+"
 PATH_IN_TEXT = re.compile(
-    r"(?<![\w/\\~.])(?:file://)?(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`:;,()<>/\\]+[/\\])+[^\s'\"`:;,()<>/\\]*"
+    rf"(?<![\w/\\~.])(?:(?:file://|~\w*|[A-Za-z]:)[/\\](?:{_PART}[/\\])*|[/\\](?:{_PART}[/\\])+)(?:{_PART})?"
 )
 """The same in the middle of a text, where white space and punctuation end it."""
 ARGUMENT = re.compile(r"(-{1,2}[\w-]+=|-\w(?=[/\\~.])|\w+=)?(.*)", re.DOTALL)

@@ -284,14 +284,11 @@ class CompleteSave:
             return
         (dtype, count), usual = numbers.most_common(1)[0], min(known, key=lambda dtype: dtype.itemsize)
         if dtype.itemsize > usual.itemsize and dtype != self.intended_dtype:
+            names = [str(each).removeprefix("torch.") for each in (dtype, usual)]
+            more = count * (dtype.itemsize - usual.itemsize)
             logger.warning(
-                "%s: saved in %s, though the model was in %s: %s bytes more than it needs; "
-                "call model.to(%s) before you save it",
-                folder,
-                str(dtype).removeprefix("torch."),
-                str(usual).removeprefix("torch."),
-                f"{count * (dtype.itemsize - usual.itemsize):,}",
-                usual,
+                f"{folder}: saved in {names[0]}, though the model was in {names[1]}: {more:,} bytes more than it needs; "
+                f"call model.to({usual}) before you save it"
             )
 
     def current_report(self) -> dict[str, Any]:

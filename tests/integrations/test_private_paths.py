@@ -61,7 +61,6 @@ def test_no_command_writes_a_path(home: Path, tmp_path: Path, monkeypatch: pytes
     run(monkeypatch, "compress", f"{MARK}/dense", "-o", f"{MARK}/outputs/like-an-id", *calibrated)
     monkeypatch.chdir(home)
     run(monkeypatch, "evaluate", out / "first", "--text", text, "--max-windows", "2", "--reference", dense, "--card")
-    run(monkeypatch, "report", out / "first", "--out", out / "report.html")
     run(monkeypatch, "dense", out / "first", "-o", out / "dense")
     training = ["--teacher", dense, "--text", text, "--steps", "1", "--sequence-length", "16"]
     run(monkeypatch, "distill", out / "first", "-o", out / "distilled", *training)

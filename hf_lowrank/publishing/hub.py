@@ -13,13 +13,14 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from ..checkpoints.verify import code_files
 from ..execution.files import human_bytes
 from ..runtime.checksums import CONFIG
 from ..runtime.companions import CARRIED, GENERATION_CONFIG, clear_paths, files_in, files_of
 from ..runtime.errors import CheckpointError
 from ..runtime.reports import CARD_FILE, is_own_card, sealed_card
 from ..runtime.safetensors_headers import read_headers, weight_files
-from ..runtime.saving import RUNTIME_FILES, CompleteSave, has_users_card
+from ..runtime.saving import CompleteSave, has_users_card
 from .model_card import read_config, write_model_card
 
 Log = Callable[[str], None]
@@ -211,7 +212,7 @@ def _add_tags(card_file: Path, tags: list[str]) -> None:
 
 
 def check_complete(folder: Path) -> None:
-    """Check that `folder` holds what a load needs: a config with auto map, the runtime's files, and readable weights.
+    """Check that `folder` holds what a load needs: a config with auto map, the loading code, and readable weights.
 
     Raises:
         CheckpointError: if something is missing or damaged. The message names the file and the cure.
@@ -221,7 +222,7 @@ def check_complete(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / 'config.json'}: no auto_map, so it opens only with the package; {SAVE_AGAIN}"
         )
-    for name in RUNTIME_FILES:
+    for name in sorted(code_files(folder)):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, so trust_remote_code=True would fail; {SAVE_AGAIN}")
     if not (folder / "tokenizer_config.json").is_file():

@@ -6,7 +6,6 @@ earlier saves have put there is known by its sha256, which is recorded in the co
 
 import fnmatch
 import json
-import logging
 import os
 import re
 import shutil
@@ -16,7 +15,8 @@ from typing import Any
 
 import transformers
 
-from .checksums import CONFIG, file_checksum
+from .checksums import CONFIG, LOADING_CODE, file_checksum
+from .errors import logger
 from .origin import Origin
 from .privacy import public_values
 from .staging import move, staged
@@ -66,8 +66,6 @@ OTHERS = (
 CARRIED = (*VOCABULARY, *TOKENIZER_STATE, *TEMPLATES, *PROCESSOR, *OTHERS)
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl", ".py")
 """Endings of weights and code, whatever their names begin with."""
-
-logger = logging.getLogger(__name__)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -199,8 +197,8 @@ class Companions:
         seen: set[str] = set()
         while modules:
             name = f"{modules.pop()}.py"
-            # The runtime's own files are not displaced.
-            if name in seen or (Path(__file__).parent / name).is_file() or not (base / name).is_file():
+            # The loading code is not displaced.
+            if name in seen or name == LOADING_CODE or not (base / name).is_file():
                 continue
             seen.add(name)
             shutil.copyfile(base / name, folder / name)

@@ -3,6 +3,10 @@
 Every message is one line that names the thing, what was found, what was expected, and the cure.
 """
 
+import logging
+
+logger = logging.getLogger(__name__)
+"""Warnings of the runtime, of one line, too."""
 LONGEST_MESSAGE = 1000
 """Maximum number of characters of a message. A longer one, as a hostile checkpoint may cause, is cut in its middle."""
 

@@ -36,7 +36,8 @@ def hook_configs() -> None:
 
     @wraps(original)
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Imported when a model is opened, so that `import hf_lowrank` need not wait for them.
+        if not _can_tell():
+            return original(cls, source, **kwargs)
         from .config_checks import holds_checkpoint, mentions_checkpoint
         from .origin import note_source
         from .safetensors_headers import read_json
@@ -60,6 +61,19 @@ def hook_configs() -> None:
 
     setattr(get_config_dict, HOOKED, True)
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
+
+
+def _can_tell() -> bool:
+    """Return whether the modules that tell compressed checkpoints from others can be imported.
+
+    That is when a model is opened, so that `import hf_lowrank` need not wait for them. Where the package is damaged,
+    other models open all the same. Of the damage, the import of the quantizer warns.
+    """
+    try:
+        from .config_checks import holds_checkpoint  # noqa: F401
+    except Exception:
+        return False
+    return True
 
 
 def _check_config(values: Any, folder: str, saved_here: bool) -> None:
@@ -134,11 +148,13 @@ def hook_tokenizers() -> None:
 
     @wraps(original)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        from .config_checks import holds_checkpoint
-
         try:
             return original(cls, *args, **kwargs)
         except Exception as error:
+            if not _can_tell():
+                raise
+            from .config_checks import holds_checkpoint
+
             folder = _local_folder(_source(args, kwargs), kwargs)
             file = os.path.join(folder, "tokenizer_config.json")
             if not holds_checkpoint(folder) or os.path.exists(file):

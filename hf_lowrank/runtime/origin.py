@@ -1,6 +1,5 @@
 """Where a model came from: the folder or the repo on the Hub whose other files belong to it."""
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
+from .errors import logger
+
 REMEMBERED = "_loaded_from"
 """Attribute of a model: what `from_pretrained` was told and the config does not keep, as a dictionary of strings.
 
@@ -19,8 +20,6 @@ No class of ours, so that a model that was pickled as a whole opens where this p
 """
 _READING: ContextVar[dict[str, str] | None] = ContextVar("reading", default=None)
 """The same of the model whose config was read last, or that is being loaded."""
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Saves with a compressed model what it needs elsewhere: the runtime's files, the auto map, tokenizer and report."""
+"""Saves with a compressed model what it needs elsewhere: the loading code, the auto map, tokenizer and report."""
 
+import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 import transformers
 
-from .checksums import CONFIG, file_checksum, record_checksums
+from .checksums import CONFIG, LOADING_CODE, file_checksum, record_checksums, recorded_code
 from .companions import CARRIED, GENERATION_CONFIG, Companions, clear_paths, files_in
-from .errors import CompressionError
+from .errors import CompressionError, logger
 from .experts import ExpertBank
 from .layers import CompressedLinear
 from .origin import Origin
@@ -36,49 +36,20 @@ from .staging import move, staged
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RUNTIME_FILES = (
-    "checksums.py",
-    "companions.py",
-    "compressed_linear.py",
-    "config_checks.py",
-    "configuration.py",
-    "content_checks.py",
-    "errors.py",
-    "experts.py",
-    "layer_spec.py",
-    "layers.py",
-    "load_hooks.py",
-    "modeling_hf_lowrank.py",
-    "ops.py",
-    "origin.py",
-    "packing.py",
-    "pivoting.py",
-    "plain_ops.py",
-    "privacy.py",
-    "quantization.py",
-    "quantized_ops.py",
-    "quantizer.py",
-    "reports.py",
-    "safetensors_headers.py",
-    "saving.py",
-    "skeletons.py",
-    "staging.py",
-    "validation.py",
-)
-ENTRY_MODULE = "modeling_hf_lowrank"
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves. Its own constant lies in a module that imports PEFT."""
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
-WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+SAVED_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names that transformers gives weights. A save leaves none of an earlier one."""
 
 AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
 
-logger = logging.getLogger(__name__)
-
 
 class Publisher(Protocol):
-    """Describes what the installed package adds to a save: the model card and the upload."""
+    """Describes what the installed package adds to a save: the loading code, the model card and the upload."""
+
+    def loading_code(self) -> bytes:
+        """Return the file of code that a checkpoint carries, `modeling_hf_lowrank.py`."""
 
     def write_card(self, folder: Path, name: str | None) -> None:
         """Write the card of the checkpoint in `folder`. `name` is what `from_pretrained` will call the checkpoint."""
@@ -99,6 +70,7 @@ class CompleteSave:
     Attributes:
         publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came
             from, and leaves pushing to transformers.
+        own_code: set by the code in a checkpoint: the file that it is in. Its saves write the same file.
         tokenizer: saved with the model. None to take that of the checkpoint that the model came from.
         report: the report of a compression in this process, which every save writes. None if the model was loaded.
         source_report: the report of the checkpoint that the model came from, kept once `current_report` has read it.
@@ -114,6 +86,7 @@ class CompleteSave:
     """
 
     publisher: ClassVar[Publisher | None] = None
+    own_code: ClassVar[bytes] = b""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -164,9 +137,9 @@ class CompleteSave:
         _check_arguments(folder, kwargs)
         record_layers(model)
         model.config.auto_map = auto_map(model)
-        here = Path(__file__).parent
-        # Those of all files take their place as soon as these are written.
-        model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
+        # Those of all files take its place as soon as these are written.
+        checksum = hashlib.sha256(loading_code()).hexdigest()
+        model.config.quantization_config.checksums = {LOADING_CODE: checksum}
         # Tensors keep the names of their modules, which `quantization_config.layers` uses. The older formats of some
         # families rename or split layers.
         kwargs["save_original_format"] = False
@@ -193,7 +166,7 @@ class CompleteSave:
         # A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the one
         # above, and uploads that one.
         if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
-            write_runtime(folder.parent)
+            write_loading_code(folder.parent)
         if push_to_hub:
             self.publish(folder, token=kwargs.get("token"), **hub_options)
 
@@ -243,7 +216,7 @@ class CompleteSave:
             self.state_dict = None
 
     def write_companions(self, partial: Path, folder: Path) -> Companions:
-        """Write to a new folder what belongs beside the weights: the runtime's files, the report, the tokenizer, ….
+        """Write to a new folder what belongs beside the weights: the loading code, the report, the tokenizer, ….
 
         Report and tokenizer come from the checkpoint that the model came from, where there are no others.
 
@@ -255,7 +228,7 @@ class CompleteSave:
             self.base = origin.fetch(CARRIED)
         companions = Companions(origin, self.base, folder)
         companions.write(partial, self.tokenizer)
-        write_runtime(partial)
+        write_loading_code(partial)
         if self.report is not None:
             write_report(partial, self.report)
         else:
@@ -287,8 +260,8 @@ class CompleteSave:
             names = [str(each).removeprefix("torch.") for each in (dtype, usual)]
             more = count * (dtype.itemsize - usual.itemsize)
             logger.warning(
-                f"{folder}: saved in {names[0]}, though the model was in {names[1]}: {more:,} bytes more than it needs; "
-                f"call model.to({usual}) before you save it"
+                f"{folder}: saved in {names[0]}, though the model was in {names[1]}: {more:,} bytes more than it "
+                f"needs; call model.to({usual}) before you save it"
             )
 
     def current_report(self) -> dict[str, Any]:
@@ -344,22 +317,26 @@ def finish_folder(folder: Path, companions: Companions) -> None:
         (folder / GENERATION_CONFIG).unlink(missing_ok=True)
     clear_paths(folder / GENERATION_CONFIG)
     ours = {} if not companions.in_place else dict(companions.own)
-    beside = {CONFIG, REPORT_FILE, *RUNTIME_FILES}
+    beside = {CONFIG, REPORT_FILE, LOADING_CODE}
     for name in files_in(folder):
-        if name not in beside and not re.fullmatch(WEIGHTS, name):
+        if name not in beside and not re.fullmatch(SAVED_WEIGHTS, name):
             ours[name] = file_checksum(folder / name)
     values = public_values(read_json(str(folder / CONFIG)))
     values["quantization_config"]["companions"] = dict(sorted(ours.items()))
     # The format in which transformers writes it.
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    record_checksums(folder, RUNTIME_FILES)
+    record_checksums(folder)
 
 
 def stale_files(partial: Path, folder: Path, companions: Companions) -> list[Path]:
     """Return the files of an earlier save in a folder that do not belong to the one which is moved there now."""
-    earlier = [name for name in os.listdir(folder) if re.fullmatch(WEIGHTS, name) or name == REPORT_FILE]
+    earlier = [name for name in os.listdir(folder) if re.fullmatch(SAVED_WEIGHTS, name) or name == REPORT_FILE]
     if not companions.in_place:
         earlier += companions.own
+    # Once the loading code was some twenty files.
+    for name, checksum in recorded_code(folder).items():
+        if (folder / name).is_file() and file_checksum(folder / name) == checksum:
+            earlier.append(name)
     return [folder / name for name in earlier if not (partial / name).exists()]
 
 
@@ -369,12 +346,22 @@ def has_users_card(folder: Path) -> bool:
     return card.is_file() and not is_own_card(card.read_text(encoding="utf-8", errors="replace"))
 
 
-def write_runtime(folder: Path) -> None:
-    """Copy the runtime's files, which lie beside this one, to a folder."""
-    here = Path(__file__).parent
-    if here.resolve() != folder.resolve():
-        for name in RUNTIME_FILES:
-            shutil.copyfile(here / name, folder / name)
+def loading_code() -> bytes:
+    """Return the file of code that a save writes, made by the package, or else the one that this very code is in."""
+    publisher = CompleteSave.publisher
+    return CompleteSave.own_code if publisher is None else publisher.loading_code()
+
+
+def write_loading_code(folder: Path) -> None:
+    """Write the loading code to a folder, in place of what an earlier save has left there.
+
+    Once that was some twenty files. Those that nobody has changed since are removed.
+    """
+    for name, checksum in recorded_code(folder).items():
+        file = folder / name
+        if name != LOADING_CODE and file.is_file() and file_checksum(file) == checksum:
+            file.unlink()
+    (folder / LOADING_CODE).write_bytes(loading_code())
 
 
 def record_layers(model: "PreTrainedModel") -> None:
@@ -401,10 +388,11 @@ def record_layers(model: "PreTrainedModel") -> None:
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:
     """Return the `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
-    entries = {"AutoConfig": f"{ENTRY_MODULE}.CompressedAutoConfig"}
+    module = LOADING_CODE.removesuffix(".py")
+    entries = {"AutoConfig": f"{module}.CompressedAutoConfig"}
     for name in AUTO_CLASSES:
         if type(model.config) in getattr(transformers, name)._model_mapping:
-            entries[name] = f"{ENTRY_MODULE}.Compressed{name}"
+            entries[name] = f"{module}.Compressed{name}"
     return entries
 
 

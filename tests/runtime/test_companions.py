@@ -324,9 +324,9 @@ def test_custom_code_of_a_tokenizer_is_carried_as_far_as_it_is_named(dense: Path
         tmp_path / "dense",
         {
             "tokenizer_config.json": json.dumps({"auto_map": entries, "name_or_path": str(tmp_path / "dense")}),
-            "tokenization_mine.py": "from .mine_parts import part\nfrom .errors import stolen\n",
+            "tokenization_mine.py": "from .mine_parts import part\nfrom .modeling_hf_lowrank import stolen\n",
             "mine_parts.py": "part = 1",
-            "errors.py": "stolen = 1",
+            "modeling_hf_lowrank.py": "stolen = 1",
             "processing.py": "",
             "unrelated.py": "",
         },
@@ -335,7 +335,7 @@ def test_custom_code_of_a_tokenizer_is_carried_as_far_as_it_is_named(dense: Path
     new = tmp_path / "new"
     assert (new / "tokenization_mine.py").is_file() and (new / "mine_parts.py").is_file()
     assert not (new / "unrelated.py").exists() and not (new / "processing.py").exists()
-    assert "stolen" not in (new / "errors.py").read_text()
+    assert "stolen" not in (new / "modeling_hf_lowrank.py").read_text()
     assert json.loads((new / "tokenizer_config.json").read_text())["name_or_path"] == "dense"
 
 

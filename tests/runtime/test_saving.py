@@ -37,7 +37,7 @@ def interrupted(*_: Any, **__: Any) -> None:
 PLACES: dict[str, tuple[Any, str]] = {
     "weights": (modeling_utils, "safe_save_file"),
     "what lies beside them": (Companions, "write"),
-    "runtime files": (saving, "write_runtime"),
+    "loading code": (saving, "write_loading_code"),
     "checksums": (saving, "record_checksums"),
     "card": (saving.CompleteSave, "write_card"),
 }

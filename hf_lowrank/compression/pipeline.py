@@ -30,6 +30,7 @@ from ..methods import make_method
 from ..models.offloading import is_offloaded, return_memory
 from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
+from ..runtime.origin import Origin
 from ..runtime.quantizer import fuse_experts
 from .checks import (
     check_block_by_block,
@@ -212,7 +213,10 @@ def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
         return
     tokenizer = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        origin = Origin.of(model)
+        tokenizer = AutoTokenizer.from_pretrained(
+            origin.source, subfolder=origin.subfolder, revision=origin.revision, cache_dir=origin.cache_dir
+        )
     except (OSError, ValueError) as error:
         logger.warning(
             "compressing on load: no tokenizer beside the model (%s); "

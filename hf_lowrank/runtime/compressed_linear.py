@@ -83,7 +83,8 @@ class CompressedLinear(nn.Linear):
             self._register(f"{name}_scale", stored.get(f"{name}_scale", (None, "float")), device, dtype)
         for name in FLOATS:
             self._register(name, stored.get(name, (None, "float")), device, dtype)
-        for name in BITMAPS:
+        # Those that are not stored come last, because torch.export numbers the buffers and counts a None before them.
+        for name in sorted(BITMAPS, key=lambda name: name not in stored):
             self._register(name, stored.get(name, (None, "uint8")), device, dtype)
         self.reset_parameters()
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .safetensors_headers import read_header  # noqa: F401
     from .saving import CompleteSave  # noqa: F401
     from .skeletons import make_skeleton  # noqa: F401
+    from .tracing import must_decompose  # noqa: F401
     from .validation import validate_files  # noqa: F401
 
 

@@ -26,6 +26,7 @@ from .plain_ops import (
     plain_lowrank_linear,
     plain_pivoted_linear,
 )
+from .tracing import dispatch_modes, must_decompose
 
 NAMESPACE = "hf_lowrank"
 """Namespace of the operations in `torch.ops`."""
@@ -109,11 +110,11 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def operation(name: str) -> Callable[..., Tensor]:
+def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that computes a declared operation.
 
     Where neither a graph nor gradients are recorded, it calls a kernel by itself and saves the cost of torch's own
-    dispatcher.
+    dispatcher. Where `must_decompose` holds, it computes by `plain`, whose steps are torch's own operations.
     """
     declared = getattr(getattr(torch.ops, NAMESPACE), name)
 
@@ -127,7 +128,9 @@ def operation(name: str) -> Callable[..., Tensor]:
             if result is not None:
                 return result
         x = autocast(x)
-        if not recorded and not is_compiling() and type(x) is Tensor:
+        if must_decompose():
+            return plain(x, *arguments)
+        if not recorded and not is_compiling() and type(x) is Tensor and not dispatch_modes():
             result = _by_kernel(name, x, *arguments)
             if result is not None:
                 return result
@@ -356,8 +359,8 @@ if not hasattr(getattr(torch.ops, NAMESPACE), "lowrank_linear"):
     _declare_bitmask_binary()
     _declare_lowrank()
 
-bitmask_linear = operation("bitmask_linear")
-binary_linear = operation("binary_linear")
-bitmask_binary_linear = operation("bitmask_binary_linear")
-lowrank_linear = operation("lowrank_linear")
-pivoted_linear = operation("pivoted_linear")
+bitmask_linear = operation("bitmask_linear", plain_bitmask_linear)
+binary_linear = operation("binary_linear", plain_binary_linear)
+bitmask_binary_linear = operation("bitmask_binary_linear", plain_bitmask_binary_linear)
+lowrank_linear = operation("lowrank_linear", plain_lowrank_linear)
+pivoted_linear = operation("pivoted_linear", plain_pivoted_linear)

@@ -142,4 +142,4 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 if not hasattr(getattr(torch.ops, NAMESPACE), "quantized_linear"):
     _declare()
 
-quantized_linear = operation("quantized_linear")
+quantized_linear = operation("quantized_linear", plain_quantized_linear)

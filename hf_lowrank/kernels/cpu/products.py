@@ -216,7 +216,7 @@ def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterato
 
 def _unpacked(product: native.Product, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield the tiles of a product's matrix, all in the same memory, each with the rows that it covers."""
-    tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype)
+    tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype, device="cpu")
     product.y = tile.data_ptr()
     unpack = partial(native.loaded().hf_lowrank_unpack, ctypes.byref(product))
     for first in range(0, rows, len(tile)):

@@ -83,8 +83,7 @@ class CompressedLinear(nn.Linear):
             self._register(f"{name}_scale", stored.get(f"{name}_scale", (None, "float")), device, dtype)
         for name in FLOATS:
             self._register(name, stored.get(name, (None, "float")), device, dtype)
-        # Those that are not stored come last, because torch.export numbers the buffers and counts a None before them.
-        for name in sorted(BITMAPS, key=lambda name: name not in stored):
+        for name in BITMAPS:
             self._register(name, stored.get(name, (None, "uint8")), device, dtype)
         self.reset_parameters()
 
@@ -100,6 +99,8 @@ class CompressedLinear(nn.Linear):
             empty = torch.empty(shape, device=device, dtype=dtype if kind == "float" else torch.uint8)
         if is_parameter:
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        elif empty is None:
+            setattr(self, name, None)  # and no buffer: torch.export counts one that is None, and then misses another
         else:
             self.register_buffer(name, empty)
 

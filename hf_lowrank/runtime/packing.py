@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .tracing import must_decompose
 
 
 def packed_width(columns: int) -> int:
@@ -51,7 +52,10 @@ def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
 
 def signs_to_values(sign_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Return ±1 (m, n) from packed sign bits, uint8 (m, ⌈n/8⌉). A set bit is +1."""
-    return unpack_bits(sign_bits, columns).to(dtype).mul_(2).sub_(1)
+    bits = unpack_bits(sign_bits, columns).to(dtype)
+    if must_decompose():  # the graphs of torch 2.6 refuse to change the result of `to` in place
+        return bits * 2 - 1
+    return bits.mul_(2).sub_(1)
 
 
 def _bit_values(device: torch.device) -> Tensor:

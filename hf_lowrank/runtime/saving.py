@@ -51,6 +51,7 @@ RUNTIME_FILES = (
     "safetensors_headers.py",
     "saving.py",
     "skeletons.py",
+    "tracing.py",
     "validation.py",
 )
 ENTRY_MODULE = "modeling_hf_lowrank"

@@ -15,15 +15,22 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 # These have no public name in any version of torch. Where one is missing, its case is not noticed, and torch says that
 # it has no rule for an operation.
-_function_transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-"""Returns whether a transform of torch.func is active."""
+_function_transforms: Callable[[], int] = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", lambda: 0)
+"""Returns how many transforms of torch.func are active."""
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 """Returns how many modes are watching the operations of torch, such as those of `make_fx` and of counters."""
 
 
+# Dynamo calls a function with this decorator while it is tracing, and takes its result for a constant.
+@torch.compiler.assume_constant_result
+def _dynamo_transforms() -> bool:
+    """Return whether Dynamo is inside a transform of torch.func."""
+    return _function_transforms() > 0
+
+
 @torch.compiler.assume_constant_result
 def _dynamo_is_exporting() -> bool:
-    """Return whether Dynamo is tracing for `torch.export`, in torch 2.6. It is called while Dynamo is tracing."""
+    """Return whether Dynamo is tracing for `torch.export`, in torch 2.6."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return bool(getattr(InstructionTranslator.current_tx(), "export", False))
@@ -43,9 +50,8 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _is_e
 
 def must_decompose() -> bool:
     """Return whether an operation has to be computed by torch's own operations, see the head of this file."""
-    # Dynamo can trace the first of these questions only, and has its own way with the others.
-    if is_exporting():
-        return True
     if is_dynamo_compiling():
-        return False
-    return torch.jit.is_tracing() or _function_transforms() or getattr(forward_ad, "_current_level", -1) >= 0
+        return is_exporting() or _dynamo_transforms()
+    if is_exporting() or _function_transforms() > 0:
+        return True
+    return torch.jit.is_tracing() or getattr(forward_ad, "_current_level", -1) >= 0

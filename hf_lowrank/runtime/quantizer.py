@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
-from .config_checks import config_beside
+from .config_checks import config_beside, usual_dtype
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
 from .counterparts import Counterparts, Renaming, check_shapes, check_sources, find_counterparts, tie_as_saved
@@ -143,7 +143,10 @@ class CompressionQuantizer(HfQuantizer):
             self.renaming = None
         # They belong to those files, and not to what becomes of the model.
         self.quantization_config.checksums = {}
+        self.quantization_config.companions = {}
         attach(model, self)
+        if self.checkpoint_files:
+            CompleteSave.attach(model).stored_dtype = usual_dtype(read_headers(self.checkpoint_files))
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
@@ -220,6 +223,7 @@ def register(override: bool = False) -> None:
         if not override:
             register_module_module_registration_hook(_watch_adapters)
     hook_configs()
+    hook_models()
     hook_tokenizers()
 
 

@@ -209,11 +209,14 @@ def compare(
     method_names: Annotated[
         list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")
     ],
-    ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
     text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
     out: Annotated[
         Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")
     ],
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option(help="one or more fractions of stored bits to remove; default: as each method's options say"),
+    ] = None,
     calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
@@ -255,7 +258,7 @@ def compare(
     )
     results = compare(
         comparison,
-        candidates(method_names, ratios),
+        candidates(method_names, ratios or []),
         out,
         keep=keep,
         log=lambda line: typer.echo(line, err=True),

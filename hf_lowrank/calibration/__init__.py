@@ -1,7 +1,7 @@
 """Batches of tokens, the inputs that they give to the blocks of a model, and statistics of its linear layers."""
 
 from .activations import ActivationCache
-from .batches import TokenBatch, calibration_batches, fingerprint, split_into_passes
+from .batches import TokenBatch, fingerprint, split_into_passes
 from .block_inputs import capture
 from .blocks import (
     BlockBatch,
@@ -14,6 +14,7 @@ from .blocks import (
 from .correction import CorrectionSums, DenseReference, are_residual_writers, correction_sums, input_stages
 from .curvature import output_grams
 from .gradients import squared_gradients
+from .samples import calibration_batches
 from .unigrams import with_unigram_sequences
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..runtime.errors import CompressionError
-from .base import app, one_line_errors
+from .base import app, one_line_errors, says_when_interrupted
 from .options import RECIPE_HELP, Device, Dtype, Json, SeveralValues
 from .output import kinds_summary, print_json, print_table, show_kinds, show_layers, show_totals
 
@@ -257,13 +257,10 @@ def compare(
         window=window,
         max_windows=max_windows,
     )
-    results = compare(
-        comparison,
-        candidates(method_names, ratios or []),
-        out,
-        keep=keep,
-        log=lambda line: typer.echo(line, err=True),
-    )
+    combinations = candidates(method_names, ratios or [])
+    outcome = f"what is finished stays in {out}, and the same command goes on from there"
+    with says_when_interrupted(outcome):
+        results = compare(comparison, combinations, out, keep=keep, log=lambda line: typer.echo(line, err=True))
     write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")
     rows = []

@@ -90,6 +90,7 @@ def compress(
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     method = make_method(config.method, config.options)
+    strategy_of(method)  # which refuses a method that it cannot use
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
     group = current_process_group(model.device)

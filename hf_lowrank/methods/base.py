@@ -213,6 +213,11 @@ class Method:
         return self.needs_gradients or self.needs_output_gram or self.trains
 
     @property
+    def reads_next_tokens(self) -> bool:
+        """Whether the loss that the method learns from is that of the tokens that follow each other in the text."""
+        return self.needs_gradients
+
+    @property
     def size_is_set(self) -> bool:
         """Whether the options say the size of every layer, so that the ratio follows from them."""
         return False

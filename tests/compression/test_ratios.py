@@ -252,3 +252,14 @@ def test_what_is_no_ratio_is_one_line(ratio: Any) -> None:
     with pytest.raises(CompressionError, match="ratio: found .*, expected a number between 0 and 1") as raised:
         CompressionConfig(ratio=ratio)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("method", "options"), [("fwsvd", {}), ("soco", {**QUICK["soco"], "loss": "cross_entropy"})])
+def test_sequences_of_one_token_are_refused_where_the_next_one_is_learned_from(
+    method: str, options: dict[str, Any]
+) -> None:
+    recipe = CompressionConfig(method, 0.4, options={**options, **({"batch_tokens": 1} if options else {})})
+    with pytest.raises(CompressionError, match="no sequence has two tokens"):
+        compress(tiny_models.llama(num_hidden_layers=1), recipe, calibration=[[5], [6]], progress=False)
+    rows = [{"input_ids": torch.tensor([ids])} for ids in ([5], [6, 7, 8], [9])]
+    compress(tiny_models.llama(num_hidden_layers=1), recipe, calibration=rows, progress=False)

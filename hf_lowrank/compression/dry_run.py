@@ -7,7 +7,7 @@ from ..methods import make_method
 from ..models.architectures import find_blocks, separate_experts
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
-from .checks import whole_model_reason
+from .checks import check_reads_text, whole_model_reason
 from .estimate import curvature_bytes, estimate
 from .planning import make_plan
 from .time_estimate import estimate_time
@@ -23,6 +23,7 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype:
         CompressionError: if the method cannot reach the ratio.
     """
     dense = skeleton(load_config(source), dtype)
+    check_reads_text(dense, config.calibration)
     blocks = find_blocks(dense)
     config = make_plan(
         dense, config, make_method(config.method, config.options), blocks, separate_experts(blocks)

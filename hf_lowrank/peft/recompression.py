@@ -45,11 +45,12 @@ class Truncation:
     relative_error: float
 
 
+@torch.inference_mode(False)
 def recompress(model: "PreTrainedModel", rank: int | None = None) -> list[Truncation]:
     """Truncate every compressed layer whose rank has grown to the rank that it had when the model was compressed.
 
     Sparse values, masks and signs stay as they are. Where whole rows or columns are kept, the adapter's part there is
-    added to them.
+    added to them. Tensors that are made can be trained later, in inference mode, too.
 
     Args:
         rank: a rank that no layer may exceed, in place of the ranks of the compression.

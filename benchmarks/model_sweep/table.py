@@ -21,9 +21,10 @@ MEANINGS = {
 }
 INTRODUCTION = """# Model classes
 
-Every class that these Auto classes of Transformers know was tried once: a tiny model with random weights is compressed
-with `slab`, saved, opened again and compared. [Models](models.md) says how blocks and layers are found, and what
-models are calibrated on. The script goes on where it was stopped:
+These classes, of those that the Auto classes of Transformers know, were tried so far: a tiny model with random weights
+is compressed with `slab`, saved, opened again and compared. [Models](models.md) says how blocks and layers are found,
+and what models are calibrated on. The script goes on where it was stopped, with what is missing and what is marked
+*first pass*: results of an earlier version of the package, compared less strictly (to 1e-5).
 
 ```
 python -m benchmarks.model_sweep.run benchmarks/model_sweep/results.json
@@ -63,6 +64,8 @@ def _row(name: str, result: dict[str, Any]) -> str:
     remark = " ".join(result["detail"].split()).replace("|", "/").replace("<", "&lt;").replace("`", "")
     if len(remark) > LONGEST:
         remark = remark[:LONGEST].rsplit(" ", 1)[0] + " …"
+    if result.get("first_pass"):
+        remark += " (*first pass*)"
     return f"| `{name}` | {result['status']} | {remark} |\n"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
+from ..calibration.gradients import has_next_token
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
 from ..models.architectures import find_blocks, input_embeddings, main_input
@@ -134,7 +135,7 @@ def check_continuous(session: Session, batches: list[BlockBatch]) -> None:
 
 
 def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: Sequence[TokenBatch] = ()) -> None:
-    """Raise CompressionError if a method learns from the loss of the next token, which the model does not predict."""
+    """Raise CompressionError if a method learns from the loss of the next token, which model or text do not give."""
     if not method.learns_from_loss:
         return
     reads_other_inputs = any(batch.others for batch in batches) or input_embeddings(model) is None
@@ -142,6 +143,11 @@ def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: S
         raise CompressionError(
             f"{method.name} learns from the loss of the next token of a text, which is not what "
             f"{type(model).__name__} is given; use a method without training, such as slab or sola"
+        )
+    if batches and method.reads_next_tokens and not any(map(has_next_token, batches)):
+        raise CompressionError(
+            f"{method.name} learns from the next tokens of the calibration text, and no sequence has two tokens; give "
+            "longer ones, or use a method without training, such as slab or sola"
         )
 
 

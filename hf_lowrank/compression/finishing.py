@@ -124,7 +124,7 @@ def make_report(session: Session) -> Report:
     ]
     return Report(
         method=plan.method.name,
-        ratio_asked=plan.config.ratio,
+        ratio_asked=plan.budget.ratio,
         ratio_stored=1 - stored_bits / dense_bits,
         ratio_paper=1 - bits_without_masks / dense_bits,
         accounting=plan.config.accounting,

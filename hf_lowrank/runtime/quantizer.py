@@ -291,10 +291,12 @@ def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> n
     weight = layer.to_dense(dtype)
     dense: Conv1D | nn.Linear
     if layer.replaces_conv1d:
-        dense = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
+        # On the meta device, so that no memory is taken and no random number drawn before the weight is put in.
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)
         dense.weight = nn.Parameter(weight.T.contiguous())
+        dense.bias = nn.Parameter(weight.new_zeros(layer.out_features))
     else:
-        # On the meta device, so that no memory is taken before the weight is put in.
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight)
     if layer.bias is not None:

@@ -244,8 +244,8 @@ INTRODUCTION = """# Models
 Any Transformers model works whose blocks are a list of modules with `nn.Linear` or `Conv1D` layers. Blocks, layers and
 feed-forward networks are found by structure (`hf_lowrank/models/architectures.py`). For each family below a small
 model is compressed, saved, opened again and run in `tests/models/test_model_families.py`, from which this page is made
-(`python -m tests.support.model_families > docs/models.md`). [Model classes](model_classes.md) lists the results for
-all classes that the Auto classes of Transformers know.
+(`python -m tests.support.model_families > docs/models.md`). [Model classes](model_classes.md) lists what came
+of other classes that the Auto classes of Transformers know.
 
 | family | class | layers of a block | feed-forward | calibrated on | note |
 |---|---|---|---|---|---|

@@ -21,7 +21,8 @@ from ..runtime.packing import pack_bits, unpack_bits
 from ..runtime.pivoting import pivot, unpivot
 from ..runtime.reports import REPORT_FILE
 from ..runtime.safetensors_headers import read_json
-from ..runtime.saving import CompleteSave, record_layers
+from ..runtime.saved_config import record_layers
+from ..runtime.saving import CompleteSave
 from .merging import store
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ All ways of opening a model, by class, by Auto class or by pipeline, read the co
 `PreTrainedConfig.get_config_dict`. So every config.json that transformers reads in this process passes here. What is
 no compressed checkpoint goes through untouched.
 
-`PreTrainedModel.from_pretrained` is wrapped to remember the subfolder that a model was loaded from, which transformers
-forgets, and for configs that do not say that the checkpoint is compressed, such as the part of a config that is for the
+`PreTrainedModel.from_pretrained` is wrapped to remember the subfolder that a model was loaded from, which it forgets
+itself, and for configs that do not say that the checkpoint is compressed, such as the part of a config that is for the
 texts alone. `PreTrainedModel.save_pretrained` is wrapped for dense models with a config that says that they are
 compressed. `PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: transformers does not name
 the file that is missing.

@@ -1,10 +1,11 @@
 """Batches of tokens, the inputs that they give to the blocks of a model, and statistics of its linear layers."""
 
 from .activations import ActivationCache
-from .batches import TokenBatch, calibration_batches, fingerprint, split_into_passes
+from .batches import TokenBatch, fingerprint, split_into_passes
 from .block_inputs import capture
 from .blocks import (
     BlockBatch,
+    BlockCall,
     block_statistics,
     compressed_input_sums,
     record_calls,
@@ -14,11 +15,13 @@ from .blocks import (
 from .correction import CorrectionSums, DenseReference, are_residual_writers, correction_sums, input_stages
 from .curvature import output_grams
 from .gradients import squared_gradients
+from .samples import calibration_batches
 from .unigrams import with_unigram_sequences
 
 __all__ = [
     "ActivationCache",
     "BlockBatch",
+    "BlockCall",
     "CorrectionSums",
     "DenseReference",
     "TokenBatch",

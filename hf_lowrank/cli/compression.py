@@ -1,7 +1,6 @@
 """Commands that make models: methods, compress, recompress, dense, demo."""
 
 import dataclasses
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +39,7 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 @one_line_errors
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="dense model: a folder or a name on the Hub")],
     output: Output,
     method: Annotated[str, typer.Option(help=RECIPE_HELP["method"])] = "slab",
@@ -69,10 +69,12 @@ def compress(
     from ..methods import make_method
     from ..models.loading import compression_of, load_config, load_tokenizer
     from ..runtime.configuration import CompressionConfig
+    from ..runtime.privacy import public_command
 
+    source = context.get_parameter_source("ratio")
     config = CompressionConfig(
         method=method,
-        ratio=ratio,
+        ratio=CompressionConfig.ratio if source is not None and source.name == "DEFAULT" else ratio,
         options=_key_values(settings or []),
         calibration=calibration,
         samples=samples,
@@ -104,7 +106,7 @@ def compress(
             device=device,
             work_dir=work_dir,
             overwrite=overwrite,
-            command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+            command=public_command(["hf-lowrank", *sys.argv[1:]]),
         )
     if not torchrun_rank():  # 0 or None: the main process, or the only one
         _show_summary(output)
@@ -161,17 +163,16 @@ def dense(
     """Write a compressed model as a dense one, for engines that know no compressed layers."""
     from ..execution.output_folder import check_free, new_folder
     from ..models.loading import compression_of, load_config, load_model
+    from ..runtime.companions import carry_over
 
     check_free(output, overwrite)
     if compression_of(load_config(folder)) is None:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank; it is dense already")
     model = load_model(folder, dtype)
-    tokenizer = tokenizer_or_none(folder)
     model.dequantize()
     with new_folder(output, overwrite) as target:
         model.save_pretrained(target)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+        carry_over(model, target)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(f"wrote {output}: dense, {parameters:,} parameters")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..runtime.errors import CompressionError
-from .base import app, one_line_errors
+from .base import app, one_line_errors, says_when_interrupted
 from .options import RECIPE_HELP, Device, Dtype, Json, SeveralValues
 from .output import kinds_summary, print_json, print_table, show_kinds, show_layers, show_totals
 
@@ -23,7 +23,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="model to evaluate: a folder or a name on the Hub")],
     text: Annotated[list[str] | None, typer.Option(help="one or more text files or datasets (wikitext2, c4)")] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, .jsonl.gz)")
+        list[str] | None,
+        typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, packed or not)"),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="texts: tokens per window; default: the model's context, at most 2048")
@@ -90,10 +91,11 @@ def _write_into_card(folder: Path, texts: list["Evaluation"], scores: list["Task
     """Add figures to the model card and the report of a checkpoint."""
     from ..publishing.measurements import task_quality, text_quality
     from ..publishing.model_card import record_quality
+    from ..runtime.privacy import public_names
 
     rows = []
-    for evaluation in texts:
-        rows += text_quality(evaluation.to_dict())
+    for evaluation, name in zip(texts, public_names(evaluation.text for evaluation in texts), strict=True):
+        rows += text_quality({**evaluation.to_dict(), "text": name})
     for score in scores:
         rows += task_quality(score.to_dict())
     record_quality(folder, rows)
@@ -209,11 +211,14 @@ def compare(
     method_names: Annotated[
         list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")
     ],
-    ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
     text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
     out: Annotated[
         Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")
     ],
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option(help="one or more fractions of stored bits to remove; default: as each method's options say"),
+    ] = None,
     calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
@@ -253,13 +258,10 @@ def compare(
         window=window,
         max_windows=max_windows,
     )
-    results = compare(
-        comparison,
-        candidates(method_names, ratios),
-        out,
-        keep=keep,
-        log=lambda line: typer.echo(line, err=True),
-    )
+    combinations = candidates(method_names, ratios or [])
+    outcome = f"what is finished stays in {out}, and the same command goes on from there"
+    with says_when_interrupted(outcome):
+        results = compare(comparison, combinations, out, keep=keep, log=lambda line: typer.echo(line, err=True))
     write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")
     rows = []

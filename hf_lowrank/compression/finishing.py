@@ -8,8 +8,11 @@ from ..calibration import fingerprint
 from ..models.offloading import OffloadedQuantizer
 from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
+from ..runtime.privacy import public_name
 from ..runtime.quantizer import CompressionQuantizer, attach
+from ..runtime.reopening import stand_in
 from ..runtime.saving import CompleteSave
+from ..runtime.skeletons import STAND_IN
 from ..runtime.validation import is_linear
 from ..version import library_versions
 from .fallback import fallback_warnings
@@ -48,17 +51,21 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
     """Return the config that the checkpoint records: the recipe, where it came from, and what its layers store."""
     model, plan = session.model, session.plan
     provenance = {
-        "base_model": getattr(model.config, "_name_or_path", ""),
+        "base_model": public_name(getattr(model.config, "_name_or_path", "")),
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration_sha256": fingerprint(session.tokens),
         "calibration_tokens": sum(batch.tokens for batch in session.tokens),
         "versions": library_versions(),
     }
+    if (other_class := stand_in(model)) is not None:
+        provenance[STAND_IN] = other_class
     options = {name: getattr(plan.method, name) for name in plan.method.__dict__}
     config = CompressionConfig.from_dict(
         {
             **plan.config.to_dict(),
             "calibration": describe_calibration(calibration),
+            "samples": sum(batch.sequences for batch in session.tokens),
+            "sequence_length": max(batch.longest for batch in session.tokens) or None,
             "options": options,
             "provenance": provenance,
             "experts": list(plan.expert_banks),
@@ -73,7 +80,9 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
 
 def describe_calibration(calibration: Any) -> str:
     """Return what the config records of a calibration: the name of a text, or the type of what the caller gave."""
-    return calibration if isinstance(calibration, str) else f"given by the caller ({type(calibration).__name__})"
+    if isinstance(calibration, str):
+        return public_name(calibration)
+    return f"given by the caller ({type(calibration).__name__})"
 
 
 def release_fused_experts(session: Session) -> None:
@@ -115,7 +124,7 @@ def make_report(session: Session) -> Report:
     ]
     return Report(
         method=plan.method.name,
-        ratio_asked=plan.config.ratio,
+        ratio_asked=plan.budget.ratio,
         ratio_stored=1 - stored_bits / dense_bits,
         ratio_paper=1 - bits_without_masks / dense_bits,
         accounting=plan.config.accounting,

@@ -10,28 +10,31 @@ import hashlib
 import json
 import platform
 import re
-import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..calibration import calibration_batches
 from ..calibration.batches import sequence_length
-from ..calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
+from ..calibration.texts import DATASETS, read_documents, token_stream, windows
 from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
 from ..execution.locking import locked
 from ..methods import make_method
 from ..models.architectures import find_blocks, find_layers
+from ..models.context import context_length
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
+from ..runtime.privacy import public_command, public_name, public_names, public_text
 from ..version import library_versions
-from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, text_sha256, write_json
+from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, name_of, text_sha256, write_json
 from .perplexity import LONGEST_WINDOW
 
 REFINEMENT = "refinement_steps"
@@ -40,10 +43,13 @@ REFINEMENT = "refinement_steps"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method at one ratio, with its options as a command line gives them."""
+    """One method at one ratio, with its options as a command line gives them.
+
+    Without a ratio the options decide, as for `hf-lowrank compress`.
+    """
 
     method: str
-    ratio: float
+    ratio: float | None
     options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -57,7 +63,8 @@ class Candidate:
     @property
     def file_name(self) -> str:
         """The label and the ratio as a file name without extension."""
-        return re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_") + f"-{self.ratio}"
+        name = re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_")
+        return name if self.ratio is None else f"{name}-{self.ratio}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,9 @@ class Comparison:
             training: where the state of a training is kept, so that one that broke off can go on.
         """
         arguments = ["compress", self.model, "-o", str(folder)]
-        arguments += ["--method", candidate.method, "--ratio", str(candidate.ratio)]
+        arguments += ["--method", candidate.method]
+        if candidate.ratio is not None:
+            arguments += ["--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
             # Refinement is an option of the command, and all others are options of the method.
             if key == REFINEMENT:
@@ -115,6 +124,10 @@ class Comparison:
             arguments += ["--max-windows", str(self.max_windows)]
         return arguments
 
+    def names(self) -> list[str]:
+        """Return the names of the texts, as results have them."""
+        return public_names(self.texts)
+
     def inputs(self) -> dict[str, Any]:
         """Return everything that the figures depend on.
 
@@ -122,8 +135,8 @@ class Comparison:
         """
         return {
             "model": model_sha256(self.model),
-            "texts": {text: text_sha256(text) for text in self.texts},
-            "calibration": {"source": self.calibration, "sha256": text_sha256(self.calibration)},
+            "texts": {name: text_sha256(text) for name, text in zip(self.names(), self.texts, strict=True)},
+            "calibration": {"source": public_name(self.calibration), "sha256": text_sha256(self.calibration)},
             "recipe": {
                 "samples": self.samples,
                 "sequence_length": self.sequence_length,
@@ -164,7 +177,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
 
 
 def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidate]:
-    """Return every method at every ratio, without duplicates.
+    """Return every method at every ratio, without duplicates. Without ratios the options of each method decide.
 
     Raises:
         CompressionError: if a method, an option or a ratio is not valid.
@@ -172,10 +185,11 @@ def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidat
     for ratio in ratios:
         CompressionConfig(ratio=ratio)  # raises if no compression can have this ratio
     by_file_name: dict[str, Candidate] = {}
+    choices: Sequence[float | None] = ratios or [None]
     for text in methods:
         method, options = parse_method(text)
-        for ratio in ratios:
-            candidate = Candidate(method, ratio, options)
+        for choice in choices:
+            candidate = Candidate(method, choice, options)
             by_file_name[candidate.file_name] = candidate
     return list(by_file_name.values())
 
@@ -184,24 +198,32 @@ def check_texts(comparison: Comparison) -> None:
     """Raise CompressionError if a text is shorter than one window of its use, before any work is done."""
     config = load_config(comparison.model)
     dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
-    window = comparison.window or min(context_length(config) or LONGEST_WINDOW, LONGEST_WINDOW)
-    for text in dict.fromkeys(comparison.texts):
-        _check_length(text, window, tokenizer)
+    window = comparison.window or min(context_length(dense) or LONGEST_WINDOW, LONGEST_WINDOW)
     recipe = CompressionConfig(
-        samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed
+        calibration=comparison.calibration,
+        samples=comparison.samples,
+        sequence_length=comparison.sequence_length,
+        seed=comparison.seed,
     )
-    _check_length(comparison.calibration, sequence_length(dense, recipe), tokenizer)
+    sequence_length(dense, recipe)  # raises if it is beyond the context
+    # Datasets are longer than any window.
+    for text in dict.fromkeys(comparison.texts):
+        if text not in DATASETS:
+            with _naming(text):
+                windows(token_stream(tokenizer, read_documents(text), enough=window, most_documents=0), window)
+    if comparison.calibration not in ("self", *DATASETS):
+        with _naming(comparison.calibration):
+            calibration_batches(dense, recipe, tokenizer)
 
 
-def _check_length(text: str, length: int, tokenizer: Any) -> None:
-    """Raise CompressionError if a text file has fewer than `length` tokens. Datasets are longer than any window."""
-    if text == "self" or text in DATASETS:
-        return
-    stream = token_stream(tokenizer, read_documents(text))
+@contextmanager
+def _naming(text: str) -> Iterator[None]:
+    """Put the name of a text before the message of an error that does not begin with it."""
     try:
-        windows(stream, length)
+        yield
     except CompressionError as error:
-        raise CompressionError(f"{text}: {error}") from None
+        message = str(error)
+        raise CompressionError(message if message.startswith(text) else f"{text}: {message}") from None
 
 
 def compare(
@@ -239,7 +261,7 @@ def compare(
             record = _measure_candidate(comparison, candidate, inputs, out, keep=keep, log=log)
             records.append(record)
             outcome = record["failed"] or _summary(record)
-            log(f"{number}/{len(combinations)} {candidate.label} at {candidate.ratio:.0%}: {outcome}")
+            log(f"{number}/{len(combinations)} {name_of(record)}: {outcome}")
         results = _results(inputs, dense, records)
         write_json(out / "results.json", results)
     return results
@@ -277,7 +299,8 @@ def _measure_candidate(
         if keep:
             _move(checkpoint, out / "checkpoints" / candidate.file_name)
     except ProcessError as error:
-        record["failed"] = str(error)
+        paths = [comparison.model, comparison.calibration, *comparison.texts, str(out)]
+        record["failed"] = public_text(str(error), paths)
         # A process that gave a reason would give it again. One that crashed or was killed may succeed in the next run.
         if error.explained:
             write_json(file, record)
@@ -300,7 +323,7 @@ def _results(inputs: dict[str, Any], dense: ComparisonRecord, records: list[Comp
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    command = shlex.join(["hf-lowrank", *sys.argv[1:]])
+    command = public_command(["hf-lowrank", *sys.argv[1:]])
     return {**inputs, "command": command, "machine": machine, "dense": dense, "combinations": records}
 
 
@@ -337,7 +360,8 @@ def _compress_and_measure(
     for layer in find_layers(find_blocks(skeleton(config))):
         weights += layer.out_features * layer.in_features
     return {
-        "command": shlex.join(["hf-lowrank", *arguments]),
+        "command": public_command(["hf-lowrank", *arguments]),
+        "ratio": compression.ratio,
         "ratio_stored": stored.ratio_stored,
         "bits_per_weight": 8 * stored.block_bytes / weights,
         "model_ratio": stored.model_ratio,
@@ -353,7 +377,7 @@ def _evaluate(comparison: Comparison, model: str) -> list[ComparisonRecord]:
     """Return the figures of a model on each text, measured in a process of its own."""
     output, _, _ = run(comparison.evaluate_command(model))
     figures: list[ComparisonRecord] = json.loads(output)
-    return figures
+    return [{**row, "text": name} for row, name in zip(figures, comparison.names(), strict=True)]
 
 
 def _move(folder: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..calibration.texts import DATASETS, read_documents
+from ..calibration.texts import DATASETS, read_rows
 from ..execution.files import one_line, write_atomically
 from ..runtime.checksums import file_checksum
 from ..runtime.errors import CompressionError
@@ -19,6 +19,12 @@ ComparisonRecord = dict[str, Any]
 """Figures of the dense model or of one combination, as they are stored in a JSON file."""
 Log = Callable[[str], None]
 """Function that receives one line of progress."""
+
+
+def name_of(record: ComparisonRecord) -> str:
+    """Return the label and the ratio of a combination. One that failed may have had no ratio."""
+    label = str(record["label"])
+    return label if record["ratio"] is None else f"{label} at {record['ratio']:.0%}"
 
 
 def finished_record(file: Path, inputs: dict[str, Any], log: Log) -> ComparisonRecord | None:
@@ -81,5 +87,6 @@ def text_sha256(source: str) -> str | None:
     """
     if source == "self" or source in DATASETS:
         return None
-    read_documents(source)  # raises if the file cannot be read as text
+    for _ in read_rows(source):  # raises if the file cannot be read
+        pass
     return file_checksum(source)

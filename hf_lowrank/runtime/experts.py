@@ -5,6 +5,7 @@ Transformers fuses the experts of a mixture into two tensors of three dimensions
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,12 @@ class ExpertBank(nn.ModuleList):
         # It must not be a child of the bank, as its tensors are no part of the model.
         vars(self)["fused"] = _with_parameters(fused, empty)
         self.train(fused.training)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models initialize the fused tensors from outside on loading. Those without memory stand in for them.
+        if name in vars(self).get("names", ()):
+            return getattr(self.fused, name)
+        return super().__getattr__(name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the outputs of every token's experts.

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
 import hf_lowrank.cli.demo
 from hf_lowrank import CompressedLinear, CompressionConfig, cli
 from hf_lowrank.calibration import blocks
+from hf_lowrank.cli.base import Terminated
 from hf_lowrank.methods import registered_methods
 
 from ..support import tiny_models
@@ -111,7 +113,7 @@ def test_compress_writes_a_checkpoint_of_the_recipe(dense: Path, text: Path, tmp
         "seed": 3,
         "samples": 4,
         "sequence_length": 16,
-        "calibration": str(text),
+        "calibration": text.name,
     }
     assert {key: config[key] for key in wanted} == wanted
     assert len(config["layers"]) == 24
@@ -220,6 +222,40 @@ def test_a_text_shorter_than_one_sequence_is_one_line(dense: Path, tmp_path: Pat
         "the text has 6 tokens, fewer than one window of 32", "compress", dense, "-o", tmp_path / "output", *arguments
     )
     assert list(tmp_path.iterdir()) == [short]
+
+
+def test_rows_of_any_format_are_measured_as_their_texts(dense: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": tiny_models.text(8), "url": [f"https://example.org/{i}" for i in range(8)]})
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "ROWS.JSON").write_text(json.dumps(rows.to_list()))
+    options = ["--window", 32, "--max-windows", 4, "--json"]
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet", "ROWS.JSON"):
+        options += ["--text", tmp_path / name]
+    figures = json.loads(run("evaluate", dense, *options).stdout)
+    assert len({figure["nll"] for figure in figures}) == 1 and len(figures) == 4
+
+
+def test_rows_that_are_no_text_are_one_line_in_every_command(
+    dense: Path, compressed: Path, text: Path, tmp_path: Path
+) -> None:
+    bad, other, output = tmp_path / "bad.jsonl", tmp_path / "other.csv", tmp_path / "output"
+    bad.write_text('{"text": "good"}\n{"text": ["a", "b"]}\n', encoding="utf-8")
+    other.write_text("content,id\nwords,1\n", encoding="utf-8")
+    messages = {
+        bad: f"{bad}: row 2: the column text holds list (['a', 'b']), expected a text",
+        other: "content, id",
+        tmp_path: f"{tmp_path}: is a folder; name one file",
+    }
+    for file, message in messages.items():
+        fails(message, "compress", dense, "-o", output, "--calibration", file, *QUICK)
+        fails(message, "evaluate", dense, "--text", file)
+        fails(message, "distill", compressed, "--teacher", dense, "--text", file, "-o", output)
+        comparison = ["compare", dense, "--methods", "wanda", "--ratios", 0.3, "--out", output]
+        fails(message, *comparison, "--text", file)
+        fails(message, *comparison, "--text", text, "--calibration", file)
+    assert sorted(tmp_path.iterdir()) == [bad, other]
 
 
 def test_a_source_that_is_no_model_is_one_line(dense: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
@@ -350,6 +386,26 @@ def test_memory_that_runs_out_is_one_line(dense: Path, tmp_path: Path, monkeypat
         "out of memory; use fewer --samples", "compress", dense, "--method", "svd", *QUICK, "-o", tmp_path / "output"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])
+def test_a_comparison_that_is_interrupted_says_what_it_leaves(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hf_lowrank.evaluation.comparison.compare", interrupted)
+    result = run("compare", dense, "--methods", "svd", "--ratios", 0.3, "--text", "text.txt", "--out", tmp_path)
+    assert result.exit_code in (130, 143)
+    assert f"what is finished stays in {tmp_path}" in result.stderr
+    assert "no output was written" not in result.stderr
+
+
+def test_a_run_says_whether_all_of_the_model_is_in_memory(dense: Path, tmp_path: Path) -> None:
+    command = ["compress", str(dense), "--method", "svd", "--ratio", "0.5", *QUICK, "-o", str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-m", "hf_lowrank", *command], check=True, capture_output=True, text=True)
+    assert "the whole model is in memory: the calibration text is sampled from the model" in done.stderr
 
 
 def test_ctrl_c_leaves_nothing_but_the_work_folder(dense: Path, tmp_path: Path) -> None:

@@ -317,6 +317,21 @@ def test_a_config_that_two_models_share_is_right_for_both(slab: Checkpoint, tmp_
             assert torch.equal(logits(again), logits(each))
 
 
+@pytest.mark.parametrize("second", [LlamaForCausalLM, LlamaForSequenceClassification])
+def test_models_of_one_config_object_are_compressed_one_after_the_other(
+    second: type[PreTrainedModel], tmp_path: Path
+) -> None:
+    config = LlamaConfig(**FIELDS, pad_token_id=0)
+    models = []
+    for method, model_class in (("svd", LlamaForCausalLM), ("wanda", second)):
+        recipe = CompressionConfig(method, 0.4)
+        models.append(compress(model_class(config).eval(), recipe, calibration=[[5] * 16], progress=False))
+    for model in models:  # only now, as the config says by now what the second one stores
+        model.save_pretrained(tmp_path / "saved")
+        again = type(model).from_pretrained(tmp_path / "saved").eval()
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("folder", ["dense", "compressed"])
 @pytest.mark.parametrize("config", ["dense", "compressed", "of the compressed model"])
 def test_the_checkpoint_says_whether_it_is_compressed(

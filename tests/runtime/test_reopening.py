@@ -332,6 +332,24 @@ def test_models_of_one_config_object_are_compressed_one_after_the_other(
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_a_part_of_a_compressed_model_is_saved_as_what_it_is(slab: Checkpoint, tmp_path: Path) -> None:
+    """The base model without its head, and a new model that was given the layers."""
+    whole = slab.load()
+    given = LlamaForCausalLM(whole.config).eval()
+    given.model, given.lm_head = whole.model, whole.lm_head
+    for part in (whole.model, given):
+        part.save_pretrained(tmp_path / "part")
+        again = type(part).from_pretrained(tmp_path / "part").eval()
+        assert len(layers_of(again)) == len(layers_of(whole)) > 0
+        assert torch.equal(again(IDS)[0], part(IDS)[0])
+    whole.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "whole")), logits(whole))
+    stranger = tiny_llama()
+    stranger.model.layers[0].mlp = whole.model.layers[0].mlp
+    with pytest.raises(CompressionError, match="its config says nothing of them"):
+        stranger.save_pretrained(tmp_path / "stranger")
+
+
 @pytest.mark.parametrize("folder", ["dense", "compressed"])
 @pytest.mark.parametrize("config", ["dense", "compressed", "of the compressed model"])
 def test_the_checkpoint_says_whether_it_is_compressed(

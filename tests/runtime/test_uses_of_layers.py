@@ -269,7 +269,7 @@ def test_a_layer_trains_inside_ddp_and_fsdp(tmp_path: Path, back_end: str) -> No
             for model in (nn.parallel.DistributedDataParallel(layer), sharded):
                 before = [parameter.detach().clone() for parameter in model.parameters()]
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-                y = model(tokens(2, 30))
+                y = model(tokens(60))
                 y += 1
                 y.square().mean().backward()
                 optimizer.step()

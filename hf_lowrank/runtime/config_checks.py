@@ -133,7 +133,7 @@ def _counts(key: str) -> bool:
     return any(word in key for word in COUNTED) and not key.endswith("_theta")
 
 
-def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
+def check_config_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
     """Raise CheckpointError if a config asks for a dtype in which no tensor is stored.
 
     Loading could then take more memory than the files.

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .config_checks import check_dtype, check_generation, check_values
+from .config_checks import check_config_dtype, check_generation, check_values
 from .configuration import QUANT_METHOD, CompressionConfig
 from .errors import CheckpointError
 from .experts import ExpertBank, is_fused_experts
@@ -234,7 +234,7 @@ def validate_checkpoint(
     resolve_experts(model, compression.experts, most_modules)
     layers = resolve_layers(model, compression.layers)
     if stored is not None:
-        check_dtype(model.config, stored)
+        check_config_dtype(model.config, stored)
         validate_files(model, layers, stored)
         _check_buffers(model, sum(tensor.bytes for tensor in stored.values()))
     return model, compression

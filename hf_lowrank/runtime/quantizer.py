@@ -13,7 +13,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
-from .config_checks import usual_dtype
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
 from .errors import CompressionError
@@ -25,6 +24,7 @@ from .safetensors_headers import read_headers
 from .saving import CompleteSave
 from .skeletons import saved_skeleton
 from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, validate_files
+from .widths import usual_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

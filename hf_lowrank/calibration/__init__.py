@@ -5,6 +5,7 @@ from .batches import TokenBatch, fingerprint, split_into_passes
 from .block_inputs import capture
 from .blocks import (
     BlockBatch,
+    BlockCall,
     block_statistics,
     compressed_input_sums,
     record_calls,
@@ -20,6 +21,7 @@ from .unigrams import with_unigram_sequences
 __all__ = [
     "ActivationCache",
     "BlockBatch",
+    "BlockCall",
     "CorrectionSums",
     "DenseReference",
     "TokenBatch",

@@ -33,6 +33,8 @@ def squared_gradients(
         for weight in weights:
             weight.requires_grad_(True)
         for batch in group.split(batches):
+            if not has_next_token(batch):
+                continue
             with torch.enable_grad():
                 loss = _next_token_loss(model, batch)
                 # An expert that no token of the batch reaches has no gradient: zeros stand for it.
@@ -45,6 +47,14 @@ def squared_gradients(
     sums = group.all_reduce(sums)
     check_finite_gradients(sums)
     return sums
+
+
+def has_next_token(batch: TokenBatch) -> bool:
+    """Return whether in any sequence of a batch a token that counts follows another one that does."""
+    if batch.attention_mask is None:
+        return batch.input_ids.shape[1] > 1
+    counts = batch.attention_mask.bool()
+    return bool((counts[:, 1:] & counts[:, :-1]).any())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import CompressionError
 from .layer_spec import LayerSpec
 from .packing import pack_bits, signs_to_values, unpack_bits, unpack_values
 from .pivoting import unpivot
@@ -103,6 +104,36 @@ class CompressedLinear(nn.Linear):
             setattr(self, name, None)  # and no buffer: torch.export counts one that is None, and then misses another
         else:
             self.register_buffer(name, empty)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter.
+
+        Raises:
+            CompressionError: if `torch.nn.utils.prune` (or its old `spectral_norm`) is to work on `weight`. The mask
+                of a pruning would take the place of `weight_mask`, which says where the kept values belong.
+        """
+        if name == "weight_orig":
+            raise CompressionError(
+                "weight: torch.nn.utils works on the dense weight of a layer, which a compressed layer does not have; "
+                "make the model dense first (model.dequantize()), or name only dense layers"
+            )
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take the layer's tensors from a state dict.
+
+        Raises:
+            CompressionError: if packed bits come as numbers of another type, as after an average over all tensors. To
+                copy them would round them to other masks, signs and codes, without a word.
+        """
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and isinstance(given, Tensor) and given.dtype != buffer.dtype == torch.uint8:
+                raise CompressionError(
+                    f"{prefix}{name}: packed bits as {given.dtype}, expected {buffer.dtype}; "
+                    "average or scale only what is_floating_point(), and take the other tensors as they are"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
         """Make the layer a valid random one.

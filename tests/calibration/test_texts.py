@@ -73,6 +73,8 @@ def test_a_chat_is_what_the_template_makes_of_it() -> None:
     tokenizer = tiny_models.tokenizer()
     stream = token_stream(tokenizer, ["ab", CHAT])
     assert tokenizer.decode(stream).replace("<s>", "|") == "|abu:hi\n"
+    with pytest.raises(CompressionError, match="document 2: found a message with the fields from, value"):
+        token_stream(tokenizer, ["ab", [{"from": "human", "value": "hi"}]])
 
 
 @given(

@@ -207,15 +207,14 @@ def largest_step(model: PreTrainedModel, recipe: CompressionConfig) -> float:
 
 
 def ratios_and_shapes(method: str, options: dict[str, Any]) -> list[tuple[float, str]]:
-    """Return ratios with the shapes to try them on: fixed ones on shapes in turn, and the bounds of every shape."""
+    """Return ratios with the shapes to try them on: fixed ones on shapes in turn, and the bounds of one shape."""
     shapes = [*SHAPES]
     turn = registered_methods().index(method)
-    ratios = (1e-6, 0.01, 0.3, 0.5, 0.7, 0.9, 0.99, 1 - 1e-6)
+    ratios = (1e-6, 0.01, 0.4, 0.7, 0.9, 1 - 1e-6)
     pairs = [(ratio, shapes[(turn + number) % len(shapes)]) for number, ratio in enumerate(ratios)]
-    for shape in shapes[1:]:
-        message = refusal(tiny(shape, "random"), CompressionConfig(method, 1 - 1e-9, options=options))
-        pairs += [(bound, shape) for bound in offered(message)]
-    return pairs
+    shape = shapes[1 + turn % 3]  # a layer of one weight cannot become smaller
+    message = refusal(tiny(shape, "random"), CompressionConfig(method, 1 - 1e-9, options=options))
+    return [*pairs, *((bound, shape) for bound in offered(message))]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ in `nn.functional.linear`.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import permutations
 
 import pytest
@@ -19,7 +19,7 @@ from hf_lowrank.kernels.cpu import products as cpp
 from hf_lowrank.runtime import ops, plain_ops
 
 from .back_ends import DTYPES, NAMES, BackEnd, in_use
-from .layers import FACTORED, FORMS, TRANSPOSED, random_layer
+from .layers import FACTORED, FORMS, TRANSPOSED, operation_of, random_layer
 
 
 @contextmanager
@@ -151,6 +151,23 @@ def test_leading_dimensions_zero_tokens_and_strides_are_those_of_linear(back_end
     torch.testing.assert_close(together, apart)
     assert back_end.declared(form, x[:0], layer).shape == (0, 3, together.shape[-1])
     torch.testing.assert_close(back_end.declared(form, x.transpose(0, 1), layer), together.transpose(0, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_result_is_no_view_of_another_tensor(back_end: BackEnd, form: str) -> None:
+    """Torch forbids to change a view in place that was made while gradients were recorded."""
+    layer = random_layer(9, 33, 10, torch.float32)
+    arguments = back_end.placed(*layer.arguments(form))
+    further = (33,) if form == "bitmask_linear" or form.startswith("quantized") else ()
+    for shape in ((), (1,), (2, 3), (2, 17)):
+        for columns, operation, others in ((33, operation_of(form), ()), (9, TRANSPOSED.get(form), further)):
+            if operation is None:
+                continue
+            (x,) = back_end.placed(torch.randn(*shape, columns))
+            for with_tiles in (nullcontext, small_tiles):
+                with with_tiles():
+                    result = back_end.kernels[operation](x, *arguments, *others)
+                assert result is None or result._base is None, (operation, shape)
 
 
 @pytest.mark.parametrize("change", ["float64", "strided"])

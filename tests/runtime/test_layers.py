@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from hf_lowrank import CheckpointError, CompressionError, LayerSpec, SparseLowRankBinaryLinear, SparseLowRankLinear
 from hf_lowrank.runtime.layers import build_layer
@@ -336,3 +337,32 @@ def test_autocast_does_as_for_an_nn_linear(spec: LayerSpec, dtype: torch.dtype) 
 def test_a_layer_that_cannot_be_is_refused(arguments: dict, field: str) -> None:
     with pytest.raises(CheckpointError, match=rf"SparseLowRankLinear: {field} is .*, expected "):
         SparseLowRankLinear(8, 6, **arguments)
+
+
+@pytest.mark.parametrize("spec", [FULL, EVERY_PART[3]], ids=spec_id)
+def test_a_state_dict_with_averaged_bits_is_refused(spec: LayerSpec) -> None:
+    """The average over all tensors of two checkpoints is a valid one of a dense layer, but not of packed bits."""
+    layer, other = random_layer(spec, 6, 8), random_layer(spec, 6, 8, seed=1)
+    averages = {name: (tensor + other.state_dict()[name]) / 2 for name, tensor in layer.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    model = nn.Sequential(layer)
+    with pytest.raises(CompressionError, match=r"^0\.\w+: packed bits as torch.float32, expected torch.uint8; "):
+        model.load_state_dict({f"0.{name}": tensor for name, tensor in averages.items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    floats_only = {name: averages[name] if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    model.load_state_dict({f"0.{name}": tensor for name, tensor in floats_only.items()})
+    assert torch.equal(layer.scale_in, averages["scale_in"])
+
+
+@pytest.mark.parametrize("spec", EVERY_PART, ids=spec_id)
+def test_a_layer_that_refuses_to_be_pruned_is_unchanged(spec: LayerSpec) -> None:
+    """torch's pruning registers a `weight_mask` of its own, in the place of the layer's."""
+    layer = random_layer(spec, 6, 8)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = tokens(2, 8)
+    y = layer(x)
+    with pytest.raises(CompressionError, match="^weight: torch.nn.utils works on the dense weight"):
+        prune.random_unstructured(layer, "weight", 1)
+    assert layer.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert torch.equal(layer(x), y)

@@ -1,12 +1,9 @@
 """Checks the values of a config.json before anything is made of them, and tells compressed models from others."""
 
-import math
 import os
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import transformers
 
 from .checksums import LOADING_CODE
@@ -143,18 +140,6 @@ def check_config_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
         raise CheckpointError(
             f"config.json: dtype is {config.dtype}, expected one that is stored: {', '.join(sorted(dtypes))}"
         )
-
-
-def usual_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
-    """Return the dtype of most float numbers in a checkpoint. None if it has none."""
-    numbers: Counter[str] = Counter()
-    for tensor in stored.values():
-        if tensor.dtype in TORCH_NAMES:
-            numbers[tensor.dtype] += math.prod(tensor.shape)
-    if not numbers:
-        return None
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[numbers.most_common(1)[0][0]])
-    return dtype
 
 
 def check_generation(folder: str) -> None:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
-from .config_checks import config_beside, usual_dtype
+from .config_checks import config_beside
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
 from .counterparts import Counterparts, Renaming, check_shapes, check_sources, find_counterparts, tie_as_saved
@@ -27,6 +27,7 @@ from .safetensors_headers import read_headers
 from .saving import CompleteSave
 from .skeletons import STAND_IN, make_skeleton, saved_skeleton
 from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, validate_files
+from .widths import usual_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

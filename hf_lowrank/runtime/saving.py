@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -31,6 +29,7 @@ from .reports import (
 from .safetensors_headers import read_json
 from .saved_config import auto_map, record_layers
 from .staging import move, staged
+from .widths import width_warning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,26 +258,12 @@ class CompleteSave:
 
     def warn_of_width(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
         """Warn if the weights take more than those that were compressed or loaded, as their dtype is wider."""
-        tensors: Iterable[Any] = self.model.parameters()
-        if state_dict is not None:
-            tensors = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]
-        numbers: Counter[torch.dtype] = Counter()
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                numbers[tensor.dtype] += tensor.numel()
+        tensors = self.model.parameters() if state_dict is None else state_dict.values()
         provenance = self.model.config.quantization_config.provenance
         compressed_in = getattr(torch, str(provenance.get("dtype")), None)
-        known = [dtype for dtype in (compressed_in, self.stored_dtype) if isinstance(dtype, torch.dtype)]
-        if not numbers or not known:
-            return
-        (dtype, count), usual = numbers.most_common(1)[0], min(known, key=lambda dtype: dtype.itemsize)
-        if dtype.itemsize > usual.itemsize and dtype != self.intended_dtype:
-            names = [str(each).removeprefix("torch.") for each in (dtype, usual)]
-            more = count * (dtype.itemsize - usual.itemsize)
-            logger.warning(
-                f"{folder}: saved in {names[0]}, though the model was in {names[1]}: {more:,} bytes more than it "
-                f"needs; call model.to({usual}) before you save it"
-            )
+        warning = width_warning(tensors, [compressed_in, self.stored_dtype], self.intended_dtype)
+        if warning:
+            logger.warning(f"{folder}: {warning}")
 
     def current_report(self) -> dict[str, Any]:
         """Return the report that a save of the model would come with, {} if there is none.

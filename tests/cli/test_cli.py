@@ -359,7 +359,7 @@ def test_a_disk_that_fills_up_keeps_what_would_have_been_overwritten(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr("hf_lowrank.runtime.saving.write_report", full)
     fails(
         "No space left on device",
         "compress",

@@ -80,12 +80,7 @@ def test_a_choice_is_the_continuation_of_the_highest_likelihood(
         right += scores.index(max(scores)) == item["label"]
         right_per_character += per_character.index(max(per_character)) == item["label"]
     assert result.metrics == {"acc": right / len(items), "acc_norm": right_per_character / len(items)}
-    assert (result.task, result.items, result.shots, result.reference) == (
-        f"{tmp_path.name}/{name}",
-        len(items),
-        0,
-        None,
-    )
+    assert (result.task, result.items, result.shots, result.reference) == (name, len(items), 0, None)
 
 
 def test_several_tasks_shots_a_limit_and_a_reference(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ class Export:
 
 @pytest.fixture(scope="module", params=RECIPES)
 def model(request: pytest.FixtureRequest) -> Export:
-    if request.param == "experts" and TORCH < (2, 8):
-        pytest.skip("older versions of torch do not export any mixture of experts")
+    if request.param == "experts" and TORCH < (2, 7):
+        pytest.skip("torch 2.6 does not export any mixture of experts")
     make, method, ratio = RECIPES[request.param]
     config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=16)
     logits = Logits(compress(make(), config, calibration=calibration(), progress=False).eval())
@@ -231,7 +231,8 @@ def test_an_onnx_file_holds_the_packed_tensors(tmp_path: Path) -> None:
     spec = replace(EVERY_LAYER["slab"]().spec, rank=8)
     layer = build_layer(spec, 600, 500).eval()
     assert_onnx_runtime_agrees(layer, layer, [torch.randn(1, 600)], tmp_path / "layer.onnx", dynamo=True)
-    assert (tmp_path / "layer.onnx").stat().st_size < layer.stored_bits() / 8 + 40_000 < 500 * 600 * 4 / 4
+    dense_bytes = 500 * 600 * 4
+    assert layer.stored_bits() / 8 < (tmp_path / "layer.onnx").stat().st_size < dense_bytes / 4
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -89,7 +89,7 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
     """
     config = read_config(folder)
     # A model that was made by hand may have a recipe without a ratio.
-    config.setdefault("ratio", float(CompressionConfig.ratio))
+    config["quantization_config"].setdefault("ratio", float(CompressionConfig.ratio))
     inspection = asdict(inspect(folder))
     # The report may have been edited by hand, and every access to a field of it can fail then.
     with damaged_report(folder):

@@ -74,6 +74,41 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """A unit in which a recipe says how small a model becomes. All are straight lines over the ratio.
+
+    Attributes:
+        name: the field of `CompressionConfig`.
+        dense: the value at the ratio 0, of the dense model.
+        slope: how much the value falls from the ratio 0 to 1.
+        decimals: those of the values that a message names.
+        reach: what a message says of the least and the most that is within reach.
+    """
+
+    name: str
+    dense: float
+    slope: float
+    decimals: int
+    reach: str
+
+    def ratio(self, value: float) -> float:
+        """Return the ratio at a value. It is outside of 0 to 1 if the value is out of reach of every method."""
+        return (self.dense - value) / self.slope
+
+    def value(self, ratio: float) -> float:
+        """Return the value at a ratio."""
+        return self.dense - self.slope * ratio
+
+    def text(self, value: float) -> str:
+        """Return a value as messages name it."""
+        return f"{value:.{self.decimals}f}"
+
+
+RATIO = Unit("ratio", 0.0, -1.0, 4, "can remove {} to {} of the stored bits")
+"""The ratio itself."""
+
+
+@dataclass(frozen=True)
 class ModelBudget:
     """The stored bits of the linear layers of all blocks of a model.
 
@@ -116,6 +151,22 @@ class ModelBudget:
     def removed(self, bits: int, compressed: list[Layer], dense: list[Layer]) -> float:
         """Return the ratio that results if the compressed layers take `bits` together, without their biases."""
         return 1 - (self._unchanged(compressed, dense) + bits) / self.total_dense_bits(compressed + dense)
+
+    def bits_per_weight(self, layers: list[Layer]) -> Unit:
+        """Return the stored bits per weight of these layers as a unit. Biases count among the bits alone."""
+        weights = sum(layer.out_features * layer.in_features for layer in layers)
+        bits = self.total_dense_bits(layers) / weights
+        return Unit("bits", bits, bits, 3, "can store {} to {} bits per weight")
+
+    def file_bytes(self, layers: list[Layer], others: int) -> Unit:
+        """Return the bytes of the weight files as a unit.
+
+        Args:
+            layers: all linear layers of the blocks.
+            others: bytes of everything else in the files.
+        """
+        block_bytes = self.total_dense_bits(layers) / 8
+        return Unit("size", others + block_bytes, block_bytes, 0, "can write weight files of {} to {} bytes")
 
     def _unchanged(self, compressed: list[Layer], dense: list[Layer]) -> int:
         """Return the bits that are stored in any case: the dense layers, and the biases of the compressed ones."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..budget import Layer
 from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, skeleton
-from ..runtime.configuration import LayerSpec
+from ..runtime.configuration import LayerSpec, size_in_bytes
 from ..runtime.errors import CompressionError, printable
 from ..runtime.reports import REPORT_FILE, read_current_report
 from ..runtime.safetensors_headers import DTYPE_BITS, FLOAT_TYPES, StoredTensor, read_headers, weight_files
@@ -49,8 +49,11 @@ class Inspection:
 
     Attributes:
         ratio_asked: fraction of the stored bits of the block linears that was to be removed.
+        bits_asked, size_asked: the bits per weight, or the bytes of the weight files, that were asked for; None if it
+            was a ratio.
         ratio_stored: fraction that is removed.
         ratio_paper: fraction that is removed if mask bits are not counted, as papers do.
+        bits_per_weight: stored bits per weight of the block linears.
         block_bytes, dense_block_bytes: size of the block linears, as stored and dense.
         model_bytes, dense_model_bytes: size of all tensors, as stored and with dense block linears.
         model_ratio: fraction removed of the whole model.
@@ -64,6 +67,7 @@ class Inspection:
     ratio_asked: float
     ratio_stored: float
     ratio_paper: float
+    bits_per_weight: float
     block_bytes: int
     dense_block_bytes: int
     model_bytes: int
@@ -72,6 +76,8 @@ class Inspection:
     disk_bytes: int
     layers: list[StoredLayer]
     warnings: list[str]
+    bits_asked: float | None = None
+    size_asked: int | None = None
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -98,12 +104,13 @@ def inspect(folder: str | Path) -> Inspection:
     tensors_of_layer = _tensors_by_layer(tensors)
 
     layers = []
-    stored_bits = paper_bits = dense_bits = 0
+    stored_bits = paper_bits = dense_bits = weights = 0
     for layer in find_layers(find_blocks(model)):
         own_tensors = tensors_of_layer.get(layer.name, {})
         spec = specs.get(layer.name)
         has_bias = _has_dense_bias(layer, spec, own_tensors, model)
         dense_bits += value_bits * _dense_values(layer, has_bias)
+        weights += layer.out_features * layer.in_features
         layer_bits = _total_bits(own_tensors)
         stored_bits += layer_bits
         # Papers count the values that a mask keeps, and not the mask.
@@ -123,6 +130,7 @@ def inspect(folder: str | Path) -> Inspection:
         ratio_asked=compression.ratio,
         ratio_stored=1 - stored_bits / dense_bits,
         ratio_paper=1 - paper_bits / dense_bits,
+        bits_per_weight=stored_bits / weights,
         block_bytes=stored_bits // 8,
         dense_block_bytes=dense_bits // 8,
         model_bytes=model_bits // 8,
@@ -131,7 +139,18 @@ def inspect(folder: str | Path) -> Inspection:
         disk_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         layers=layers,
         warnings=report["warnings"],
+        bits_asked=compression.bits,
+        size_asked=None if compression.size is None else size_in_bytes(compression.size),
     )
+
+
+def asked_in_words(ratio: float, bits: float | None, size: int | None) -> str:
+    """Return what a recipe asked for: a fraction to remove, bits per weight, or bytes of the weight files."""
+    if bits is not None:
+        return f"{bits:g} bits per weight"
+    if size is not None:
+        return f"{size:,} bytes of weight files"
+    return f"{ratio:.1%} removed"
 
 
 def _value_bits(tensors: dict[str, StoredTensor]) -> int:

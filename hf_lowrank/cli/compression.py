@@ -39,11 +39,12 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 @one_line_errors
 def compress(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(help="dense model: a folder or a name on the Hub")],
     output: Output,
     method: Annotated[str, typer.Option(help=RECIPE_HELP["method"])] = "slab",
-    ratio: Annotated[float, typer.Option(help=RECIPE_HELP["ratio"])] = 0.5,
+    ratio: Annotated[float | None, typer.Option(help=RECIPE_HELP["ratio"])] = None,
+    bits: Annotated[float | None, typer.Option(help=RECIPE_HELP["bits"])] = None,
+    size: Annotated[str | None, typer.Option(help=RECIPE_HELP["size"])] = None,
     calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
@@ -71,10 +72,9 @@ def compress(
     from ..runtime.configuration import CompressionConfig
     from ..runtime.privacy import public_command
 
-    source = context.get_parameter_source("ratio")
     config = CompressionConfig(
         method=method,
-        ratio=CompressionConfig.ratio if source is not None and source.name == "DEFAULT" else ratio,
+        ratio=CompressionConfig.ratio if ratio is None else ratio,
         options=_key_values(settings or []),
         calibration=calibration,
         samples=samples,
@@ -83,6 +83,8 @@ def compress(
         refinement_steps=refinement_steps,
         accounting=accounting,
         modules_to_not_convert=skip or [],
+        bits=bits,
+        size=size,
     )
     make_method(config.method, config.options)  # which refuses unknown methods and options
     check_free(output, overwrite)  # before hours of work, not after them

@@ -219,6 +219,12 @@ def compare(
         list[float] | None,
         typer.Option(help="one or more fractions of stored bits to remove; default: as each method's options say"),
     ] = None,
+    bits: Annotated[
+        list[float] | None, typer.Option(help="one or more numbers of stored bits per weight of the block linears")
+    ] = None,
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="one or more sizes of the weight files, such as 80MB")
+    ] = None,
     calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
@@ -235,7 +241,7 @@ def compare(
     ] = "auto",
     device: Device = "cpu",
 ) -> None:
-    """Compress by several methods at several ratios, and show in a table and a plot what each loses at which size.
+    """Compress by several methods at several sizes, and show in a table and a plot what each loses at which size.
 
     Options of several values take them one after the other: --methods slab sola --ratios 0.2 0.3.
     """
@@ -258,7 +264,7 @@ def compare(
         window=window,
         max_windows=max_windows,
     )
-    combinations = candidates(method_names, ratios or [])
+    combinations = candidates(method_names, ratios or [], bits or [], sizes or [])
     outcome = f"what is finished stays in {out}, and the same command goes on from there"
     with says_when_interrupted(outcome):
         results = compare(comparison, combinations, out, keep=keep, log=lambda line: typer.echo(line, err=True))

@@ -10,6 +10,9 @@ RECIPE_HELP = {
     "method": "compression method; `hf-lowrank methods` lists all",
     "ratio": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1); "
     "default: what the method's options lead to (as bits do), else 0.5",
+    "bits": "in place of the ratio: stored bits per weight of the linear layers of the blocks, with scales, masks and "
+    "all",
+    "size": "in place of the ratio: bytes of the weight files, embeddings and all, also as '80MB' or '1.5GiB'",
     "calibration": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts",
     "samples": "number of calibration sequences",
     "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048",

@@ -46,10 +46,13 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 def show_totals(inspection: "Inspection") -> None:
     """Print the sizes of a compressed checkpoint in two lines, and its warnings on standard error."""
+    from ..checkpoints.inspect import asked_in_words
+
+    asked = asked_in_words(inspection.ratio_asked, inspection.bits_asked, inspection.size_asked)
     dense_layers = sum(layer.kind == "dense" for layer in inspection.layers)
     typer.echo(
-        f"block linears: asked {inspection.ratio_asked:.1%} removed, stored {inspection.ratio_stored:.2%} removed "
-        f"({inspection.ratio_paper:.2%} without mask bits): "
+        f"block linears: asked {asked}, stored {inspection.ratio_stored:.2%} removed "
+        f"({inspection.ratio_paper:.2%} without mask bits), {inspection.bits_per_weight:.2f} bits per weight: "
         f"{inspection.block_bytes:,} of {inspection.dense_block_bytes:,} bytes; "
         f"{len(inspection.layers) - dense_layers} layers compressed, {dense_layers} left dense"
     )

@@ -9,8 +9,9 @@ from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
 from .checks import check_reads_text, whole_model_reason
 from .estimate import curvature_bytes, estimate
-from .planning import make_plan
+from .planning import Plan, make_plan
 from .time_estimate import estimate_time
+from .weight_files import bytes_beside
 
 OBSERVED_RANGE = "0.7 to 2.2"
 """Measured times in units of the estimate (benchmarks/large_models.md)."""
@@ -25,12 +26,22 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype:
     dense = skeleton(load_config(source), dtype)
     check_reads_text(dense, config.calibration)
     blocks = find_blocks(dense)
-    config = make_plan(
-        dense, config, make_method(config.method, config.options), blocks, separate_experts(blocks)
-    ).config
+    plan = make_plan(dense, config, make_method(config.method, config.options), blocks, separate_experts(blocks))
+    config = plan.config
     reason = whole_model_reason(config, dense, device)
     lines = _block_by_block(dense, config) if reason is None else [_whole_model(dense, config, reason)]
-    return "\n".join([*lines, _time(dense, config, device)])
+    return "\n".join([_result(dense, plan), *lines, _time(dense, config, device)])
+
+
+def _result(dense: PreTrainedModel, plan: Plan) -> str:
+    """Return how small the model becomes, by all three measures."""
+    ratio, layers = plan.budget.ratio, plan.compressed + plan.dense
+    bits = plan.budget.bits_per_weight(layers).value(ratio)
+    size = plan.budget.file_bytes(layers, bytes_beside(dense, layers, plan.method)).value(ratio)
+    return (
+        f"linear layers of the blocks: {ratio:.2%} removed, {bits:.2f} bits per weight; "
+        f"weight files: {human_bytes(size)}"
+    )
 
 
 def _whole_model(dense: PreTrainedModel, config: CompressionConfig, reason: str) -> str:

@@ -19,6 +19,7 @@ from .fallback import fallback_warnings
 from .report import Report, scarce_tokens
 from .resume import FINAL_STAGE, record_name
 from .session import Session
+from .weight_files import saved_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
             "layers": {},
         }
     )
+    config.ratio = plan.config.ratio  # beside bits or a size, a recipe names none
     for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             config.layers[name] = module.spec
@@ -107,8 +109,9 @@ def make_report(session: Session) -> Report:
     plan, log = session.plan, session.log
     layers = plan.compressed + plan.dense
     stored = {report.name: report.stored_bits for report in log.reports}
-    dense_bits, stored_bits, bits_without_masks = 0, 0, 0
+    dense_bits, stored_bits, bits_without_masks, weights = 0, 0, 0, 0
     for layer in layers:
+        weights += layer.out_features * layer.in_features
         layer_dense_bits = plan.budget.dense_bits(layer)
         module = session.model.get_submodule(layer.name)
         dense_bits += layer_dense_bits
@@ -125,8 +128,12 @@ def make_report(session: Session) -> Report:
     return Report(
         method=plan.method.name,
         ratio_asked=plan.budget.ratio,
+        bits_asked=plan.config.bits,
+        size_asked=plan.config.size,
         ratio_stored=1 - stored_bits / dense_bits,
         ratio_paper=1 - bits_without_masks / dense_bits,
+        bits_per_weight=stored_bits / weights,
+        model_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved_tensors(session.model).values()),
         accounting=plan.config.accounting,
         layers=log.reports,
         dense=log.reasons,

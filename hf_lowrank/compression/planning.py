@@ -8,15 +8,16 @@ from functools import partial
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..budget import Layer, ModelBudget
+from ..budget import RATIO, Layer, ModelBudget, Unit
 from ..methods import Method
 from ..methods.allocation import Reach, bits_at, reach_of
 from ..models.architectures import find_layers
 from ..models.linears import dense_weight
-from ..runtime.configuration import CompressionConfig, DefaultRatio
+from ..runtime.configuration import CompressionConfig, DefaultRatio, DerivedRatio
 from ..runtime.errors import CompressionError
 from ..runtime.experts import ExpertBank
 from .selection import left_out, select_layers, uncalled_layers
+from .weight_files import bytes_beside
 
 DECIDED_DIGITS = 6
 """Decimals of a ratio that follows from the options of the method."""
@@ -48,6 +49,7 @@ class Selector:
     Attributes:
         layers: all linear layers of the blocks.
         budget: counts the bits of a layer. Its own ratio plays no part.
+        unit: the unit in which the recipe says how small the model becomes.
         uncalled: reasons of layers that calibration never called, by name.
     """
 
@@ -56,6 +58,7 @@ class Selector:
     method: Method
     config: CompressionConfig
     budget: ModelBudget
+    unit: Unit = RATIO
     uncalled: Mapping[str, str] = field(default_factory=dict)
 
     def at(self, ratio: float) -> Selection:
@@ -71,14 +74,17 @@ class Selector:
                 reasons[layer.name] = self.uncalled[layer.name]
         compressed = [layer for layer in self.layers if layer.name not in reasons]
         dense = [layer for layer in self.layers if layer.name in reasons]
-        return Selection(compressed, dense, reasons, reach_of(self.method, compressed, dense, self.budget))
+        reach = reach_of(self.method, compressed, dense, self.budget, self.unit)
+        return Selection(compressed, dense, reasons, reach)
 
     def ratio(self) -> float:
-        """Return the ratio of the recipe, or without one the ratio that the options of the method lead to.
+        """Return the ratio of the recipe, that of its bits or its size, or else what the method's options lead to.
 
         Options that say the size of every layer say the ratio, too. Options that say how large a layer can be at most
         raise the default.
         """
+        if self.unit is not RATIO:
+            return DerivedRatio(self.unit.ratio(getattr(self.config, self.unit.name)))
         default = self.config.ratio
         if not isinstance(default, DefaultRatio):
             return default
@@ -97,21 +103,22 @@ class Selector:
         return bits_at(selection.reach, ratio, partial(self._bounds, selection))
 
     def _bounds(self, selection: Selection) -> tuple[float, float] | None:
-        """Return the least and the greatest ratio that is within reach of the layers that are selected at it."""
+        """Return the least and the greatest value that is within reach of the layers that are selected at it."""
         least, most = self._bound(selection, 0), self._bound(selection, 1)
         return None if least is None or most is None else (least, most)
 
     def _bound(self, selection: Selection, end: int) -> float | None:
-        """Return one end of the ratios within reach: the least (0) or the greatest (1)."""
+        """Return one end of the values within reach: the least (0) or the greatest (1)."""
         for _ in range(MOST_SELECTIONS):
             bounds = selection.reach.bounds()
             if bounds is None:
                 return None
+            ratio = self.unit.ratio(bounds[end])
             try:
-                selection = self.at(bounds[end])
+                selection = self.at(ratio)
             except CompressionError:  # no layer is left at that ratio
                 return None
-            if selection.reach.holds(bounds[end]):
+            if selection.reach.holds(ratio):
                 return bounds[end]
         return None
 
@@ -167,7 +174,7 @@ class Plan:
         if not uncalled:
             return self
         ratio = self.budget.ratio
-        selector = Selector(model, find_layers(self.blocks), self.method, self.config, self.budget, uncalled)
+        selector = replace(make_selector(model, self.config, self.method, self.blocks), uncalled=uncalled)
         selection = selector.at(ratio)
         name, reason = next(iter(uncalled.items()))
         return replace(
@@ -197,7 +204,9 @@ def make_plan(
     """
     selector = make_selector(model, config, method, blocks)
     ratio = selector.ratio()
-    selection = selector.at(ratio)
+    # Bits and sizes may lead to a ratio that no recipe could name. The refusal says which layers it is about.
+    selection = selector.at(min(max(ratio, 0.0), 1.0))
+    available_bits = selector.available_bits(selection, ratio)
     return Plan(
         config=replace(config, ratio=ratio),
         method=method,
@@ -207,7 +216,7 @@ def make_plan(
         dense=selection.dense,
         reasons=selection.reasons,
         budget=replace(selector.budget, ratio=ratio),
-        available_bits=selector.available_bits(selection, ratio),
+        available_bits=available_bits,
         warnings=left_out(model, blocks),
     )
 
@@ -224,4 +233,19 @@ def make_selector(
         bias = module.bias
         bias_bits[layer.name] = bias.numel() * bias.itemsize * 8 if isinstance(bias, Tensor) else 0
     budget = ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
-    return Selector(model, layers, method, config, budget)
+    return Selector(model, layers, method, config, budget, unit_of(model, config, method, layers, budget))
+
+
+def unit_of(
+    model: PreTrainedModel, config: CompressionConfig, method: Method, layers: list[Layer], budget: ModelBudget
+) -> Unit:
+    """Return the unit in which a recipe says how small the model becomes.
+
+    Args:
+        layers: all linear layers of the blocks.
+    """
+    if config.bits is not None:
+        return budget.bits_per_weight(layers)
+    if config.size is not None:
+        return budget.file_bytes(layers, bytes_beside(model, layers, method))
+    return RATIO

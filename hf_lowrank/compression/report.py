@@ -76,6 +76,9 @@ class Report:
         ratio_asked: the fraction of the dense bits of all block linears that was to be removed.
         ratio_stored: the fraction that is removed.
         ratio_paper: the same without mask bits, as papers count.
+        bits_per_weight: stored bits per weight of all block linears.
+        model_bytes: bytes of all tensors of the model.
+        bits_asked, size_asked: the bits per weight, or the bytes of the weight files, that the ratio follows from.
         layers: one entry per compressed layer.
         dense: reason of each layer that stays dense, by name.
         retried: by name, what was wrong with a layer at first, and how it was built again.
@@ -90,9 +93,13 @@ class Report:
     ratio_asked: float
     ratio_stored: float
     ratio_paper: float
+    bits_per_weight: float
+    model_bytes: int
     accounting: str
     layers: list[LayerReport]
     dense: dict[str, str]
+    bits_asked: float | None = None
+    size_asked: int | str | None = None
     retried: dict[str, str] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

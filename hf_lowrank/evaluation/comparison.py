@@ -27,10 +27,9 @@ from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
 from ..execution.locking import locked
 from ..methods import make_method
-from ..models.architectures import find_blocks, find_layers
 from ..models.context import context_length
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
-from ..runtime.configuration import CompressionConfig
+from ..runtime.configuration import CompressionConfig, size_in_bytes
 from ..runtime.errors import CompressionError
 from ..runtime.privacy import public_command, public_name, public_names, public_text
 from ..version import library_versions
@@ -43,14 +42,22 @@ REFINEMENT = "refinement_steps"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method at one ratio, with its options as a command line gives them.
+    """One method at one ratio, number of bits or size, with its options as a command line gives them.
 
-    Without a ratio the options decide, as for `hf-lowrank compress`.
+    Without any of the three the options decide, as for `hf-lowrank compress`.
     """
 
     method: str
     ratio: float | None
     options: dict[str, str] = field(default_factory=dict)
+    bits: float | None = None
+    size: int | None = None
+
+    @property
+    def target(self) -> dict[str, float]:
+        """The ratio, the bits or the size, by its name in a recipe."""
+        given = {name: getattr(self, name) for name in ("ratio", "bits", "size")}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def label(self) -> str:
@@ -62,9 +69,12 @@ class Candidate:
 
     @property
     def file_name(self) -> str:
-        """The label and the ratio as a file name without extension."""
+        """The label and the ratio, bits or size as a file name without extension."""
         name = re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_")
-        return name if self.ratio is None else f"{name}-{self.ratio}"
+        units = {"ratio": "", "bits": "bits", "size": "bytes"}
+        for target, asked in self.target.items():
+            name += f"-{asked}{units[target]}"
+        return name
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ class Comparison:
         """
         arguments = ["compress", self.model, "-o", str(folder)]
         arguments += ["--method", candidate.method]
-        if candidate.ratio is not None:
-            arguments += ["--ratio", str(candidate.ratio)]
+        for name, asked in candidate.target.items():
+            arguments += [f"--{name}", str(asked)]
         for key, value in candidate.options.items():
             # Refinement is an option of the command, and all others are options of the method.
             if key == REFINEMENT:
@@ -176,20 +186,27 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidate]:
-    """Return every method at every ratio, without duplicates. Without ratios the options of each method decide.
+def candidates(
+    methods: Sequence[str], ratios: Sequence[float], bits: Sequence[float] = (), sizes: Sequence[str] = ()
+) -> list[Candidate]:
+    """Return every method at every ratio, number of bits and size, without duplicates.
+
+    Without any of these the options of each method decide.
 
     Raises:
-        CompressionError: if a method, an option or a ratio is not valid.
+        CompressionError: if a method, an option, a ratio, a number of bits or a size is not valid.
     """
-    for ratio in ratios:
-        CompressionConfig(ratio=ratio)  # raises if no compression can have this ratio
+    targets: list[dict[str, Any]] = [{"ratio": ratio} for ratio in ratios]
+    targets += [{"ratio": None, "bits": value} for value in bits]
+    targets += [{"ratio": None, "size": size_in_bytes(size)} for size in sizes]
+    for target in targets:
+        given = {name: value for name, value in target.items() if value is not None}
+        CompressionConfig(**given)  # raises if no compression can be so small
     by_file_name: dict[str, Candidate] = {}
-    choices: Sequence[float | None] = ratios or [None]
     for text in methods:
         method, options = parse_method(text)
-        for choice in choices:
-            candidate = Candidate(method, choice, options)
+        for target in targets or [{"ratio": None}]:
+            candidate = Candidate(method, options=options, **target)
             by_file_name[candidate.file_name] = candidate
     return list(by_file_name.values())
 
@@ -293,6 +310,7 @@ def _measure_candidate(
     working = out / "working"
     shutil.rmtree(working, ignore_errors=True)  # a run that was killed may have left its checkpoint
     record = {"inputs": inputs, "label": candidate.label, "ratio": candidate.ratio, "failed": None}
+    record |= candidate.target
     try:
         checkpoint = working / candidate.file_name
         record |= _compress_and_measure(comparison, candidate, checkpoint, training_folder(out, candidate, inputs))
@@ -353,17 +371,13 @@ def _compress_and_measure(
     arguments = comparison.compress_command(candidate, folder, training)
     _, seconds, peak = run(arguments)
     stored = inspect(folder)
-    config = load_config(str(folder))
-    compression = compression_of(config)
+    compression = compression_of(load_config(str(folder)))
     assert compression is not None, "inspect has read it"
-    weights = 0
-    for layer in find_layers(find_blocks(skeleton(config))):
-        weights += layer.out_features * layer.in_features
     return {
         "command": public_command(["hf-lowrank", *arguments]),
         "ratio": compression.ratio,
         "ratio_stored": stored.ratio_stored,
-        "bits_per_weight": 8 * stored.block_bytes / weights,
+        "bits_per_weight": stored.bits_per_weight,
         "model_ratio": stored.model_ratio,
         "disk_bytes": stored.disk_bytes,
         "calibration_sha256": compression.provenance["calibration_sha256"],

@@ -22,9 +22,22 @@ Log = Callable[[str], None]
 
 
 def name_of(record: ComparisonRecord) -> str:
-    """Return the label and the ratio of a combination. One that failed may have had no ratio."""
+    """Return the label of a combination, and its bits, size or ratio. One that failed may have had none of them."""
     label = str(record["label"])
+    if "bits" in record:
+        return f"{label} at {record['bits']:g} bits"
+    if "size" in record:
+        return f"{label} at {record['size']:,} bytes"
     return label if record["ratio"] is None else f"{label} at {record['ratio']:.0%}"
+
+
+def asked_of(record: ComparisonRecord) -> tuple[str, float]:
+    """Return what a combination was asked for, which combinations at equal bytes have in common."""
+    # The ratios that a size leads to differ a little between methods.
+    for name in ("bits", "size"):
+        if name in record:
+            return name, record[name]
+    return "ratio", record["ratio"]
 
 
 def finished_record(file: Path, inputs: dict[str, Any], log: Log) -> ComparisonRecord | None:

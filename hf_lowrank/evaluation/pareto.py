@@ -6,7 +6,7 @@ from typing import Any
 
 from ..runtime.errors import CompressionError
 from ..runtime.privacy import public_name
-from .comparison_records import ComparisonRecord, name_of
+from .comparison_records import ComparisonRecord, asked_of, name_of
 
 COLUMNS = ["text", "method", "removed", "bits/weight", "perplexity", "nats lost", "KL", "top-1", "seconds", "peak MiB"]
 """Header of the table."""
@@ -20,18 +20,18 @@ def check_plotting() -> None:
         raise CompressionError("plots need matplotlib: pip install 'hf_lowrank[eval]'")
 
 
-def best(records: list[ComparisonRecord], text: int) -> dict[float, ComparisonRecord]:
-    """Return the record that loses the fewest nats on a text, for each ratio asked for.
+def best(records: list[ComparisonRecord], text: int) -> dict[tuple[str, float], ComparisonRecord]:
+    """Return the record that loses the fewest nats on a text, for each ratio, number of bits or size asked for.
 
     Args:
         text: position of the text among those of the comparison.
     """
     # Ratios are compared as they were asked for, because the stored ones of two methods are never quite equal.
-    winners: dict[float, ComparisonRecord] = {}
+    winners: dict[tuple[str, float], ComparisonRecord] = {}
     for record in _measured(records):
-        rival = winners.get(record["ratio"])
+        rival = winners.get(asked_of(record))
         if rival is None or _lost(record, text) < _lost(rival, text):
-            winners[record["ratio"]] = record
+            winners[asked_of(record)] = record
     return winners
 
 
@@ -48,7 +48,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         dense_cells = [name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{figures['perplexity']:.4g}"]
         rows.append(dense_cells + [""] * (len(COLUMNS) - len(dense_cells)))
         for record in sorted(_measured(records), key=lambda record: (record["ratio"], _lost(record, number))):
-            is_best = winners[record["ratio"]] is record
+            is_best = winners[asked_of(record)] is record
             rows.append([name, *_cells(record, number, is_best)])
     return rows
 

@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..budget import Budget, Layer, ModelBudget
+from ..budget import RATIO, Budget, Layer, ModelBudget, Unit
 from ..runtime.errors import CompressionError
 from .base import Method
 
 TOLERANCE = 0.005
-"""How many bits fewer than the ratio allows a method may store for want of larger layers, as a share of the dense."""
+"""How many bits fewer than asked for a method may store for want of larger layers.
 
-RATIO_DIGITS = 4
-"""Decimals of the ratios that a message names."""
+It is a share of the dense bits where a ratio is asked for, and of the bits that are asked for elsewhere.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Reach:
     Attributes:
         budget: counts the bits of a layer. Its own ratio plays no part.
         lowest, highest: the fewest and the most bits that the compressed layers take together, without their biases.
+        unit: the unit that the recipe uses.
     """
 
     method: Method
@@ -39,6 +40,7 @@ class Reach:
     budget: ModelBudget
     lowest: int
     highest: int
+    unit: Unit = RATIO
 
     @property
     def least(self) -> float:
@@ -57,30 +59,40 @@ class Reach:
     def holds(self, ratio: float) -> bool:
         """Return whether a ratio is within reach: the layers can be small enough, and fill it up to `TOLERANCE`."""
         slack = TOLERANCE * self.budget.total_dense_bits(self.compressed + self.dense)
+        if self.unit is not RATIO:
+            slack *= 1 - ratio
         return 0 < ratio < 1 and self.lowest <= self.available(ratio) <= self.highest + slack
 
     def bounds(self) -> tuple[float, float] | None:
-        """Return the least and the greatest ratio of `RATIO_DIGITS` decimals within reach, or None without any."""
-        steps = 10**RATIO_DIGITS
-        first = max(math.floor((self.least - TOLERANCE) * steps), 1)
-        last = min(math.ceil(self.most * steps), steps - 1)
+        """Return the least and the greatest value within reach, in the decimals of the unit, or None without any."""
+        least = self.least - TOLERANCE
+        if self.unit is not RATIO:
+            least = 1 - (1 - self.least) / (1 - TOLERANCE)
+        values = sorted(self.unit.value(min(max(ratio, 0.0), 1.0)) for ratio in (least, self.most))
+        steps = 10**self.unit.decimals
+        first, last = max(math.floor(values[0] * steps), 1), math.ceil(values[1] * steps)
         # They are rounded outward, and then put back by a step, or two where the products above are rounded as well.
         for _ in range(2):
-            first += not self.holds(first / steps)
-            last -= not self.holds(last / steps)
-        if self.holds(first / steps) and self.holds(last / steps):
+            first += not self._holds_value(first / steps)
+            last -= not self._holds_value(last / steps)
+        if self._holds_value(first / steps) and self._holds_value(last / steps):
             return first / steps, last / steps
         return None
 
+    def _holds_value(self, value: float) -> bool:
+        return self.holds(self.unit.ratio(value))
 
-def reach_of(method: Method, compressed: list[Layer], dense: list[Layer], budget: ModelBudget) -> Reach:
+
+def reach_of(
+    method: Method, compressed: list[Layer], dense: list[Layer], budget: ModelBudget, unit: Unit = RATIO
+) -> Reach:
     """Return the ratios that a method can reach on these layers."""
     highest = 0
     # The largest layer of a method may be larger than the dense one, which then stays in its place.
     for layer in compressed:
         largest = _min_bits(method, layer, budget) + _step_bits(method, layer, budget) * method.max_steps(layer)
         highest += min(largest, budget.dense_bits(layer))
-    return Reach(method, compressed, dense, budget, _total_min_bits(method, compressed, budget), highest)
+    return Reach(method, compressed, dense, budget, _total_min_bits(method, compressed, budget), highest, unit)
 
 
 def check_reachable(method: Method, compressed: list[Layer], dense: list[Layer], budget: ModelBudget) -> int:
@@ -96,25 +108,27 @@ def bits_at(reach: Reach, ratio: float, bounds: Callable[[], tuple[float, float]
     """Return the bits that the compressed layers may take together at a ratio.
 
     Args:
-        bounds: gives the ratios that the message names, where other layers than those of `reach` are compressed at
+        bounds: gives the values that the message names, where other layers than those of `reach` are compressed at
             another ratio.
 
     Raises:
-        CompressionError: if the method cannot reach the ratio. The message names the ratios that it can.
+        CompressionError: if the method cannot reach the ratio. The message names what it can, in the unit of `reach`.
     """
     if reach.holds(ratio):
         return reach.available(ratio)
-    method = reach.method
+    method, unit = reach.method, reach.unit
     within_reach = (bounds or reach.bounds)()
     if within_reach is None:
-        removable = "no ratio is within reach"
+        possible = f"no {unit.name} is within reach"
     else:
-        least, most = (f"{bound:.{RATIO_DIGITS}f}" for bound in within_reach)
-        removable = f"can remove {least} to {most} of the stored bits"
-    hint = "; leave the ratio out to get what the options give" if method.size_is_set else ""
+        possible = unit.reach.format(*map(unit.text, within_reach))
+    asked = str(ratio) if unit is RATIO else unit.text(unit.value(ratio))
+    if unit.decimals:
+        asked = asked.rstrip("0").rstrip(".")
+    hint = f"; leave the {unit.name} out to get what the options give" if method.size_is_set else ""
     raise CompressionError(
-        f"ratio {ratio} is out of reach of {method.name} with these options: it compresses "
-        f"{len(reach.compressed)} layers, leaves {len(reach.dense)} dense, and {removable}{hint}"
+        f"{unit.name} {asked} is out of reach of {method.name} with these options: it compresses "
+        f"{len(reach.compressed)} layers, leaves {len(reach.dense)} dense, and {possible}{hint}"
     )
 
 

@@ -55,6 +55,9 @@ class Auto(MixedMethod):
     def max_steps(self, layer: Layer) -> int:
         return SLaBGram().max_steps(layer)
 
+    def fullest_spec(self, layer: Layer) -> LayerSpec:
+        return kept_spec(1, KEPT_BITS, KEPT_GROUP) if self.quantised else kept_spec(1)
+
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """Return all that the layer could become, with tr(G D C Dᵀ) of each.
 

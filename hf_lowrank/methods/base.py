@@ -257,6 +257,10 @@ class Method:
         m, n = layer.out_features, layer.in_features
         return (m * n - 1) // (m + n) - 1
 
+    def fullest_spec(self, layer: Layer) -> LayerSpec:
+        """Return a spec that has all tensors which a layer of the method may have. Files hold their names, too."""
+        return self.next_spec(layer, self.min_spec(layer))
+
     def working_memory(self, layer: Layer) -> int:
         """Return about how many bytes are in use at most while a layer is decomposed and reported on.
 

@@ -1,6 +1,6 @@
 """OATS: outlier-aware sparse plus low rank (arXiv 2409.13652)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,9 @@ class OATS(SparseMethod):
     def max_steps(self, layer: Layer) -> int:
         # What an N:M pattern does not let be kept goes into the rank, so the pattern sets no limit here.
         return layer.in_features - 2
+
+    def fullest_spec(self, layer: Layer) -> LayerSpec:
+        return replace(super().fullest_spec(layer), rank=1)
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
         """W ≈ S + L by alternating thresholding of A = W D, D ∝ diag(√mean x_j²) (arXiv 2409.13652).

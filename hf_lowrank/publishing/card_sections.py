@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from ..checkpoints.inspect import asked_in_words
 from ..execution.files import human_bytes
 from ..methods import method_class, registered_methods
 from ..runtime.privacy import public_name
@@ -62,7 +63,13 @@ def recipe_table(recipe: dict[str, Any], inspection: dict[str, Any]) -> str:
     """
     counted = COUNTED_BITS[recipe["accounting"]]
     asked = f"{recipe['ratio']:.2%} of the bits of the linear layers of the blocks, counting {counted}"
-    reached = f"{inspection['ratio_stored']:.2%} ({inspection['ratio_paper']:.2%} without counting masks)"
+    if recipe.get("bits") or recipe.get("size"):
+        words = asked_in_words(recipe["ratio"], inspection["bits_asked"], inspection["size_asked"])
+        asked = f"{asked}, which follows from {words}"
+    reached = (
+        f"{inspection['ratio_stored']:.2%} ({inspection['ratio_paper']:.2%} without counting masks), "
+        f"which leaves {inspection['bits_per_weight']:.2f} bits per weight"
+    )
     rows = [
         ["method", method_name(recipe["method"])],
         ["options", option_list(recipe["options"])],

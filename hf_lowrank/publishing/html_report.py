@@ -109,7 +109,7 @@ def _overview(inspection: Inspection, report: dict[str, Any], recipe: dict[str, 
             _size("linear layers of the blocks", inspection.dense_block_bytes, inspection.block_bytes),
             _size("whole model", inspection.dense_model_bytes, inspection.model_bytes),
         ],
-        "bits_per_weight": 8 * inspection.block_bytes / _weight_count(inspection),
+        "bits_per_weight": inspection.bits_per_weight,
         "headline": _headline(quality),
         "quality": _by_dataset(quality),
     }

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,13 +19,24 @@ FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes. It reads this version and all earlier ones."""
 
 
+UNITS_OF_SIZE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+"""Bytes of the units in which a size may be given, before the B."""
+
+
 class DefaultRatio(float):
     """The ratio of a recipe that names none. Options of the method may lead to another one."""
+
+
+class DerivedRatio(float):
+    """The ratio that the bits or the size of a recipe have led to. With another model they lead to another one."""
 
 
 @dataclass
 class CompressionConfig(QuantizationConfigMixin):
     """Says how a model is compressed, and in a checkpoint also what every compressed layer stores.
+
+    At most one of `ratio`, `bits` and `size` says how small the model becomes. A checkpoint records beside `bits` or
+    `size` the ratio that they have led to.
 
     Once `hf_lowrank` has been imported, `from_pretrained` opens checkpoints that have such a config. Given to
     `from_pretrained` as `quantization_config=` with a dense model, it compresses the model on loading.
@@ -67,6 +81,19 @@ class CompressionConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(
         default_factory=list, metadata={"help": "layers to leave dense: names, suffixes of names, or shell patterns"}
     )
+    bits: float | None = field(
+        default=None,
+        metadata={
+            "help": "in place of the ratio: stored bits per weight of the linear layers of the blocks, with scales, "
+            "masks and all"
+        },
+    )
+    size: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "in place of the ratio: bytes of the weight files, embeddings and all, also as '80MB' or '1.5GiB'"
+        },
+    )
     provenance: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
     )
@@ -103,6 +130,7 @@ class CompressionConfig(QuantizationConfigMixin):
                 f"ratio: found {self.ratio!r}, expected a number between 0 and 1, "
                 "the fraction of stored bits to remove"
             )
+        self._check_target()
         self._check_count("samples", least=1)
         if self.sequence_length is not None:
             self._check_count("sequence_length", least=1)
@@ -124,6 +152,25 @@ class CompressionConfig(QuantizationConfigMixin):
                     raise CompressionError(f"{name}: expected sha256 sums in hexadecimal digits, by file name")
         if self.accounting not in ("bits", "paper"):
             raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
+
+    def _check_target(self) -> None:
+        """Check the bits and the size, which becomes a number of bytes, and that they do not contradict each other."""
+        is_number = isinstance(self.bits, (int, float)) and not isinstance(self.bits, bool)
+        if self.bits is not None and not (is_number and 0 < self.bits < math.inf):
+            raise CompressionError(
+                f"bits: found {self.bits!r}, expected a number above 0, "
+                "the stored bits per weight of the linear layers of the blocks"
+            )
+        if self.size is not None:
+            self.size = size_in_bytes(self.size)
+        if self.size is not None and self.accounting == "paper":
+            raise CompressionError("size: files hold masks, too, which accounting 'paper' leaves out; use 'bits'")
+        given = {name: getattr(self, name) for name in ("bits", "size") if getattr(self, name) is not None}
+        if not isinstance(self.ratio, (DefaultRatio, DerivedRatio)):
+            given = {"ratio": self.ratio, **given}
+        if len(given) > 1:
+            found = " and ".join(f"{name} {value}" for name, value in given.items())
+            raise CompressionError(f"ratio, bits, size: found {found}, expected one of the three")
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -168,6 +215,9 @@ class CompressionConfig(QuantizationConfigMixin):
                     "(pip install -U hf_lowrank)"
                 )
         layers = values.pop("layers", {})
+        is_recorded = bool(layers or values.get("provenance"))
+        if is_recorded and isinstance(values.get("ratio"), float) and not values.keys().isdisjoint(("bits", "size")):
+            values["ratio"] = DerivedRatio(values["ratio"])
         if not isinstance(layers, dict):
             raise CheckpointError(
                 f"quantization_config.layers: found {type(layers).__name__}, expected a dictionary by module name"
@@ -194,8 +244,9 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values. A ratio that nobody gave is left out, and so stays open."""
-        left_out = {"layers"}
-        if isinstance(self.ratio, DefaultRatio):
+        left_out = {"layers"} | {name for name in ("bits", "size") if getattr(self, name) is None}
+        is_recorded = bool(self.layers or self.provenance)
+        if isinstance(self.ratio, DefaultRatio) or (isinstance(self.ratio, DerivedRatio) and not is_recorded):
             left_out.add("ratio")
         values = {}
         for config_field in dataclasses.fields(self):
@@ -203,6 +254,27 @@ class CompressionConfig(QuantizationConfigMixin):
                 values[config_field.name] = copy.deepcopy(getattr(self, config_field.name))
         values["layers"] = {name: spec.to_dict() for name, spec in self.layers.items()}
         return values
+
+
+def size_in_bytes(size: Any) -> int:
+    """Return a size as a number of bytes. 1 MB is 1,000,000 bytes, and 1 MiB is 1,048,576.
+
+    Args:
+        size: a number of bytes, or a text such as "80MB", "1.5 GiB" or "80000000".
+
+    Raises:
+        CompressionError: if it is none of these, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", str(size).strip().upper())
+    if match is None or isinstance(size, bool) or match[2] not in UNITS_OF_SIZE:
+        found = 0
+    else:
+        found = int(Decimal(match[1]) * UNITS_OF_SIZE[match[2]])
+    if found < 1:
+        raise CompressionError(
+            f"size: found {size!r}, expected the bytes of the weight files, such as 80000000, '80MB' or '1.5GiB'"
+        )
+    return found
 
 
 def canonical_method_name(name: str) -> str:

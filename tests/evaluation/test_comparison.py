@@ -261,7 +261,10 @@ def test_best_at_each_size_loses_least() -> None:
         for label, ratio, lost in [("a", 0.3, 0.2), ("b", 0.3, 0.1), ("a", 0.5, 0.4), ("b", 0.5, 0.9)]
     ]
     records.append({"label": "c", "ratio": 0.3, "failed": "reason"})
-    assert {ratio: record["label"] for ratio, record in pareto.best(records, 0).items()} == {0.3: "b", 0.5: "a"}
+    assert {ratio: record["label"] for ratio, record in pareto.best(records, 0).items()} == {
+        ("ratio", 0.3): "b",
+        ("ratio", 0.5): "a",
+    }
 
 
 def test_missing_plotting_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..budget import Layer
-from ..models.architectures import find_blocks, find_layers
+from ..models.architectures import find_blocks, find_layers, input_embeddings
 from ..models.loading import compression_of, load_config, skeleton
 from ..runtime.configuration import LayerSpec, size_in_bytes
 from ..runtime.errors import CompressionError, printable
@@ -55,7 +57,9 @@ class Inspection:
         ratio_paper: fraction that is removed if mask bits are not counted, as papers do.
         bits_per_weight: stored bits per weight of the block linears.
         block_bytes, dense_block_bytes: size of the block linears, as stored and dense.
-        model_bytes, dense_model_bytes: size of all tensors, as stored and with dense block linears.
+        embedding_bytes, dense_embedding_bytes: size of the embeddings, and of a head with a weight of its own, as
+            stored and dense.
+        model_bytes, dense_model_bytes: size of all tensors, as stored and dense.
         model_ratio: fraction removed of the whole model.
         disk_bytes: size of the weight files.
         layers: all linear layers of the blocks, in the order of the model.
@@ -70,6 +74,8 @@ class Inspection:
     bits_per_weight: float
     block_bytes: int
     dense_block_bytes: int
+    embedding_bytes: int
+    dense_embedding_bytes: int
     model_bytes: int
     dense_model_bytes: int
     model_ratio: float
@@ -121,9 +127,10 @@ def inspect(folder: str | Path) -> Inspection:
         else:
             layers.append(_compressed_layer(layer, spec, own_tensors, errors.get(layer.name)))
 
-    # Everything outside the block linears (embeddings, norms, head) is the same in the dense model.
+    embedding_bits, dense_embedding_bits = _embedding_bits(model, tensors_of_layer, value_bits)
+    # Everything else outside the block linears (norms, for instance) is the same in the dense model.
     model_bits = _total_bits(tensors)
-    dense_model_bits = model_bits - stored_bits + dense_bits
+    dense_model_bits = model_bits - stored_bits + dense_bits - embedding_bits + dense_embedding_bits
     return Inspection(
         folder=str(folder),
         method=compression.method,
@@ -133,6 +140,8 @@ def inspect(folder: str | Path) -> Inspection:
         bits_per_weight=stored_bits / weights,
         block_bytes=stored_bits // 8,
         dense_block_bytes=dense_bits // 8,
+        embedding_bytes=embedding_bits // 8,
+        dense_embedding_bytes=dense_embedding_bits // 8,
         model_bytes=model_bits // 8,
         dense_model_bytes=dense_model_bits // 8,
         model_ratio=1 - model_bits / dense_model_bits,
@@ -156,6 +165,23 @@ def asked_in_words(ratio: float, bits: float | None, size: int | None) -> str:
 def _value_bits(tensors: dict[str, StoredTensor]) -> int:
     """Return the bits of one value of the dense model: those of the first floating-point tensor of the checkpoint."""
     return DTYPE_BITS[next(tensor.dtype for tensor in tensors.values() if tensor.dtype in FLOAT_TYPES)]
+
+
+def _embedding_bits(
+    model: PreTrainedModel, tensors_of_layer: dict[str, dict[str, StoredTensor]], value_bits: int
+) -> tuple[int, int]:
+    """Return the bits of the embeddings, and of a head with a weight of its own, as they are stored and dense.
+
+    Args:
+        model: the dense skeleton.
+    """
+    tables = [input_embeddings(model), model.get_output_embeddings()]
+    stored = dense = 0
+    for name, module in model.named_modules():
+        if any(module is table for table in tables) and "weight" in tensors_of_layer.get(name, {}):
+            stored += _total_bits(tensors_of_layer[name])
+            dense += value_bits * sum(parameter.numel() for parameter in module.parameters())
+    return stored, dense
 
 
 def _tensors_by_layer(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:

@@ -45,6 +45,7 @@ def compress(
     ratio: Annotated[float | None, typer.Option(help=RECIPE_HELP["ratio"])] = None,
     bits: Annotated[float | None, typer.Option(help=RECIPE_HELP["bits"])] = None,
     size: Annotated[str | None, typer.Option(help=RECIPE_HELP["size"])] = None,
+    embeddings: Annotated[str | None, typer.Option(help=RECIPE_HELP["embeddings"])] = None,
     calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
@@ -85,6 +86,7 @@ def compress(
         modules_to_not_convert=skip or [],
         bits=bits,
         size=size,
+        embeddings=None if embeddings is None else _bits_of_embeddings(embeddings),
     )
     make_method(config.method, config.options)  # which refuses unknown methods and options
     check_free(output, overwrite)  # before hours of work, not after them
@@ -200,6 +202,12 @@ def _show_summary(folder: Path) -> None:
     inspection = inspect(folder)
     typer.echo(f"wrote {folder}")
     show_totals(inspection)
+
+
+def _bits_of_embeddings(text: str) -> Any:
+    """Read true, false or a number. What is none of these is left to the recipe, which refuses it."""
+    words = {"true": True, "false": False}
+    return words.get(text.lower(), int(text) if text.isdecimal() else text)
 
 
 def _key_values(settings: list[str]) -> dict[str, str]:

@@ -13,6 +13,8 @@ RECIPE_HELP = {
     "bits": "in place of the ratio: stored bits per weight of the linear layers of the blocks, with scales, masks and "
     "all",
     "size": "in place of the ratio: bytes of the weight files, embeddings and all, also as '80MB' or '1.5GiB'",
+    "embeddings": "bits of a value of embeddings and head, 2 to 8, or true (8), or false (not compressed); default: "
+    "what a size needs, else not compressed",
     "calibration": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts",
     "samples": "number of calibration sequences",
     "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048",

@@ -45,7 +45,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def show_totals(inspection: "Inspection") -> None:
-    """Print the sizes of a compressed checkpoint in two lines, and its warnings on standard error."""
+    """Print the sizes of a compressed checkpoint in three lines, and its warnings on standard error."""
     from ..checkpoints.inspect import asked_in_words
 
     asked = asked_in_words(inspection.ratio_asked, inspection.bits_asked, inspection.size_asked)
@@ -56,6 +56,12 @@ def show_totals(inspection: "Inspection") -> None:
         f"{inspection.block_bytes:,} of {inspection.dense_block_bytes:,} bytes; "
         f"{len(inspection.layers) - dense_layers} layers compressed, {dense_layers} left dense"
     )
+    if inspection.dense_embedding_bytes:
+        removed = 1 - inspection.embedding_bytes / inspection.dense_embedding_bytes
+        typer.echo(
+            f"embeddings and head: {removed:.2%} removed, "
+            f"{inspection.embedding_bytes:,} of {inspection.dense_embedding_bytes:,} bytes"
+        )
     typer.echo(
         f"whole model: {inspection.model_ratio:.2%} removed, "
         f"{inspection.model_bytes:,} of {inspection.dense_model_bytes:,} bytes; "

@@ -37,10 +37,10 @@ def _result(dense: PreTrainedModel, plan: Plan) -> str:
     """Return how small the model becomes, by all three measures."""
     ratio, layers = plan.budget.ratio, plan.compressed + plan.dense
     bits = plan.budget.bits_per_weight(layers).value(ratio)
-    size = plan.budget.file_bytes(layers, bytes_beside(dense, layers, plan.method)).value(ratio)
+    size = plan.budget.file_bytes(layers, bytes_beside(dense, layers, plan.method, plan.embeddings)).value(ratio)
     return (
         f"linear layers of the blocks: {ratio:.2%} removed, {bits:.2f} bits per weight; "
-        f"weight files: {human_bytes(size)}"
+        f"embeddings: {f'{plan.embeddings} bits' if plan.embeddings else 'dense'}; weight files: {human_bytes(size)}"
     )
 
 

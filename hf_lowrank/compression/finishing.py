@@ -11,6 +11,7 @@ from ..runtime.layers import CompressedLinear
 from ..runtime.privacy import public_name
 from ..runtime.quantizer import CompressionQuantizer, attach
 from ..runtime.reopening import stand_in
+from ..runtime.saved_config import STORED
 from ..runtime.saving import CompleteSave
 from ..runtime.skeletons import STAND_IN
 from ..runtime.validation import is_linear
@@ -75,7 +76,7 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
     )
     config.ratio = plan.config.ratio  # beside bits or a size, a recipe names none
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear):
+        if isinstance(module, STORED):
             config.layers[name] = module.spec
     return config
 
@@ -142,4 +143,5 @@ def make_report(session: Session) -> Report:
         warnings=warnings,
         curve=log.curve,
         refinement=log.refinement,
+        embeddings=log.embeddings,
     )

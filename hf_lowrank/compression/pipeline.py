@@ -43,6 +43,7 @@ from .checks import (
     check_reads_text,
     check_same_everywhere,
 )
+from .embeddings import compress_embeddings
 from .finishing import finish
 from .refinement import refine
 from .resume import run_identity
@@ -114,6 +115,7 @@ def compress(
             if not has_compressed_layers(model):
                 fuse_experts(model)
             raise
+        compress_embeddings(session)
         if work is not None:
             work.finish()
         if session.offloaded is not None:

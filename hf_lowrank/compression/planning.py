@@ -1,9 +1,8 @@
 """The plan of a run: which layers are compressed, at which ratio, and how many bits they may take together."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,11 +15,18 @@ from ..models.linears import dense_weight
 from ..runtime.configuration import CompressionConfig, DefaultRatio, DerivedRatio
 from ..runtime.errors import CompressionError
 from ..runtime.experts import ExpertBank
+from .embeddings import embedding_bits
 from .selection import left_out, select_layers, uncalled_layers
 from .weight_files import bytes_beside
 
 DECIDED_DIGITS = 6
 """Decimals of a ratio that follows from the options of the method."""
+
+BLOCKS_ENOUGH = 8.5
+"""Stored bits per weight of the blocks at which a size leaves the embeddings dense."""
+
+BLOCKS_TOO_FEW = 3.0
+"""Stored bits per weight of the blocks, beside embeddings of 8 bits, below which a size takes embeddings of 4 bits."""
 
 MOST_SELECTIONS = 8
 """How often layers are selected anew to find a ratio that the layers selected at it can reach."""
@@ -50,6 +56,7 @@ class Selector:
         layers: all linear layers of the blocks.
         budget: counts the bits of a layer. Its own ratio plays no part.
         unit: the unit in which the recipe says how small the model becomes.
+        embeddings: bits of a value of the embeddings and the head, 0 if they stay dense.
         uncalled: reasons of layers that calibration never called, by name.
     """
 
@@ -59,6 +66,7 @@ class Selector:
     config: CompressionConfig
     budget: ModelBudget
     unit: Unit = RATIO
+    embeddings: int = 0
     uncalled: Mapping[str, str] = field(default_factory=dict)
 
     def at(self, ratio: float) -> Selection:
@@ -94,13 +102,26 @@ class Selector:
             return math.floor(reach.most * steps) / steps
         return max(float(default), math.ceil(reach.least * steps) / steps)
 
-    def available_bits(self, selection: Selection, ratio: float) -> int:
+    def at_own_ratio(self) -> Selection:
+        """Select the layers at the ratio of the recipe, or at the nearest one that a recipe could name."""
+        return self.at(min(max(self.ratio(), 0.0), 1.0))
+
+    def available_bits(self, selection: Selection, ratio: float, others: Sequence["Selector"] = ()) -> int:
         """Return the bits that the selected layers may take together at a ratio.
+
+        Args:
+            others: the same with other embeddings. What one of them can reach is within reach, too.
 
         Raises:
             CompressionError: if the method cannot reach the ratio, naming those that it can.
         """
-        return bits_at(selection.reach, ratio, partial(self._bounds, selection))
+
+        def bounds() -> tuple[float, float] | None:
+            found = [self._bounds(selection), *(other._bounds(other.at_own_ratio()) for other in others)]
+            ends = [pair for pair in found if pair is not None]
+            return (min(least for least, _ in ends), max(most for _, most in ends)) if ends else None
+
+        return bits_at(selection.reach, ratio, bounds)
 
     def _bounds(self, selection: Selection) -> tuple[float, float] | None:
         """Return the least and the greatest value that is within reach of the layers that are selected at it."""
@@ -137,6 +158,7 @@ class Plan:
         reasons: why a layer stays dense, by name.
         budget: counts the bits of a layer, dense and compressed.
         available_bits: the bits that the compressed layers may take together.
+        embeddings: bits of a value of the embeddings and the head, 0 if they stay dense.
         warnings: warnings about the plan.
     """
 
@@ -149,6 +171,7 @@ class Plan:
     reasons: dict[str, str]
     budget: ModelBudget
     available_bits: int
+    embeddings: int
     warnings: list[str]
 
     @property
@@ -174,7 +197,8 @@ class Plan:
         if not uncalled:
             return self
         ratio = self.budget.ratio
-        selector = replace(make_selector(model, self.config, self.method, self.blocks), uncalled=uncalled)
+        selector = make_selector(model, self.config, self.method, self.blocks, self.embeddings)
+        selector = replace(selector, uncalled=uncalled)
         selection = selector.at(ratio)
         name, reason = next(iter(uncalled.items()))
         return replace(
@@ -202,11 +226,12 @@ def make_plan(
     Raises:
         CompressionError: if no layer is left to compress, or the method cannot reach the ratio.
     """
-    selector = make_selector(model, config, method, blocks)
-    ratio = selector.ratio()
-    # Bits and sizes may lead to a ratio that no recipe could name. The refusal says which layers it is about.
-    selection = selector.at(min(max(ratio, 0.0), 1.0))
-    available_bits = selector.available_bits(selection, ratio)
+    selectors = [make_selector(model, config, method, blocks, bits) for bits in embedding_bits(config, model)]
+    selector = choose_embeddings(selectors)
+    ratio, selection = selector.ratio(), selector.at_own_ratio()
+    available_bits = selector.available_bits(selection, ratio, [other for other in selectors if other != selector])
+    if config.size is not None and selector.embeddings:
+        config = replace(config, embeddings=selector.embeddings)
     return Plan(
         config=replace(config, ratio=ratio),
         method=method,
@@ -217,14 +242,56 @@ def make_plan(
         reasons=selection.reasons,
         budget=replace(selector.budget, ratio=ratio),
         available_bits=available_bits,
+        embeddings=selector.embeddings,
         warnings=left_out(model, blocks),
     )
 
 
+def choose_embeddings(selectors: Sequence[Selector]) -> Selector:
+    """Return the selector with the embeddings that lose least at a size.
+
+    Every byte is for the embeddings or for the blocks. Embeddings stay dense where the blocks lose next to nothing all
+    the same, and are stored at 4 bits only where the blocks would have very few with 8.
+
+    Args:
+        selectors: with dense embeddings, and with those of 8 and 4 bits, or only one of them.
+    """
+    if len(selectors) == 1:
+        return selectors[0]
+    dense, usual, small = selectors
+    order = [usual, small, dense]
+    if _block_bits(dense) >= BLOCKS_ENOUGH:
+        order = [dense, usual, small]
+    elif _block_bits(usual) < BLOCKS_TOO_FEW:
+        order = [small, usual, dense]
+    within_reach = [selector for selector in order if _is_within_reach(selector)]
+    return within_reach[0] if within_reach else order[0]
+
+
+def _block_bits(selector: Selector) -> float:
+    """Return the bits per weight that the linear layers of the blocks have at the size of a recipe."""
+    return selector.budget.bits_per_weight(selector.layers).value(selector.ratio())
+
+
+def _is_within_reach(selector: Selector) -> bool:
+    try:
+        return selector.at_own_ratio().reach.holds(selector.ratio())
+    except CompressionError:  # no layer is left at that ratio
+        return False
+
+
 def make_selector(
-    model: PreTrainedModel, config: CompressionConfig, method: Method, blocks: dict[str, nn.Module]
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    method: Method,
+    blocks: dict[str, nn.Module],
+    embeddings: int = 0,
 ) -> Selector:
-    """Return what selects the layers of a model. Values count in the dtype that each layer has now."""
+    """Return what selects the layers of a model. Values count in the dtype that each layer has now.
+
+    Args:
+        embeddings: bits of a value of the embeddings and the head, 0 if they stay dense.
+    """
     layers = find_layers(blocks)
     value_bits, bias_bits = {}, {}
     for layer in layers:
@@ -233,19 +300,9 @@ def make_selector(
         bias = module.bias
         bias_bits[layer.name] = bias.numel() * bias.itemsize * 8 if isinstance(bias, Tensor) else 0
     budget = ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)
-    return Selector(model, layers, method, config, budget, unit_of(model, config, method, layers, budget))
-
-
-def unit_of(
-    model: PreTrainedModel, config: CompressionConfig, method: Method, layers: list[Layer], budget: ModelBudget
-) -> Unit:
-    """Return the unit in which a recipe says how small the model becomes.
-
-    Args:
-        layers: all linear layers of the blocks.
-    """
+    unit = RATIO
     if config.bits is not None:
-        return budget.bits_per_weight(layers)
-    if config.size is not None:
-        return budget.file_bytes(layers, bytes_beside(model, layers, method))
-    return RATIO
+        unit = budget.bits_per_weight(layers)
+    elif config.size is not None:
+        unit = budget.file_bytes(layers, bytes_beside(model, layers, method, embeddings))
+    return Selector(model, layers, method, config, budget, unit, embeddings)

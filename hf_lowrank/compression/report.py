@@ -87,6 +87,8 @@ class Report:
         warnings: what the user must know.
         curve: SoCo's loss, ratio and phase per step.
         refinement: one entry per block, if blocks were refined. The errors of the layers are then those after it.
+        embeddings: one entry for compressed embeddings, and one for a compressed head that is not tied to them:
+            "name", "weight_bits", "dense_bytes", "stored_bytes", and "relative_error" in the Frobenius norm.
     """
 
     method: str
@@ -105,6 +107,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, list[float]] | None = None
     refinement: list[BlockRefinement] | None = None
+    embeddings: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -50,6 +50,7 @@ class RunLog:
             them.
         curve: SoCo's loss, ratio and phase per step.
         refinement: one entry per refined block.
+        embeddings: one entry for compressed embeddings, and one for a compressed head that is not tied to them.
     """
 
     reports: list[LayerReport] = field(default_factory=list)
@@ -61,6 +62,7 @@ class RunLog:
     neuron_orders: dict[str, Tensor] = field(default_factory=dict)
     curve: dict[str, list[float]] | None = None
     refinement: list[BlockRefinement] | None = None
+    embeddings: list[dict[str, Any]] = field(default_factory=list)
 
     def position(self) -> LogPosition:
         """Return how far the log has come."""

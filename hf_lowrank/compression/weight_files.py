@@ -1,6 +1,7 @@
 """The bytes of the weight files, before they are written."""
 
 import json
+import math
 from dataclasses import replace
 
 from torch import Tensor
@@ -8,12 +9,13 @@ from transformers import PreTrainedModel
 
 from ..budget import Layer
 from ..methods import Method
+from .embeddings import compressed_shapes
 
 FIXED_HEADER_BYTES = 128
 """Most bytes of a safetensors file that belong to no tensor: the length, the braces, the metadata and the padding."""
 
 
-def bytes_beside(model: PreTrainedModel, layers: list[Layer], method: Method) -> int:
+def bytes_beside(model: PreTrainedModel, layers: list[Layer], method: Method, embeddings: int = 0) -> int:
     """Return the bytes of the weight files beside the tensors of the linear layers of the blocks.
 
     That is everything else that the model saves, such as embeddings and norms, and the headers of the files. Headers
@@ -22,19 +24,27 @@ def bytes_beside(model: PreTrainedModel, layers: list[Layer], method: Method) ->
     Args:
         model: the model, or its skeleton.
         layers: all linear layers of the blocks.
+        embeddings: bits of a value of the embeddings and the head, 0 if they stay dense.
     """
     inside = {f"{layer.name}.{name}" for layer in layers for name in ("weight", "bias")}
     tensors = saved_tensors(model)
     total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
     outside = {name: tensor for name, tensor in tensors.items() if name not in inside}
     header = FIXED_HEADER_BYTES
+    stored = 0
+    for module, compressed in compressed_shapes(model, embeddings).items():
+        weight = outside.pop(f"{module}.weight")
+        for name, (shape, kind) in compressed.items():
+            header += header_bytes(f"{module}.{name}", shape, total)
+            stored += math.prod(shape) * (1 if kind == "uint8" else weight.itemsize)
     for name, tensor in outside.items():
         header += header_bytes(name, tensor.shape, total)
+        stored += tensor.numel() * tensor.itemsize
     for layer in layers:
         header += _largest_header(layer, method, total)
         if f"{layer.name}.bias" in tensors:
             header += header_bytes(f"{layer.name}.bias", (layer.out_features,), total)
-    return header + sum(tensor.numel() * tensor.itemsize for tensor in outside.values())
+    return header + stored
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -128,11 +128,14 @@ def component_table(layers: list[dict[str, Any]]) -> str:
 
 
 def size_table(inspection: dict[str, Any]) -> str:
-    """Return the bytes of the block linears and of the whole model, dense and stored."""
+    """Return the bytes of the block linears, of embeddings and head, and of the whole model, dense and stored."""
     rows = [
         _size_row("linear layers of the blocks", inspection["dense_block_bytes"], inspection["block_bytes"]),
         _size_row("whole model", inspection["dense_model_bytes"], inspection["model_bytes"]),
     ]
+    if inspection["dense_embedding_bytes"]:
+        dense, stored = inspection["dense_embedding_bytes"], inspection["embedding_bytes"]
+        rows.insert(1, _size_row("embeddings and head", dense, stored))
     return (
         f"{table(['', 'dense', 'stored', 'removed'], rows)}\n\n"
         "The sizes are counted from the weight files and include masks, signs, scales, factors and biases. "

@@ -107,6 +107,7 @@ def _overview(inspection: Inspection, report: dict[str, Any], recipe: dict[str, 
         "base": _base_model(recipe.get("provenance", {})),
         "sizes": [
             _size("linear layers of the blocks", inspection.dense_block_bytes, inspection.block_bytes),
+            *_embedding_size(inspection),
             _size("whole model", inspection.dense_model_bytes, inspection.model_bytes),
         ],
         "bits_per_weight": inspection.bits_per_weight,
@@ -131,6 +132,13 @@ def _size(subject: str, dense: int, stored: int) -> dict[str, Any]:
         "left": stored / dense,
         "removed": f"{1 - stored / dense:.1%}",
     }
+
+
+def _embedding_size(inspection: Inspection) -> list[dict[str, Any]]:
+    """Return the row of embeddings and head, or none for a model without any."""
+    if not inspection.dense_embedding_bytes:
+        return []
+    return [_size("embeddings and head", inspection.dense_embedding_bytes, inspection.embedding_bytes)]
 
 
 def _weight_count(inspection: Inspection) -> float:
@@ -184,7 +192,9 @@ def _layers(folder: Path, inspection: Inspection, report: dict[str, Any], recipe
     grid = layer_grid(inspection, list(find_blocks(model)))
     dense_bits = 8 * inspection.dense_block_bytes / _weight_count(inspection)
     layer_specs = {name: LayerSpec.from_dict(name, spec) for name, spec in recipe["layers"].items()}
-    spectra, spectra_note = spectrum_charts(folder, model, resolve_layers(model, layer_specs), grid, report)
+    in_blocks = {layer.name for layer in inspection.layers}
+    block_specs = {name: spec for name, spec in resolve_layers(model, layer_specs).items() if name in in_blocks}
+    spectra, spectra_note = spectrum_charts(folder, model, block_specs, grid, report)
     # Only SoCo trains a spectrum, and without steps there is nothing to draw.
     curve = report.get("curve")
     training = None

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError, CompressionError
 from .layer_spec import LayerSpec
+from .quantization import BITS
 
 QUANT_METHOD = "hf_lowrank"
 """Name under which transformers finds the plugin, stored in every checkpoint."""
@@ -94,6 +95,13 @@ class CompressionConfig(QuantizationConfigMixin):
             "help": "in place of the ratio: bytes of the weight files, embeddings and all, also as '80MB' or '1.5GiB'"
         },
     )
+    embeddings: bool | int | None = field(
+        default=None,
+        metadata={
+            "help": "bits of a value of embeddings and head, 2 to 8, or true (8), or false (not compressed); default: "
+            "what a size needs, else not compressed"
+        },
+    )
     provenance: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "recorded by compress(): versions, base model, fingerprints"}
     )
@@ -131,6 +139,10 @@ class CompressionConfig(QuantizationConfigMixin):
                 "the fraction of stored bits to remove"
             )
         self._check_target()
+        if self.embeddings is not None and not isinstance(self.embeddings, bool) and self.embeddings not in BITS:
+            raise CompressionError(
+                f"embeddings: found {self.embeddings!r}, expected true, false, or bits from {BITS[0]} to {BITS[-1]}"
+            )
         self._check_count("samples", least=1)
         if self.sequence_length is not None:
             self._check_count("sequence_length", least=1)
@@ -244,7 +256,7 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values. A ratio that nobody gave is left out, and so stays open."""
-        left_out = {"layers"} | {name for name in ("bits", "size") if getattr(self, name) is None}
+        left_out = {"layers"} | {name for name in ("bits", "size", "embeddings") if getattr(self, name) is None}
         is_recorded = bool(self.layers or self.provenance)
         if isinstance(self.ratio, DefaultRatio) or (isinstance(self.ratio, DerivedRatio) and not is_recorded):
             left_out.add("ratio")

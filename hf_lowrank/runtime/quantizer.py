@@ -19,6 +19,15 @@ from .config_checks import config_beside
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
 from .counterparts import Counterparts, Renaming, check_shapes, check_sources, find_counterparts, tie_as_saved
+from .embeddings import (
+    CompressedEmbedding,
+    compress_embedding,
+    decompress_embeddings,
+    has_compressed_embeddings,
+    is_embedding,
+    refuse_resize,
+    swap_module,
+)
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layer_spec import LayerSpec
@@ -27,7 +36,7 @@ from .load_hooks import hook_configs, hook_models, hook_tokenizers
 from .safetensors_headers import read_headers
 from .saving import CompleteSave
 from .skeletons import STAND_IN, make_skeleton, saved_skeleton
-from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, validate_files
+from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, tied_heads, validate_files
 from .widths import usual_dtype
 
 if TYPE_CHECKING:
@@ -44,6 +53,10 @@ CAST_METHODS = ("float", "half")
 
 The float tensors of a compressed model can be cast like those of a dense one.
 """
+
+
+RESIZE = "resize_token_embeddings"
+"""A method that a model with compressed embeddings refuses."""
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -85,7 +98,11 @@ class CompressionQuantizer(HfQuantizer):
         self._fit_to(model)
         resolve_layers(model, config.layers)
         for name, spec in config.layers.items():
-            swap_module(model, name, _build_like(model.get_submodule(name), spec))
+            module = model.get_submodule(name)
+            if is_embedding(module):
+                compress_embedding(model, name, spec, tied_heads(model, name) or {})
+            else:
+                swap_module(model, name, _build_like(module, spec))
 
     def _fit_to(self, model: "PreTrainedModel") -> None:
         """Check the checkpoint's files, and name the compressed layers as `model` does, which may be of another class.
@@ -136,9 +153,9 @@ class CompressionQuantizer(HfQuantizer):
         if model.tp_size is not None and not hasattr(model.config, "distributed_config"):
             raise CompressionError(NOT_SPLIT)
         for name, module in model.named_modules():
-            if isinstance(module, CompressedLinear):
+            if isinstance(module, (CompressedLinear, CompressedEmbedding)):
                 tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-                check_contents(name, module.spec, module.out_features, module.in_features, tensors)
+                check_contents(name, module.spec, *compressed_shape(module), tensors)
         check_weights(self.checkpoint_files, self.quantization_config.checksums)
         if self.renaming is not None:
             # It is for those files alone. A save by transformers would apply it backwards.
@@ -178,8 +195,9 @@ class CompressionQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, CompressedLinear):
                 swap_module(model, name, dense_module(module, dtype))
+        decompress_embeddings(model, dtype)
         fuse_experts(model)
-        for cast in CAST_METHODS:
+        for cast in (*CAST_METHODS, RESIZE):
             model.__dict__.pop(cast, None)
         CompleteSave.detach(model)
         # Loading a compressed checkpoint needs no conversions, and leaves an empty list of them. Without the list,
@@ -284,6 +302,8 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     for cast in CAST_METHODS:
         # Transformers' own methods raise for quantized models; those of torch do not.
         marked.__dict__[cast] = functools.partial(getattr(nn.Module, cast), model)
+    if has_compressed_embeddings(model):
+        marked.__dict__[RESIZE] = functools.partial(refuse_resize, model)
     CompleteSave.attach(model)
 
 
@@ -298,10 +318,11 @@ def align(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place that has this name in the model."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def compressed_shape(module: CompressedLinear | CompressedEmbedding) -> tuple[int, int]:
+    """Return the shape of the matrix that a compressed layer or embedding stands for."""
+    if isinstance(module, CompressedEmbedding):
+        return module.num_embeddings, module.embedding_dim
+    return module.out_features, module.in_features
 
 
 def fuse_experts(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from .checksums import LOADING_CODE
+from .embeddings import CompressedEmbedding, is_embedding
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layers import CompressedLinear
@@ -13,6 +14,10 @@ from .validation import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+STORED = (CompressedLinear, CompressedEmbedding)
+"""Modules whose specs a config records."""
 
 
 def record_layers(model: "PreTrainedModel") -> None:
@@ -33,17 +38,17 @@ def record_layers(model: "PreTrainedModel") -> None:
             module = model.get_submodule(name)
         except AttributeError:
             continue
-        if isinstance(module, CompressedLinear):
+        if isinstance(module, STORED):
             layers[name] = module.spec
             found.add(module)
-        elif not is_linear(module):
+        elif not is_linear(module) and not is_embedding(module):
             raise CompressionError(
                 f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, "
                 "save the adapter by itself (PeftModel.save_pretrained) or merge it first (merge_and_unload)"
             )
     # Where blocks were taken out, the layers of later ones have new names.
     for name, module in model.named_modules():
-        if isinstance(module, CompressedLinear) and module not in found:
+        if isinstance(module, STORED) and module not in found:
             layers[name] = module.spec
     config.layers = layers
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config_checks import check_config_dtype, check_generation, check_values
 from .configuration import QUANT_METHOD, CompressionConfig
+from .embeddings import check_embedding_spec, is_embedding
 from .errors import CheckpointError
 from .experts import ExpertBank, is_fused_experts
 from .layer_spec import LayerSpec
@@ -54,7 +55,9 @@ def is_linear(module: nn.Module | None) -> bool:
 
 
 def dense_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (out_features, in_features) of a dense `nn.Linear` or `Conv1D`."""
+    """Return (out_features, in_features) of a dense `nn.Linear` or `Conv1D`, or rows and columns of an embedding."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     if isinstance(module, Conv1D):
         return module.weight.shape[1], module.weight.shape[0]
     assert isinstance(module, nn.Linear)
@@ -84,19 +87,27 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
     """Return the layers of a config, after checking each of them against the model.
 
     Raises:
-        CheckpointError: for a layer that the model does not have, that is not a linear layer, that shares its weight
-            with another module, or that does not fit the dense layer it replaces.
+        CheckpointError: for a layer that the model does not have, that is not a linear layer nor an embedding, that
+            shares its weight with another module (the head with the embeddings apart), or that does not fit the dense
+            layer it replaces.
     """
     modules = dict(model.named_modules())
+    with_heads: set[str] = set()
     for name, spec in layers.items():
         module = modules.get(name)
+        if is_embedding(module):
+            assert module is not None
+            check_embedding_spec(name, spec, *dense_shape(module))
+            if tied_heads(model, name) is not None:
+                with_heads.add(f"{name}.weight")
+            continue
         if not is_linear(module):
             raise _unexpected_module(model, name, module, expected="a linear layer")
         assert module is not None
         spec.validate(name, *dense_shape(module))
     # A shared weight would be compressed in one place and dense in the other.
     shared_names = {name for group in tied_names(model) for name in group}
-    shared_weights = shared_names & {f"{name}.weight" for name in layers}
+    shared_weights = shared_names & {f"{name}.weight" for name in layers} - with_heads
     if shared_weights:
         raise CheckpointError(
             f"{min(shared_weights)}: is shared with another module, expected a layer of its own; the config is damaged"
@@ -127,8 +138,27 @@ def expected_tensors(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[
     for layer, spec in layers.items():
         for name in model.get_submodule(layer).state_dict():
             del expected[f"{layer}.{name}"]
+        if is_embedding(model.get_submodule(layer)):
+            for head in tied_heads(model, layer) or {}:
+                del expected[f"{head}.weight"]
         expected |= _tensors_of_layer(model, layer, spec)
     return expected
+
+
+def tied_heads(model: nn.Module, embedding: str) -> dict[str, nn.Module] | None:
+    """Return the linear layers that share the weight of an embedding, by name, None if anything else shares it."""
+    heads: dict[str, nn.Module] = {}
+    for group in tied_names(model):
+        if f"{embedding}.weight" in group:
+            for name in group:
+                module_name, _, tensor = name.rpartition(".")
+                module = model.get_submodule(module_name)
+                if module_name == embedding:
+                    continue
+                if tensor != "weight" or not is_linear(module) or isinstance(module, Conv1D):
+                    return None
+                heads[module_name] = module
+    return heads
 
 
 def _tensors_of_layer(model: nn.Module, layer: str, spec: LayerSpec) -> dict[str, Expected]:

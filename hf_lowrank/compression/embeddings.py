@@ -1,0 +1,160 @@
+"""Embeddings and head: where a model has them, what they take, and their compression to quantized rows."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..methods import Decomposition
+from ..models.architectures import find_blocks, input_embeddings
+from ..models.linears import replace_layer
+from ..runtime.configuration import CompressionConfig
+from ..runtime.embeddings import CHUNK_OF_ROWS, compress_embedding, is_embedding
+from ..runtime.errors import CompressionError
+from ..runtime.layer_spec import LayerSpec
+from ..runtime.quantization import Quantized, quantize
+from ..runtime.validation import dense_shape, is_linear, tied_heads
+
+if TYPE_CHECKING:
+    from .session import Session
+
+EMBEDDING_GROUP = 64
+"""Values of a row that share a scale."""
+USUAL_BITS = 8
+"""Bits of a value where a recipe asks for compressed embeddings and says no more."""
+CHOICES = (0, USUAL_BITS, 4)
+"""Bits of a value of the embeddings among which a size chooses. 0: they stay dense."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Where a model has its embeddings and its head.
+
+    Attributes:
+        name: module name of the embeddings.
+        tied: the linear layers that multiply by the rows of the embeddings, by name.
+        head: module name of a head with a weight of its own; None if there is none.
+    """
+
+    name: str
+    tied: dict[str, nn.Module]
+    head: str | None
+
+    @property
+    def own_weights(self) -> list[str]:
+        """Names of the modules whose weights are compressed."""
+        return [self.name, self.head] if self.head else [self.name]
+
+
+def find_embeddings(model: PreTrainedModel) -> Embeddings:
+    """Return where a model has its embeddings and its head.
+
+    Raises:
+        CompressionError: if it has no embeddings that can be compressed.
+    """
+    table = input_embeddings(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    name = names.get(id(table), "")
+    refused = f"embeddings: those of {type(model).__name__} stay dense; leave embeddings= out, or set it to false"
+    if table is None or not is_embedding(table):
+        raise CompressionError(f"{refused}: {type(table).__name__} is no plain embedding")
+    tied = tied_heads(model, name)
+    places = sum(module is table for module in model.modules())
+    if tied is None or places != 1:
+        raise CompressionError(f"{refused}: their weight has more uses than embeddings and head")
+    output = model.get_output_embeddings()
+    in_blocks = tuple(f"{block}." for block in find_blocks(model))
+    head = names.get(id(output)) if output is not None and is_linear(output) else None
+    if head is None or head in tied or head.startswith(in_blocks):
+        return Embeddings(name, tied, None)
+    return Embeddings(name, tied, head)
+
+
+def embedding_bits(config: CompressionConfig, model: PreTrainedModel) -> list[int]:
+    """Return the bits of a value of the embeddings that a recipe allows, 0 for embeddings that stay dense.
+
+    Raises:
+        CompressionError: if it asks for compressed embeddings, and the model has none that can be.
+    """
+    if config.embeddings is not None:
+        bits = USUAL_BITS if config.embeddings is True else int(config.embeddings)
+        if bits:
+            find_embeddings(model)
+        return [bits]
+    if config.size is None:
+        return [0]
+    try:
+        find_embeddings(model)
+    except CompressionError:
+        return [0]
+    return list(CHOICES)
+
+
+def embedding_spec(bits: int, columns: int) -> LayerSpec:
+    """Return what embeddings of so many columns store at so many bits a value."""
+    return LayerSpec(sparse="full", weight_bits=bits, weight_group=min(EMBEDDING_GROUP, columns))
+
+
+def compressed_shapes(model: PreTrainedModel, bits: int) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+    """Return shape and type of every tensor of compressed embeddings and head, by module name and name within it."""
+    if not bits:
+        return {}
+    shapes = {}
+    for name in find_embeddings(model).own_weights:
+        rows, columns = dense_shape(model.get_submodule(name))
+        shapes[name] = embedding_spec(bits, columns).tensors(rows, columns)
+    return shapes
+
+
+@torch.no_grad()
+def compress_embeddings(session: "Session") -> None:
+    """Put compressed embeddings, and a compressed head, in the place of the dense ones, if the plan says so."""
+    bits = session.plan.embeddings
+    if not bits:
+        return
+    model = session.model
+    found = find_embeddings(model)
+    for name in found.own_weights:
+        module = model.get_submodule(name)
+        weight = _values(session, name)
+        rows, columns = dense_shape(module)
+        spec = embedding_spec(bits, columns)
+        quantized = _quantized_rows(weight, spec)
+        if name == found.name:
+            stored: Any = compress_embedding(model, name, spec, found.tied)
+            stored.store(quantized)
+        else:
+            assert isinstance(module.bias, Tensor | None)
+            stored = Decomposition(sparse="full", weight=quantized).to_layer(rows, columns, module.bias, weight.dtype)
+            replace_layer(model, name, stored)
+        error = (stored.to_dense(torch.float32) - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
+        session.log.embeddings.append(
+            {
+                "name": name,
+                "weight_bits": bits,
+                "dense_bytes": weight.numel() * weight.itemsize,
+                "stored_bytes": spec.stored_bits(rows, columns, weight.itemsize * 8) // 8,
+                "relative_error": float(error),
+            }
+        )
+
+
+def _values(session: "Session", name: str) -> Tensor:
+    """Return the weight of embeddings or head, read from disk if it is there."""
+    weight = session.model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta and session.offloaded is not None:
+        return session.offloaded.weights[f"{name}.weight"].clone()
+    return weight.detach()
+
+
+def _quantized_rows(weight: Tensor, spec: LayerSpec) -> Quantized:
+    """Return a weight (V, n) quantized row by row. Few levels get the scales of least squared error."""
+    search = spec.weight_bits < USUAL_BITS
+    parts = [
+        quantize(rows.float(), spec.weight_bits, spec.weight_group, search) for rows in weight.split(CHUNK_OF_ROWS)
+    ]
+    codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+    return Quantized(codes, scale, spec.weight_bits, spec.weight_group)

@@ -1,5 +1,6 @@
 """Embeddings and head: where a model has them, what they take, and their compression to quantized rows."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,23 @@ def compressed_shapes(model: PreTrainedModel, bits: int) -> dict[str, dict[str, 
         rows, columns = dense_shape(model.get_submodule(name))
         shapes[name] = embedding_spec(bits, columns).tensors(rows, columns)
     return shapes
+
+
+def embedding_savings(model: PreTrainedModel, config: CompressionConfig) -> int:
+    """Return how many bytes less compressed embeddings and head take.
+
+    Args:
+        config: a recipe that the plan has decided on (`Plan.config`).
+    """
+    bits = embedding_bits(config, model)[0]
+    savings = 0
+    for name, tensors in compressed_shapes(model, bits).items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        savings += weight.numel() * weight.itemsize
+        for shape, kind in tensors.values():
+            savings -= math.prod(shape) * (1 if kind == "uint8" else weight.itemsize)
+    return savings
 
 
 @torch.no_grad()

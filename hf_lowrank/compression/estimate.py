@@ -15,6 +15,7 @@ from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..models.linears import CHUNK
 from ..models.offloading import device_map, shard_size
 from ..runtime.configuration import CompressionConfig
+from .embeddings import embedding_savings
 from .strategies import strategy_of
 
 FLOAT64_BYTES = 8
@@ -67,7 +68,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
     total = sum(sizes.values())
     on_disk = [name for name, place in device_map(dense).items() if place == "disk"]
     linears = sum(sizes[f"{layer.name}.weight"] for layer in layers)
-    output = total - round(config.ratio * linears)
+    output = total - round(config.ratio * linears) - embedding_savings(dense, config)
 
     # Hidden states of all calibration tokens, at the block and for a compressed twin; one more set is being written.
     length = sequence_length(dense, config)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
 from .configuration import CompressionConfig
+from .embeddings import is_embedding
 from .errors import CheckpointError
 from .validation import dense_shape, is_linear, tied_names
 
@@ -169,7 +170,7 @@ def check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> Non
     """
     for name, shape in shapes.items():
         module = model.get_submodule(name)
-        if is_linear(module) and dense_shape(module) != shape:
+        if (is_linear(module) or is_embedding(module)) and dense_shape(module) != shape:
             raise CheckpointError(
                 f"{name}: is {dense_shape(module)} in the model, but {shape} in the checkpoint; "
                 "open it with the sizes of its own config"

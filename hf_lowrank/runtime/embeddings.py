@@ -146,10 +146,19 @@ class TiedHead(nn.Module):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the product with the embedding (V, n), (..., V), for x (..., n)."""
+        """Return the product with the embedding (V, n), (..., V), for x (..., n).
+
+        Raises:
+            CompressionError: if the embedding is not in memory.
+        """
         embedding: CompressedEmbedding = vars(self)["embedding"]
         spec = embedding.spec
         weight, scale = embedding.weight, embedding.weight_scale
+        if weight.is_meta and not x.is_meta:
+            raise CompressionError(
+                "the head multiplies by the rows of the embeddings, which are offloaded; "
+                "give both the same device in device_map"
+            )
         y = quantized_linear(x, weight, scale, None, spec.weight_bits, spec.weight_group, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -219,6 +228,15 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place that has this name in the model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def keep_ties(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Stand in for `tie_weights` of a model with compressed embeddings, whose head is tied to them already.
+
+    Transformers would look for a weight of the head anew. Whatever else is tied is tied by it.
+    """
+    kwargs["recompute_mapping"] = False
+    type(model).tie_weights(model, *args[:1], **kwargs)
 
 
 def refuse_resize(

@@ -25,6 +25,7 @@ from .embeddings import (
     decompress_embeddings,
     has_compressed_embeddings,
     is_embedding,
+    keep_ties,
     refuse_resize,
     swap_module,
 )
@@ -55,8 +56,8 @@ The float tensors of a compressed model can be cast like those of a dense one.
 """
 
 
-RESIZE = "resize_token_embeddings"
-"""A method that a model with compressed embeddings refuses."""
+EMBEDDING_METHODS = {"resize_token_embeddings": refuse_resize, "tie_weights": keep_ties}
+"""Methods of ours that stand in for those of a model with compressed embeddings."""
 
 
 class CompressionQuantizer(HfQuantizer):
@@ -197,8 +198,8 @@ class CompressionQuantizer(HfQuantizer):
                 swap_module(model, name, dense_module(module, dtype))
         decompress_embeddings(model, dtype)
         fuse_experts(model)
-        for cast in (*CAST_METHODS, RESIZE):
-            model.__dict__.pop(cast, None)
+        for method in (*CAST_METHODS, *EMBEDDING_METHODS):
+            model.__dict__.pop(method, None)
         CompleteSave.detach(model)
         # Loading a compressed checkpoint needs no conversions, and leaves an empty list of them. Without the list,
         # transformers saves the dense model in the format of its family.
@@ -303,7 +304,8 @@ def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
         # Transformers' own methods raise for quantized models; those of torch do not.
         marked.__dict__[cast] = functools.partial(getattr(nn.Module, cast), model)
     if has_compressed_embeddings(model):
-        marked.__dict__[RESIZE] = functools.partial(refuse_resize, model)
+        for method, stand_in in EMBEDDING_METHODS.items():
+            marked.__dict__[method] = functools.partial(stand_in, model)
     CompleteSave.attach(model)
 
 

@@ -65,9 +65,11 @@ def answer(model: PreTrainedModel) -> Tensor:
         return model(torch.tensor(INPUT_IDS))[0]
 
 
-def _checkpoint(factory: pytest.TempPathFactory, model: PreTrainedModel, method: str, ratio: float) -> Checkpoint:
+def _checkpoint(
+    factory: pytest.TempPathFactory, model: PreTrainedModel, method: str, ratio: float, embeddings: int | None = None
+) -> Checkpoint:
     """Compress a model and save it."""
-    config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=16)
+    config = CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=16, embeddings=embeddings)
     compress(model, config, calibration=calibration(), progress=False)
     folder = factory.mktemp("checkpoints") / f"{type(model).__name__.lower()}-{method}"
     model.save_pretrained(folder)

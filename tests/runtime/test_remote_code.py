@@ -18,7 +18,7 @@ from hf_lowrank.checkpoints.loading_code import runtime_sources
 from hf_lowrank.checkpoints.verify import verify
 from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.runtime.checksums import LOADING_CODE, file_checksum
-from hf_lowrank.runtime.quantizer import CompressionQuantizer
+from hf_lowrank.runtime.quantizer import CompressionQuantizer, compressed_shape
 from hf_lowrank.runtime.reports import REPORT_FILE
 from tests.support.assets import PROJECT
 from tests.support.fresh_process import INPUT_IDS, open_elsewhere
@@ -43,7 +43,7 @@ def test_every_layer_stores_a_weight_that_no_dense_layer_can_take(method: str, r
     model = request.getfixturevalue(method).model
     for name in model.config.quantization_config.layers:
         layer = model.get_submodule(name)
-        shape = (layer.out_features, layer.in_features)
+        shape = compressed_shape(layer)
         assert layer.weight.shape not in (shape, shape[::-1])
 
 

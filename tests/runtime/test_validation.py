@@ -166,7 +166,7 @@ def test_headers_are_those_of_the_tensors(slab: Checkpoint) -> None:
     ("name", "kind"),
     [
         ("model.layers.7.self_attn.q_proj", "no such module"),
-        ("model.embed_tokens", "Embedding"),
+        ("model.norm", "LlamaRMSNorm"),
         ("model.layers.0", "LlamaDecoderLayer"),
         ("", "LlamaForCausalLM"),
     ],

@@ -248,7 +248,8 @@ def compare(
     from rich.markup import escape
 
     from ..evaluation import pareto
-    from ..evaluation.comparison import Comparison, candidates, compare
+    from ..evaluation.candidates import candidates
+    from ..evaluation.comparison import Comparison, compare
     from ..execution.files import write_atomically
 
     pareto.check_plotting()  # before hours of work, not after them

@@ -21,11 +21,11 @@ from ..runtime.validation import dense_shape, is_linear, tied_heads
 if TYPE_CHECKING:
     from .session import Session
 
-EMBEDDING_GROUP = 64
+EMBEDDING_GROUP = 32
 """Values of a row that share a scale."""
 USUAL_BITS = 8
 """Bits of a value where a recipe asks for compressed embeddings and says no more."""
-CHOICES = (0, USUAL_BITS, 4)
+CHOICES = (0, USUAL_BITS, 6, 4)
 """Bits of a value of the embeddings among which a size chooses. 0: they stay dense."""
 
 

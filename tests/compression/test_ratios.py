@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.cli import app
 from hf_lowrank.compression.planning import Plan, make_plan
-from hf_lowrank.evaluation.comparison import candidates
+from hf_lowrank.evaluation.candidates import candidates
 from hf_lowrank.methods import make_method, registered_methods
 from hf_lowrank.models.architectures import find_blocks
 

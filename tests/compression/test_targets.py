@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, compress, inspect
 from hf_lowrank.budget import Layer, ModelBudget, Unit
 from hf_lowrank.cli import app
-from hf_lowrank.evaluation.comparison import candidates
+from hf_lowrank.evaluation.candidates import candidates
 from hf_lowrank.evaluation.comparison_records import asked_of
 from hf_lowrank.execution.files import files_size
 from hf_lowrank.methods import registered_methods

@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 from hf_lowrank import CompressionError, cli, reference_text
 from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.evaluation import comparison, pareto
-from hf_lowrank.evaluation.comparison import Candidate, Comparison, candidates, parse_method
+from hf_lowrank.evaluation.candidates import Candidate, candidates, parse_method
+from hf_lowrank.evaluation.comparison import Comparison
 from hf_lowrank.evaluation.comparison_records import finished_record, write_json
 from hf_lowrank.evaluation.perplexity import evaluate
 from hf_lowrank.execution import child_process

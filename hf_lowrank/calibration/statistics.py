@@ -215,20 +215,32 @@ class _InputSums:
         total_abs += x.abs().sum(dim=0)
         total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            # A Gram matrix is symmetric: half of the products are enough, `tensors` fills in the upper triangle.
-            for rows in _row_blocks(self.gram):
-                self.gram[rows, : rows.stop] += x[:, rows].T @ x[:, : rows.stop]
+            add_product(self.gram, x)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, with the whole Gram matrix."""
         if self.gram is None:
             return {"totals": self.totals}
-        for rows in _row_blocks(self.gram):
-            self.gram[rows, rows.stop :] = self.gram[rows.stop :, rows].T
+        fill_upper_triangle(self.gram)
         return {"totals": self.totals, "gram": self.gram}
 
 
-def _row_blocks(gram: Tensor) -> Iterator[slice]:
+def add_product(gram: Tensor, x: Tensor) -> None:
+    """Add x xᵀ of every token in x (tokens, n) to a Gram matrix (n, n), in its lower triangle only.
+
+    A Gram matrix is symmetric, so that half of the products are enough.
+    """
+    for rows in row_blocks(gram):
+        gram[rows, : rows.stop] += x[:, rows].T @ x[:, : rows.stop]
+
+
+def fill_upper_triangle(gram: Tensor) -> None:
+    """Copy the lower triangle of a Gram matrix (n, n) to its upper one."""
+    for rows in row_blocks(gram):
+        gram[rows, rows.stop :] = gram[rows.stop :, rows].T
+
+
+def row_blocks(gram: Tensor) -> Iterator[slice]:
     """Iterate over blocks of rows of a Gram matrix (n, n), so small that little is computed above the diagonal."""
     n = len(gram)
     step = max(min(CHUNK // n, n // TRIANGLE_STEPS), SMALLEST_STEP)

@@ -54,8 +54,6 @@ def whole_model_reason(
     source = config.calibration if calibration is None else calibration
     if method.trains:
         return f"{method.name} trains through the whole model"
-    if method.learns_from_loss:
-        return f"{method.name} needs gradients through the whole model"
     if config.refinement_steps:
         return "refining compares the blocks with those of the dense model"
     if isinstance(source, str) and source == "self":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Statistics
-from .statistics import fill_upper_triangle, row_blocks
+from .grams import fill_upper_triangle, row_blocks
 
 LARGEST_CODE = 2**15 - 1
 """The code of a correlation of 1."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from .batches import TokenBatch
 from .gradients import GradientSums, check_finite_gradients
-from .statistics import add_product, fill_upper_triangle
+from .grams import add_product, fill_upper_triangle, products_of
 
 ENOUGH_TOKENS = 16384
 """Number of tokens after which no further batches are used, as they add little to the estimate."""
@@ -42,7 +42,8 @@ class OutputGramSums(GradientSums):
         if name not in self._sums:
             self._sums[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
         # Float32 is precise enough: the matrix is damped wherever it is used.
-        add_product(self._sums[name], g.float())
+        with products_of(g.dtype):
+            add_product(self._sums[name], g.float())
 
     def end_batch(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Nothing is done between two batches, as the sums are over tokens."""

@@ -1,4 +1,4 @@
-"""The gradients that go back block by block are those of the whole model, for every family that predicts a next token."""
+"""Gradients that go back block by block are those of the whole model, for every family that predicts a next token."""
 
 from collections.abc import Iterable
 from typing import Any

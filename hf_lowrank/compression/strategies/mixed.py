@@ -5,9 +5,9 @@ The survey measures the dense model. Each layer is then fitted to targets that a
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,14 +152,43 @@ class _Survey(Stage[dict[str, Tensor]]):
     def accept(self, visit: BlockVisit) -> None:
         assert visit.findings is not None
         for name, entries in visit.findings.facts.items():
-            self.choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in entries]
+            self.choices[name] = _choices_from(entries)
         self.findings.put(visit)
 
     def _examine(self, statistics: "_BlockStatistics", layer: Layer) -> Record:
         value_bits = self.session.plan.budget.value_bits[layer.name]
         weight = self.session.dense_weight(layer)
         choices = self.method.choices(layer, weight, statistics.of(layer), value_bits)
-        return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in choices]})
+        return Record({}, {layer.name: _choice_entries(choices)})
+
+
+def _choice_entries(choices: list[Choice]) -> list[Any]:
+    """Return choices as plain values: the loss of each, and the fields in which its spec differs from the last one.
+
+    A layer may have thousands of choices, each of them like the one before it.
+    """
+    names = [field.name for field in fields(LayerSpec)]
+    entries: list[Any] = []
+    last = LayerSpec()
+    for choice in choices:
+        changes = {}
+        for name in names:
+            value = getattr(choice.spec, name)
+            if value != getattr(last, name):
+                changes[name] = value
+        entries.append([changes, choice.loss])
+        last = choice.spec
+    return entries
+
+
+def _choices_from(entries: list[Any]) -> list[Choice]:
+    """Return the choices that `_choice_entries` was given."""
+    choices = []
+    spec = LayerSpec()
+    for changes, loss in entries:
+        spec = replace(spec, **changes)
+        choices.append(Choice(spec, loss))
+    return choices
 
 
 class _BlockStatistics:

@@ -29,7 +29,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material "mkdocstrings[python]"
 	touch $@
 
-# of the runtime's files, for hf_lowrank/data/releases.json
+# of the loading code, for hf_lowrank/data/releases.json
 digests: $(VENV)/.installed
 	$(BIN)/python -c "import json; from hf_lowrank.checkpoints.verify import released_runtimes as r; print(json.dumps(r(), indent=1, sort_keys=True))"
 

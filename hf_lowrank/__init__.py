@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .registration import after_import
+from . import registration
 from .runtime.errors import CheckpointError, CompressionError, NumericalError
 from .version import __version__
 
@@ -88,7 +88,11 @@ def _import(module: str) -> Any:
 
 
 class _Publisher:
-    """Writes model cards and uploads folders. The code for that is imported when a model is saved."""
+    """Makes loading code, writes model cards and uploads folders. What it needs is imported when a model is saved."""
+
+    def loading_code(self) -> bytes:
+        code: bytes = _import(".checkpoints.loading_code").loading_code()
+        return code
 
     def write_card(self, folder: Path, name: str | None) -> None:
         _import(".publishing.model_card").write_model_card(folder, name)
@@ -98,7 +102,7 @@ class _Publisher:
 
 
 def _add_publisher() -> None:
-    """Let saved models have a card, and let `push_to_hub` upload all that belongs to them."""
+    """Let saved models have loading code and a card, and let `push_to_hub` upload all that belongs to them."""
     _import(".runtime.saving").CompleteSave.publisher = _Publisher()
 
 
@@ -119,11 +123,22 @@ def _compress_on_load(model: Any, config: "CompressionConfig") -> None:
 
 
 # The runtime imports nothing outside itself, because it travels in checkpoints. The package adds what it lacks there.
-after_import(f"{__name__}.runtime.saving", _add_publisher)
-after_import(f"{__name__}.runtime.ops", _offer_kernels)
-after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
+registration.after_import(f"{__name__}.runtime.saving", _add_publisher)
+registration.after_import(f"{__name__}.runtime.ops", _offer_kernels)
+registration.after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
 # Every way of opening a model reads its config, and then asks the quantizers for the format.
-after_import("transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs())
-after_import("transformers.tokenization_utils_base", lambda: _import(".runtime.load_hooks").hook_tokenizers())
-after_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"))
-after_import("peft.tuners.tuners_utils", lambda: _import(".peft").extend_peft())  # for adapters on compressed layers
+_UNOPENED = "compressed checkpoints do not open"
+registration.after_foreign_import(
+    "transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs(), _UNOPENED
+)
+registration.after_foreign_import(
+    "transformers.tokenization_utils_base",
+    lambda: _import(".runtime.load_hooks").hook_tokenizers(),
+    "a compressed checkpoint without a tokenizer is not named",
+)
+registration.after_foreign_import("transformers.quantizers.auto", lambda: _import(".runtime.quantizer"), _UNOPENED)
+registration.after_foreign_import(
+    "peft.tuners.tuners_utils",
+    lambda: _import(".peft").extend_peft(),
+    "adapters do not work on compressed layers",
+)

@@ -10,7 +10,7 @@ from .backward import (
     drawn_token_batches,
     next_token_batches,
 )
-from .batches import TokenBatch, calibration_batches, fingerprint, split_into_passes
+from .batches import TokenBatch, fingerprint, split_into_passes
 from .block_inputs import capture
 from .blocks import (
     BlockBatch,
@@ -25,6 +25,7 @@ from .compact import pack_correlations, pack_statistics, unpack_correlations, un
 from .correction import CorrectionSums, DenseReference, are_residual_writers, correction_sums, input_stages
 from .curvature import OutputGramSums, first_batches
 from .gradients import GradientSums, SquaredGradientSums
+from .samples import calibration_batches
 from .unigrams import with_unigram_sequences
 
 __all__ = [

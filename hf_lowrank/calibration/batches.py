@@ -1,25 +1,22 @@
-"""Turn texts, token ids, chats or inputs into batches, with a mask of the tokens that count."""
+"""Batches of token ids, with a mask of the tokens that count: what they hold, and how long they may be."""
 
 import hashlib
 import inspect
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..models.context import context_length
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
-from .sampling import sample_sequences
-from .texts import context_length, read_documents, token_stream, windows
 
 LONGEST_SEQUENCE = 2048
-"""Default sequence length, in tokens, of a model with a longer context or with an unknown one."""
+"""Default sequence length, in tokens, of a model with a longer context or without a limit."""
 
 TOKENS_PER_BATCH = 8192
 """Maximum number of tokens in a batch of several sequences."""
@@ -30,13 +27,11 @@ TOKENS_PER_PASS = 2048
 Intermediate results of fewer tokens take less memory and stay in the caches of the processor.
 """
 
-DOCUMENTS_PER_SAMPLE = 8
-"""Number of documents that are read from a dataset for every calibration sequence."""
-
 IGNORED_LABEL = -100
 """Label of a token that does not count in a loss, as in `transformers`."""
 
-logger = logging.getLogger(__name__)
+DECODER_INPUTS = ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+"""Inputs (B, T, ...) that have a length of their own, that of the text which an encoder-decoder model writes."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,21 @@ class TokenBatch:
         if self.attention_mask is None:
             return self.input_ids.numel()
         return int(self.attention_mask.sum())
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences, or of whatever else the model reads."""
+        if self.input_ids.numel():
+            return len(self.input_ids)
+        return len(next(iter(self.others.values())))
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens that count in the longest sequence. Zero for a model that reads no tokens."""
+        tokens = self.others.get("inputs_embeds", self.input_ids)
+        if self.attention_mask is None or not tokens.numel():
+            return tokens.shape[1]
+        return int((self.attention_mask != 0).sum(dim=1).max())
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -91,109 +101,30 @@ def _accepts_use_cache(model: PreTrainedModel) -> bool:
     return False
 
 
-def calibration_batches(
-    model: PreTrainedModel, config: CompressionConfig, tokenizer: Any = None, calibration: Any = None
-) -> list[TokenBatch]:
-    """Make calibration batches from `calibration`, or from `config.calibration` if it is None.
-
-    Args:
-        calibration: "self", a dataset name, a file of texts, or an iterable. Its items are texts, token ids, chat
-            conversations (lists of messages), rows with one of them as `text` or `messages`, or batches of the model's
-            inputs (a DataLoader). An encoder-decoder model whose batches have no `decoder_input_ids` gets the batch's
-            `labels`, or else the text itself, delayed by one token as in its training.
-
-    Raises:
-        CompressionError: if there is nothing to calibrate on, or too little for one sequence.
-    """
-    batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
-    if model.config.is_encoder_decoder:
-        batches = [_with_decoder_inputs(model, batch) for batch in batches]
-    # An input that the model cannot read is an error before any work is done.
-    for batch in batches:
-        _check_inputs(model, batch)
-    return batches
-
-
-def _check_inputs(model: PreTrainedModel, batch: TokenBatch) -> None:
-    """Raise CompressionError if the model cannot read a batch."""
-    # Embeddings may stand in place of the main input.
-    if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
-        raise CompressionError(
-            f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
-            f"(found {', '.join(batch.inputs) or 'nothing'})"
-        )
-    context = context_length(model.config)
-    if context is not None and batch.input_ids.shape[1] > context:
-        raise CompressionError(
-            f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has a "
-            f"context of {context}; cut it (truncation=True, max_length={context})"
-        )
+def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
+    """Raise CompressionError if the model cannot read one of the batches."""
+    context = context_length(model)
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if vocabulary is None or not batch.input_ids.numel():
-        return
-    smallest, largest = map(int, batch.input_ids.aminmax())
-    if smallest < 0 or largest >= vocabulary:
-        raise CompressionError(
-            f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to {vocabulary - 1}, "
-            f"the vocabulary of {type(model).__name__}; use the model's own tokenizer"
-        )
-
-
-def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, source: Any) -> list[TokenBatch]:
-    """Make the batches from `source`: a name, or an iterable whose first item tells the kind of all."""
-    length = sequence_length(model, config)
-    if isinstance(source, str) and source == "self":
-        return _batches_from_model(model, config, length)
-    if isinstance(source, str):
-        documents = read_documents(source, limit=DOCUMENTS_PER_SAMPLE * config.samples)
-        return _batches_from_texts(_required(tokenizer, source), documents, length, config)
-    items = list(source)
-    if not items:
-        raise CompressionError("calibration: found an empty iterable, expected texts, token ids, chats or batches")
-    first = items[0]
-    if isinstance(first, str):
-        for item in items:
-            if not isinstance(item, str):
-                raise _unusable_sample(item)
-        return _batches_from_texts(_required(tokenizer, "texts"), items, length, config)
-    if isinstance(first, Mapping):
-        column = _text_column(first)
-        if column is not None:
-            return _batches(model, config, tokenizer, [item[column] for item in items])
-        return [_batch_from_mapping(item, model) for item in items]
-    # With token ids and chats every item is a sequence by itself.
-    rows = []
-    for item in items[: config.samples]:
-        row = _token_ids(item, tokenizer)[:length]
-        if row.numel():
-            rows.append(row)
-    return _pad_rows(rows)
-
-
-def _batches_from_model(model: PreTrainedModel, config: CompressionConfig, length: int) -> list[TokenBatch]:
-    """Sample the calibration sequences from the model itself."""
-    if model.config.is_encoder_decoder:
-        raise CompressionError(
-            f"{type(model).__name__} reads one text and writes another: it cannot calibrate on itself; "
-            "give calibration= texts"
-        )
-    return _rows_to_batches(sample_sequences(model, config.samples, length, config.seed).cpu())
-
-
-def _batches_from_texts(
-    tokenizer: Any, documents: Iterable[str], length: int, config: CompressionConfig
-) -> list[TokenBatch]:
-    return _rows_to_batches(_choose_windows(token_stream(tokenizer, documents), length, config))
-
-
-def _text_column(row: Mapping[str, Any]) -> str | None:
-    """Return the column of a row of text or of a chat. None if the row holds the model's own inputs."""
-    if "input_ids" in row:
-        return None
-    for column in ("text", "messages"):
-        if column in row:
-            return column
-    return None
+    for batch in batches:
+        # Embeddings may stand in place of the main input.
+        if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
+            raise CompressionError(
+                f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+                f"(found {', '.join(batch.inputs) or 'nothing'})"
+            )
+        if context is not None and batch.input_ids.shape[1] > context:
+            raise CompressionError(
+                f"calibration: found a sequence of {batch.input_ids.shape[1]} tokens, but {type(model).__name__} has "
+                f"a context of {context}; cut it (truncation=True, max_length={context})"
+            )
+        if vocabulary is None or not batch.input_ids.numel():
+            continue
+        smallest, largest = map(int, batch.input_ids.aminmax())
+        if smallest < 0 or largest >= vocabulary:
+            raise CompressionError(
+                f"calibration: found token id {smallest if smallest < 0 else largest}, expected 0 to "
+                f"{vocabulary - 1}, the vocabulary of {type(model).__name__}; use the model's own tokenizer"
+            )
 
 
 def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
@@ -228,13 +159,15 @@ def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
     Raises:
         CompressionError: if more than the model's context is asked for.
     """
-    context = context_length(model.config) or LONGEST_SEQUENCE
-    if config.sequence_length is not None and config.sequence_length > context:
+    context = context_length(model)
+    if config.sequence_length is None:
+        return LONGEST_SEQUENCE if context is None else min(context, LONGEST_SEQUENCE)
+    if context is not None and config.sequence_length > context:
         raise CompressionError(
             f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} "
             "tokens"
         )
-    return config.sequence_length or min(context, LONGEST_SEQUENCE)
+    return config.sequence_length
 
 
 def fingerprint(batches: Iterable[TokenBatch]) -> str:
@@ -255,80 +188,68 @@ def fingerprint(batches: Iterable[TokenBatch]) -> str:
     return digest.hexdigest()
 
 
-def _choose_windows(stream: Tensor, length: int, config: CompressionConfig) -> Tensor:
-    """Draw `config.samples` windows of the stream by the seed, in the order of the text, (samples, length)."""
-    rows = windows(stream, length)
-    if len(rows) < config.samples:
-        logger.warning(
-            "calibration text has %d sequences of %d tokens, fewer than the %d asked for; all are used",
-            len(rows),
-            length,
-            config.samples,
-        )
-    # Windows are drawn without repetition. They are sorted, so that a larger sample only adds rows between those of a
-    # smaller one.
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-    return rows[order[: config.samples].sort().values]
-
-
-def _rows_to_batches(rows: Tensor) -> list[TokenBatch]:
+def batch_rows(rows: Tensor) -> list[TokenBatch]:
     """Batch sequences of one length, (rows, length)."""
     parts = rows.split(max(TOKENS_PER_BATCH // rows.shape[1], 1))
     return [TokenBatch(part) for part in parts]
 
 
-def _pad_rows(rows: list[Tensor]) -> list[TokenBatch]:
+def batch_sequences(sequences: Sequence[tuple[Tensor, Tensor | None]]) -> list[TokenBatch]:
     """Batch sequences of different lengths, padded on the right with a mask.
 
-    Raises:
-        CompressionError: if there are none.
+    Args:
+        sequences: token ids (T,), each with a mask (T,) of those that count, or None if all do.
     """
-    if not rows:
-        raise CompressionError("calibration: all samples are empty")
     batches = []
-    longest = max(map(len, rows))
+    longest = max((len(ids) for ids, _ in sequences), default=1)
     step = max(TOKENS_PER_BATCH // longest, 1)
-    for first in range(0, len(rows), step):
-        part = rows[first : first + step]
-        input_ids = pad_sequence(part, batch_first=True)
-        mask = pad_sequence(list(map(torch.ones_like, part)), batch_first=True)
+    for first in range(0, len(sequences), step):
+        part = sequences[first : first + step]
+        input_ids = pad_sequence([ids for ids, _ in part], batch_first=True)
+        masks = [torch.ones_like(ids) if mask is None else mask for ids, mask in part]
+        mask = pad_sequence(masks, batch_first=True)
         # A mask that masks nothing is left out.
         batches.append(TokenBatch(input_ids, None if bool(mask.all()) else mask))
     return batches
 
 
-def _batch_from_mapping(item: Any, model: PreTrainedModel) -> TokenBatch:
-    """Make a batch of the inputs that the model reads. Other entries are for the model's head or for the user."""
-    readable = {*inspect.signature(model.base_model.forward).parameters} - {"input_ids", "attention_mask"}
-    # An encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss.
-    if model.config.is_encoder_decoder:
-        readable.add("labels")
-    else:
-        readable.discard("labels")
-    others = {}
-    # The names are sorted, as a set of names has another order in every process.
-    for name in sorted(readable & {*item}):
-        if item[name] is not None:
-            others[name] = torch.as_tensor(item[name])
-    if not others and item.get("input_ids") is None:
-        raise CompressionError(
-            f"calibration: found samples with the fields {', '.join(map(str, item))}; expected text or messages, or "
-            f"what {type(model).__name__} reads, such as {model.main_input_name}"
-        )
-    mask = item.get("attention_mask")
-    if mask is not None:
-        mask = torch.as_tensor(mask)
-    if item.get("input_ids") is None:
-        return TokenBatch(torch.empty(0, 0, dtype=torch.long), mask, others)
-    input_ids = torch.as_tensor(item["input_ids"])
-    if input_ids.dim() == 1:  # a row of a tokenized dataset is a batch of one sequence
-        input_ids = input_ids[None]
-    if mask is not None:
-        mask = mask.reshape(input_ids.shape)
-    return TokenBatch(input_ids, mask, others)
+def first_sequences(batch: TokenBatch, count: int) -> TokenBatch:
+    """Return a batch of the first sequences of a batch.
+
+    A batch with an input that is not one tensor per sequence, such as the patches of all pictures together, stays
+    whole.
+    """
+    sequences = batch.sequences
+    if sequences <= count or any(len(tensor) != sequences for tensor in batch.inputs.values()):
+        return batch
+    mask = batch.attention_mask
+    others = {name: tensor[:count] for name, tensor in batch.others.items()}
+    return TokenBatch(batch.input_ids[:count], None if mask is None else mask[:count], others)
 
 
-def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
+def first_tokens(batch: TokenBatch, length: int) -> TokenBatch:
+    """Return a batch of at most `length` tokens of every sequence, from the first token that counts.
+
+    A batch with an input that does not go along with the tokens, such as pictures, keeps its length.
+    """
+    others = dict(batch.others)
+    decoder_inputs = {name: others.pop(name)[:, :length] for name in DECODER_INPUTS if name in others}
+    tokens = others.get("inputs_embeds", batch.input_ids)
+    batch_size, columns = tokens.shape[:2]
+    if columns <= length or any(tensor.shape[:2] != tokens.shape[:2] for tensor in others.values()):
+        return replace(batch, others=others | decoder_inputs)
+    mask = batch.attention_mask
+    start = torch.zeros(batch_size, dtype=torch.long)
+    if mask is not None:  # padding may be on the left
+        start = (mask != 0).long().argmax(dim=1).clamp(max=columns - length)
+    rows = torch.arange(batch_size)[:, None]
+    kept = start[:, None] + torch.arange(length)  # (B, length)
+    others = {name: tensor[rows, kept] for name, tensor in others.items()}
+    input_ids = batch.input_ids[rows, kept] if batch.input_ids.numel() else batch.input_ids
+    return TokenBatch(input_ids, None if mask is None else mask[rows, kept], others | decoder_inputs)
+
+
+def with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
     """Return the batch with the inputs of the decoder, by teacher forcing.
 
     They are the labels, or else the encoder's own text, delayed by one token.
@@ -362,35 +283,3 @@ def _with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatc
         # The mask moves with the tokens, and the start token counts.
         others["decoder_attention_mask"] = torch.cat([torch.ones_like(first), mask[:, :-1].to(first.dtype)], dim=1)
     return replace(batch, others=others)
-
-
-def _token_ids(item: Any, tokenizer: Any) -> Tensor:
-    """Return the token ids of a sample, (T,) int64. The sample is a tensor or a sequence of ids, or a chat.
-
-    Raises:
-        CompressionError: for any other sample, or if the tokenizer has no chat template.
-    """
-    if isinstance(item, Tensor):
-        return item.flatten().long()
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], dict):
-        try:
-            encoded = _required(tokenizer, "chats").apply_chat_template(list(item), tokenize=True, return_dict=True)
-        except (ValueError, TemplateError) as error:
-            raise CompressionError(f"calibration: the tokenizer makes no tokens of a chat ({error})") from error
-        return torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
-    if isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item):
-        return torch.tensor(item, dtype=torch.long)
-    raise _unusable_sample(item)
-
-
-def _unusable_sample(item: Any) -> CompressionError:
-    return CompressionError(
-        f"calibration: found a sample of type {type(item).__name__}, expected a text, token ids, a chat or a batch"
-    )
-
-
-def _required(tokenizer: Any, source: str) -> Any:
-    """Return the tokenizer, or raise CompressionError if there is none."""
-    if tokenizer is None:
-        raise CompressionError(f"calibration on {source} needs a tokenizer: compress(model, config, tokenizer=...)")
-    return tokenizer

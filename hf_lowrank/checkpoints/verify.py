@@ -1,5 +1,6 @@
 """Verification of a checkpoint: everything that can be known about it without running it."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,19 +12,17 @@ from typing import Any
 from safetensors import safe_open
 
 from ..execution.files import system_message
-from ..runtime.checksums import CONFIG, config_checksum, file_checksum
+from ..runtime.checksums import CONFIG, LOADING_CODE, config_checksum, file_checksum, recorded_code
 from ..runtime.config_checks import holds_checkpoint, mentions_checkpoint
 from ..runtime.content_checks import check_contents, check_finite_values
 from ..runtime.errors import CheckpointError, CompressionError, printable
 from ..runtime.safetensors_headers import read_headers, read_json, weight_files
-from ..runtime.saving import RUNTIME_FILES
 from ..runtime.validation import dense_shape, validate_checkpoint
 from ..version import __version__
+from .loading_code import loading_code
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Extensions of files that Python may unpickle, which can run code."""
-RUNTIME = Path(__file__).parents[1] / "runtime"
-"""Folder of this installation whose files are saved beside the weights."""
 
 
 @dataclass
@@ -89,20 +88,19 @@ def _attempt(check: Callable[[], None], result: Verification) -> None:
 
 
 def released_runtimes() -> dict[str, dict[str, str]]:
-    """Return the sha256 of the runtime's files by version and file name, for every release and this installation."""
+    """Return the sha256 of the loading code by version and file name, for every release and this installation."""
     released: dict[str, dict[str, str]] = json.loads(
         (files("hf_lowrank") / "data" / "releases.json").read_text(encoding="utf-8")
     )
-    return {**released, __version__: _runtime_checksums(RUNTIME)}
+    return {**released, __version__: {LOADING_CODE: hashlib.sha256(loading_code()).hexdigest()}}
 
 
-def _runtime_checksums(folder: Path) -> dict[str, str]:
-    """Return the sha256 of those of the runtime's files that are in a folder, by file name."""
-    checksums: dict[str, str] = {}
-    for name in RUNTIME_FILES:
-        if (folder / name).is_file():
-            checksums[name] = file_checksum(folder / name)
-    return checksums
+def code_files(folder: Path) -> set[str]:
+    """Return the names of the files of code that belong to a checkpoint, whether they are there or not.
+
+    Checkpoints had one file for every module of the runtime before they had one for all of them. Their configs say so.
+    """
+    return {LOADING_CODE, *recorded_code(folder)}
 
 
 def _check_structure(folder: Path, config: dict[str, Any], result: Verification) -> None:
@@ -146,7 +144,10 @@ def _check_runtime(folder: Path, result: Verification) -> None:
     Raises:
         CheckpointError: if there is loading code that no release has.
     """
-    present = _runtime_checksums(folder)
+    present: dict[str, str] = {}
+    for name in code_files(folder):
+        if (folder / name).is_file():
+            present[name] = file_checksum(folder / name)
     # Without loading code the checkpoint opens with the package alone, and there is no code to distrust.
     if not present:
         result.runtime = "none"
@@ -161,9 +162,9 @@ def _check_runtime(folder: Path, result: Verification) -> None:
     installed = released[__version__]
     changed = sorted(name for name in installed.keys() | present.keys() if present.get(name) != installed.get(name))
     raise CheckpointError(
-        f"{', '.join(changed)}: not those of hf_lowrank {__version__}, nor are the runtime files those of any other "
+        f"{', '.join(changed)}: not that of hf_lowrank {__version__}, nor is the loading code that of any other "
         "release; do not open the checkpoint with trust_remote_code=True, import hf_lowrank instead, which does not "
-        "run them"
+        "run it"
     )
 
 
@@ -171,9 +172,9 @@ def _check_sums(folder: Path, config: dict[str, Any], result: Verification) -> N
     """Compare every file that belongs to the checkpoint with its checksum in the config."""
     recorded = config["quantization_config"].get("checksums") or {}
     weights = {Path(file).name for file in weight_files(str(folder))}
-    runtime = {name for name in RUNTIME_FILES if (folder / name).is_file()}
+    code = {LOADING_CODE} if (folder / LOADING_CODE).is_file() else set()
     # Recorded files can be missing, and present ones can be unrecorded. Both are wrong.
-    for name in sorted({CONFIG} | weights | runtime | recorded.keys()):
+    for name in sorted({CONFIG} | weights | code | recorded.keys()):
         if name not in recorded:
             result.problems.append(
                 f"{name}: has no checksum in {CONFIG}, expected one; save the checkpoint again to record it"

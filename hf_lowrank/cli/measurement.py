@@ -23,7 +23,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="model to evaluate: a folder or a name on the Hub")],
     text: Annotated[list[str] | None, typer.Option(help="one or more text files or datasets (wikitext2, c4)")] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, .jsonl.gz)")
+        list[str] | None,
+        typer.Option(help="one or more of lm-eval's tasks, or files of items (.jsonl, packed or not)"),
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="texts: tokens per window; default: the model's context, at most 2048")

@@ -18,7 +18,7 @@ def distill(
     folder: Annotated[Path, typer.Argument(help="compressed checkpoint")],
     output: Output,
     teacher: Annotated[str, typer.Option(help="the dense model: a folder or a name on the Hub")],
-    text: Annotated[str, typer.Option(help="text file, or a dataset (wikitext2, c4), to train on")],
+    text: Annotated[str, typer.Option(help="file of texts or rows, or a dataset (wikitext2, c4), to train on")],
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 200,
     learning_rate: Annotated[float, typer.Option(help="of AdamW; a cosine takes it to zero")] = 1e-3,
     sequence_length: Annotated[
@@ -36,6 +36,7 @@ def distill(
     from ..execution.output_folder import check_free, new_folder
     from ..models.loading import compression_of, load_config, load_model, load_tokenizer
     from ..runtime.configuration import CompressionConfig
+    from ..training.distillation import BATCH_TOKENS
     from ..training.distillation import distill as train
 
     if steps < 1 or not learning_rate > 0:
@@ -53,7 +54,7 @@ def distill(
     student = load_model(str(folder), "float32", device)
     tokenizer = load_tokenizer(str(folder))
     length = window_length(student, CompressionConfig(sequence_length=sequence_length, seed=seed))
-    rows = windows(token_stream(tokenizer, read_documents(text)), length)
+    rows = windows(token_stream(tokenizer, read_documents(text), enough=steps * BATCH_TOKENS), length)
     start = time.monotonic()
     # The trainer needs a folder for its state even if nobody wants to go on from there.
     with tempfile.TemporaryDirectory() as scratch:

@@ -59,6 +59,8 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
         {
             **plan.config.to_dict(),
             "calibration": describe_calibration(calibration),
+            "samples": sum(batch.sequences for batch in session.tokens),
+            "sequence_length": max(batch.longest for batch in session.tokens) or None,
             "options": options,
             "provenance": provenance,
             "experts": list(plan.expert_banks),

@@ -64,8 +64,10 @@ def compress(
         config: the recipe. By default SLaB at half of the stored bits.
         tokenizer: needed to calibrate on text. It is saved with the compressed model.
         calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a file of texts
-            (plain, or `.jsonl` or `.parquet` with a column `text`), or an iterable of texts, token ids, chats, rows of
-            a dataset, or batches.
+            (plain, or rows with a column `text` or `messages`: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`,
+            `.arrow`, packed or not), or an iterable of texts, token ids, chats, rows of a dataset, or batches. At most
+            `config.samples` sequences of `config.sequence_length` tokens of it are used, and a stream is read only as
+            far as they need.
         work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to
             the same bytes. Delete it, or use it for another run, once the model is saved.
         progress: whether to show a bar on a terminal, or else log a line per block at level INFO.

@@ -13,20 +13,23 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..calibration import calibration_batches
 from ..calibration.batches import sequence_length
-from ..calibration.texts import DATASETS, context_length, read_documents, token_stream, windows
+from ..calibration.texts import DATASETS, read_documents, token_stream, windows
 from ..checkpoints.inspect import inspect
 from ..execution.child_process import ProcessError, run
 from ..execution.locking import locked
 from ..methods import make_method
 from ..models.architectures import find_blocks, find_layers
+from ..models.context import context_length
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
@@ -184,24 +187,32 @@ def check_texts(comparison: Comparison) -> None:
     """Raise CompressionError if a text is shorter than one window of its use, before any work is done."""
     config = load_config(comparison.model)
     dense, tokenizer = skeleton(config), load_tokenizer(comparison.model)
-    window = comparison.window or min(context_length(config) or LONGEST_WINDOW, LONGEST_WINDOW)
-    for text in dict.fromkeys(comparison.texts):
-        _check_length(text, window, tokenizer)
+    window = comparison.window or min(context_length(dense) or LONGEST_WINDOW, LONGEST_WINDOW)
     recipe = CompressionConfig(
-        samples=comparison.samples, sequence_length=comparison.sequence_length, seed=comparison.seed
+        calibration=comparison.calibration,
+        samples=comparison.samples,
+        sequence_length=comparison.sequence_length,
+        seed=comparison.seed,
     )
-    _check_length(comparison.calibration, sequence_length(dense, recipe), tokenizer)
+    sequence_length(dense, recipe)  # raises if it is beyond the context
+    # Datasets are longer than any window.
+    for text in dict.fromkeys(comparison.texts):
+        if text not in DATASETS:
+            with _naming(text):
+                windows(token_stream(tokenizer, read_documents(text), enough=window, most_documents=0), window)
+    if comparison.calibration not in ("self", *DATASETS):
+        with _naming(comparison.calibration):
+            calibration_batches(dense, recipe, tokenizer)
 
 
-def _check_length(text: str, length: int, tokenizer: Any) -> None:
-    """Raise CompressionError if a text file has fewer than `length` tokens. Datasets are longer than any window."""
-    if text == "self" or text in DATASETS:
-        return
-    stream = token_stream(tokenizer, read_documents(text))
+@contextmanager
+def _naming(text: str) -> Iterator[None]:
+    """Put the name of a text before the message of an error that does not begin with it."""
     try:
-        windows(stream, length)
+        yield
     except CompressionError as error:
-        raise CompressionError(f"{text}: {error}") from None
+        message = str(error)
+        raise CompressionError(message if message.startswith(text) else f"{text}: {message}") from None
 
 
 def compare(

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..calibration.texts import DATASETS, read_documents
+from ..calibration.texts import DATASETS, read_rows
 from ..execution.files import one_line, write_atomically
 from ..runtime.checksums import file_checksum
 from ..runtime.errors import CompressionError
@@ -81,5 +81,6 @@ def text_sha256(source: str) -> str | None:
     """
     if source == "self" or source in DATASETS:
         return None
-    read_documents(source)  # raises if the file cannot be read as text
+    for _ in read_rows(source):  # raises if the file cannot be read
+        pass
     return file_checksum(source)

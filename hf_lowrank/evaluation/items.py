@@ -1,12 +1,12 @@
 """Local files of test items, one JSON object per line, with the fields and the prompts of well-known tasks."""
 
-import gzip
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..calibration.files import UNREADABLE, open_text
 from ..runtime.errors import CompressionError
 
 Item = dict[str, Any]
@@ -39,16 +39,17 @@ def read_items(file: Path) -> tuple[Form, list[Item]]:
         raise CompressionError(f"{file}: no such file of items; check the path")
     form: Form | None = None
     items = []
-    open_text = gzip.open if file.suffix == ".gz" else open
     try:
-        with open_text(file, "rt", encoding="utf-8") as lines:
+        with open_text(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{file}, line {number}"
                     item = _parsed(line, where)
                     form = form or _form(item, where)  # the first item decides for the whole file
                     items.append(_converted(form, item, where))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except CompressionError:
+        raise
+    except UNREADABLE as error:
         raise CompressionError(f"{file}: cannot be read as lines of JSON ({error}); get the file again") from error
     if form is None:
         raise CompressionError(f"{file}: holds no items, expected one JSON object per line")

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..calibration.texts import context_length, read_documents, token_stream, windows
+from ..calibration.texts import read_documents, token_stream, windows
+from ..models.context import context_length
 from ..runtime.errors import CompressionError, NumericalError
 
 LONGEST_WINDOW = 2048
@@ -62,10 +63,11 @@ def evaluate(
     max_windows: int | None = None,
     reference: PreTrainedModel | None = None,
 ) -> Evaluation:
-    """Evaluate a model on a text file or on the test split of a dataset.
+    """Evaluate a model on a file of texts or on the test split of a dataset.
 
     Args:
-        source: path of a text file, or the name of a dataset ("wikitext2", "c4").
+        source: path of a file (plain text, or rows with a column `text` or `messages`), or the name of a dataset
+            ("wikitext2", "c4").
         window: tokens per window. The default is the model's context, at most 2048.
         stride: tokens between the starts of two windows. The default is the window. Where windows overlap, each token
             is scored once.
@@ -81,19 +83,24 @@ def evaluate(
     _check_causal(model)
     if reference is not None:
         _check_causal(reference)
-    context = context_length(model.config) or LONGEST_WINDOW
+    context = context_length(model)
     if window is None:
-        window = min(context, LONGEST_WINDOW)
+        window = LONGEST_WINDOW if context is None else min(context, LONGEST_WINDOW)
     if stride is None:
         stride = window
     # A window of one token predicts nothing.
-    if not 1 < window <= context:
+    if context is not None and not 1 < window <= context:
         raise CompressionError(f"window: found {window}, expected 2 to {context}, the model's context")
+    if window < 2:
+        raise CompressionError(f"window: found {window}, expected at least 2")
     if not 1 <= stride <= window:
         raise CompressionError(f"stride: found {stride}, expected 1 to {window}, the window")
     if max_windows is not None and max_windows < 1:
         raise CompressionError(f"max_windows: found {max_windows}, expected at least 1")
-    rows = windows(token_stream(tokenizer, read_documents(source, split="test")), window, stride)
+    # Documents after the last window are not read.
+    enough = None if max_windows is None else window + (max_windows - 1) * stride
+    documents = read_documents(source, split="test")
+    rows = windows(token_stream(tokenizer, documents, enough, most_documents=0), window, stride)
     return evaluate_windows(model, rows[:max_windows], stride, source, reference)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration.texts import context_length
+from ..models.context import context_length
 from ..models.loading import load_model
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
@@ -96,11 +96,14 @@ def _count_layer_kinds(model: PreTrainedModel) -> Counter[tuple[int, int, LayerS
 
 def _prompt_length(source: str, model: PreTrainedModel, prompt: int | None, new: int) -> int:
     """Return the tokens of the prompt, which must leave room for the new ones in the model's context."""
-    context = context_length(model.config) or PROMPT + new
+    context = context_length(model)
+    longest = None if context is None else context - new
     if prompt is None:
-        prompt = min(PROMPT, context - new)
-    if not 1 <= prompt <= context - new:
+        prompt = PROMPT if longest is None else min(PROMPT, longest)
+    if longest is not None and not 1 <= prompt <= longest:
         raise CompressionError(f"{source}: has a context of {context} tokens; give a --prompt and a --new that fit")
+    if prompt < 1:
+        raise CompressionError(f"--prompt: found {prompt}, expected at least 1")
     return prompt
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.layers import CompressedLinear
+from ..runtime.load_hooks import HOOKED
 from .recompression import Truncation, recompress
 
 __all__ = ["Truncation", "extend_peft", "recompress"]
@@ -23,13 +24,15 @@ EXTENDED = "peft.tuners.tuners_utils"
 
 
 def extend_peft() -> None:
-    """Make PEFT use our layers for compressed ones.
+    """Make PEFT use our layers for compressed ones. A second call does nothing.
 
     It is called as soon as `EXTENDED` has been imported, by whatever program. The rest of PEFT is not imported yet
     then, and therefore `injection`, which needs it, is imported with the first adapter.
     """
     tuner: Any = vars(sys.modules[EXTENDED])["BaseTuner"]
     original = tuner.inject_adapter
+    if hasattr(original, HOOKED):
+        return
 
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -39,6 +42,7 @@ def extend_peft() -> None:
         injection = importlib.import_module(".injection", __name__)
         return injection.inject(inject_adapter=inject_as_peft, config=self.peft_config[adapter_name], model=model)
 
+    setattr(inject_adapter, HOOKED, True)
     tuner.inject_adapter = inject_adapter
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 
+from ..checkpoints.verify import code_files
 from ..runtime.errors import CheckpointError
 from ..runtime.reports import CARD_FILE
 from ..runtime.safetensors_headers import read_headers, weight_files
-from ..runtime.saving import RUNTIME_FILES
 from .model_card import make_card, read_config, write_model_card
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _add_tags(card_file: Path, tags: list[str]) -> None:
 
 
 def check_complete(folder: Path) -> None:
-    """Check that `folder` holds what a load needs: a config with auto map, the runtime's files, and readable weights.
+    """Check that `folder` holds what a load needs: a config with auto map, the loading code, and readable weights.
 
     Raises:
         CheckpointError: if something is missing or damaged. The message names the file and the cure.
@@ -115,7 +115,7 @@ def check_complete(folder: Path) -> None:
         raise CheckpointError(
             f"{folder / 'config.json'}: no auto_map, so it opens only with the package; {SAVE_AGAIN}"
         )
-    for name in RUNTIME_FILES:
+    for name in sorted(code_files(folder)):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing, so trust_remote_code=True would fail; {SAVE_AGAIN}")
     if not (folder / "tokenizer_config.json").is_file():

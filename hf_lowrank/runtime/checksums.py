@@ -1,6 +1,6 @@
 """sha256 checksums of a checkpoint's files, recorded in its config when it is saved, so that later changes show.
 
-They are stored by file name in `quantization_config.checksums`: those of the weights, their index, the runtime's files
+They are stored by file name in `quantization_config.checksums`: those of the weights, their index, the loading code
 and config.json itself. The checksum of config.json leaves out the checksums in it and its formatting.
 `weights_checksum` is another one: it depends on the tensors alone, not on the files that hold them.
 """
@@ -16,6 +16,8 @@ from .errors import CheckpointError
 from .safetensors_headers import byte_count, read_header, read_json, weight_files
 
 CONFIG = "config.json"
+LOADING_CODE = "modeling_hf_lowrank.py"
+"""The file of code in a checkpoint, by which it opens where the package is not installed. `auto_map` names it."""
 CHUNK = 1 << 20
 """Number of bytes that are read and hashed at a time."""
 
@@ -70,10 +72,32 @@ def check_weights(files: Sequence[str], recorded: Mapping[str, str]) -> None:
         for file, checksum in zip(recorded_files, pool.map(file_checksum, recorded_files), strict=True):
             name = os.path.basename(file)
             if checksum != recorded[name]:
-                raise CheckpointError(
-                    f"{name}: sha256 is {checksum}, expected {recorded[name]} of when it was saved; "
-                    f"download it again, or, if it was you who changed it, delete its line under checksums in {CONFIG}"
-                )
+                raise checksum_mismatch(name, checksum, recorded[name])
+
+
+def checksum_mismatch(name: str, found: str, expected: str) -> CheckpointError:
+    """Return the error for a file that is not the one that was saved."""
+    return CheckpointError(
+        f"{name}: sha256 is {found}, expected {expected} of when it was saved; "
+        f"download it again, or, if it was you who changed it, delete its line under checksums in {CONFIG}"
+    )
+
+
+def recorded_code(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the checksums of the files of code in a checkpoint, by name, as its config has them.
+
+    Before there was one file of code, a checkpoint had some twenty. A config that cannot be read has none.
+    """
+    try:
+        values = read_json(os.path.join(folder, CONFIG))
+        checksums = dict(values["quantization_config"]["checksums"])
+    except (CheckpointError, OSError, LookupError, TypeError, ValueError):
+        return {}
+    recorded = {}
+    for name, checksum in checksums.items():
+        if name.endswith(".py") and os.path.basename(name) == name:
+            recorded[name] = checksum
+    return recorded
 
 
 def config_checksum(values: Mapping[str, Any]) -> str:
@@ -86,25 +110,25 @@ def config_checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def folder_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, ...]) -> dict[str, str]:
+def folder_checksums(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Return the checksums of a saved checkpoint, by file name in alphabetical order."""
     checksums = {}
     for name in os.listdir(folder):
         file = os.path.join(folder, name)
         # `listdir` gives them in any order, so the result is sorted in the end.
         is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
-        is_runtime = name in runtime_files and os.path.isfile(file)
-        if is_weights or is_runtime:
+        is_code = name == LOADING_CODE and os.path.isfile(file)
+        if is_weights or is_code:
             checksums[name] = file_checksum(file)
     checksums[CONFIG] = config_checksum(read_json(os.path.join(folder, CONFIG)))
     return dict(sorted(checksums.items()))
 
 
-def record_checksums(folder: str | os.PathLike[str], runtime_files: tuple[str, ...]) -> None:
+def record_checksums(folder: str | os.PathLike[str]) -> None:
     """Write the checksums of a saved checkpoint into its config."""
     file = os.path.join(folder, CONFIG)
     values = read_json(file)
-    values["quantization_config"]["checksums"] = folder_checksums(folder, runtime_files)
+    values["quantization_config"]["checksums"] = folder_checksums(folder)
     with open(file, "w", encoding="utf-8") as stream:
         # The format in which transformers writes it, so that nothing but the checksums changes.
         stream.write(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -6,12 +6,12 @@ from typing import Any
 
 import transformers
 
+from .checksums import LOADING_CODE
 from .configuration import QUANT_METHOD
 from .errors import CheckpointError
 from .reports import REPORT_FILE
 from .safetensors_headers import FLOAT_TYPES, StoredTensor, read_json
 
-ENTRY_FILE = "modeling_hf_lowrank.py"
 COUNTED = ("layer", "block", "stage", "depth", "expert", "head", "label")
 """Words in the names of those numbers of a config of which transformers makes as many objects."""
 MOST_COUNTED = 100_000
@@ -31,13 +31,13 @@ def is_compressed(values: Any) -> bool:
         return True
     if not isinstance(entries, dict):
         return False
-    return any(str(entry).startswith("modeling_hf_lowrank.") for entry in entries.values())
+    return any(str(entry).startswith(LOADING_CODE.removesuffix("py")) for entry in entries.values())
 
 
 def holds_checkpoint(folder: str) -> bool:
     """Return whether a compressed model was saved in a folder, whatever has become of its config."""
     # `lexists`, as a link that leads nowhere shows it, too.
-    return any(os.path.lexists(os.path.join(folder, name)) for name in (ENTRY_FILE, REPORT_FILE))
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (LOADING_CODE, REPORT_FILE))
 
 
 def mentions_checkpoint(folder: str) -> bool:
@@ -48,9 +48,12 @@ def mentions_checkpoint(folder: str) -> bool:
     config = os.path.join(folder, "config.json")
     if not os.path.isfile(config):
         return False
-    with open(config, "rb") as stream:
-        # As bytes: what cannot be read may not even be text.
-        return QUANT_METHOD.encode() in stream.read()
+    try:
+        with open(config, "rb") as stream:
+            # As bytes: what cannot be read may not even be text.
+            return QUANT_METHOD.encode() in stream.read()
+    except OSError:
+        return False
 
 
 def check_values(values: Any, key: str = "", depth: int = 0) -> None:

@@ -34,7 +34,8 @@ def hook_configs() -> None:
 
     @wraps(original)
     def get_config_dict(cls: Any, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        # Imported when a model is opened, so that `import hf_lowrank` need not wait for them.
+        if not _can_tell():
+            return original(cls, source, **kwargs)
         from .config_checks import holds_checkpoint, mentions_checkpoint
         from .safetensors_headers import read_json
 
@@ -55,6 +56,19 @@ def hook_configs() -> None:
 
     setattr(get_config_dict, HOOKED, True)
     PreTrainedConfig.get_config_dict = classmethod(get_config_dict)  # type: ignore[method-assign,assignment]
+
+
+def _can_tell() -> bool:
+    """Return whether the modules that tell compressed checkpoints from others can be imported.
+
+    That is when a model is opened, so that `import hf_lowrank` need not wait for them. Where the package is damaged,
+    other models open all the same. Of the damage, the import of the quantizer warns.
+    """
+    try:
+        from .config_checks import holds_checkpoint  # noqa: F401
+    except Exception:
+        return False
+    return True
 
 
 def _check_config(values: Any, folder: str, saved_here: bool) -> None:
@@ -102,11 +116,13 @@ def hook_tokenizers() -> None:
 
     @wraps(original)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        from .config_checks import holds_checkpoint
-
         try:
             return original(cls, source, *args, **kwargs)
         except Exception as error:
+            if not _can_tell():
+                raise
+            from .config_checks import holds_checkpoint
+
             folder = _local_folder(source, kwargs)
             file = os.path.join(folder, "tokenizer_config.json")
             if not holds_checkpoint(folder) or os.path.exists(file):

@@ -1,51 +1,23 @@
-"""The entry that a checkpoint's `auto_map` names, for use with `trust_remote_code=True` and without the package.
+"""Opens a compressed checkpoint where the package hf_lowrank is not installed, by `trust_remote_code=True`.
 
-Each class here is named `Compressed` and then like an Auto class of transformers. It registers the plugin and hands
-over to that Auto class, so that the native class (such as `LlamaForCausalLM`) comes back. Where the package
-`hf_lowrank` is installed, it is used instead of the files beside this one, which are then not even imported.
+Each class that the `auto_map` of config.json names is called `Compressed` and then like an Auto class of transformers.
+It registers the plugin and hands over to that Auto class, so that the native class (such as `LlamaForCausalLM`) comes
+back. Where the package is installed, it is used instead of the code in this file.
 """
 
-import importlib
-import importlib.util
-from typing import TYPE_CHECKING, Any
+import hashlib
+from pathlib import Path
+from typing import Any
 
 import transformers
+from transformers import PreTrainedConfig
 
-# This block is never run. Transformers copies the files that are imported relatively, and its older versions 5.x only
-# those that this very file imports. So every file of the runtime must be named here.
-if TYPE_CHECKING:
-    from .checksums import record_checksums  # noqa: F401
-    from .compressed_linear import CompressedLinear  # noqa: F401
-    from .config_checks import is_compressed  # noqa: F401
-    from .configuration import CompressionConfig  # noqa: F401
-    from .content_checks import check_contents  # noqa: F401
-    from .errors import CompressionError  # noqa: F401
-    from .experts import ExpertBank  # noqa: F401
-    from .layer_spec import LayerSpec  # noqa: F401
-    from .layers import SparseLowRankLinear  # noqa: F401
-    from .load_hooks import hook_configs  # noqa: F401
-    from .ops import bitmask_linear  # noqa: F401
-    from .packing import pack_bits  # noqa: F401
-    from .pivoting import pivot  # noqa: F401
-    from .plain_ops import plain_bitmask_linear  # noqa: F401
-    from .quantization import Quantized  # noqa: F401
-    from .quantized_ops import quantized_linear  # noqa: F401
-    from .quantizer import CompressionQuantizer  # noqa: F401
-    from .reports import read_report  # noqa: F401
-    from .safetensors_headers import read_header  # noqa: F401
-    from .saving import CompleteSave  # noqa: F401
-    from .skeletons import make_skeleton  # noqa: F401
-    from .validation import validate_files  # noqa: F401
+from .checksums import LOADING_CODE, checksum_mismatch
+from .quantizer import register
+from .saving import CompleteSave
 
-
-def _register() -> None:
-    """Make transformers know the plugin, by the installed package if there is one."""
-    if importlib.util.find_spec("hf_lowrank") is not None:
-        importlib.import_module("hf_lowrank")
-        return
-    from .quantizer import register
-
-    register()
+# What a model writes that was opened by this code. Git may have changed the ends of the lines.
+CompleteSave.own_code = Path(__file__).read_bytes().replace(b"\r\n", b"\n")
 
 
 class _Entry:
@@ -59,8 +31,16 @@ class _Entry:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Register the plugin, and open the checkpoint by the Auto class."""
-        _register()
+        """Register the plugin, and open the checkpoint by the Auto class.
+
+        Raises:
+            CheckpointError: if this file is not the one that was saved with the checkpoint.
+        """
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)[0]
+        _check_own_code(config)
+        register()
         # This very code has been trusted already. With True, transformers would come back here for ever.
         kwargs["trust_remote_code"] = False
         # For the folder of an adapter, transformers passes its base model here and says where the adapter lies. It
@@ -72,6 +52,17 @@ class _Entry:
         if adapter_path not in (None, pretrained_model_name_or_path):
             model.load_adapter(adapter_path, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
         return model
+
+
+def _check_own_code(config: dict[str, Any] | PreTrainedConfig) -> None:
+    """Raise CheckpointError if a checkpoint's config has another checksum for this file. It may have none."""
+    values = config if isinstance(config, dict) else vars(config)
+    recorded = values.get("quantization_config")
+    checksums = recorded.get("checksums") if isinstance(recorded, dict) else None
+    expected = checksums.get(LOADING_CODE) if isinstance(checksums, dict) else None
+    found = hashlib.sha256(CompleteSave.own_code).hexdigest()
+    if expected is not None and found != expected:
+        raise checksum_mismatch(LOADING_CODE, found, expected)
 
 
 def __getattr__(name: str) -> type[_Entry]:

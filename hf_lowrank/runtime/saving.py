@@ -1,5 +1,6 @@
-"""Saves with a compressed model what it needs elsewhere: the runtime's files, the auto map, tokenizer and report."""
+"""Saves with a compressed model what it needs elsewhere: the loading code, the auto map, tokenizer and report."""
 
+import hashlib
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import transformers
 from transformers.utils import cached_file
 
-from .checksums import file_checksum, record_checksums
+from .checksums import LOADING_CODE, file_checksum, record_checksums, recorded_code
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layers import CompressedLinear
@@ -28,32 +29,6 @@ from .reports import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RUNTIME_FILES = (
-    "checksums.py",
-    "compressed_linear.py",
-    "config_checks.py",
-    "configuration.py",
-    "content_checks.py",
-    "errors.py",
-    "experts.py",
-    "layer_spec.py",
-    "layers.py",
-    "load_hooks.py",
-    "modeling_hf_lowrank.py",
-    "ops.py",
-    "packing.py",
-    "pivoting.py",
-    "plain_ops.py",
-    "quantization.py",
-    "quantized_ops.py",
-    "quantizer.py",
-    "reports.py",
-    "safetensors_headers.py",
-    "saving.py",
-    "skeletons.py",
-    "validation.py",
-)
-ENTRY_MODULE = "modeling_hf_lowrank"
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves. Its own constant lies in a module that imports PEFT."""
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
@@ -64,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
-    """Describes what the installed package adds to a save: the model card and the upload."""
+    """Describes what the installed package adds to a save: the loading code, the model card and the upload."""
+
+    def loading_code(self) -> bytes:
+        """Return the file of code that a checkpoint carries, `modeling_hf_lowrank.py`."""
 
     def write_card(self, folder: Path, name: str | None) -> None:
         """Write the card of the checkpoint in `folder`. `name` is what `from_pretrained` will call the checkpoint."""
@@ -82,6 +60,7 @@ class CompleteSave:
     Attributes:
         publisher: set by the package. The runtime alone carries over the card of the checkpoint that the model came
             from, and leaves pushing to transformers.
+        own_code: set by the code in a checkpoint: the file that it is in. Its saves write the same file.
         tokenizer: saved with the model. None to take that of the checkpoint that the model came from.
         report: the report of a compression in this process, which every save writes. None if the model was loaded.
         source_report: the report of the checkpoint that the model came from, kept once `current_report` has read it.
@@ -93,6 +72,7 @@ class CompleteSave:
     """
 
     publisher: ClassVar[Publisher | None] = None
+    own_code: ClassVar[bytes] = b""
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
@@ -140,9 +120,9 @@ class CompleteSave:
         _check_arguments(folder, kwargs)
         record_layers(model)
         model.config.auto_map = auto_map(model)
-        here = Path(__file__).parent
-        # Those of all files take their place as soon as these are written.
-        model.config.quantization_config.checksums = {name: file_checksum(here / name) for name in RUNTIME_FILES}
+        # Those of all files take its place as soon as these are written.
+        checksum = hashlib.sha256(loading_code()).hexdigest()
+        model.config.quantization_config.checksums = {LOADING_CODE: checksum}
         if is_main_process and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             self.write_companions(folder)
@@ -153,7 +133,7 @@ class CompleteSave:
         hub_options = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         self.native_save(save_directory, state_dict, is_main_process=is_main_process, **kwargs)
         if is_main_process and folder.is_dir():
-            record_checksums(folder, RUNTIME_FILES)
+            record_checksums(folder)
             self.publish(folder, name, push_to_hub, token=kwargs.get("token"), **hub_options)
 
     def publish(self, folder: Path, name: str | None, push_to_hub: bool, **hub_options: Any) -> None:
@@ -193,15 +173,15 @@ class CompleteSave:
             self.state_dict = None
 
     def write_companions(self, folder: Path) -> None:
-        """Write the runtime's files, the report, the tokenizer and the card to a folder.
+        """Write the loading code, the report, the tokenizer and the card to a folder.
 
         Report, tokenizer and card come from the checkpoint that the model came from, where there are no others.
         """
-        write_runtime(folder)
+        write_loading_code(folder)
         # A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the one
         # above, and uploads that one.
         if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
-            write_runtime(folder.parent)
+            write_loading_code(folder.parent)
         if self.report is not None:
             write_report(folder, self.report)
         else:
@@ -297,12 +277,22 @@ class CompletePush:
             return self.publisher.upload(Path(folder), repo_id, **options)
 
 
-def write_runtime(folder: Path) -> None:
-    """Copy the runtime's files, which lie beside this one, to a folder."""
-    here = Path(__file__).parent
-    if here.resolve() != folder.resolve():
-        for name in RUNTIME_FILES:
-            shutil.copyfile(here / name, folder / name)
+def loading_code() -> bytes:
+    """Return the file of code that a save writes, made by the package, or else the one that this very code is in."""
+    publisher = CompleteSave.publisher
+    return CompleteSave.own_code if publisher is None else publisher.loading_code()
+
+
+def write_loading_code(folder: Path) -> None:
+    """Write the loading code to a folder, in place of what an earlier save has left there.
+
+    Once that was some twenty files. Those that nobody has changed since are removed.
+    """
+    for name, checksum in recorded_code(folder).items():
+        file = folder / name
+        if name != LOADING_CODE and file.is_file() and file_checksum(file) == checksum:
+            file.unlink()
+    (folder / LOADING_CODE).write_bytes(loading_code())
 
 
 def record_layers(model: "PreTrainedModel") -> None:
@@ -329,10 +319,11 @@ def record_layers(model: "PreTrainedModel") -> None:
 
 def auto_map(model: "PreTrainedModel") -> dict[str, str]:
     """Return the `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
-    entries = {"AutoConfig": f"{ENTRY_MODULE}.CompressedAutoConfig"}
+    module = LOADING_CODE.removesuffix(".py")
+    entries = {"AutoConfig": f"{module}.CompressedAutoConfig"}
     for name in AUTO_CLASSES:
         if type(model.config) in getattr(transformers, name)._model_mapping:
-            entries[name] = f"{ENTRY_MODULE}.Compressed{name}"
+            entries[name] = f"{module}.Compressed{name}"
     return entries
 
 

@@ -17,11 +17,14 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.utils import set_weight_attrs
 
+from ..registration import attempt
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from ..runtime.content_checks import check_contents
 from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.layers import CompressedLinear, build_layer
 
+LOSS = "vLLM serves no compressed checkpoints"
+"""What does not work where the format cannot be registered."""
 SHARDS = {"q": 0, "k": 1, "v": 2}
 """vLLM's names of the shards of an attention projection, with their positions. It names other shards by position."""
 DENSE = "hf-lowrank dense DIR -o OUT writes a checkpoint that vLLM serves by itself"
@@ -29,8 +32,11 @@ DENSE = "hf-lowrank dense DIR -o OUT writes a checkpoint that vLLM serves by its
 
 
 def register() -> None:
-    """Register the format with vLLM, which calls this in each of its processes, and in some of them more than once."""
-    register_quantization_config(QUANT_METHOD)(CompressedCheckpoint)
+    """Register the format with vLLM, which calls this in each of its processes, and in some of them more than once.
+
+    vLLM would not start with what is raised here, so whatever goes wrong is a warning.
+    """
+    attempt(lambda: register_quantization_config(QUANT_METHOD)(CompressedCheckpoint), LOSS)
 
 
 class CompressedCheckpoint(QuantizationConfig):

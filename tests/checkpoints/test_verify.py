@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hf_lowrank import CheckpointError, CompressionError, cli
 from hf_lowrank.checkpoints.verify import verify
-from hf_lowrank.runtime.saving import RUNTIME_FILES
+from hf_lowrank.runtime.checksums import LOADING_CODE
 from tests.fuzz.checkpoints import save_checkpoints
 from tests.fuzz.mutations import CANARY, code
 
@@ -268,7 +268,7 @@ def test_the_checkpoints_code_never_runs_where_the_package_is(
     verification = verify(folder)
     assert not (tmp_path / "canary").exists()  # the code of the checkpoint would have written it
     assert verification.runtime == "unknown"
-    assert any("layers.py" in problem and "trust_remote_code" in problem for problem in verification.problems)
+    assert any(LOADING_CODE in problem and "trust_remote_code" in problem for problem in verification.problems)
 
 
 def test_what_is_not_ours_passes_untouched(tmp_path: Path) -> None:
@@ -292,11 +292,11 @@ def test_the_command(copy_of: Callable[[str], Path]) -> None:
     result = CliRunner().invoke(cli.app, ["verify", str(folder)])
     assert result.exit_code == 0 and "verdict: sound" in result.stdout
     os.truncate(folder / "model.safetensors", 100)
-    (folder / RUNTIME_FILES[0]).unlink()
+    (folder / LOADING_CODE).write_text("changed = True")
     result = CliRunner().invoke(cli.app, ["verify", str(folder)])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and "not sound" in result.stderr
-    assert "model.safetensors" in result.stdout and RUNTIME_FILES[0] in result.stdout
+    assert "model.safetensors" in result.stdout and LOADING_CODE in result.stdout
     assert json.loads(CliRunner().invoke(cli.app, ["verify", str(folder), "--json"]).stdout)["problems"]
     with pytest.raises(CompressionError, match="no such folder"):
         verify(folder / "nowhere")

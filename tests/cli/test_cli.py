@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
@@ -220,6 +221,40 @@ def test_a_text_shorter_than_one_sequence_is_one_line(dense: Path, tmp_path: Pat
         "the text has 6 tokens, fewer than one window of 32", "compress", dense, "-o", tmp_path / "output", *arguments
     )
     assert list(tmp_path.iterdir()) == [short]
+
+
+def test_rows_of_any_format_are_measured_as_their_texts(dense: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": tiny_models.text(8), "url": [f"https://example.org/{i}" for i in range(8)]})
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "ROWS.JSON").write_text(json.dumps(rows.to_list()))
+    options = ["--window", 32, "--max-windows", 4, "--json"]
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet", "ROWS.JSON"):
+        options += ["--text", tmp_path / name]
+    figures = json.loads(run("evaluate", dense, *options).stdout)
+    assert len({figure["nll"] for figure in figures}) == 1 and len(figures) == 4
+
+
+def test_rows_that_are_no_text_are_one_line_in_every_command(
+    dense: Path, compressed: Path, text: Path, tmp_path: Path
+) -> None:
+    bad, other, output = tmp_path / "bad.jsonl", tmp_path / "other.csv", tmp_path / "output"
+    bad.write_text('{"text": "good"}\n{"text": ["a", "b"]}\n', encoding="utf-8")
+    other.write_text("content,id\nwords,1\n", encoding="utf-8")
+    messages = {
+        bad: f"{bad}: row 2: the column text holds list (['a', 'b']), expected a text",
+        other: "content, id",
+        tmp_path: f"{tmp_path}: is a folder; name one file",
+    }
+    for file, message in messages.items():
+        fails(message, "compress", dense, "-o", output, "--calibration", file, *QUICK)
+        fails(message, "evaluate", dense, "--text", file)
+        fails(message, "distill", compressed, "--teacher", dense, "--text", file, "-o", output)
+        comparison = ["compare", dense, "--methods", "wanda", "--ratios", 0.3, "--out", output]
+        fails(message, *comparison, "--text", file)
+        fails(message, *comparison, "--text", text, "--calibration", file)
+    assert sorted(tmp_path.iterdir()) == [bad, other]
 
 
 def test_a_source_that_is_no_model_is_one_line(dense: Path, compressed: Path, text: Path, tmp_path: Path) -> None:

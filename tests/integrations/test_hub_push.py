@@ -17,8 +17,8 @@ from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.publishing.hub import check_complete
 from hf_lowrank.publishing.measurements import text_quality
 from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, write_model_card
+from hf_lowrank.runtime.checksums import LOADING_CODE
 from hf_lowrank.runtime.reports import REPORT_FILE
-from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support.hub_card import check_card
 from tests.support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from tests.support.hub_storage import Repository
@@ -141,7 +141,7 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
     hub.client(PUSH_MODEL, "plugin", folder, "tester/first", home=tmp_path / "a", token=WRITE_TOKEN)
     hub.client(PUSH_MODEL, "remote code", "tester/first", "tester/second", home=tmp_path / "b", token=WRITE_TOKEN)
     expected = {
-        *RUNTIME_FILES,
+        LOADING_CODE,
         "README.md",
         REPORT_FILE,
         "config.json",
@@ -164,13 +164,13 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "ops.py").unlink(), "ops.py: missing"),
+        (lambda folder: (folder / LOADING_CODE).unlink(), f"{LOADING_CODE}: missing"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "(safetensors: missing|holds neither)"),
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"\x10"), "not a safetensors file"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "the model is dense"),
     ],
-    ids=["no runtime file", "no shard", "truncated shard", "no config", "dense"],
+    ids=["no loading code", "no shard", "truncated shard", "no config", "dense"],
 )
 def test_an_incomplete_checkpoint_is_not_pushed(folder, damage, message):
     check_complete(folder)

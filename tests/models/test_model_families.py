@@ -50,7 +50,7 @@ OPTIONS = {"slab": {"iterations": 2}}
 
 def recipe(method: str = "slab", ratio: float = 0.5, **options: Any) -> CompressionConfig:
     return CompressionConfig(
-        method=method, ratio=ratio, samples=4, sequence_length=12, options=OPTIONS.get(method, {}) | options
+        method=method, ratio=ratio, samples=9, sequence_length=28, options=OPTIONS.get(method, {}) | options
     )
 
 

@@ -36,7 +36,7 @@ EXPERTS = 4
 
 def recipe(method: str = "slab", ratio: float = 0.4, **options: Any) -> CompressionConfig:
     options = options or {"slab": {"iterations": 2}, "sola": {"skip_blocks": 0}}.get(method, {})
-    return CompressionConfig(method=method, ratio=ratio, samples=4, sequence_length=12, options=options)
+    return CompressionConfig(method=method, ratio=ratio, samples=8, sequence_length=12, options=options)
 
 
 def compressed(family: str, config: CompressionConfig | None = None) -> PreTrainedModel:

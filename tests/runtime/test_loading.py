@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Llam
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import CheckpointError, CompressedLinear, CompressionConfig, CompressionError, LayerSpec, compress
+from hf_lowrank.runtime.checksums import LOADING_CODE
 from hf_lowrank.runtime.layers import build_layer
 from hf_lowrank.runtime.quantizer import CompressionQuantizer, attach, swap_module
-from hf_lowrank.runtime.saving import RUNTIME_FILES
 from tests.support import tiny_models
 from tests.support.fresh_process import open_elsewhere
 from tests.support.torchrun import torchrun_variables
@@ -53,7 +53,7 @@ def test_the_native_class_comes_back_with_equal_logits(checkpoint: Checkpoint) -
 def test_a_loaded_model_is_saved_again_as_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:
     checkpoint.load().save_pretrained(tmp_path / "again")
     assert_same(checkpoint.load().from_pretrained(tmp_path / "again"), checkpoint)
-    for name in ("model.safetensors", *RUNTIME_FILES):
+    for name in ("model.safetensors", LOADING_CODE):
         assert (tmp_path / "again" / name).read_bytes() == (checkpoint.folder / name).read_bytes()
     first = json.loads((checkpoint.folder / "config.json").read_text())
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == first
@@ -108,7 +108,7 @@ def test_a_copy_of_the_model_saves_itself_completely(
     with torch.no_grad():
         twin.model.norm.weight.mul_(2)
     twin.save_pretrained(tmp_path)
-    assert all((tmp_path / name).is_file() for name in RUNTIME_FILES)
+    assert (tmp_path / LOADING_CODE).is_file()
     assert torch.equal(answer(slab.load().from_pretrained(tmp_path)), answer(twin))
     assert not torch.equal(answer(twin), slab.logits)
 
@@ -134,7 +134,7 @@ def test_dequantize_gives_an_ordinary_dense_model(checkpoint: Checkpoint, tmp_pa
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in saved
     assert "auto_map" not in saved
-    assert {file.name for file in tmp_path.iterdir()}.isdisjoint(RUNTIME_FILES)
+    assert not (tmp_path / LOADING_CODE).exists()
     assert torch.equal(answer(type(dense).from_pretrained(tmp_path)), answer(dense))
 
 

@@ -38,6 +38,9 @@ def open_elsewhere(
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": str(PROJECT) if installed else "",
     }
+    if not installed:
+        # The package may still be registered as installed, without being found.
+        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     finished = subprocess.run(
         [sys.executable, __file__, request],
         cwd=home,

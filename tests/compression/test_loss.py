@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.calibration import TokenBatch, backward, batches, calibration_batches
+from hf_lowrank.calibration.block_inputs import PROBE_TOKENS
 from hf_lowrank.compression import loss
 from hf_lowrank.compression.checks import check_predicts_next_token
 from hf_lowrank.compression.pipeline import capture_inputs
@@ -152,6 +153,6 @@ def test_the_logits_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) 
     model = tiny_models.llama()
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape[:-1].numel()))
-    compress(model, CompressionConfig("lowrank", 0.4, samples=2, sequence_length=24), calibration=texts())
-    assert max(rows) <= backward.probe_batch(calibration_batches(model, CompressionConfig(), None, texts())[0]).tokens
+    compress(model, CompressionConfig("lowrank", 0.4, samples=6, sequence_length=12), calibration=texts())
+    assert max(rows) <= PROBE_TOKENS
     assert sum(rows) >= 72

@@ -34,6 +34,10 @@ MakeSums = Callable[[Mapping[str, nn.Module]], GradientSums]
 """Makes empty sums over the gradients at some layers."""
 
 
+class WholeModelNeeded(CompressionError):
+    """The blocks of a model are on disk, and they turn out to be needed all at once."""
+
+
 class LossGradients:
     """The gradients of the loss at the layers of each block, from the last block to the first.
 
@@ -45,7 +49,7 @@ class LossGradients:
         make_sums: makes the sums that are taken over the gradients.
 
     Raises:
-        CompressionError: if the blocks are on disk, and the gradients need the whole model at once.
+        WholeModelNeeded: if the blocks are on disk, and the gradients need all of them at once.
     """
 
     def __init__(
@@ -64,9 +68,9 @@ class LossGradients:
         self._is_chain = all(session.group.gather(self._head is not None or not batches))
         self._of_all_blocks: dict[str, Tensor] | None = None  # of a model that is no chain
         if session.offloaded is not None and not self._is_chain:
-            raise CompressionError(
-                f"{type(session.model).__name__}: its loss does not depend on the blocks one after the other; "
-                f"for {session.method.name} the model must be in memory as a whole"
+            raise WholeModelNeeded(
+                f"{type(session.model).__name__} has its blocks on disk and must be in memory as a whole: "
+                "its loss reads more of the blocks than what the last one gives for each token"
             )
 
     def keep_inputs(self, index: int) -> None:

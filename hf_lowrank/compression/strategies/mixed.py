@@ -41,7 +41,7 @@ from ..resume import FINAL_STAGE
 from ..session import BlockVisit, Session
 from ..solving import report_on, solve_layers, survey_layers
 from ..walk import Stage, walk, walk_back
-from .base import Passes, Strategy
+from .base import Passes, Strategy, statistics_input
 
 
 class Mixed(Strategy):
@@ -69,8 +69,14 @@ class Mixed(Strategy):
 
     @staticmethod
     def passes(method: Method) -> Passes:
-        """The capture, the statistics, the dense passes, and the passes up to each layer of a block."""
-        return Passes(forward=5, sums=3)
+        """The capture, the statistics, the passes back, the dense passes, and those up to each layer of a block."""
+        return Passes(forward=6, sums=2)
+
+    @staticmethod
+    def survey_bytes(layers: list[Layer]) -> int:
+        """The compact statistics of every layer stay in the work folder until they are built."""
+        inputs = {(layer.block, statistics_input(layer)): layer.in_features for layer in layers}
+        return sum(2 * n**2 for n in inputs.values()) + sum(layer.out_features**2 for layer in layers)
 
 
 def choose(

@@ -17,7 +17,7 @@ JITTER = 1e-9
 RESIDUAL = 1e-5
 """Residual at which conjugate gradients stop, relative to the right side. The error that it leaves is its square."""
 
-STORED_RESIDUAL = 1e-3
+STORED_RESIDUAL = 3e-4
 """Residual at which conjugate gradients stop for values that are stored. Rounding to 16 bits errs by more."""
 
 ROUGH_RESIDUAL = 1e-2
@@ -39,9 +39,9 @@ OUTPUT_WEIGHT_DAMPING = 0.1
 """Share of the mean of the output Gram matrix's diagonal that is added to it, so that every output counts."""
 
 # ADMM with a penalty ρ that grows, after 3BASiL (arXiv 2603.01376). Values are for a C with a diagonal of ones.
-ADMM_STEPS = 14
+ADMM_STEPS = 20
 FIRST_PENALTY = 0.1
-PENALTY_GROWTH = 1.6
+PENALTY_GROWTH = 1.4
 STEPS_PER_PENALTY = 3
 
 

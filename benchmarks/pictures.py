@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from hf_lowrank.execution.files import short_path
+from hf_lowrank.runtime.privacy import public_name
 
 OURS = ("lowrank", "slab-gram", "auto")
 SYSTEMS = {"slab": "SLaB", "sola": "SoLA", "soco": "SoCo"}
@@ -97,7 +97,7 @@ def main() -> None:
     panels = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
     for number, (axes, text) in enumerate(zip(panels, texts, strict=True)):
         draw(axes, points(results, number, arguments.quantized_below))
-        axes.set_title(short_path(text), fontsize=10)
+        axes.set_title(public_name(text), fontsize=10)
         axes.margins(x=0.12, y=0.1)
     panels[0].set_ylabel("nats lost per token (lower is better)")
     figure.suptitle(arguments.title, fontsize=11)

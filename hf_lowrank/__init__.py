@@ -100,6 +100,9 @@ class _Publisher:
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
         return _import(".publishing.hub").upload(folder, repo_id, **options)
 
+    def push(self, save: Any, repo_id: str, **options: Any) -> Any:
+        return _import(".publishing.hub").push_model(save, repo_id, **options)
+
 
 def _add_publisher() -> None:
     """Let saved models have loading code and a card, and let `push_to_hub` upload all that belongs to them."""
@@ -130,6 +133,11 @@ registration.after_import(f"{__name__}.runtime.quantizer", _register_quantizer)
 _UNOPENED = "compressed checkpoints do not open"
 registration.after_foreign_import(
     "transformers.configuration_utils", lambda: _import(".runtime.load_hooks").hook_configs(), _UNOPENED
+)
+registration.after_foreign_import(
+    "transformers.modeling_utils",
+    lambda: _import(".runtime.load_hooks").hook_models(),
+    "the subfolder that a model was loaded from is not known",
 )
 registration.after_foreign_import(
     "transformers.tokenization_utils_base",

@@ -14,6 +14,7 @@ from .batches import TokenBatch, fingerprint, split_into_passes
 from .block_inputs import capture
 from .blocks import (
     BlockBatch,
+    BlockCall,
     Carrier,
     block_statistics,
     compressed_input_sums,
@@ -31,6 +32,7 @@ from .unigrams import with_unigram_sequences
 __all__ = [
     "ActivationCache",
     "BlockBatch",
+    "BlockCall",
     "CachedTensor",
     "Carrier",
     "CorrectionSums",

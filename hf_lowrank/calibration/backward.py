@@ -18,7 +18,7 @@ from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch, split_into_passes
 from .block_inputs import probe_batch, skipping_blocks
-from .blocks import BlockBatch, ExtraOutputs, hidden_states, run_block
+from .blocks import BlockBatch, BlockCall, ExtraOutputs, hidden_states, run_block
 from .gradients import GradientSums, frozen_parameters
 from .hooks import temporary_hooks
 
@@ -235,24 +235,29 @@ def chain_head(model: PreTrainedModel, blocks: dict[str, nn.Module], batches: Se
     first = batches[0]
     called = [name for name, call in zip(blocks, first.calls, strict=True) if call is not None]
     for batch in batches:
-        starts = [call for call in batch.calls if call is not None and call.start is not None]
-        if batch.extra_outputs is None or len(starts) != 1:
+        calls: list[BlockCall] = []
+        for call in batch.calls:
+            if call is not None:
+                calls += [call, *call.repeats]
+        if batch.extra_outputs is None or sum(call.start is not None for call in calls) != 1:
             return None
     assert first.extra_outputs is not None and first.source is not None
     probe, last, run = TokenBatch(probe_batch(first.source).input_ids), called[-1], cast(Any, model)
     outputs: list[Tensor] = []
 
     def keep_output(block: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(hidden_states(output))
+        states = hidden_states(output)
+        assert states is not None, "checked when the block was captured"
+        outputs.append(states)
 
     with temporary_hooks([blocks[last].register_forward_hook(keep_output)]):
         expected = run(**probe.arguments(model)).logits
     head = Head(model, blocks, last, first.extra_outputs, expected.shape[-1])
-    if outputs[0].shape[:2] != probe.input_ids.shape:
+    if outputs[-1].shape[:2] != probe.input_ids.shape:
         return None
     # A part in the middle also shows that the head does not depend on the position of a token.
     part = slice(probe.input_ids.shape[1] // 2, None)
-    found = head.logits(probe.input_ids[0, part].to(model.device), outputs[0][0, part])
+    found = head.logits(probe.input_ids[0, part].to(model.device), outputs[-1][0, part])
     error = (found.float() - expected[0, part].float()).norm() / expected[0, part].float().norm()
     return head if float(error) < torch.finfo(model.dtype).eps ** 0.5 else None
 

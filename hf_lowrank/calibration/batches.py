@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ..models.architectures import input_embeddings, main_input
 from ..models.context import context_length
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
@@ -104,12 +105,13 @@ def _accepts_use_cache(model: PreTrainedModel) -> bool:
 def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
     """Raise CompressionError if the model cannot read one of the batches."""
     context = context_length(model)
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
+    needed = main_input(model)
     for batch in batches:
         # Embeddings may stand in place of the main input.
-        if batch.inputs.keys().isdisjoint({model.main_input_name, "inputs_embeds"}):
+        if batch.inputs.keys().isdisjoint({needed, "inputs_embeds"}):
             raise CompressionError(
-                f"calibration: {type(model).__name__} reads {model.main_input_name}; give batches that have it "
+                f"calibration: {type(model).__name__} reads {needed}; give batches that have it "
                 f"(found {', '.join(batch.inputs) or 'nothing'})"
             )
         if context is not None and batch.input_ids.shape[1] > context:
@@ -276,7 +278,7 @@ def with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch
     # T5 and others start their decoders with the padding token.
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
-        start = model.config.pad_token_id or 0
+        start = getattr(model.config, "pad_token_id", None) or 0
     first = torch.full_like(text[:, :1], start)
     others["decoder_input_ids"] = torch.cat([first, text[:, :-1]], dim=1)
     if mask is not None and not bool(mask.all()):

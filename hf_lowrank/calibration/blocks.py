@@ -5,6 +5,7 @@ A block is run with the arguments with which the model called it (see `block_inp
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,9 @@ class BlockCall(NamedTuple):
             decoder. None if they are the output of the block before it.
         mask: (B, T) of the hidden states that count. None if all count.
         context: the encoder states that a block of a decoder reads. None for other blocks.
+        place: where the hidden states belong among the arguments: a position, or a keyword.
+        repeats: the further calls of a block that a model runs several times (ALBERT), in order. One without `start`
+            goes on from the output of the call before it.
     """
 
     args: tuple[Any, ...]
@@ -36,6 +40,18 @@ class BlockCall(NamedTuple):
     start: CachedTensor | None = None
     mask: Tensor | None = None
     context: Context | None = None
+    place: int | str = 0
+    repeats: tuple["BlockCall", ...] = ()
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the block in this way once, and return its hidden states, (B, T, d)."""
+        if isinstance(self.place, str):
+            output = block(*self.args, **self.kwargs, **{self.place: hidden})
+        else:
+            output = block(*self.args[: self.place], hidden, *self.args[self.place :], **self.kwargs)
+        states = hidden_states(output)
+        assert states is not None, "checked when the block was captured"
+        return states
 
 
 class Carrier(Protocol):
@@ -156,7 +172,7 @@ def _name_hook(called: set[str], name: str) -> Callable[..., None]:
 
 
 def run_block(block: nn.Module, index: int, batch: BlockBatch, hidden: Tensor | None = None) -> Tensor:
-    """Run a block on a batch as the model called it, and return its hidden states, (B, T, d).
+    """Run a block on a batch as the model called it, as often as it did, and return its hidden states, (B, T, d).
 
     If the model did not call the block, the hidden states that it would get are returned unchanged.
 
@@ -168,12 +184,33 @@ def run_block(block: nn.Module, index: int, batch: BlockBatch, hidden: Tensor | 
         hidden = batch.hidden
     if call is None:
         return hidden
-    return hidden_states(block(hidden, *call.args, **call.kwargs))
+    hidden = call.run(block, hidden)
+    for repeat in call.repeats:
+        if repeat.start is not None:
+            hidden = repeat.start.tensor
+        hidden = repeat.run(block, hidden)
+    return hidden
 
 
-def hidden_states(output: Any) -> Any:
-    """Return the hidden states of a block's output, which some blocks return together with other things."""
-    return output[0] if isinstance(output, tuple) else output
+def hidden_states(output: Any) -> Tensor | None:
+    """Return the hidden states of a block's output. None if there are none.
+
+    They are the output itself, or the first tensor in a tuple, list, dictionary or dataclass.
+    """
+    if isinstance(output, Tensor):
+        return output
+    parts: list[Any] = []
+    if isinstance(output, Mapping):
+        parts = [output.get("hidden_states"), output.get("last_hidden_state"), *output.values()]
+    elif isinstance(output, (list, tuple)):
+        parts = list(output)
+    elif is_dataclass(output):
+        parts = list(vars(output).values())
+    for part in parts:
+        states = hidden_states(part)
+        if states is not None:
+            return states
+    return None
 
 
 def block_statistics(

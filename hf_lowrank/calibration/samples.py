@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..models.architectures import main_input, without_head
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from .batches import (
@@ -72,7 +73,8 @@ def calibration_batches(
             these, naming it.
     """
     batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
-    if model.config.is_encoder_decoder:
+    # Some detectors call themselves encoder-decoders, too, and have no text to decode.
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         batches = [with_decoder_inputs(model, batch) for batch in batches]
     # An input that the model cannot read is an error before any work is done.
     check_inputs(model, batches)
@@ -128,7 +130,7 @@ def _first_sample(rows: Iterable[Any], model: PreTrainedModel, source: str) -> t
         if isinstance(row, Mapping) and text_column(row) is None:
             raise CompressionError(
                 f"{source}: found samples with the fields {', '.join(map(str, row))}; expected text or messages, or "
-                f"what {type(model).__name__} reads, such as {model.main_input_name}"
+                f"what {type(model).__name__} reads, such as {main_input(model)}"
             )
     raise CompressionError(f"{source}: all samples are empty")
 
@@ -275,7 +277,7 @@ def _batch_from_inputs(item: Mapping[str, Any], model: PreTrainedModel, where: s
 
 def _readable_inputs(model: PreTrainedModel) -> set[str]:
     """Return the names of the inputs that a model reads. A mask by itself is none."""
-    readable = {*inspect.signature(model.base_model.forward).parameters, "input_ids"} - {"attention_mask"}
+    readable = {*inspect.signature(without_head(model).forward).parameters, "input_ids"} - {"attention_mask"}
     # An encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss.
     if model.config.is_encoder_decoder:
         return readable | {"labels"}

@@ -47,7 +47,7 @@ def given_rows(given: Any) -> tuple[Iterable[Any], bool]:
 def _has_length(given: Any) -> bool:
     try:
         len(given)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return False
     return True
 

@@ -259,25 +259,25 @@ class CompressedInputSums:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # Ĉ and M by layer
 
     @contextmanager
-    def recording_inputs(self) -> Iterator[dict[str, LayerInput]]:
-        """Yield a dictionary that has the last input of every layer, by name, while active."""
-        inputs: dict[str, LayerInput] = {}
+    def recording_inputs(self) -> Iterator[dict[str, list[LayerInput]]]:
+        """Yield a dictionary that has the inputs of every layer, call by call, by name, while active."""
+        inputs: dict[str, list[LayerInput]] = {}
         handles = []
         for name, module in self.layers.items():
             handles.append(module.register_forward_pre_hook(self._recording_hook(inputs, name)))
         with temporary_hooks(handles):
             yield inputs
 
-    def _recording_hook(self, recorded: dict[str, LayerInput], name: str) -> Callable[..., None]:
+    def _recording_hook(self, recorded: dict[str, list[LayerInput]], name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            recorded[name] = LayerInput(inputs[0], self.routing.tokens)
+            recorded.setdefault(name, []).append(LayerInput(inputs[0], self.routing.tokens))
 
         return hook
 
     def add(
         self,
-        dense: dict[str, LayerInput],
-        compressed: dict[str, LayerInput],
+        dense: dict[str, list[LayerInput]],
+        compressed: dict[str, list[LayerInput]],
         mask: Tensor | None,
         context: Context | None = None,
     ) -> None:
@@ -286,21 +286,20 @@ class CompressedInputSums:
         Tokens that an expert sees in only one of the models do not count.
 
         Args:
-            dense: inputs in the dense model by layer.
-            compressed: inputs in the compressed model by layer.
+            dense: inputs in the dense model by layer, call by call.
+            compressed: inputs in the compressed model, likewise.
             mask: as for `StatisticsCollector.start_batch`.
             context: as for `StatisticsCollector.start_batch`.
         """
         for name in dense:
             # Routers may send no token to an expert in one of the models.
-            if name not in compressed:
-                continue
-            dense_input, compressed_input = on_common_tokens(dense[name], compressed[name])
-            counting = _mask_of(dense_input.x, mask, context)
-            x = select_counted(dense_input.x, counting, dense_input.tokens).double()
-            x_hat = select_counted(compressed_input.x, counting, compressed_input.tokens).double()
-            gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
-            self._sums[name] = (gram + x_hat.T @ x_hat, cross + x.T @ x_hat)
+            for one, other in zip(dense[name], compressed.get(name, []), strict=False):
+                dense_input, compressed_input = on_common_tokens(one, other)
+                counting = _mask_of(dense_input.x, mask, context)
+                x = select_counted(dense_input.x, counting, dense_input.tokens).double()
+                x_hat = select_counted(compressed_input.x, counting, compressed_input.tokens).double()
+                gram, cross = self._sums.get(name) or x.new_zeros(2, x.shape[-1], x.shape[-1]).unbind()
+                self._sums[name] = (gram + x_hat.T @ x_hat, cross + x.T @ x_hat)
 
     def all_reduce(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Replace the sums of this process by those over the tokens of all processes."""

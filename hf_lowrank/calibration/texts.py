@@ -35,7 +35,7 @@ Chat = list[dict[str, Any]]
 Document = str | Chat
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None) -> Iterable[Any]:
+def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int | None = None) -> Iterable[Any]:
     """Return the documents of a text file or a dataset, or the rows of a file of rows.
 
     Args:
@@ -47,6 +47,9 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> It
         CompressionError: if there is no such file or dataset, or it cannot be read. A damaged file raises where the
             damage is met.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise CompressionError(f"text: found {described(source)}, expected the name of a file or of a dataset")
+    source = os.fspath(source)
     if source in DATASETS:
         return _dataset_documents(source, split, limit)
     if os.path.isfile(source):
@@ -59,7 +62,9 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> It
     )
 
 
-def read_documents(source: str, split: str = "train", limit: int | None = None) -> Iterator[Document]:
+def read_documents(
+    source: str | os.PathLike[str], split: str = "train", limit: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of a text file, of a file of rows with a column of `TEXT_COLUMNS`, or of a dataset.
 
     The arguments are those of `read_rows`.
@@ -67,11 +72,11 @@ def read_documents(source: str, split: str = "train", limit: int | None = None) 
     Raises:
         CompressionError: if there is no such file or dataset, it cannot be read, or it holds no text.
     """
-    is_empty = True
-    for document in documents_of(read_rows(source, split, limit), source):
-        is_empty = False
+    has_any = False
+    for document in documents_of(read_rows(source, split, limit), str(source)):
+        has_any = True
         yield document
-    if is_empty:
+    if not has_any:
         raise CompressionError(f"{source}: holds no text")
 
 

@@ -27,14 +27,14 @@ FIRST = "installed_package"
 """The module whose section comes first: it looks for the package before anything else is defined."""
 ENTRY = LOADING_CODE.removesuffix(".py")
 """The module that `auto_map` names. Its section comes last, and what it says of itself is said at the top."""
-OTHERS = ("torch", "transformers")
-"""The libraries that the runtime imports, besides Python's standard library."""
+OTHERS = ("torch", "transformers", "huggingface_hub")
+"""The libraries that the runtime imports, besides Python's standard library. Transformers needs the last one, too."""
 WIDTH = 119
 """Maximum number of characters of a line that is written here."""
 ORIGIN = (
     "Their text is unchanged, except that all imports stand at the top, and that those of one another are left out.",
-    "Nothing is imported but torch, transformers and Python's standard library. A release makes the same bytes every",
-    "time, which `hf-lowrank verify FOLDER` compares. License: Apache-2.0, as that of hf_lowrank.",
+    "Nothing is imported but torch, transformers, huggingface_hub and Python's standard library. A release makes the",
+    "same bytes every time, which `hf-lowrank verify FOLDER` compares. License: Apache-2.0, as that of hf_lowrank.",
 )
 """Says in the file how it was made."""
 

@@ -1,7 +1,6 @@
 """Commands that make models: methods, compress, recompress, dense, demo."""
 
 import dataclasses
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +68,7 @@ def compress(
     from ..methods import make_method
     from ..models.loading import compression_of, load_config, load_tokenizer
     from ..runtime.configuration import CompressionConfig
+    from ..runtime.privacy import public_command
 
     config = CompressionConfig(
         method=method,
@@ -104,7 +104,7 @@ def compress(
             device=device,
             work_dir=work_dir,
             overwrite=overwrite,
-            command=shlex.join(["hf-lowrank", *sys.argv[1:]]),
+            command=public_command(["hf-lowrank", *sys.argv[1:]]),
         )
     if not torchrun_rank():  # 0 or None: the main process, or the only one
         _show_summary(output)
@@ -161,17 +161,16 @@ def dense(
     """Write a compressed model as a dense one, for engines that know no compressed layers."""
     from ..execution.output_folder import check_free, new_folder
     from ..models.loading import compression_of, load_config, load_model
+    from ..runtime.companions import carry_over
 
     check_free(output, overwrite)
     if compression_of(load_config(folder)) is None:
         raise CompressionError(f"{folder}: is not compressed by hf_lowrank; it is dense already")
     model = load_model(folder, dtype)
-    tokenizer = tokenizer_or_none(folder)
     model.dequantize()
     with new_folder(output, overwrite) as target:
         model.save_pretrained(target)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+        carry_over(model, target)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(f"wrote {output}: dense, {parameters:,} parameters")
 

@@ -91,10 +91,11 @@ def _write_into_card(folder: Path, texts: list["Evaluation"], scores: list["Task
     """Add figures to the model card and the report of a checkpoint."""
     from ..publishing.measurements import task_quality, text_quality
     from ..publishing.model_card import record_quality
+    from ..runtime.privacy import public_names
 
     rows = []
-    for evaluation in texts:
-        rows += text_quality(evaluation.to_dict())
+    for evaluation, name in zip(texts, public_names(evaluation.text for evaluation in texts), strict=True):
+        rows += text_quality({**evaluation.to_dict(), "text": name})
     for score in scores:
         rows += task_quality(score.to_dict())
     record_quality(folder, rows)

@@ -27,7 +27,14 @@ def push(
     from ..publishing.hub import push_folder
 
     try:
-        commit = push_folder(folder, repo, private=private or None, revision=revision, commit_message=message)
+        commit = push_folder(
+            folder,
+            repo,
+            private=private or None,
+            revision=revision,
+            commit_message=message,
+            announce=lambda line: typer.echo(line, err=line.startswith("warning: ")),
+        )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise CompressionError(f"{repo}: the Hub refused the push ({one_line(error)}); see `hf auth login`") from error
     except Exception as error:

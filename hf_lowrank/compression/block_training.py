@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import BlockBatch, run_block
+from ..calibration import ActivationCache, BlockBatch, BlockCall, run_block
 from ..calibration.statistics import select_counted
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..runtime.errors import NumericalError
@@ -203,8 +203,14 @@ def _as_float32(batch: BlockBatch, index: int) -> BlockBatch:
     call = batch.calls[index]
     calls = list(batch.calls)
     if call is not None:
-        calls[index] = call._replace(args=_float32(call.args), kwargs=_float32(call.kwargs))
+        repeats = tuple(map(_repeat_as_float32, call.repeats))
+        calls[index] = call._replace(args=_float32(call.args), kwargs=_float32(call.kwargs), repeats=repeats)
     return BlockBatch(batch.hidden.float(), calls)
+
+
+def _repeat_as_float32(repeat: BlockCall) -> BlockCall:
+    start = None if repeat.start is None else ActivationCache().put(repeat.start.tensor.float())
+    return repeat._replace(args=_float32(repeat.args), kwargs=_float32(repeat.kwargs), start=start)
 
 
 def _float32(value: Any) -> Any:

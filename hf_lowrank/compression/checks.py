@@ -6,16 +6,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration import TokenBatch
+from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
-from ..models.architectures import find_blocks
+from ..models.architectures import find_blocks, input_embeddings, main_input
 from ..models.linears import is_finite
 from ..models.offloading import every_weight
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
 from .session import Session
+
+TEXT_INPUTS = ("input_ids", "inputs_embeds")
+"""Inputs of a model that a text gives."""
 
 
 def check_given(model: Any, config: Any, tokenizer: Any) -> None:
@@ -39,6 +42,24 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
         raise CompressionError(
             f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
         )
+
+
+def check_reads_text(model: PreTrainedModel, source: Any) -> None:
+    """Raise CompressionError if a model is to be calibrated on a text, or on itself, and needs something else.
+
+    Args:
+        source: what to calibrate on.
+    """
+    needed = main_input(model)
+    if not isinstance(source, str) or needed in TEXT_INPUTS:
+        return
+    inputs = f"'{needed}': ..."
+    if model.config.is_encoder_decoder:
+        inputs += ", 'decoder_input_ids': ..."
+    raise CompressionError(
+        f"calibration: {type(model).__name__} takes {needed}, which {source!r} does not give; "
+        f"give batches of tensors, calibration=[{{{inputs}}}, ...]"
+    )
 
 
 def whole_model_reason(
@@ -78,11 +99,23 @@ def check_block_by_block(
         raise CompressionError(f"{name} has its blocks on disk and must be in memory as a whole: {reason}")
 
 
+def check_continuous(session: Session, batches: list[BlockBatch]) -> None:
+    """Raise CompressionError if blocks are on disk of which one does not go on from the block before it."""
+    if session.offloaded is None:
+        return
+    for index, name in enumerate(session.plan.blocks):
+        if starts_new_block_list(batches, index):
+            raise CompressionError(
+                f"{name} reads more than the block before it gives: "
+                f"{type(session.model).__name__} must be in memory as a whole"
+            )
+
+
 def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: Sequence[TokenBatch] = ()) -> None:
     """Raise CompressionError if a method learns from the loss of the next token, which the model does not predict."""
     if not method.learns_from_loss:
         return
-    reads_other_inputs = any(batch.others for batch in batches)
+    reads_other_inputs = any(batch.others for batch in batches) or input_embeddings(model) is None
     if not model.can_generate() or model.config.is_encoder_decoder or reads_other_inputs:
         raise CompressionError(
             f"{method.name} learns from the loss of the next token of a text, which is not what "

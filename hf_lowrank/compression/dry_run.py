@@ -6,7 +6,7 @@ from ..execution.files import human_bytes
 from ..methods import make_method
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
-from .checks import whole_model_reason
+from .checks import check_reads_text, whole_model_reason
 from .estimate import estimate
 from .time_estimate import estimate_time
 
@@ -17,6 +17,7 @@ OBSERVED_RANGE = "0.7 to 2.2"
 def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype: str = "auto") -> str:
     """Return what compressing a checkpoint would take, by formula and short trials, as lines of text."""
     dense = skeleton(load_config(source), dtype)
+    check_reads_text(dense, config.calibration)
     reason = whole_model_reason(config, dense, device)
     lines = _block_by_block(dense, config) if reason is None else [_whole_model(dense, config, reason)]
     return "\n".join([*lines, _time(dense, config, device)])

@@ -8,6 +8,7 @@ from ..calibration import fingerprint
 from ..models.offloading import OffloadedQuantizer
 from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
+from ..runtime.privacy import public_name
 from ..runtime.quantizer import CompressionQuantizer, attach
 from ..runtime.saving import CompleteSave
 from ..runtime.validation import is_linear
@@ -48,7 +49,7 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
     """Return the config that the checkpoint records: the recipe, where it came from, and what its layers store."""
     model, plan = session.model, session.plan
     provenance = {
-        "base_model": getattr(model.config, "_name_or_path", ""),
+        "base_model": public_name(getattr(model.config, "_name_or_path", "")),
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration_sha256": fingerprint(session.tokens),
         "calibration_tokens": sum(batch.tokens for batch in session.tokens),
@@ -75,7 +76,9 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
 
 def describe_calibration(calibration: Any) -> str:
     """Return what the config records of a calibration: the name of a text, or the type of what the caller gave."""
-    return calibration if isinstance(calibration, str) else f"given by the caller ({type(calibration).__name__})"
+    if isinstance(calibration, str):
+        return public_name(calibration)
+    return f"given by the caller ({type(calibration).__name__})"
 
 
 def release_fused_experts(session: Session) -> None:

@@ -28,12 +28,15 @@ from ..methods import make_method
 from ..models.offloading import is_offloaded, return_memory
 from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
+from ..runtime.origin import Origin
 from ..runtime.quantizer import fuse_experts
 from .checks import (
     check_block_by_block,
+    check_continuous,
     check_finite,
     check_given,
     check_predicts_next_token,
+    check_reads_text,
     check_same_everywhere,
 )
 from .finishing import finish
@@ -86,6 +89,7 @@ def compress(
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     method = make_method(config.method, config.options)
+    check_reads_text(model, config.calibration if calibration is None else calibration)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
     group = current_process_group(model.device)
@@ -174,7 +178,8 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
     with record_calls(layers) as called:
         own = session.group.split(split_into_passes(session.tokens, model.device))
-        batches = capture(model, plan.blocks, own, session.cache)
+        batches = capture(model, plan.blocks, own, session.cache, plan.dense_blocks)
+    check_continuous(session, batches)
     session.leave_uncalled_dense(set().union(*session.group.gather(called)))
     return batches
 
@@ -194,7 +199,10 @@ def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
         return
     tokenizer = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        origin = Origin.of(model)
+        tokenizer = AutoTokenizer.from_pretrained(
+            origin.source, subfolder=origin.subfolder, revision=origin.revision, cache_dir=origin.cache_dir
+        )
     except (OSError, ValueError) as error:
         logger.warning(
             "compressing on load: no tokenizer beside the model (%s); "

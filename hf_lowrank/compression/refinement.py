@@ -26,7 +26,7 @@ def refine(session: Session, dense: PreTrainedModel) -> None:
         dense: the model as it was, with its neurons in the order in which the method put them.
     """
     blocks = {name: dense.get_submodule(name) for name in session.plan.blocks}
-    batches = capture(dense, blocks, session.group.split(session.tokens))
+    batches = capture(dense, blocks, session.group.split(session.tokens), left_dense=session.plan.dense_blocks)
     for batch in batches:
         batch.track_compressed()
     session.log.refinement = []

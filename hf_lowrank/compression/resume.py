@@ -16,6 +16,7 @@ from ..execution.process_group import ProcessGroup
 from ..execution.work_folder import Record, WorkFolder, tensors_checksum
 from ..models.architectures import find_feed_forwards
 from ..models.offloading import OffloadedBlocks, every_weight
+from ..runtime.privacy import public_name
 from ..version import library_versions
 from .neurons import apply_neuron_order
 from .records import block_record, restore_block
@@ -27,10 +28,12 @@ FINAL_STAGE = "built"
 
 def run_identity(session: Session) -> dict[str, Any]:
     """Return all that the result of a run depends on. A work folder goes on with a run of the same identity only."""
+    config = session.plan.config.to_dict()
     return {
         "weights": weights_fingerprint(session.model, session.offloaded),
         "calibration": fingerprint(session.tokens),
-        "config": session.plan.config.to_dict(),
+        # The tokens stand for the text, wherever it lies.
+        "config": config | {"calibration": public_name(config["calibration"])},
         "versions": library_versions(),
     }
 

@@ -27,8 +27,10 @@ def select_layers(
     Raises:
         CompressionError: if no layer is left to compress, or a pattern of `modules_to_not_convert` matches none.
     """
+    # Heads and other layers outside the blocks stay dense anyway. To say so is no mistake.
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
     for pattern in config.modules_to_not_convert:
-        if not any(matches(layer.name, pattern) for layer in layers):
+        if not any(matches(name, pattern) for name in linears):
             raise CompressionError(
                 f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
             )
@@ -103,8 +105,14 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that more than one module holds."""
-    holders: Counter[int] = Counter()
-    for module in model.modules():
-        holders.update(id(parameter) for parameter in module.parameters(recurse=False))
+    """Return the ids of the parameters that more than one module holds, or that stand in more than one place.
+
+    A layer is replaced in one place only.
+    """
+    holders: Counter[int] = Counter(id(parameter) for parameter in model.parameters(recurse=False))
+    for parent in model.modules():
+        # `children()` would leave out what stands in a module twice.
+        for child in parent._modules.values():
+            if child is not None:
+                holders.update(id(parameter) for parameter in child.parameters(recurse=False))
     return {parameter_id for parameter_id, count in holders.items() if count > 1}

@@ -54,6 +54,12 @@ class Plan:
     available_bits: int
     warnings: list[str]
 
+    @property
+    def dense_blocks(self) -> list[str]:
+        """The names of the blocks of which no layer is compressed."""
+        indices = {layer.block for layer in self.compressed}
+        return [name for index, name in enumerate(self.blocks) if index not in indices]
+
     def dense_bits(self, layer: Layer) -> int:
         """Return the bits of a layer that stays dense. `available_bits` does not count its bias, nor does this."""
         return self.budget.dense_bits(layer) - self.budget.bias_bits[layer.name]

@@ -12,7 +12,7 @@ from ..calibration import BlockBatch, Carrier, capture, starts_new_block_list
 from ..execution.work_folder import Record
 from ..models.architectures import find_feed_forwards
 from ..models.linears import replace_layer
-from ..runtime.errors import CompressionError, NumericalError
+from ..runtime.errors import NumericalError
 from .fallback import BudgetShares, BuildResult
 from .neurons import apply_neuron_order
 from .resume import StageRecords
@@ -155,21 +155,14 @@ def enter_block_list(session: Session, visit: BlockVisit, batches: list[BlockBat
 
     A decoder also reads the states of the encoder. They are those of the compressed encoder for a sequential method,
     and for the compressed twin of a batch: the partly compressed model is then run once more to capture them.
-
-    Raises:
-        CompressionError: if the blocks are on disk, as running the model would need all of it.
     """
     model, index = session.model, visit.index
-    if session.offloaded is not None:
-        raise CompressionError(
-            f"{visit.name} reads more than the block before it gives: "
-            f"{type(model).__name__} must be in memory as a whole"
-        )
+    assert session.offloaded is None, "refused by check_continuous: running the model would need all of it"
     captured = batches
     has_twins = any(batch.compressed_twin is not None for batch in batches)
     if session.method.sequential or has_twins:
         sources = [batch.source for batch in batches if batch.source is not None]
-        captured = capture(model, session.plan.blocks, sources, session.cache)
+        captured = capture(model, session.plan.blocks, sources, session.cache, session.plan.dense_blocks)
     for position, batch in enumerate(batches):
         if session.method.sequential:
             batches[position] = captured[position]

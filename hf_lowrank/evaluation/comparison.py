@@ -10,7 +10,6 @@ import hashlib
 import json
 import platform
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from ..models.context import context_length
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
+from ..runtime.privacy import public_command, public_name, public_names, public_text
 from ..version import library_versions
 from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, text_sha256, write_json
 from .perplexity import LONGEST_WINDOW
@@ -118,6 +118,10 @@ class Comparison:
             arguments += ["--max-windows", str(self.max_windows)]
         return arguments
 
+    def names(self) -> list[str]:
+        """Return the names of the texts, as results have them."""
+        return public_names(self.texts)
+
     def inputs(self) -> dict[str, Any]:
         """Return everything that the figures depend on.
 
@@ -125,8 +129,8 @@ class Comparison:
         """
         return {
             "model": model_sha256(self.model),
-            "texts": {text: text_sha256(text) for text in self.texts},
-            "calibration": {"source": self.calibration, "sha256": text_sha256(self.calibration)},
+            "texts": {name: text_sha256(text) for name, text in zip(self.names(), self.texts, strict=True)},
+            "calibration": {"source": public_name(self.calibration), "sha256": text_sha256(self.calibration)},
             "recipe": {
                 "samples": self.samples,
                 "sequence_length": self.sequence_length,
@@ -288,7 +292,8 @@ def _measure_candidate(
         if keep:
             _move(checkpoint, out / "checkpoints" / candidate.file_name)
     except ProcessError as error:
-        record["failed"] = str(error)
+        paths = [comparison.model, comparison.calibration, *comparison.texts, str(out)]
+        record["failed"] = public_text(str(error), paths)
         # A process that gave a reason would give it again. One that crashed or was killed may succeed in the next run.
         if error.explained:
             write_json(file, record)
@@ -311,7 +316,7 @@ def _results(inputs: dict[str, Any], dense: ComparisonRecord, records: list[Comp
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    command = shlex.join(["hf-lowrank", *sys.argv[1:]])
+    command = public_command(["hf-lowrank", *sys.argv[1:]])
     return {**inputs, "command": command, "machine": machine, "dense": dense, "combinations": records}
 
 
@@ -348,7 +353,7 @@ def _compress_and_measure(
     for layer in find_layers(find_blocks(skeleton(config))):
         weights += layer.out_features * layer.in_features
     return {
-        "command": shlex.join(["hf-lowrank", *arguments]),
+        "command": public_command(["hf-lowrank", *arguments]),
         "ratio_stored": stored.ratio_stored,
         "bits_per_weight": 8 * stored.block_bytes / weights,
         "model_ratio": stored.model_ratio,
@@ -364,7 +369,7 @@ def _evaluate(comparison: Comparison, model: str) -> list[ComparisonRecord]:
     """Return the figures of a model on each text, measured in a process of its own."""
     output, _, _ = run(comparison.evaluate_command(model))
     figures: list[ComparisonRecord] = json.loads(output)
-    return figures
+    return [{**row, "text": name} for row, name in zip(figures, comparison.names(), strict=True)]
 
 
 def _move(folder: Path, target: Path) -> None:

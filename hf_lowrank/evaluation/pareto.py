@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..execution.files import short_path
 from ..runtime.errors import CompressionError
+from ..runtime.privacy import public_name
 from .comparison_records import ComparisonRecord
 
 COLUMNS = ["text", "method", "removed", "bits/weight", "perplexity", "nats lost", "KL", "top-1", "seconds", "peak MiB"]
@@ -43,7 +43,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     rows = []
     dense, records = results["dense"], results["combinations"]
     for number, figures in enumerate(dense["texts"]):
-        name = short_path(figures["text"])
+        name = public_name(figures["text"])
         winners = best(records, number)
         dense_cells = [name, "dense", "", f"{dense['bits_per_weight']:.2f}", f"{figures['perplexity']:.4g}"]
         rows.append(dense_cells + [""] * (len(COLUMNS) - len(dense_cells)))
@@ -119,7 +119,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
 def panel_title(results: dict[str, Any], text: int) -> str:
     """Return the title of the panel of one text."""
     figures = results["dense"]["texts"][text]
-    return f"{short_path(figures['text'])}, dense perplexity {figures['perplexity']:.4g}"
+    return f"{public_name(figures['text'])}, dense perplexity {figures['perplexity']:.4g}"
 
 
 def draw(axes: Any, results: dict[str, Any], text: int, colors: list[str], ink: str) -> None:

@@ -1,6 +1,7 @@
 """Perplexity of a model on a text, and its fidelity to a reference model on the same tokens."""
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
-    source: str,
+    source: str | os.PathLike[str],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -101,7 +102,7 @@ def evaluate(
     enough = None if max_windows is None else window + (max_windows - 1) * stride
     documents = read_documents(source, split="test")
     rows = windows(token_stream(tokenizer, documents, enough, most_documents=0), window, stride)
-    return evaluate_windows(model, rows[:max_windows], stride, source, reference)
+    return evaluate_windows(model, rows[:max_windows], stride, os.fspath(source), reference)
 
 
 def _check_causal(model: PreTrainedModel) -> None:

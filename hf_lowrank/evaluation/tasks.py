@@ -18,8 +18,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..execution.files import one_line, short_path
+from ..execution.files import one_line
 from ..runtime.errors import CompressionError
+from ..runtime.privacy import public_names
 from .items import Form, Item, read_items
 
 BOOTSTRAPS = 1000
@@ -31,7 +32,7 @@ class TaskResult:
     """Figures of one model on one task, or on a group of tasks that lm-eval aggregates.
 
     Attributes:
-        task: name in lm-eval; of a local file, the last two parts of its path.
+        task: name in lm-eval; of a local file, its name.
         dataset, config, split: id on the Hub, configuration and split, if the data come from there.
         items: number of items that were scored.
         shots: number of solved examples before each item.
@@ -159,7 +160,9 @@ class _Harness:
 
         with _quiet():
             subject = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size)
-            local_tasks = [_local_task(source, form, items) for source, (form, items) in self.local.items()]
+            local_tasks = []
+            for name, (form, items) in zip(public_names(self.local), self.local.values(), strict=True):
+                local_tasks.append(_local_task(name, form, items))
             try:
                 results = simple_evaluate(
                     subject,
@@ -180,13 +183,13 @@ class _Harness:
         return [_row(results, name) for name in _top_level(results)]
 
 
-def _local_task(source: str, form: Form, items: list[Item]) -> Any:
+def _local_task(name: str, form: Form, items: list[Item]) -> Any:
     """Return a task of lm-eval over the items of a local file. Examples for shots are other items of the same file."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     config: dict[str, Any] = {
-        "task": short_path(source),
+        "task": name,
         # Lm-eval passes its own arguments for loading data. None of them is needed here.
         "custom_dataset": lambda **_: {"test": Dataset.from_list(items)},
         "test_split": "test",

@@ -1,4 +1,4 @@
-"""Helpers for files and for messages about them: atomic writes, sizes, short paths and errors of one line."""
+"""Helpers for files and for messages about them: atomic writes, sizes and errors of one line."""
 
 import os
 from collections.abc import Iterator
@@ -63,15 +63,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         content = content.encode("utf-8")
     with atomic_file(path) as partial:
         partial.write_bytes(content)
-
-
-def short_path(path: str | Path) -> str:
-    """Return the last two parts of a path: enough to tell files apart without the folders of this machine.
-
-    A name without folders, such as the name of a dataset, is returned as it is.
-    """
-    last_parts = Path(path).parts[-2:]
-    return "/".join(part for part in last_parts if part != "/")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

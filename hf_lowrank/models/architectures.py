@@ -3,6 +3,7 @@
 They are found by structure, and by name only where structure does not tell.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from ..budget import Layer
 from ..runtime.errors import CompressionError
 from ..runtime.experts import ExpertBank, is_fused_experts
+from ..runtime.layers import CompressedLinear
 from ..runtime.validation import dense_shape, is_linear
 
 ATTENTION_ROLES = {
@@ -44,7 +46,8 @@ class FeedForward:
 def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the blocks of a model by name, in the order of the model.
 
-    They are those elements of its outermost module lists that contain linear layers.
+    They are those elements of its outermost module lists that contain linear layers. A linear layer by itself, such as
+    one head of several, is no block, and a list in a list is a further list of blocks.
 
     Raises:
         CompressionError: if there are none.
@@ -55,8 +58,7 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList) or _is_inside(name, blocks):
             continue
         for child, block in module.named_children():
-            # Embeddings and norms may stand in lists, too.
-            if any(map(is_linear, block.modules())):
+            if _is_block(block):
                 blocks[f"{name}.{child}"] = block
     if not blocks:
         raise CompressionError(
@@ -65,16 +67,64 @@ def find_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return blocks
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return the embeddings of a model's tokens. None if it has no one place of them, as speech and vision models."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """Return the name of the input that a model cannot do without, such as `input_ids` or `pixel_values`."""
+    parameters = [*inspect.signature(model.forward).parameters]
+    # Parts of models by themselves often have the name that another class set for the whole.
+    return model.main_input_name if model.main_input_name in parameters else parameters[0]
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the base model, which computes all blocks, or the model itself where its heads have blocks, too."""
+    base = model.base_model
+    if not isinstance(base, PreTrainedModel) or main_input(base) != main_input(model):
+        return model
+    for head in model.children():
+        if head is not base and _has_blocks(head):
+            return model
+    return base
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    """Return whether a part of a model has a list of blocks, dense or compressed."""
+    lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList)]
+    return any(_is_block(element) for inner in lists for element in inner)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Return whether an element of a module list is a block, not a layer by itself or a further list."""
+    if isinstance(module, nn.ModuleList) or _was_linear(module):
+        return False
+    # Embeddings and norms may stand in lists, too.
+    return any(map(_was_linear, module.modules()))
+
+
+def _was_linear(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, CompressedLinear)
+
+
 def _is_inside(name: str, blocks: dict[str, nn.Module]) -> bool:
     return any(name.startswith(f"{block}.") for block in blocks)
 
 
 def find_layers(blocks: dict[str, nn.Module]) -> list[Layer]:
-    """Return every dense linear layer of the blocks, with its role."""
+    """Return every dense linear layer of the blocks, with its role. One that blocks share belongs to the first."""
     layers = []
+    found: set[int] = set()
     for index, (block_name, block) in enumerate(blocks.items()):
         roles = _roles(block)
         for name, module in _linears(block):
+            if id(module) in found:
+                continue
+            found.add(id(module))
             role = roles.get(name) or _attention_role(name)
             layers.append(Layer(f"{block_name}.{name}", index, len(blocks), role, *dense_shape(module)))
     return layers

@@ -22,7 +22,7 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from ..runtime.experts import ExpertBank
 from ..runtime.quantizer import CompressionQuantizer
-from .architectures import find_blocks
+from .architectures import find_blocks, input_embeddings
 
 SMALLEST_SHARD = 250_000_000
 """Minimum size of an output file in bytes, except for the last one."""
@@ -74,7 +74,7 @@ def shard_size(skeleton: PreTrainedModel) -> int:
 
 
 def _input_weight(model: PreTrainedModel) -> Tensor | None:
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     return getattr(embeddings, "weight", None)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
+from ..runtime.origin import Origin
 from ..runtime.packing import pack_bits, unpack_bits
 from ..runtime.pivoting import pivot, unpivot
 from ..runtime.reports import REPORT_FILE
@@ -110,10 +111,10 @@ def _ranks_when_compressed(model: "PreTrainedModel") -> dict[str, int]:
         CompressionError: if the report does not have the form of one.
     """
     save = CompleteSave.attach(model)
-    file = save.find(REPORT_FILE)
+    file = Origin.of(model).find(REPORT_FILE)
     report: Any = save.report
     if report is None:
-        report = read_json(file) if file else {}
+        report = read_json(str(file)) if file else {}
     try:
         return {layer["name"]: int(layer["rank"]) for layer in report.get("layers", [])}
     except (AttributeError, LookupError, TypeError, ValueError) as error:

@@ -3,8 +3,9 @@
 from collections import Counter
 from typing import Any
 
-from ..execution.files import human_bytes, short_path
+from ..execution.files import human_bytes
 from ..methods import method_class, registered_methods
+from ..runtime.privacy import public_name
 from .measurements import Quality, Speed
 
 NOT_MEASURED = "Not measured."
@@ -78,7 +79,7 @@ def calibration_source(text: str) -> str:
     """Return where the calibration text came from, as it is shown."""
     if text == "self":
         return "text sampled from the model itself"
-    return short_path(text)
+    return public_name(text)
 
 
 def _calibration(recipe: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ..models.architectures import find_blocks
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
+from ..runtime.privacy import public_name
 from ..runtime.validation import resolve_layers
 from . import charts
 from .card_sections import calibration_source, option_list
@@ -119,7 +120,7 @@ def _base_model(provenance: dict[str, Any]) -> str:
     base: str = provenance.get("base_model", "")
     if not base or is_hub_id(base):
         return base
-    return Path(base).name
+    return public_name(base)
 
 
 def _size(subject: str, dense: int, stored: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from typing import Any, TypedDict
 
 from ..calibration.texts import DATASETS
-from ..execution.files import short_path
+from ..runtime.privacy import public_name
 
 
 class Quality(TypedDict, total=False):
@@ -49,8 +49,8 @@ def text_quality(evaluation: dict[str, Any]) -> list[Quality]:
     settings = f"{evaluation['windows']:,} windows of {evaluation['window']:,} tokens"
     if evaluation["stride"] < evaluation["window"]:
         settings += f", {evaluation['stride']:,} apart"
-    source: Quality = {"dataset": short_path(text), "settings": settings}
-    # A file is named by the end of its path, because the rest is of this machine only.
+    source: Quality = {"dataset": public_name(text), "settings": settings}
+    # The folders of a file are of this machine only.
     if text in DATASETS:
         source |= {"dataset": text, "dataset_id": DATASETS[text]["path"], "split": "test"}
     rows: list[Quality] = [{**source, "metric": "perplexity", "compressed": evaluation["perplexity"]}]

@@ -14,8 +14,9 @@ from ..calibration.texts import DATASETS
 from ..checkpoints.inspect import damaged_report, inspect
 from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
-from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, write_report
-from ..runtime.saving import AUTO_CLASSES
+from ..runtime.privacy import public_name, public_text
+from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, sealed_card, write_report
+from ..runtime.saving import AUTO_CLASSES, has_users_card
 from . import card_sections
 from .measurements import Quality
 
@@ -44,7 +45,7 @@ def write_model_card(folder: Path, name: str | None = None) -> ModelCard:
 
 
 def record(folder: Path, **facts: Any) -> None:
-    """Add facts to the report of the checkpoint in `folder` and write its card again.
+    """Add facts to the report of the checkpoint in `folder` and write its card again, unless that is the user's.
 
     Args:
         facts: any of `quality` (list of `Quality`), `speed` (list of `Speed`), `command` (the exact command that
@@ -54,8 +55,11 @@ def record(folder: Path, **facts: Any) -> None:
     # The checksum says which weights the figures belong to, so that they are dropped when the weights change.
     if not facts.keys().isdisjoint(MEASURED):
         facts["measured_on"] = weights_checksum(folder)
+    if "command" in facts:
+        facts["command"] = public_text(facts["command"])
     write_report(folder, {**read_current_report(folder), **facts})
-    write_model_card(folder)
+    if not has_users_card(folder):
+        write_model_card(folder)
 
 
 def record_quality(folder: Path, measurements: list[Quality]) -> None:
@@ -106,7 +110,7 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
     auto_class = _auto_class(config["model_type"], architecture)
     pipeline_tag, processor = TASKS.get(auto_class, (None, "AutoProcessor"))
     template = files("hf_lowrank").joinpath("data/model_card.md").read_text(encoding="utf-8")
-    card: ModelCard = ModelCard.from_template(
+    card = ModelCard.from_template(
         _metadata(recipe, report, pipeline_tag, name),
         template_str=template,
         name=name,
@@ -123,7 +127,7 @@ def model_card(config: dict[str, Any], inspection: dict[str, Any], report: dict[
         warnings=inspection["warnings"],
         origin=card_sections.origin(report, provenance),
     )
-    return card
+    return ModelCard(sealed_card(str(card)))
 
 
 def _base_model(provenance: dict[str, Any]) -> str:
@@ -132,7 +136,7 @@ def _base_model(provenance: dict[str, Any]) -> str:
     if is_hub_id(base):
         return f"[{base}](https://huggingface.co/{base})"
     if base:
-        return f"`{Path(base).name}`"
+        return f"`{public_name(base)}`"
     return "the dense model"
 
 

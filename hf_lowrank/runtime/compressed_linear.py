@@ -99,6 +99,8 @@ class CompressedLinear(nn.Linear):
             empty = torch.empty(shape, device=device, dtype=dtype if kind == "float" else torch.uint8)
         if is_parameter:
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        elif empty is None:
+            setattr(self, name, None)  # and no buffer: torch.export counts one that is None, and then misses another
         else:
             self.register_buffer(name, empty)
 

@@ -1,9 +1,12 @@
 """Checks the values of a config.json before anything is made of them, and tells compressed models from others."""
 
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 
 from .checksums import LOADING_CODE
@@ -80,13 +83,19 @@ def check_values(values: Any, key: str = "", depth: int = 0) -> None:
         for value in values:
             check_values(value, key, depth + 1)
     # Not `abs(values) > MOST_COUNTED`, which is false for NaN.
-    elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and any(word in key for word in COUNTED):
+    elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and _counts(key):
         raise CheckpointError(
             f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged"
         )
     # An integer may stand there, too: a vocabulary can have a token of that name.
     if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):
         raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
+
+
+def _counts(key: str) -> bool:
+    """Return whether a number of this name says how many objects there are."""
+    # The base of rotary positions (`layer_rope_theta`) is large and counts nothing.
+    return any(word in key for word in COUNTED) and not key.endswith("_theta")
 
 
 def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
@@ -99,6 +108,18 @@ def check_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> None:
         raise CheckpointError(
             f"config.json: dtype is {config.dtype}, expected one that is stored: {', '.join(sorted(dtypes))}"
         )
+
+
+def usual_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+    """Return the dtype of most float numbers in a checkpoint. None if it has none."""
+    numbers: Counter[str] = Counter()
+    for tensor in stored.values():
+        if tensor.dtype in TORCH_NAMES:
+            numbers[tensor.dtype] += math.prod(tensor.shape)
+    if not numbers:
+        return None
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[numbers.most_common(1)[0][0]])
+    return dtype
 
 
 def check_generation(folder: str) -> None:

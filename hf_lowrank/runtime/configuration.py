@@ -70,6 +70,13 @@ class CompressionConfig(QuantizationConfigMixin):
             "and `hf-lowrank verify`"
         },
     )
+    companions: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "recorded when saving: sha256 of what was put beside the weights, so that later saves know it "
+            "from files of the user's"
+        },
+    )
     experts: list[str] = field(
         default_factory=list,
         metadata={"help": "recorded by compress(): modules of fused experts that are stored expert by expert"},
@@ -99,14 +106,15 @@ class CompressionConfig(QuantizationConfigMixin):
             if not isinstance(value, str) or not value or not value.isprintable():
                 raise CompressionError(f"{name}: found {value!r}, expected a name")
         self.method = canonical_method_name(self.method)
-        for name in ("options", "provenance", "checksums"):
+        for name in ("options", "provenance", "checksums", "companions"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
         self._check_names("modules_to_not_convert", expected="a list of layer names or patterns")
         self._check_names("experts", expected="a list of module names")
-        for item in self.checksums.items():
-            if not all(isinstance(text, str) for text in item):
-                raise CompressionError("checksums: expected sha256 sums in hexadecimal digits, by file name")
+        for name in ("checksums", "companions"):
+            for item in getattr(self, name).items():
+                if not all(isinstance(text, str) for text in item):
+                    raise CompressionError(f"{name}: expected sha256 sums in hexadecimal digits, by file name")
         if self.accounting not in ("bits", "paper"):
             raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
 

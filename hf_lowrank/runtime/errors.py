@@ -3,6 +3,10 @@
 Every message is one line that names the thing, what was found, what was expected, and the cure.
 """
 
+import logging
+
+logger = logging.getLogger(__name__)
+"""Warnings of the runtime, of one line, too."""
 LONGEST_MESSAGE = 1000
 """Maximum number of characters of a message. A longer one, as a hostile checkpoint may cause, is cut in its middle."""
 
@@ -16,6 +20,14 @@ class CompressionError(ValueError):
 
 class CheckpointError(CompressionError):
     """Raised when a compressed checkpoint, or the config inside it, does not hold what it must."""
+
+
+class SaveError(CompressionError, OSError):
+    """Raised when a model cannot be saved to a folder. It is an OSError, too, as of transformers' own saves."""
+
+    def __init__(self, folder: object, reason: str) -> None:
+        super().__init__(f"{folder}: cannot be saved ({reason}); what was there before is as it was")
+        self.strerror = reason
 
 
 class NumericalError(CompressionError):

@@ -5,9 +5,12 @@ Transformers fuses the experts of a mixture into two tensors of three dimensions
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .tracing import must_decompose
 
 AGREEMENT = 1e-9
 """Maximum relative difference, in float64, between the outputs of a bank and of the module that it stands for."""
@@ -65,6 +68,12 @@ class ExpertBank(nn.ModuleList):
         vars(self)["fused"] = _with_parameters(fused, empty)
         self.train(fused.training)
 
+    def __getattr__(self, name: str) -> Any:
+        # Some models initialize the fused tensors from outside on loading. Those without memory stand in for them.
+        if name in vars(self).get("names", ()):
+            return getattr(self.fused, name)
+        return super().__getattr__(name)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the outputs of every token's experts.
 
@@ -78,7 +87,9 @@ class ExpertBank(nn.ModuleList):
         """
         # One expert after the other, for all tokens that come to it; most experts of a mixture have few or none.
         result = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
+        # A graph that is opened elsewhere has all experts, as other tokens may go to others.
+        experts = range(len(self)) if must_decompose() else top_k_index.unique().tolist()
+        for index in experts:
             position, tokens = torch.where(top_k_index.T.eq(index))
             output = self[index](hidden_states, tokens) * top_k_weights[tokens, position, None]
             result.index_add_(0, tokens, output.to(result.dtype))

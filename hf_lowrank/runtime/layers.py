@@ -49,12 +49,27 @@ class SparseLowRankLinear(CompressedLinear):
         super().__init__(in_features, out_features, spec, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x (..., n). The result is (..., m)."""
+        """Apply the layer to x (..., n). The result is (..., m).
+
+        Raises:
+            CompressionError: if x has no n columns.
+        """
         spec = self.spec
+        if x.shape[-1:] != (self.in_features,):
+            self._refuse_columns(x)
         y = self._sparse_lowrank(x)
         if spec.adapter_rank:
             y = y + lowrank_linear(x, *self._stored("adapter_a", "adapter_b"))
         return y + self.bias.to(y.dtype) if spec.bias else y
+
+    def _refuse_columns(self, x: Tensor) -> None:
+        """Raise an error about an input of another number of columns.
+
+        The operations would not notice it: a bitmap row ends in padding, so that a few columns more fit it, too.
+        """
+        raise CompressionError(
+            f"the input of a compressed layer has the shape {tuple(x.shape)}, expected (..., {self.in_features})"
+        )
 
     def _sparse_lowrank(self, x: Tensor) -> Tensor:
         """Return S x + B (A x), put together according to the layout."""
@@ -255,6 +270,8 @@ class SparseLowRankBinaryLinear(SparseLowRankLinear):
         spec = attributes["spec"]
         if spec.sparse != "bitmask" or spec.rank or spec.bias or spec.weight_bits:
             return super().forward(x)
+        if x.shape[-1:] != (attributes["in_features"],):
+            self._refuse_columns(x)
         floats, bitmaps = attributes["_parameters"], attributes["_buffers"]
         try:
             parts = (

@@ -1,14 +1,16 @@
-"""Wraps two functions of transformers, so that a compressed checkpoint is checked before it is used.
+"""Wraps three functions of transformers, so that a compressed checkpoint is checked before it is used.
 
 All ways of opening a model, by class, by Auto class or by pipeline, read the config first, and by one public function:
 `PreTrainedConfig.get_config_dict`. So every config.json that transformers reads in this process passes here. What is
 no compressed checkpoint goes through untouched.
 
 `PreTrainedTokenizerBase.from_pretrained` is wrapped for the sake of one error: transformers does not name the file
-that is missing.
+that is missing. `PreTrainedModel.from_pretrained` is wrapped to remember the subfolder that a model was loaded from,
+which transformers forgets: the files beside it belong to the compressed model, too.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -37,6 +39,7 @@ def hook_configs() -> None:
         if not _can_tell():
             return original(cls, source, **kwargs)
         from .config_checks import holds_checkpoint, mentions_checkpoint
+        from .origin import note_source
         from .safetensors_headers import read_json
 
         folder = _local_folder(source, kwargs)
@@ -52,6 +55,8 @@ def hook_configs() -> None:
                 raise CheckpointError(f"{folder}/config.json: cannot be read ({error}); download it again") from error
             raise
         _check_config(values, folder, saved_here)
+        hook_models()
+        note_source(source, kwargs)
         return values, unused
 
     setattr(get_config_dict, HOOKED, True)
@@ -102,6 +107,33 @@ def _check_config(values: Any, folder: str, saved_here: bool) -> None:
     values.pop("auto_map", None)
 
 
+def hook_models() -> None:
+    """Remember from now on where models are loaded from. A second call does nothing.
+
+    Nor does a call while transformers' models are being imported. The next config that is read calls again.
+    """
+    PreTrainedModel: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    bound = getattr(PreTrainedModel, "from_pretrained", None)
+    if bound is None or getattr(bound.__func__, HOOKED, False):
+        return
+    original: Callable[..., Any] = bound.__func__
+
+    @wraps(original)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        from .origin import REMEMBERED, loading
+
+        with loading(_source(args, kwargs), kwargs) as told:
+            loaded = original(cls, *args, **kwargs)
+        # With `output_loading_info=True` it is a pair.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model, PreTrainedModel):
+            model.__dict__[REMEMBERED] = told
+        return loaded
+
+    setattr(from_pretrained, HOOKED, True)
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
 def hook_tokenizers() -> None:
     """Raise CheckpointError from now on where a compressed checkpoint has no tokenizer. A second call does nothing.
 
@@ -115,15 +147,15 @@ def hook_tokenizers() -> None:
         return
 
     @wraps(original)
-    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return original(cls, source, *args, **kwargs)
+            return original(cls, *args, **kwargs)
         except Exception as error:
             if not _can_tell():
                 raise
             from .config_checks import holds_checkpoint
 
-            folder = _local_folder(source, kwargs)
+            folder = _local_folder(_source(args, kwargs), kwargs)
             file = os.path.join(folder, "tokenizer_config.json")
             if not holds_checkpoint(folder) or os.path.exists(file):
                 raise
@@ -134,6 +166,11 @@ def hook_tokenizers() -> None:
 
     setattr(from_pretrained, HOOKED, True)
     PreTrainedTokenizerBase.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+def _source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a call of `from_pretrained` is to load, by place or by name."""
+    return args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
 
 
 def _local_folder(source: Any, kwargs: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional as F
 
+from .errors import CompressionError
 from .pivoting import row_sources
 from .plain_ops import (
     as_matrix,
@@ -26,6 +27,7 @@ from .plain_ops import (
     plain_lowrank_linear,
     plain_pivoted_linear,
 )
+from .tracing import dispatch_modes, must_decompose
 
 NAMESPACE = "hf_lowrank"
 """Namespace of the operations in `torch.ops`."""
@@ -104,16 +106,19 @@ def autocast(x: Tensor) -> Tensor:
 
     Autocast does not do that by itself for operations that it does not know.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device_type = x.device.type
+    if device_type == "meta":  # a device that autocast does not know
+        return x
+    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
     return x
 
 
-def operation(name: str) -> Callable[..., Tensor]:
+def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that computes a declared operation.
 
     Where neither a graph nor gradients are recorded, it calls a kernel by itself and saves the cost of torch's own
-    dispatcher.
+    dispatcher. Where `must_decompose` holds, it computes by `plain`, whose steps are torch's own operations.
     """
     declared = getattr(getattr(torch.ops, NAMESPACE), name)
 
@@ -127,7 +132,11 @@ def operation(name: str) -> Callable[..., Tensor]:
             if result is not None:
                 return result
         x = autocast(x)
-        if not recorded and not is_compiling() and type(x) is Tensor:
+        if not x.is_floating_point():
+            raise CompressionError(f"the input of a compressed layer is {x.dtype}, expected a floating-point tensor")
+        if must_decompose():
+            return plain(x, *arguments)
+        if not recorded and not is_compiling() and type(x) is Tensor and not dispatch_modes():
             result = _by_kernel(name, x, *arguments)
             if result is not None:
                 return result
@@ -267,6 +276,18 @@ def _declare_lowrank() -> None:
 # --- backward passes: they keep the packed tensors only, and return None for what has no gradient -------------------
 
 
+def gradient(plain: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what the declared operation of a plain function computes, or the function itself where that is recorded.
+
+    A gradient is recorded to be differentiated in its turn, as by `create_graph=True`. The declared gradients have no
+    derivatives of their own, while torch knows those of the plain function's steps.
+    """
+    if is_grad_enabled():
+        return plain(*arguments)
+    declared = getattr(getattr(torch.ops, NAMESPACE), plain.__name__.removeprefix("plain_"))
+    return declared(*arguments)
+
+
 def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     """Keep all arguments of an operation, which are tensors, for its backward pass."""
     ctx.save_for_backward(*inputs)
@@ -277,9 +298,9 @@ def _bitmask_backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight, weight_mask = ctx.saved_tensors
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_lowrank.bitmask_input_grad(grad, weight, weight_mask, x.shape[-1])
+        grad_x = gradient(plain_bitmask_input_grad, grad, weight, weight_mask, x.shape[-1])
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.hf_lowrank.bitmask_weight_grad(grad, x, weight_mask, weight.shape[1]).to(weight.dtype)
+        grad_weight = gradient(plain_bitmask_weight_grad, grad, x, weight_mask, weight.shape[1]).to(weight.dtype)
     return grad_x, grad_weight, None
 
 
@@ -288,9 +309,9 @@ def _binary_backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, sign_bits, scale_in, scale_out = ctx.saved_tensors
     grad_x = grad_in = grad_out = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_lowrank.binary_input_grad(grad, sign_bits, scale_in, scale_out)
+        grad_x = gradient(plain_binary_input_grad, grad, sign_bits, scale_in, scale_out)
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-        grad_in, grad_out = torch.ops.hf_lowrank.binary_scale_grads(grad, x, sign_bits, scale_in, scale_out)
+        grad_in, grad_out = gradient(plain_binary_scale_grads, grad, x, sign_bits, scale_in, scale_out)
         grad_in, grad_out = grad_in.to(scale_in.dtype), grad_out.to(scale_out.dtype)
     return grad_x, None, grad_in, grad_out
 
@@ -300,13 +321,12 @@ def _bitmask_binary_backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, weight, weight_mask, sign_bits, scale_in, scale_out = ctx.saved_tensors
     grad_x = grad_weight = grad_in = grad_out = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_lowrank.bitmask_binary_input_grad(
-            grad, weight, weight_mask, sign_bits, scale_in, scale_out
-        )
+        parts = (weight, weight_mask, sign_bits, scale_in, scale_out)
+        grad_x = gradient(plain_bitmask_binary_input_grad, grad, *parts)
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.hf_lowrank.bitmask_weight_grad(grad, x, weight_mask, weight.shape[1]).to(weight.dtype)
+        grad_weight = gradient(plain_bitmask_weight_grad, grad, x, weight_mask, weight.shape[1]).to(weight.dtype)
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        grad_in, grad_out = torch.ops.hf_lowrank.binary_scale_grads(grad, x, sign_bits, scale_in, scale_out)
+        grad_in, grad_out = gradient(plain_binary_scale_grads, grad, x, sign_bits, scale_in, scale_out)
         grad_in, grad_out = grad_in.to(scale_in.dtype), grad_out.to(scale_out.dtype)
     return grad_x, grad_weight, None, None, grad_in, grad_out
 
@@ -356,8 +376,8 @@ if not hasattr(getattr(torch.ops, NAMESPACE), "lowrank_linear"):
     _declare_bitmask_binary()
     _declare_lowrank()
 
-bitmask_linear = operation("bitmask_linear")
-binary_linear = operation("binary_linear")
-bitmask_binary_linear = operation("bitmask_binary_linear")
-lowrank_linear = operation("lowrank_linear")
-pivoted_linear = operation("pivoted_linear")
+bitmask_linear = operation("bitmask_linear", plain_bitmask_linear)
+binary_linear = operation("binary_linear", plain_binary_linear)
+bitmask_binary_linear = operation("bitmask_binary_linear", plain_bitmask_binary_linear)
+lowrank_linear = operation("lowrank_linear", plain_lowrank_linear)
+pivoted_linear = operation("pivoted_linear", plain_pivoted_linear)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .tracing import must_decompose
 
 
 def packed_width(columns: int) -> int:
@@ -19,12 +20,12 @@ def pack_bits(bits: Tensor) -> Tensor:
     columns = bits.shape[-1]
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, packed_width(columns) * 8 - columns))
     grouped = padded.unflatten(-1, (packed_width(columns), 8))
-    return (grouped << _bit_positions(bits.device)).sum(dim=-1, dtype=torch.uint8)
+    return (grouped * _bit_values(bits.device)).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """Unpack uint8 (..., ⌈n/8⌉) into booleans (..., n)."""
-    bits = (packed.unsqueeze(-1) >> _bit_positions(packed.device)) & 1
+    bits = packed.unsqueeze(-1) & _bit_values(packed.device)
     return bits.flatten(-2)[..., :columns].bool()
 
 
@@ -51,9 +52,13 @@ def unpack_values(values: Tensor, mask: Tensor) -> Tensor:
 
 def signs_to_values(sign_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Return ±1 (m, n) from packed sign bits, uint8 (m, ⌈n/8⌉). A set bit is +1."""
-    return unpack_bits(sign_bits, columns).to(dtype).mul_(2).sub_(1)
+    bits = unpack_bits(sign_bits, columns).to(dtype)
+    if must_decompose():  # the graphs of torch 2.6 refuse to change the result of `to` in place
+        return bits * 2 - 1
+    return bits.mul_(2).sub_(1)
 
 
-def _bit_positions(device: torch.device) -> Tensor:
-    """Return 0 to 7, the places of the bits in a byte."""
-    return torch.arange(8, dtype=torch.uint8, device=device)
+def _bit_values(device: torch.device) -> Tensor:
+    """Return 1 to 128, the values of the bits in a byte."""
+    # A power and no shift, which ONNX has for signed integers only as torch translates it.
+    return (2 ** torch.arange(8, device=device)).to(torch.uint8)

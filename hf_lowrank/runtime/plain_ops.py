@@ -156,7 +156,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
     On a CPU the product in float32 is the exact one and usually the faster one.
     """
-    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    # Not by `torch.promote_types`, which torch 2.6 writes into an exported program and cannot read back.
+    is_half = x.dtype.itemsize < torch.float32.itemsize
+    return torch.float32 if is_half and x.device.type == "cpu" else x.dtype
 
 
 def row_tiles(packed: Tensor, x: Tensor) -> Iterator[slice]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .tracing import must_decompose
+
 BITS = (2, 3, 4, 5, 6, 7, 8)
 SCALE_FACTORS = tuple(0.4 + 0.02 * step for step in range(36))
 """Scales that a search tries, relative to the one that just covers a group.
@@ -169,14 +171,17 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the codes, uint8 (rows, c), from uint8 (rows, ⌈c·bits/8⌉, 1)."""
     word_bytes, word_codes = _word(bits)
     words = packed
+    if must_decompose():
+        words = packed.to(torch.int32)  # ONNX shifts signed integers only, as torch translates it
     if word_bytes > 1:
         stream = torch.nn.functional.pad(packed.squeeze(2), (0, -packed.shape[1] % word_bytes))
         word_dtype = torch.int32 if word_bytes <= 3 else torch.int64  # 24 bits or fewer fit int32
         parts = stream.unflatten(1, (stream.shape[1] // word_bytes, word_bytes)).to(word_dtype)
-        words = (parts << _positions(word_bytes, 8, parts)).sum(dim=2, keepdim=True, dtype=parts.dtype)
+        places = torch.bitwise_left_shift(parts, _positions(word_bytes, 8, parts))
+        words = places.sum(dim=2, keepdim=True, dtype=parts.dtype)
     if word_codes == 1:
         return words.squeeze(2)
-    codes = (words >> _positions(word_codes, bits, words)) & (2**bits - 1)
+    codes = torch.bitwise_right_shift(words, _positions(word_codes, bits, words)) & (2**bits - 1)
     return codes.flatten(1)[:, :columns].to(torch.uint8)
 
 

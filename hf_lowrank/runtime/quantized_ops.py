@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import NAMESPACE, dispatch, empty_output, operation
+from .ops import NAMESPACE, dispatch, empty_output, gradient, operation
 from .packing import unpack_bits, unpack_values
 from .plain_ops import as_matrix, compute_dtype, row_tiles, sum_over_tiles
 from .quantization import group_sums, levels, spread_scale, unpack_codes
@@ -132,9 +132,9 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     layout = (ctx.bits, ctx.group, ctx.kept)
     grad_x = grad_scale = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.hf_lowrank.quantized_input_grad(grad, codes, scale, mask, *layout, x.shape[-1])
+        grad_x = gradient(plain_quantized_input_grad, grad, codes, scale, mask, *layout, x.shape[-1])
     if ctx.needs_input_grad[2]:
-        grad_scale = torch.ops.hf_lowrank.quantized_scale_grad(grad, x, codes, mask, *layout).to(scale.dtype)
+        grad_scale = gradient(plain_quantized_scale_grad, grad, x, codes, mask, *layout).to(scale.dtype)
     return grad_x, None, grad_scale, None, None, None, None
 
 
@@ -142,4 +142,4 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 if not hasattr(getattr(torch.ops, NAMESPACE), "quantized_linear"):
     _declare()
 
-quantized_linear = operation("quantized_linear")
+quantized_linear = operation("quantized_linear", plain_quantized_linear)

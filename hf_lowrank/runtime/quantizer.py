@@ -13,13 +13,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
+from .config_checks import usual_dtype
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layer_spec import LayerSpec
 from .layers import CompressedLinear, build_layer
-from .load_hooks import hook_configs, hook_tokenizers
+from .load_hooks import hook_configs, hook_models, hook_tokenizers
 from .safetensors_headers import read_headers
 from .saving import CompleteSave
 from .skeletons import saved_skeleton
@@ -109,7 +110,10 @@ class CompressionQuantizer(HfQuantizer):
         check_weights(self.checkpoint_files, self.quantization_config.checksums)
         # They belong to those files, and not to what becomes of the model.
         self.quantization_config.checksums = {}
+        self.quantization_config.companions = {}
         attach(model, self)
+        if self.checkpoint_files:
+            CompleteSave.attach(model).stored_dtype = usual_dtype(read_headers(self.checkpoint_files))
         return model
 
     def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
@@ -175,6 +179,7 @@ def register(override: bool = False) -> None:
         if not override:
             register_module_module_registration_hook(_watch_adapters)
     hook_configs()
+    hook_models()
     hook_tokenizers()
 
 

@@ -1,8 +1,12 @@
 """Reads and writes the report of a compression, and keeps its figures apart from those of other weights.
 
+Cards that the package has written end in a seal, by which they are told from those that somebody else has written or
+changed.
+
 The report says what was stored and what was lost, layer by layer. Later measurements are added to it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -30,6 +34,22 @@ OTHER_WEIGHTS = (
     "are left out"
 )
 """Warning in a report from which such figures were taken out."""
+
+
+SEAL = re.compile(r"\n<!-- written by hf_lowrank, sha256 ([0-9a-f]{64}); a card that is changed is kept -->\n?$")
+
+
+def sealed_card(text: str) -> str:
+    """Return a card with the seal that says that nobody has changed it. A seal that it has is replaced."""
+    content = SEAL.sub("", text).rstrip("\n") + "\n"
+    checksum = hashlib.sha256(content.encode()).hexdigest()
+    return f"{content}\n<!-- written by hf_lowrank, sha256 {checksum}; a card that is changed is kept -->\n"
+
+
+def is_own_card(text: str) -> bool:
+    """Return whether a card is as this package has written it."""
+    text = text.replace("\r\n", "\n")
+    return SEAL.search(text) is not None and text.rstrip("\n") == sealed_card(text).rstrip("\n")
 
 
 def offer_reports() -> None:
@@ -121,4 +141,7 @@ def disown_figures(folder: Path) -> None:
             "> Written before the weights were changed (training, a merge or a cast): figures of quality and speed "
             "are of those before."
         )
-        card.write_text(f"{kept}\n{note}\n\n{content[end:].lstrip()}", encoding="utf-8")
+        changed = f"{kept}\n{note}\n\n{content[end:].lstrip()}"
+        # It is still no card of the user's.
+        changed = sealed_card(changed) if is_own_card(content) else changed
+        card.write_text(changed, encoding="utf-8")

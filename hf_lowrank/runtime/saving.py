@@ -1,30 +1,37 @@
 """Saves with a compressed model what it needs elsewhere: the loading code, the auto map, tokenizer and report."""
 
 import hashlib
-import logging
+import json
 import os
 import re
 import shutil
-import tempfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 import transformers
-from transformers.utils import cached_file
 
-from .checksums import LOADING_CODE, file_checksum, record_checksums, recorded_code
-from .errors import CompressionError
+from .checksums import CONFIG, LOADING_CODE, file_checksum, record_checksums, recorded_code
+from .companions import CARRIED, GENERATION_CONFIG, Companions, clear_paths, files_in
+from .errors import CompressionError, logger
 from .experts import ExpertBank
 from .layers import CompressedLinear
+from .origin import Origin
+from .privacy import public_values
 from .reports import (
     CARD_FILE,
     REPORT_FILE,
     disown_figures,
     drop_figures_of_other_weights,
+    is_own_card,
     offer_reports,
     read_report,
     write_report,
 )
+from .safetensors_headers import read_json
+from .staging import move, staged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +39,10 @@ if TYPE_CHECKING:
 TRAINER_CHECKPOINT = r"checkpoint-\d+"
 """Names of the folders in which transformers' `Trainer` saves. Its own constant lies in a module that imports PEFT."""
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
+SAVED_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+"""Names that transformers gives weights. A save leaves none of an earlier one."""
 
 AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
-
-logger = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
@@ -49,6 +56,9 @@ class Publisher(Protocol):
 
     def upload(self, folder: Path, repo_id: str, **options: Any) -> Any:
         """Upload the folder as one state of the repo."""
+
+    def push(self, save: Any, repo_id: str, **options: Any) -> Any:
+        """Save a model by its `CompleteSave` and upload it, but keep what the repo has of the user's."""
 
 
 class CompleteSave:
@@ -69,6 +79,10 @@ class CompleteSave:
             quantizer asks for it.
         saved: the folder to push, while transformers pushes. Its push would save the model once more, to a folder of
             its own.
+        stored_dtype: the dtype of the checkpoint that the model came from.
+        intended_dtype: a dtype in which saves are meant to be, however much larger that makes them.
+        base: the folder on this machine with the files beside the dense or compressed model that this one came from,
+            once a save has found it.
     """
 
     publisher: ClassVar[Publisher | None] = None
@@ -81,6 +95,9 @@ class CompleteSave:
         self.source_report: dict[str, Any] | None = None
         self.state_dict: dict[str, Any] | None = None
         self.saved: Path | None = None
+        self.stored_dtype: torch.dtype | None = None
+        self.intended_dtype: torch.dtype | None = None
+        self.base: Path | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled save, in whatever process."""
@@ -105,12 +122,12 @@ class CompleteSave:
 
         Raises:
             CompressionError: for arguments that would give a checkpoint which cannot be opened.
+            SaveError: if the folder cannot be written. What was there before is then as it was.
         """
         model, folder = self.model, Path(save_directory)
         if self.saved is not None:
             # Transformers' push is saving the model to a folder of its own: give it the files that are complete.
-            for file in filter(Path.is_file, self.saved.iterdir()):
-                shutil.copyfile(file, folder / file.name)
+            shutil.copytree(self.saved, folder, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
             return
         if getattr(model, "_hf_peft_config_loaded", False):  # transformers then saves nothing but the adapter
             self.native_save(
@@ -123,32 +140,58 @@ class CompleteSave:
         # Those of all files take its place as soon as these are written.
         checksum = hashlib.sha256(loading_code()).hexdigest()
         model.config.quantization_config.checksums = {LOADING_CODE: checksum}
-        if is_main_process and not folder.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write_companions(folder)
         # Tensors keep the names of their modules, which `quantization_config.layers` uses. The older formats of some
         # families rename or split layers.
         kwargs["save_original_format"] = False
         # They belong to the push, which comes last.
         hub_options = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        self.native_save(save_directory, state_dict, is_main_process=is_main_process, **kwargs)
-        if is_main_process and folder.is_dir():
-            record_checksums(folder)
-            self.publish(folder, name, push_to_hub, token=kwargs.get("token"), **hub_options)
-
-    def publish(self, folder: Path, name: str | None, push_to_hub: bool, **hub_options: Any) -> None:
-        """Bring report and card of a saved checkpoint up to date, and push it if that is asked for."""
-        figures_dropped = drop_figures_of_other_weights(folder)
-        repo_id = hub_options.pop("repo_id", folder.name)
-        publisher = CompleteSave.publisher
-        if publisher is not None:
-            publisher.write_card(folder, name)
-            if push_to_hub:
-                publisher.upload(folder, repo_id, **hub_options)
+        if not is_main_process:
+            self.native_save(save_directory, state_dict, is_main_process=False, **kwargs)
             return
-        if figures_dropped:
-            disown_figures(folder)
+        self.warn_of_width(folder, state_dict)
+        name = name or folder.resolve().name
+        with staged(folder) as partial:
+            companions = self.write_companions(partial, folder)
+            self.native_save(partial, state_dict, is_main_process=True, **kwargs)
+            # In a group of processes, transformers may let another one write.
+            if not (partial / CONFIG).is_file():
+                return
+            finish_folder(partial, companions)
+            self.write_card(partial, folder, name)
+            # Known before the config is replaced that has the checksums of what an earlier save has put there.
+            stale = stale_files(partial, folder, companions)
+            move(partial, folder)
+            for file in stale:
+                file.unlink(missing_ok=True)
+        # A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the one
+        # above, and uploads that one.
+        if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
+            write_loading_code(folder.parent)
         if push_to_hub:
+            self.publish(folder, token=kwargs.get("token"), **hub_options)
+
+    def write_card(self, partial: Path, folder: Path, name: str) -> None:
+        """Bring report and card of a checkpoint up to date, before it is moved to its folder.
+
+        Args:
+            name: what `from_pretrained` will call the checkpoint.
+        """
+        figures_dropped = drop_figures_of_other_weights(partial)
+        if has_users_card(folder):
+            return
+        if CompleteSave.publisher is not None:
+            CompleteSave.publisher.write_card(partial, name)
+            return
+        self.carry_over(CARD_FILE, partial)
+        if figures_dropped:
+            disown_figures(partial)
+
+    def publish(self, folder: Path, **hub_options: Any) -> None:
+        """Push a checkpoint that was just saved."""
+        repo_id = hub_options.pop("repo_id", folder.resolve().name)
+        if CompleteSave.publisher is not None:
+            CompleteSave.publisher.upload(folder, repo_id, **hub_options)
+        else:
             self.native_push(folder, repo_id, **hub_options)
 
     def native_push(self, folder: Path, repo_id: str, **options: Any) -> None:
@@ -172,61 +215,54 @@ class CompleteSave:
         finally:
             self.state_dict = None
 
-    def write_companions(self, folder: Path) -> None:
-        """Write the loading code, the report, the tokenizer and the card to a folder.
+    def write_companions(self, partial: Path, folder: Path) -> Companions:
+        """Write to a new folder what belongs beside the weights: the loading code, the report, the tokenizer, ….
 
-        Report, tokenizer and card come from the checkpoint that the model came from, where there are no others.
+        Report and tokenizer come from the checkpoint that the model came from, where there are no others.
+
+        Args:
+            folder: the place of the new folder's files in the end. What the user has put there stays.
         """
-        write_loading_code(folder)
-        # A `Trainer` that pushes while it trains copies config and weights from its `checkpoint-…` folder to the one
-        # above, and uploads that one.
-        if re.fullmatch(TRAINER_CHECKPOINT, folder.name):
-            write_loading_code(folder.parent)
+        origin = Origin.of(self.model)
+        if self.base is None or not self.base.is_dir():
+            self.base = origin.fetch(CARRIED)
+        companions = Companions(origin, self.base, folder)
+        companions.write(partial, self.tokenizer)
+        write_loading_code(partial)
         if self.report is not None:
-            write_report(folder, self.report)
+            write_report(partial, self.report)
         else:
-            self.carry_over(REPORT_FILE, folder)
-        if CompleteSave.publisher is None:
-            self.carry_over(CARD_FILE, folder)
-        tokenizer = self.tokenizer
-        if tokenizer is None and self.find("tokenizer_config.json"):
-            config = self.model.config
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                config._name_or_path, revision=getattr(config, "_commit_hash", None)
-            )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            self.carry_over(REPORT_FILE, partial)
+        return companions
 
     def carry_over(self, name: str, folder: Path) -> None:
         """Copy a file of the checkpoint that the model came from, if that has it."""
-        file = self.find(name)
-        if file and Path(file).resolve() != (folder / name).resolve():
+        file = Origin.of(self.model).find(name)
+        if file is not None:
             shutil.copyfile(file, folder / name)
 
-    def find(self, name: str) -> str | None:
-        """Return a file of the checkpoint that the model came from, fetching it from the Hub if need be.
-
-        Returns:
-            The path of the file, None if the checkpoint has no such file or cannot be reached.
-        """
-        config = self.model.config
-        # Transformers keeps there what `from_pretrained` was given: a path, or the name of a repo on the Hub.
-        source = getattr(config, "_name_or_path", "")
-        if not source or os.path.isdir(source):
-            path = Path(source) / name
-            return str(path) if source and path.is_file() else None
-        revision = getattr(config, "_commit_hash", None)
-        quiet = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_gated_repo": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
-        try:
-            # What is in the cache needs no connection.
-            file = cached_file(source, name, revision=revision, local_files_only=True, **quiet)
-            return file or cached_file(source, name, revision=revision, **quiet)
-        except (OSError, ValueError):
-            return None
+    def warn_of_width(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Warn if the weights take more than those that were compressed or loaded, as their dtype is wider."""
+        tensors: Iterable[Any] = self.model.parameters()
+        if state_dict is not None:
+            tensors = [value for value in state_dict.values() if isinstance(value, torch.Tensor)]
+        numbers: Counter[torch.dtype] = Counter()
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                numbers[tensor.dtype] += tensor.numel()
+        provenance = self.model.config.quantization_config.provenance
+        compressed_in = getattr(torch, str(provenance.get("dtype")), None)
+        known = [dtype for dtype in (compressed_in, self.stored_dtype) if isinstance(dtype, torch.dtype)]
+        if not numbers or not known:
+            return
+        (dtype, count), usual = numbers.most_common(1)[0], min(known, key=lambda dtype: dtype.itemsize)
+        if dtype.itemsize > usual.itemsize and dtype != self.intended_dtype:
+            names = [str(each).removeprefix("torch.") for each in (dtype, usual)]
+            more = count * (dtype.itemsize - usual.itemsize)
+            logger.warning(
+                f"{folder}: saved in {names[0]}, though the model was in {names[1]}: {more:,} bytes more than it "
+                f"needs; call model.to({usual}) before you save it"
+            )
 
     def current_report(self) -> dict[str, Any]:
         """Return the report that a save of the model would come with, {} if there is none.
@@ -237,10 +273,10 @@ class CompleteSave:
         if self.report is not None:
             return self.report
         if self.source_report is None:
-            file = self.find(REPORT_FILE)
+            file = Origin.of(self.model).find(REPORT_FILE)
             if file is None:
                 return {}  # not kept: the Hub may be within reach the next time
-            self.source_report = read_report(Path(file))
+            self.source_report = read_report(file)
         return self.source_report
 
     @staticmethod
@@ -270,11 +306,44 @@ class CompletePush:
         self.save = save
         self.publisher = publisher
 
-    def __call__(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> Any:
+    def __call__(self, repo_id: str, **options: Any) -> Any:
         """Save the model to a folder of its own and upload that."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(folder, max_shard_size=max_shard_size, name=repo_id)
-            return self.publisher.upload(Path(folder), repo_id, **options)
+        return self.publisher.push(self.save, repo_id, **options)
+
+
+def finish_folder(folder: Path, companions: Companions) -> None:
+    """Record in the config of a folder that is complete the sha256 of its files, and take paths out of its configs."""
+    if companions.keeps(GENERATION_CONFIG):
+        (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    clear_paths(folder / GENERATION_CONFIG)
+    ours = {} if not companions.in_place else dict(companions.own)
+    beside = {CONFIG, REPORT_FILE, LOADING_CODE}
+    for name in files_in(folder):
+        if name not in beside and not re.fullmatch(SAVED_WEIGHTS, name):
+            ours[name] = file_checksum(folder / name)
+    values = public_values(read_json(str(folder / CONFIG)))
+    values["quantization_config"]["companions"] = dict(sorted(ours.items()))
+    # The format in which transformers writes it.
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    record_checksums(folder)
+
+
+def stale_files(partial: Path, folder: Path, companions: Companions) -> list[Path]:
+    """Return the files of an earlier save in a folder that do not belong to the one which is moved there now."""
+    earlier = [name for name in os.listdir(folder) if re.fullmatch(SAVED_WEIGHTS, name) or name == REPORT_FILE]
+    if not companions.in_place:
+        earlier += companions.own
+    # Once the loading code was some twenty files.
+    for name, checksum in recorded_code(folder).items():
+        if (folder / name).is_file() and file_checksum(folder / name) == checksum:
+            earlier.append(name)
+    return [folder / name for name in earlier if not (partial / name).exists()]
+
+
+def has_users_card(folder: Path) -> bool:
+    """Return whether a folder has a card that somebody else has written or changed."""
+    card = folder / CARD_FILE
+    return card.is_file() and not is_own_card(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def loading_code() -> bytes:

@@ -58,7 +58,8 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.weight.shape[1], module.weight.shape[0]
     assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
+    # Models may have computed the numbers as tensors.
+    return int(module.out_features), int(module.in_features)
 
 
 def resolve_experts(model: nn.Module, names: Sequence[str], most_modules: int = MOST_MODULES) -> list[str]:

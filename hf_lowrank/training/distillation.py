@@ -15,6 +15,7 @@ from ..calibration.batches import IGNORED_LABEL
 from ..compression.resume import weights_fingerprint
 from ..execution.work_folder import WorkFolder
 from ..runtime.errors import CompressionError
+from ..runtime.saving import CompleteSave
 
 BATCH_TOKENS = 4096
 """Maximum number of tokens in one step of `distill`."""
@@ -212,5 +213,8 @@ def distill(
         work.claim(identity)
         trainer = DistillationTrainer(student, settings, train_dataset=Windows(rows), teacher_model=teacher)
         trainer.remove_callback(PrinterCallback)  # it prints every entry of the log
+        save = CompleteSave.attach(student)
+        save.intended_dtype = student.dtype  # of the trainer's checkpoints, from which the training goes on
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        save.intended_dtype = None
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

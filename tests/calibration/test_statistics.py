@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank import CompressionConfig, CompressionError, NumericalError, compress
+from hf_lowrank import CompressionConfig, NumericalError, compress
 from hf_lowrank.calibration import TokenBatch, block_statistics, capture, run_block
 from hf_lowrank.methods import Statistics
 from hf_lowrank.models.architectures import find_blocks, find_layers
@@ -153,13 +153,21 @@ def test_blocks_keep_their_own_arguments() -> None:
     assert (full is None) != (windowed is None) or not torch.equal(full, windowed)
 
 
-def test_a_block_called_twice_is_an_error() -> None:
+def test_a_block_called_twice_runs_twice() -> None:
     model = tiny_models.llama()
     model.model.layers[1] = model.model.layers[0]
+    outputs: list[Tensor] = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     blocks = find_blocks(model)
-    blocks.setdefault("model.layers.1", model.model.layers[0])
-    with pytest.raises(CompressionError, match="not called once each in order"):
-        capture(model, dict(sorted(blocks.items())), [TokenBatch(tiny_models.token_ids(1, 8))])
+    (captured,) = capture(model, blocks, [TokenBatch(tiny_models.token_ids(1, 8))])
+    call = captured.calls[0]
+    assert call is not None and len(call.repeats) == 1
+    assert "model.layers.1" not in blocks
+    outputs.clear()
+    last = run_block(model.model.layers[0], 0, captured)
+    handle.remove()
+    assert len(outputs) == 2
+    assert torch.equal(last, outputs[1])
 
 
 def test_a_calibration_input_that_overflows_names_the_layer() -> None:

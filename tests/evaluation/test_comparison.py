@@ -70,11 +70,17 @@ def test_figures_are_those_of_the_checkpoint(home: Path) -> None:
 def test_results_name_everything_they_depend_on(home: Path) -> None:
     content = results(home)
     assert content["model"]["model.safetensors"] == file_checksum(home / "dense" / "model.safetensors")
-    assert content["texts"] == {str(home / "text.txt"): file_checksum(home / "text.txt")}
+    assert content["texts"] == {"text.txt": file_checksum(home / "text.txt")}
     assert content["recipe"]["seed"] == 0
     assert set(content["versions"]) == {"hf_lowrank", "torch", "transformers"}
     assert len(content["combinations"][0]["calibration_sha256"]) == 64
     assert content["dense"]["texts"][0]["nats_lost"] == 0
+
+
+def test_no_file_names_a_folder_of_this_machine(home: Path) -> None:
+    for file in (home / "out").rglob("*"):
+        if file.is_file():
+            assert os.fsencode(home.name) not in file.read_bytes(), file
 
 
 def test_combination_out_of_reach_is_a_line_with_its_reason(home: Path) -> None:

@@ -1,5 +1,6 @@
 """Perplexity and fidelity equal a plain computation over the same tokens, and reproduce the published references."""
 
+import json
 import math
 from pathlib import Path
 
@@ -161,3 +162,12 @@ def test_published_references_are_reproduced(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     evaluation = evaluate(model, tokenizer, str(file), window=window, max_windows=max_windows)
     assert evaluation.nll == pytest.approx(nll, abs=5e-4)
+
+
+def test_a_text_is_named_by_a_string_or_a_path(tmp_path: Path) -> None:
+    model, tokenizer, file = tiny_models.llama(num_hidden_layers=1), tiny_models.tokenizer(), tmp_path / "rows.json"
+    file.write_text(json.dumps([{"text": text} for text in tiny_models.text(3)]), encoding="utf-8")
+    by_path, by_name = (evaluate(model, tokenizer, source, max_windows=1) for source in (file, str(file)))
+    assert by_path == by_name
+    with pytest.raises(CompressionError, match="text: found list .*expected the name of a file or of a dataset"):
+        evaluate(model, tokenizer, ["text"])

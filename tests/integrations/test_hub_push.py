@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import CheckpointError, CompressionConfig, compress
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.publishing.hub import check_complete
+from hf_lowrank.publishing.hub import announcement, check_complete
 from hf_lowrank.publishing.measurements import text_quality
 from hf_lowrank.publishing.model_card import make_card, model_card, read_config, record, write_model_card
 from hf_lowrank.runtime.checksums import LOADING_CODE
 from hf_lowrank.runtime.reports import REPORT_FILE
+from tests.support import tiny_models
 from tests.support.hub_card import check_card
 from tests.support.hub_server import READ_TOKEN, WRITE_TOKEN, Fault, HubServer
 from tests.support.hub_storage import Repository
@@ -161,6 +162,74 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
     assert "| removed |" in card.text
 
 
+PUSH_COMMAND = """
+import sys
+from hf_lowrank.cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_a_push_says_what_it_uploads_before_it_does(hub, folder, tmp_path):
+    """Number, size, repo and visibility; the names of all files; and those that it leaves out."""
+    left_out = [
+        *(".env", ".cache/huggingface/token", "checkpoint-5/model.safetensors", "training_args.bin", "token"),
+        *("optimizer.pt", "runs/events.out.tfevents.1.host", "__pycache__/x.pyc", "id_rsa", "[x].log"),
+    ]
+    kept = {"extra/notes.txt": "mine", "LICENSE": "terms", ".gitattributes": ""}
+    kept["plan.md"] = f"see {folder.parent}/plan"
+    for name, text in {**dict.fromkeys(left_out, "secret"), **kept}.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(text)
+    for options, visibility in (["--private"], "private"), ([], "private"):  # the second finds the repo there
+        said = hub.client(
+            PUSH_COMMAND, "push", folder, "tester/said", *options, home=tmp_path / "home", token=WRITE_TOKEN
+        ).splitlines()
+        commit = Repository(hub.root / "tester/said").read_commit("main")
+        assert commit is not None and commit.files.keys() & left_out == set()
+        assert set(kept) <= set(commit.files)
+        files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - set(left_out)
+        assert said[0].startswith(f"pushing {len(files)} files, ")
+        assert f"to tester/said ({visibility}): " in said[0]
+        assert set(said[0].partition("): ")[2].split(", ")) == files == commit.files.keys()
+        shown = {".env", ".cache/", "checkpoint-5/", "training_args.bin", "token", "optimizer.pt", "runs/"}
+        assert set(said[1].removeprefix("left out: ").split(", ")) == shown | {"__pycache__/", "id_rsa", "[x].log"}
+        assert said[-1].startswith("pushed ")
+    assert announcement(folder, "repo", left_out)[-1].startswith("warning: plan.md names a folder")
+
+
+KEEP = """
+import sys
+import hf_lowrank
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import ModelCard
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model.push_to_hub("tester/kept")
+tokenizer.add_tokens(["<mine>"])
+tokenizer.push_to_hub("tester/kept")
+card = ModelCard.load("tester/kept")
+card.text += "by hand"
+card.push_to_hub("tester/kept")
+model.generation_config.max_new_tokens = 7
+model.push_to_hub("tester/kept")
+"""
+
+
+def test_what_the_user_has_put_into_the_repo_stays(hub, folder, tmp_path):
+    """A tokenizer and a card that were pushed before the model, but not what the model's own push has put there."""
+    tiny_models.tokenizer().save_pretrained(folder)
+    hub.client(KEEP, folder, home=tmp_path / "home", token=WRITE_TOKEN)
+    repository = Repository(hub.root / "tester/kept")
+    commit = repository.read_commit("main")
+    assert commit is not None
+
+    def content(name: str) -> str:
+        return repository.content_path(commit.files[name]).read_text()
+
+    assert "<mine>" in content("tokenizer.json") and "by hand" in content("README.md")
+    assert json.loads(content("generation_config.json"))["max_new_tokens"] == 7
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -236,7 +305,7 @@ def test_what_was_measured_is_in_the_card_and_nothing_else(folder):
 def test_an_evaluation_becomes_rows_of_the_card(folder):
     """The rows are the perplexity of both models and the figures that compare them.
 
-    A data set of the Hub is named by its id, and a file by the end of its path.
+    A data set of the Hub is named by its id, and a file by its name without folders.
     """
     figures = {
         "windows": 3,
@@ -261,8 +330,8 @@ def test_an_evaluation_becomes_rows_of_the_card(folder):
         ("custom", "kl_divergence", 0.5),
         ("custom", "top1_agreement", 0.75),
     ]
-    assert "private/text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
-    assert "/home/me" not in str(card)
+    assert "| text.txt, 3 windows of 8 tokens | 2.718 | 4 | +1.28" in card.text
+    assert "private" not in str(card)
 
 
 def test_the_card_says_what_the_files_hold(folder):

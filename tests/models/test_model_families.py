@@ -1,31 +1,18 @@
 """Laws that hold for every family of models, of which nothing is used but the structure."""
 
-import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import (
-    AlbertConfig,
-    AlbertForMaskedLM,
-    AutoModelForTextEncoding,
-    PreTrainedModel,
-    T5Config,
-    T5EncoderModel,
-)
+from torch import Tensor
+from transformers import AutoModelForTextEncoding, PreTrainedModel, T5Config, T5EncoderModel
 
-from hf_lowrank import CompressedLinear, CompressionConfig, CompressionError, compress
-from hf_lowrank.budget import Budget
+from hf_lowrank import CompressedLinear, CompressionConfig, compress
 from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.checkpoints.inspect import inspect
-from hf_lowrank.methods import Decomposition, Statistics
-from hf_lowrank.methods.svd_llm import SVDLLM
 from hf_lowrank.models.architectures import (
     find_blocks,
     find_feed_forwards,
@@ -37,7 +24,8 @@ from hf_lowrank.models.linears import dense_weight, permute_inputs, permute_outp
 from hf_lowrank.models.loading import load_model
 
 from ..support.fresh_process import INPUT_IDS, open_elsewhere
-from ..support.model_families import FAMILIES, SIZES, Batches, pairs_of_texts, pictures, sounds_and_texts, table, text
+from ..support.model_families import FAMILIES, Batches, table, text
+from ..support.whole_models import answers, counted, in_fresh_memory, recipe, seen_by_layers
 
 FUSED = {"Phi-3", "ModernBERT"}
 MIXTURES = {"Mixtral": 8, "Qwen2-MoE": 8, "Qwen3-MoE": 8, "OLMoE": 8, "DeepSeek-V2": 4, "DeepSeek-V3": 4}
@@ -45,31 +33,11 @@ MIXTURES = {"Mixtral": 8, "Qwen2-MoE": 8, "Qwen3-MoE": 8, "OLMoE": 8, "DeepSeek-
 WITHOUT_NETWORKS = {"BitNet", "Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS"}
 """Families that have no feed-forward networks beside those of experts."""
 REPRESENTATIVE = ["Llama", "OPT", "GPT-2", "Phi-3", "BERT", "T5", "Whisper"]
-OPTIONS = {"slab": {"iterations": 2}}
-
-
-def recipe(method: str = "slab", ratio: float = 0.5, **options: Any) -> CompressionConfig:
-    return CompressionConfig(
-        method=method, ratio=ratio, samples=9, sequence_length=28, options=OPTIONS.get(method, {}) | options
-    )
-
-
-def answers(model: PreTrainedModel, batches: Batches) -> list[Tensor]:
-    with torch.no_grad():
-        return [model(**batch)[0] for batch in batches]
 
 
 def generated(model: PreTrainedModel, batches: Batches) -> Tensor:
     inputs = {name: tensor for name, tensor in batches[0].items() if not name.startswith("decoder")}
     return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-
-
-def in_fresh_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy whose weights do not lie in the mapped file any more.
-
-    Products may round otherwise in the last bit where weights are not aligned in memory.
-    """
-    return copy.deepcopy(model)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -127,38 +95,6 @@ def test_every_weight_of_the_blocks_is_compressed_or_explained(name: str) -> Non
     assert bool(experts) == (name == "GPT-OSS") == any("fused expert" in warning for warning in report["warnings"])
     assert all("expert" in warning for warning in report["warnings"])
     assert all(entry["tokens"] for entry in report["layers"])
-
-
-def seen_by_layers(model: PreTrainedModel, layers: Iterable[str], batches: Batches) -> dict[str, list[Tensor]]:
-    """Return the input of every layer, (..., n) per batch, in the model's own forward."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = [
-        model.get_submodule(layer).register_forward_pre_hook(
-            lambda module, inputs, name=layer: seen.setdefault(name, []).append(inputs[0])
-        )
-        for layer in layers
-    ]
-    answers(model, batches)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def counted(name: str, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Return the tokens of a layer's input that are no padding.
-
-    It looks at the names of layers, which the package does not.
-    """
-    mask = batch.get("attention_mask")
-    cross = any(part in name for part in ("EncDecAttention", "encoder_attn"))
-    if (
-        "decoder" in name
-        and "decoder_input_ids" in batch
-        and not (cross and name.endswith(("k", "v", "k_proj", "v_proj")))
-    ):
-        mask = batch.get("decoder_attention_mask")
-    x = x.double()
-    return x.flatten(0, -2) if mask is None else x.reshape(*mask.shape, -1)[mask.bool()]
 
 
 def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
@@ -237,180 +173,6 @@ def test_prime_neurons_of_a_fused_network_are_those_of_both_halves() -> None:
         rows_before, rows_after = before.mlp.gate_up_proj.weight, after.mlp.gate_up_proj.weight
         for half in (0, 80):
             assert torch.equal(rows_after[half : half + 12], rows_before[half : half + 80][neurons])
-
-
-@pytest.mark.parametrize("family", ["T5", "BART", "Whisper"])
-def test_a_decoder_is_calibrated_on_the_compressed_encoder(family: str) -> None:
-    """A sequential method measures keys and values on the encoder of the model that it makes."""
-    batches, original, model = FAMILIES[family].batches(), FAMILIES[family].make(), FAMILIES[family].make()
-    compress(model, recipe(), calibration=batches, progress=False)
-    reported = {entry["name"]: entry["relative_error"] for entry in model.save_pretrained.report["layers"]}
-    keys = [name for name in reported if name.endswith(("EncDecAttention.k", "encoder_attn.k_proj"))]
-    assert len(keys) == 2
-    now, before = seen_by_layers(model, keys, batches), seen_by_layers(original, keys, batches)
-    for key in keys:
-        weight = original.get_submodule(key).weight.double()
-        lost = weight - model.get_submodule(key).to_dense(weight.dtype)
-        errors = []
-        for seen in (now, before):
-            norms = torch.cat([counted(key, x, batch) for x, batch in zip(seen[key], batches, strict=True)]).norm(
-                dim=0
-            )
-            errors.append(float((lost * norms).norm() / (weight * norms).norm()))
-        assert reported[key] == pytest.approx(errors[0], rel=1e-5)
-        assert reported[key] != pytest.approx(errors[1], rel=1e-5)
-
-
-def test_compressed_inputs_of_a_decoder_are_those_of_the_compressed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[Tensor, Statistics]] = []
-    decompose = SVDLLM.decompose
-
-    def spy(self: SVDLLM, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:
-        measured.append((weight, statistics))
-        return decompose(self, weight, statistics, budget)
-
-    monkeypatch.setattr(SVDLLM, "decompose", spy)
-    batches, original, model = FAMILIES["T5"].batches(), FAMILIES["T5"].make(), FAMILIES["T5"].make()
-    compress(model, recipe("svd-llm", 0.3, update=True), calibration=batches, progress=False)
-    keys = [f"decoder.block.{index}.layer.1.EncDecAttention.k" for index in range(2)]
-    now, before = seen_by_layers(model, keys, batches), seen_by_layers(original, keys, batches)
-    for key in keys:
-        weight = original.get_submodule(key).weight.double()
-        (statistics,) = (entry for dense, entry in measured if torch.equal(dense, weight))
-        x_hat = counted(key, now[key][0], batches[0])
-        x = counted(key, before[key][0], batches[0])
-        for gram, expected in (
-            (statistics.gram, x.T @ x),
-            (statistics.compressed_input_gram, x_hat.T @ x_hat),
-            (statistics.cross_gram, x.T @ x_hat),
-        ):
-            torch.testing.assert_close(gram, expected, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(statistics.gram, statistics.compressed_input_gram, rtol=1e-2)
-
-
-@pytest.mark.parametrize("batch", [{}, {"labels": text(4, seed=1)}], ids=["text", "labels"])
-def test_a_decoder_without_inputs_reads_labels_or_the_text_one_token_late(batch: dict[str, Tensor]) -> None:
-    family = FAMILIES["T5"]
-    written = batch.get("labels", text(4))
-    late = torch.cat([torch.zeros(4, 1, dtype=torch.long), written[:, :-1]], dim=1)
-    given: list[Any] = [[{"input_ids": text(4), **batch}], [{"input_ids": text(4), "decoder_input_ids": late}]]
-    if not batch:
-        given.append(text(4).tolist())
-    states = [compress(family.make(), recipe(), calibration=each, progress=False).state_dict() for each in given]
-    for state in states[1:]:
-        assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
-
-
-def test_labels_that_do_not_count_are_padding_for_the_decoder() -> None:
-    labels = text(4, seed=1)
-    labels[2, 5:] = -100
-    (batch,) = calibration_batches(
-        FAMILIES["T5"].make(), recipe(), calibration=[{"input_ids": text(4), "labels": labels}]
-    )
-    ids, mask = batch.others["decoder_input_ids"], batch.others["decoder_attention_mask"]
-    assert torch.equal(ids[:2, 1:], labels[:2, :-1])
-    assert mask.sum(dim=1).tolist() == [12, 12, 6, 12]
-    assert bool((ids >= 0).all())
-    assert "labels" not in batch.others
-
-
-def test_a_vision_tower_that_calibration_never_reaches_stays_dense_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    family = FAMILIES["LLaVA"]
-    model = compress(family.make(), recipe(ratio=0.3), calibration=text(4).tolist(), progress=False)
-    report = model.save_pretrained.report
-    assert len(report["dense"]) == 12
-    assert all(layer.startswith("model.vision_tower.") for layer in report["dense"])
-    assert all("no calibration batch comes through its block" in reason for reason in report["dense"].values())
-    assert any("stay dense" in record.getMessage() for record in caplog.records)
-    assert 0.3 <= report["ratio_stored"] <= 0.305
-    with pytest.raises(CompressionError, match="out of reach"):
-        compress(family.make(), recipe(ratio=0.8), calibration=text(4).tolist(), progress=False)
-
-
-def test_batches_with_and_without_pictures_mix() -> None:
-    family = FAMILIES["LLaVA"]
-    batches = [{"input_ids": text(2)}, *family.batches(), {"input_ids": text(3)}]
-    report = compress(family.make(), recipe(), calibration=batches, progress=False).save_pretrained.report
-    tokens = {entry["name"].split(".")[1]: entry["tokens"] for entry in report["layers"]}
-    assert tokens == {"vision_tower": 3 * 17, "language_model": 3 * 28 + 5 * 12}
-    assert report["dense"] == {}
-
-
-class Weightless(nn.Module):
-    """Uses the weight of a layer without calling the layer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.extra = inner, nn.Linear(32, 32)
-
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        return self.inner(hidden_states + 0.1 * hidden_states @ self.extra.weight, **arguments)
-
-
-def test_a_layer_that_is_never_called_stays_dense_and_says_so() -> None:
-    model = FAMILIES["Llama"].make()
-    model.model.layers[0] = Weightless(model.model.layers[0])
-    compress(model, recipe(), calibration=text(4).tolist(), progress=False)
-    report = model.save_pretrained.report
-    assert list(report["dense"]) == ["model.layers.0.extra"]
-    assert "never calls it" in report["dense"]["model.layers.0.extra"]
-    assert 0.5 <= report["ratio_stored"] <= 0.505
-    answers(model, [{"input_ids": text(2)}])
-
-
-class Gain(nn.Linear):
-    """Has the weight of a linear layer, and computes something else."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_subclasses_of_linear_stay_dense_with_a_warning() -> None:
-    model = FAMILIES["Llama"].make()
-    model.model.layers[1].mlp.up_proj = Gain(32, 80, bias=False)
-    report = compress(model, recipe(), calibration=text(4).tolist(), progress=False).save_pretrained.report
-    assert type(model.model.layers[1].mlp.up_proj) is Gain
-    assert report["warnings"] == [
-        "model.layers.1.mlp.up_proj stays dense: Gain may compute something else than nn.Linear"
-    ]
-
-
-def refusals() -> Iterator[tuple[str, str, Any, str, str]]:
-    yield "T5", "slab", "self", "cannot calibrate on itself", "reads one text"
-    yield "BERT", "slab", "self", "cannot generate text", "calibrate on itself"
-    yield "ViT", "slab", "self", "cannot generate text", "calibrate on itself"
-    yield "Whisper", "slab", "self", "cannot calibrate on itself", "give calibration="
-    yield "ViT", "slab", text(2).tolist(), "reads pixel_values", "found input_ids"
-    yield (
-        "Whisper",
-        "slab",
-        [{"input_features": sounds_and_texts()[0]["input_features"]}],
-        "decoder_input_ids or labels",
-        "Whisper",
-    )
-    yield "Llama", "slab", pictures(), "reads, such as input_ids", "fields pixel_values"
-    yield "T5", "soco", pairs_of_texts(), "loss of the next token", "T5ForConditionalGeneration"
-    yield "BERT", "fwsvd", text(2).tolist(), "loss of the next token", "BertForMaskedLM"
-
-
-@pytest.mark.parametrize(("family", "method", "calibration", "what", "where"), refusals())
-def test_what_cannot_be_is_refused_before_any_work(
-    family: str, method: str, calibration: Any, what: str, where: str
-) -> None:
-    model, untouched = FAMILIES[family].make(), FAMILIES[family].make().state_dict()
-    with pytest.raises(CompressionError, match=what) as raised:
-        compress(model, recipe(method, 0.3), calibration=calibration, progress=False)
-    assert where in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_block_that_runs_more_than_once_is_refused_by_name() -> None:
-    model = AlbertForMaskedLM(AlbertConfig(vocab_size=64, embedding_size=16, **SIZES))
-    with pytest.raises(CompressionError, match=r"AlbertForMaskedLM: .*albert_layer_groups\.0 twice"):
-        compress(model, recipe(), calibration=text(2).tolist(), progress=False)
 
 
 def test_a_model_of_no_common_task_keeps_its_class(tmp_path: Path) -> None:

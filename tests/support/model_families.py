@@ -244,7 +244,8 @@ INTRODUCTION = """# Models
 Any Transformers model works whose blocks are a list of modules with `nn.Linear` or `Conv1D` layers. Blocks, layers and
 feed-forward networks are found by structure (`hf_lowrank/models/architectures.py`). For each family below a small
 model is compressed, saved, opened again and run in `tests/models/test_model_families.py`, from which this page is made
-(`python -m tests.support.model_families > docs/models.md`).
+(`python -m tests.support.model_families > docs/models.md`). [Model classes](model_classes.md) lists what came
+of other classes that the Auto classes of Transformers know.
 
 | family | class | layers of a block | feed-forward | calibrated on | note |
 |---|---|---|---|---|---|
@@ -260,9 +261,17 @@ REMARKS = """
 - Only models that generate from a text alone calibrate on themselves. The others say so and want data.
 - `soco`, `fwsvd`, `lowrank`, `slab-gram` and `auto` learn from the loss of the next token, and refuse models without
   one.
-- Models that run one block several times (ALBERT) are not supported, nor are those that read the weights of their
-  layers past the layers themselves (Mamba's kernels). The first are refused by name. Layers that calibration never
-  calls stay dense and are reported.
+- Calibration is whatever `forward` takes. A model of texts is calibrated on texts. For models of sounds, pictures or
+  both, give batches of tensors as the processor makes them: `calibration=[{"input_values": ...}, ...]` for Wav2Vec2,
+  `input_features` for Whisper, `pixel_values` for ViT, `input_ids` and `pixel_values` for CLIP. What a model cannot be
+  given is said in one line before any work.
+- Blocks may return hidden states by themselves or in a tuple, list, dictionary, `ModelOutput` or dataclass, and take
+  them by position or keyword. A block that runs several times (ALBERT) is calibrated on all of its calls. What several
+  blocks have in common is compressed once, on the calls in the first of them; single layers in common stay dense.
+- Linear layers that are themselves the elements of a list, such as one head for each of several outputs, belong to no
+  block and stay dense, as embeddings and heads do.
+- Layers whose weights a model reads past the layers themselves (Mamba's kernels), and those that calibration never
+  calls, stay dense and are reported.
 """
 
 

@@ -27,7 +27,7 @@ constexpr int64_t kLargestGroup = INT32_MAX;  // so that no sum of sizes overflo
 
 // Functions and types of torch, looked up once.
 const dlpack::ExchangeApi* api;
-PyObject *tensor_type, *parameter_type, *get_num_threads, *is_autocast_enabled, *cpu;
+PyObject *tensor_type, *parameter_type, *get_num_threads, *is_autocast_enabled, *is_tracing, *dispatch_modes, *cpu;
 std::atomic<int32_t> instruction_set{kAvx512};
 
 // Returns None: a call that does not apply is left to the caller, who also finds its errors.
@@ -168,7 +168,7 @@ class Call {
 
     // Returns the product as a new tensor, None where it is left to the caller, or null with an error set.
     PyObject* result() {
-        if (product_.rows < 1 || autocasts()) return none();
+        if (product_.rows < 1 || autocasts() || is_watched()) return none();
         for (int64_t* size : {&product_.kept, &product_.binary_rank, &product_.rank}) *size = *size < 0 ? 0 : *size;
         if (!product_.outputs) product_.outputs = product_.rows;
         Output* y = Output::of(x_, product_.outputs);
@@ -210,6 +210,17 @@ class Call {
         PyObject* answer = PyObject_CallOneArg(is_autocast_enabled, cpu);
         Py_XDECREF(answer);
         return answer != Py_False;
+    }
+
+    // Returns whether torch.jit.trace or a dispatch mode such as that of make_fx records what torch computes. What is computed
+    // here would be a constant to them.
+    static bool is_watched() {
+        PyObject* traces = PyObject_CallNoArgs(is_tracing);
+        PyObject* modes = PyObject_CallNoArgs(dispatch_modes);
+        const bool watched = traces != Py_False || !modes || PyLong_AsLong(modes) != 0;
+        Py_XDECREF(traces);
+        Py_XDECREF(modes);
+        return watched;
     }
 
     static int32_t threads() {
@@ -296,8 +307,11 @@ bool find_torch() {
     parameter_type = attribute("torch.nn", "Parameter");
     get_num_threads = attribute("torch", "get_num_threads");
     is_autocast_enabled = attribute("torch", "is_autocast_enabled");
+    is_tracing = attribute("torch._C", "_is_tracing");
+    dispatch_modes = attribute("torch._C", "_len_torch_dispatch_stack");
     cpu = PyUnicode_InternFromString("cpu");
-    if (!tensor_type || !parameter_type || !get_num_threads || !is_autocast_enabled || !cpu) return false;
+    for (PyObject* found : {tensor_type, parameter_type, get_num_threads, is_autocast_enabled, is_tracing, dispatch_modes, cpu})
+        if (!found) return false;
     PyObject* capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
     if (capsule) api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     Py_XDECREF(capsule);

@@ -166,12 +166,13 @@ def _multiply_tiles(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
     tiles = _tiles(inputs, rows, x.shape[-1], parts)
     if tiles is None:
         return None
-    y = x.new_empty(inputs.shape[0], rows)
+    y, y_matrix = _empty_result(x, rows)
     for covered, tile in tiles:
-        if len(tile) == rows:  # a single tile: its product is the result, with no copy into y
-            return F.linear(inputs.to(tile.dtype), tile).to(x.dtype).view(*x.shape[:-1], rows)
-        y[:, covered] = F.linear(inputs.to(tile.dtype), tile)
-    return y.view(*x.shape[:-1], rows)
+        if len(tile) == rows and tile.dtype == x.dtype:  # a single tile: its product is the result, with no copy
+            torch.mm(inputs, tile.T, out=y_matrix)
+        else:
+            y_matrix[:, covered] = F.linear(inputs.to(tile.dtype), tile)
+    return y
 
 
 def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
@@ -184,10 +185,21 @@ def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
     if tiles is None:
         return None
     # Rounding the sum after every tile would lose what small gradients add.
-    total = torch.zeros(gradients.shape[0], columns, dtype=torch.promote_types(grad.dtype, torch.float32))
+    total, total_matrix = _empty_result(grad, columns, torch.promote_types(grad.dtype, torch.float32))
+    total_matrix.zero_()
     for covered, tile in tiles:
-        total += gradients[:, covered].to(tile.dtype) @ tile
-    return total.to(grad.dtype).view(*grad.shape[:-1], columns)
+        total_matrix += gradients[:, covered].to(tile.dtype) @ tile
+    return total.to(grad.dtype)
+
+
+def _empty_result(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return an empty tensor (..., columns) for x (..., n), and the same memory as a matrix (tokens, columns).
+
+    The first one is what an operation returns. It must not be a view: torch forbids to change a view in place that a
+    function made while gradients were recorded.
+    """
+    result = x.new_empty(*x.shape[:-1], columns, dtype=dtype)
+    return result, result.view(-1, columns)
 
 
 def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterator[tuple[slice, Tensor]] | None:
@@ -204,7 +216,7 @@ def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterato
 
 def _unpacked(product: native.Product, rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield the tiles of a product's matrix, all in the same memory, each with the rows that it covers."""
-    tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype)
+    tile = torch.empty(max(TILE_BYTES // (columns * dtype.itemsize), 1), columns, dtype=dtype, device="cpu")
     product.y = tile.data_ptr()
     unpack = partial(native.loaded().hf_lowrank_unpack, ctypes.byref(product))
     for first in range(0, rows, len(tile)):

@@ -137,7 +137,7 @@ registration.after_foreign_import(
 registration.after_foreign_import(
     "transformers.modeling_utils",
     lambda: _import(".runtime.load_hooks").hook_models(),
-    "the subfolder that a model was loaded from is not known",
+    "parts of compressed checkpoints do not open, and the subfolder that a model was loaded from is not known",
 )
 registration.after_foreign_import(
     "transformers.tokenization_utils_base",

@@ -109,15 +109,17 @@ class ModelBudget:
     def available(self, compressed: list[Layer], dense: list[Layer]) -> int:
         """Return the bits that the compressed layers may take together, without their biases."""
         total = self.total_dense_bits(compressed + dense)
-        biases = sum(self.bias_bits[layer.name] for layer in compressed)
-        unchanged = self.total_dense_bits(dense) + biases
-        # The small number makes up for the rounding of a product that would be whole, such as 0.3 · 10.
-        return math.floor((1 - self.ratio) * total + 1e-6) - unchanged
+        # The small number makes up for the rounding of a product that would be whole, such as 0.3 · 10. It grows with
+        # the product, which has 53 bits.
+        return math.floor((1 - self.ratio) * total + max(1e-6, total * 2**-50)) - self._unchanged(compressed, dense)
 
     def removed(self, bits: int, compressed: list[Layer], dense: list[Layer]) -> float:
         """Return the ratio that results if the compressed layers take `bits` together, without their biases."""
-        total = self.total_dense_bits(compressed + dense)
-        return (self.available(compressed, dense) - bits) / total + self.ratio
+        return 1 - (self._unchanged(compressed, dense) + bits) / self.total_dense_bits(compressed + dense)
+
+    def _unchanged(self, compressed: list[Layer], dense: list[Layer]) -> int:
+        """Return the bits that are stored in any case: the dense layers, and the biases of the compressed ones."""
+        return self.total_dense_bits(dense) + sum(self.bias_bits[layer.name] for layer in compressed)
 
     def layer_budget(self, layer: Layer, bits: int) -> Budget:
         """Return a budget of `bits` for one layer."""

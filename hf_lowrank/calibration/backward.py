@@ -143,6 +143,11 @@ def _own_parts(
             position += 1
 
 
+def has_next_token(batch: TokenBatch) -> bool:
+    """Return whether in any sequence of a batch a token that counts follows another one that does."""
+    return bool(_pairs(batch).any())
+
+
 def _pairs(batch: TokenBatch) -> Tensor:
     """Return at which positions (B, T) the token and the one after it both count."""
     counts = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask

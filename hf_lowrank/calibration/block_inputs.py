@@ -15,7 +15,7 @@ from ..runtime.errors import CompressionError
 from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch
 from .blocks import BlockBatch, BlockCall, ExtraOutputs, first_start, hidden_states
-from .hooks import temporary_hooks
+from .hooks import replaced_forwards, temporary_hooks
 
 PROBE_TOKENS = 8
 """Number of tokens of the sequence with which it is found out what the arguments of blocks depend on."""
@@ -111,21 +111,9 @@ def _extra_hook(extra_outputs: ExtraOutputs, name: str) -> Callable[..., None]:
     return hook
 
 
-@contextmanager
-def skipping_blocks(blocks: dict[str, nn.Module], extra_outputs: ExtraOutputs) -> Iterator[None]:
+def skipping_blocks(blocks: dict[str, nn.Module], extra_outputs: ExtraOutputs) -> AbstractContextManager[None]:
     """Make blocks return the hidden states with which they are called, and their usual extra outputs, while active."""
-    # A module that accelerate has hooks on has a `forward` of its own, which is put back.
-    own_forwards = {name: vars(block).get("forward") for name, block in blocks.items()}
-    for name, block in blocks.items():
-        vars(block)["forward"] = _identity(name, block.forward, extra_outputs)
-    try:
-        yield
-    finally:
-        for name, block in blocks.items():
-            if own_forwards[name] is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = own_forwards[name]
+    return replaced_forwards({block: _identity(name, block.forward, extra_outputs) for name, block in blocks.items()})
 
 
 def _identity(name: str, forward: Any, extra_outputs: ExtraOutputs) -> Any:

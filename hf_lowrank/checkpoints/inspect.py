@@ -195,17 +195,16 @@ def _compressed_layer(
 ) -> StoredLayer:
     weights = layer.out_features * layer.in_features
     bits = _total_bits(own_tensors)
-    # A layer without a sparse part stores no weight.
-    kept = 0
-    if "weight" in own_tensors:
-        kept = math.prod(own_tensors["weight"].shape)
+    m, n = layer.out_features, layer.in_features
+    # Counted by the spec, as quantized values are packed into bytes.
+    kept = {"rows": spec.kept * n, "columns": m * spec.kept, "bitmask": m * spec.kept, "full": m * n}
     return StoredLayer(
         name=layer.name,
         kind=spec.kind,
         sparse=spec.sparse,
         rank=spec.rank,
         binary_rank=spec.binary_rank,
-        density=kept / weights,
+        density=kept.get(spec.sparse, 0) / weights,
         bits_per_weight=bits / weights,
         bytes=bits // 8,
         relative_error=error,

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -31,7 +32,11 @@ OUT_OF_MEMORY = (
 MEMORY_SIGNS = ("out of memory", "DefaultCPUAllocator")
 """Parts of the messages by which torch says that memory ran out."""
 
-PROGRESS_LOGGER = "hf_lowrank.execution.progress"
+SHOWN_LOGGERS = ("hf_lowrank.execution.progress", "hf_lowrank.compression.from_disk")
+"""Loggers of what a user of the command line shall know though it is no warning.
+
+That is how far a run has come, and whether all of the model is in memory or a block at a time.
+"""
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,7 +49,9 @@ def main() -> None:
     # Of several processes all have the same warnings, so only the main one prints them.
     level = logging.ERROR if torchrun_rank() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    logging.getLogger(PROGRESS_LOGGER).setLevel(logging.INFO)
+    if not torchrun_rank():
+        for name in SHOWN_LOGGERS:
+            logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # where it fails, an error of ours says so
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -78,7 +85,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             place = error.filename or "input/output"
             _fail(f"{place}: {system_message(error)}; check the path and the free space")
         except KeyboardInterrupt as error:
-            _end(terminated=isinstance(error, Terminated))
+            _end(isinstance(error, Terminated), str(error) or "no output was written")
 
     return run
 
@@ -120,15 +127,24 @@ def _fail(message: str) -> None:
     raise typer.Exit(1)
 
 
-def _end(terminated: bool) -> None:
-    """End the command after a signal."""
+@contextmanager
+def says_when_interrupted(outcome: str) -> Iterator[None]:
+    """Let a command that a signal ends say what is left of its work, where that is more than nothing."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise type(error)(outcome) from None
+
+
+def _end(terminated: bool, outcome: str) -> None:
+    """End the command after a signal, and say what is left of its work."""
     what = "terminated" if terminated else "interrupted"
     if terminated and torchrun_rank() is not None:
         what = (
             f"{_process()}terminated, as all are when one of them ends; "
             "the same command goes on from the work folder, if any"
         )
-    typer.echo(f"{what}; no output was written", err=True)
+    typer.echo(f"{what}; {outcome}", err=True)
     raise typer.Exit(143 if terminated else 130) from None
 
 

@@ -39,6 +39,7 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 @one_line_errors
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="dense model: a folder or a name on the Hub")],
     output: Output,
     method: Annotated[str, typer.Option(help=RECIPE_HELP["method"])] = "slab",
@@ -70,9 +71,10 @@ def compress(
     from ..runtime.configuration import CompressionConfig
     from ..runtime.privacy import public_command
 
+    source = context.get_parameter_source("ratio")
     config = CompressionConfig(
         method=method,
-        ratio=ratio,
+        ratio=CompressionConfig.ratio if source is not None and source.name == "DEFAULT" else ratio,
         options=_key_values(settings or []),
         calibration=calibration,
         samples=samples,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..runtime.errors import CompressionError
-from .base import app, one_line_errors
+from .base import app, one_line_errors, says_when_interrupted
 from .options import RECIPE_HELP, Device, Dtype, Json, SeveralValues
 from .output import kinds_summary, print_json, print_table, show_kinds, show_layers, show_totals
 
@@ -211,11 +211,14 @@ def compare(
     method_names: Annotated[
         list[str], typer.Option("--methods", help=r"one or more, as name or 'name\[option=value,...]'")
     ],
-    ratios: Annotated[list[float], typer.Option(help="one or more fractions of stored bits to remove")],
     text: Annotated[list[str], typer.Option(help="one or more text files or datasets (wikitext2, c4) to measure on")],
     out: Annotated[
         Path, typer.Option(help="folder for the table, the plot and results.json; a run that broke off goes on in it")
     ],
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option(help="one or more fractions of stored bits to remove; default: as each method's options say"),
+    ] = None,
     calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
@@ -255,13 +258,10 @@ def compare(
         window=window,
         max_windows=max_windows,
     )
-    results = compare(
-        comparison,
-        candidates(method_names, ratios),
-        out,
-        keep=keep,
-        log=lambda line: typer.echo(line, err=True),
-    )
+    combinations = candidates(method_names, ratios or [])
+    outcome = f"what is finished stays in {out}, and the same command goes on from there"
+    with says_when_interrupted(outcome):
+        results = compare(comparison, combinations, out, keep=keep, log=lambda line: typer.echo(line, err=True))
     write_atomically(out / "table.md", pareto.markdown(results))
     pareto.plot(results, out / "pareto.png")
     rows = []

@@ -8,7 +8,8 @@ import typer.core
 
 RECIPE_HELP = {
     "method": "compression method; `hf-lowrank methods` lists all",
-    "ratio": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)",
+    "ratio": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1); "
+    "default: what the method's options lead to (as bits do), else 0.5",
     "calibration": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts",
     "samples": "number of calibration sequences",
     "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048",

@@ -22,6 +22,33 @@ BETAS = (0.9, 0.95)
 """Adam's decay rates. The second moment forgets quickly, as there are few steps."""
 
 
+def reason_not_to_train(
+    block: nn.Module,
+    index: int,
+    batches: list[BlockBatch],
+    targets: list[Tensor],
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> str | None:
+    """Return why a block cannot be trained towards these outputs, or None if it can.
+
+    Args:
+        block, index, batches, targets, group: as for `train_block`.
+    """
+    if not any(isinstance(layer, CompressedLinear) for layer in block.modules()):
+        return "none of its layers is compressed"
+    if not _trained_parameters(block):
+        return "its compressed layers store no values"
+    if not _batch_schedule(index, batches, group):
+        return "no calibration batch comes through it"
+    own_sizes = []
+    for batch, target in zip(batches, targets, strict=True):
+        if batch.calls[index] is not None:
+            own_sizes.append(float(_counted_outputs(target, batch, index).square().sum()))
+    if not sum(group.gather(sum(own_sizes))):
+        return "the outputs of the dense block are zeros"
+    return None
+
+
 def train_block(
     block: nn.Module,
     index: int,
@@ -38,20 +65,19 @@ def train_block(
     it was.
 
     Args:
+        block: a block that can be trained, see `reason_not_to_train`.
         batches: this process's batches, with the inputs ĥ that the block sees in the compressed model.
         targets: the dense block's outputs f_dense(h), (B, T, d), one per batch.
         steps: number of steps. Each takes one batch of the group's, in turn, and all processes step by its gradients.
 
     Returns:
-        The error relative to the targets' own size, before and after; zeros if there is nothing to train or no batch.
+        The error relative to the targets' own size, before and after.
 
     Raises:
         NumericalError: if the error is not finite.
     """
     parameters = _trained_parameters(block)
     schedule = _batch_schedule(index, batches, group)
-    if not parameters or not schedule or not steps:
-        return 0.0, 0.0
     dtypes = [parameter.dtype for parameter in parameters]
     with _in_float32(block, parameters), torch.enable_grad():
         objective = _Objective(block, index, batches, targets, schedule, group)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
+from ..calibration.backward import has_next_token
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
 from ..models.architectures import find_blocks, input_embeddings, main_input
@@ -15,6 +16,8 @@ from ..models.offloading import every_weight
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
 from ..runtime.layers import CompressedLinear
+from ..runtime.quantizer import CompressionQuantizer
+from ..runtime.reopening import check_reopens
 from .session import Session
 
 TEXT_INPUTS = ("input_ids", "inputs_embeds")
@@ -22,7 +25,12 @@ TEXT_INPUTS = ("input_ids", "inputs_embeds")
 
 
 def check_given(model: Any, config: Any, tokenizer: Any) -> None:
-    """Raise CompressionError if model, config or tokenizer is of the wrong kind, or the model is compressed."""
+    """Check what `compress` is given.
+
+    Raises:
+        CompressionError: if model, config or tokenizer is of the wrong kind, if the model is compressed, or if nothing
+            could open it again once it is saved.
+    """
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
             f"config: found {type(config).__name__}, expected a CompressionConfig, "
@@ -33,7 +41,7 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
             f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer; "
             "pass texts to calibrate on as calibration="
         )
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PreTrainedModel) or _has_adapters(model):
         raise CompressionError(
             f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first "
             "(merge_and_unload), and take off what torch or accelerate have wrapped around it"
@@ -42,6 +50,19 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
         raise CompressionError(
             f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
         )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, CompressionQuantizer):
+        raise CompressionError(
+            f"{type(model).__name__} is quantized already ({quantizer.quantization_config.quant_method}); "
+            "load the dense model, or model.dequantize() this one"
+        )
+    check_reopens(model)
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    """Return whether adapters were added to a model. PEFT keeps what they wrap under the name `base_layer`."""
+    has_wrapped_layers = any(name.endswith(".base_layer") for name, _ in model.named_modules())
+    return has_wrapped_layers or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def check_reads_text(model: PreTrainedModel, source: Any) -> None:
@@ -112,7 +133,7 @@ def check_continuous(session: Session, batches: list[BlockBatch]) -> None:
 
 
 def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: Sequence[TokenBatch] = ()) -> None:
-    """Raise CompressionError if a method learns from the loss of the next token, which the model does not predict."""
+    """Raise CompressionError if a method learns from the loss of the next token, which model or text do not give."""
     if not method.learns_from_loss:
         return
     reads_other_inputs = any(batch.others for batch in batches) or input_embeddings(model) is None
@@ -120,6 +141,11 @@ def check_predicts_next_token(model: PreTrainedModel, method: Method, batches: S
         raise CompressionError(
             f"{method.name} learns from the loss of the next token of a text, which is not what "
             f"{type(model).__name__} is given; use a method without training, such as slab or sola"
+        )
+    if batches and method.reads_next_tokens and not any(map(has_next_token, batches)):
+        raise CompressionError(
+            f"{method.name} learns from the next tokens of the calibration text, and no sequence has two tokens; give "
+            "longer ones, or use a method without training, such as slab or sola"
         )
 
 

@@ -4,10 +4,12 @@ from transformers import PreTrainedModel
 
 from ..execution.files import human_bytes
 from ..methods import make_method
+from ..models.architectures import find_blocks, separate_experts
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
 from .checks import check_reads_text, whole_model_reason
 from .estimate import estimate
+from .planning import make_plan
 from .time_estimate import estimate_time
 
 OBSERVED_RANGE = "0.7 to 2.2"
@@ -15,9 +17,17 @@ OBSERVED_RANGE = "0.7 to 2.2"
 
 
 def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype: str = "auto") -> str:
-    """Return what compressing a checkpoint would take, by formula and short trials, as lines of text."""
+    """Return what compressing a checkpoint would take, by formula and short trials, as lines of text.
+
+    Raises:
+        CompressionError: if the method cannot reach the ratio.
+    """
     dense = skeleton(load_config(source), dtype)
     check_reads_text(dense, config.calibration)
+    blocks = find_blocks(dense)
+    config = make_plan(
+        dense, config, make_method(config.method, config.options), blocks, separate_experts(blocks)
+    ).config
     reason = whole_model_reason(config, dense, device)
     lines = _block_by_block(dense, config) if reason is None else [_whole_model(dense, config, reason)]
     return "\n".join([*lines, _time(dense, config, device)])

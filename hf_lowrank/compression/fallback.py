@@ -5,6 +5,7 @@ It is built again on damped statistics. It stays dense where the layers after it
 A budget is shared by all layers. A layer that stays dense against the plan takes bits from the layers of later blocks.
 """
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -40,7 +41,8 @@ class BuildResult:
     """The outcome of building a layer.
 
     Attributes:
-        layer: the best compressed layer of all attempts, by relative error; None if none gave finite values.
+        layer: the best compressed layer of all attempts, by relative error; None if none gave finite values and a
+            finite error.
         report: the report on it; None without a layer.
         fault: what was wrong with the first attempt; None if nothing was.
         remedy: how the layer was built after a fault. None if nothing was wrong, or if no attempt is of use.
@@ -78,9 +80,12 @@ def build_with_fallback(
             continue
         layer_report = report(layer)
         error_of_layer = layer_report.relative_error
-        # `not <=` is also true for NaN.
-        if fitted_error is not None and not error_of_layer <= MAX_RELATIVE_ERROR:
+        if fitted_error is not None and error_of_layer > MAX_RELATIVE_ERROR:
             error_of_layer = fitted_error(layer)
+        # The error of outputs that overflow compares with no other error, and no report can hold it.
+        if not math.isfinite(error_of_layer) or not math.isfinite(layer_report.relative_error):
+            fault = fault or f"a relative error of {error_of_layer}"
+            continue
         if error_of_layer <= MAX_RELATIVE_ERROR:
             remedy = f"statistics damped by {damping:g} of their mean" if fault else None
             return BuildResult(layer, layer_report, fault, remedy)

@@ -10,7 +10,9 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
 from ..runtime.privacy import public_name
 from ..runtime.quantizer import CompressionQuantizer, attach
+from ..runtime.reopening import stand_in
 from ..runtime.saving import CompleteSave
+from ..runtime.skeletons import STAND_IN
 from ..runtime.validation import is_linear
 from ..version import library_versions
 from .fallback import fallback_warnings
@@ -55,6 +57,8 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
         "calibration_tokens": sum(batch.tokens for batch in session.tokens),
         "versions": library_versions(),
     }
+    if (other_class := stand_in(model)) is not None:
+        provenance[STAND_IN] = other_class
     options = {name: getattr(plan.method, name) for name in plan.method.__dict__}
     config = CompressionConfig.from_dict(
         {
@@ -120,7 +124,7 @@ def make_report(session: Session) -> Report:
     ]
     return Report(
         method=plan.method.name,
-        ratio_asked=plan.config.ratio,
+        ratio_asked=plan.budget.ratio,
         ratio_stored=1 - stored_bits / dense_bits,
         ratio_paper=1 - bits_without_masks / dense_bits,
         accounting=plan.config.accounting,

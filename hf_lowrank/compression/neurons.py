@@ -1,7 +1,9 @@
 """The order of the neurons of a feed-forward network. A permutation leaves the function of the block unchanged."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods import Statistics
 from ..models.architectures import FeedForward, find_feed_forwards
@@ -23,17 +25,15 @@ def order_neurons(session: Session, visit: BlockVisit, statistics: dict[str, Sta
         order = session.method.neuron_order(statistics[output_name], weight)
         if order is not None:
             session.log.neuron_orders[output_name] = order
-            apply_neuron_order(session, visit, network, order)
+            models = [session.model] if session.dense_copy is None else [session.model, session.dense_copy]
+            apply_neuron_order(models, visit, network, order)
             statistics[output_name] = statistics[output_name].select(order)
 
 
-def apply_neuron_order(session: Session, visit: BlockVisit, network: FeedForward, order: Tensor) -> None:
-    """Permute the neurons of a feed-forward network of the block by (f,) indices, in the dense copy, too."""
+def apply_neuron_order(models: Iterable[nn.Module], visit: BlockVisit, network: FeedForward, order: Tensor) -> None:
+    """Permute the neurons of a feed-forward network of the block by (f,) indices, in the model and copies of it."""
     # A fused input matrix holds the gates of all neurons first, and then their values.
     input_order = torch.cat([order, order + len(order)]) if network.fused else order
-    models = [session.model]
-    if session.dense_copy is not None:
-        models.append(session.dense_copy)
     for model in models:
         for name in network.inputs:
             permute_outputs(model.get_submodule(f"{visit.name}.{name}"), input_order)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..calibration import (
@@ -21,10 +21,12 @@ from ..calibration import (
     record_calls,
     split_into_passes,
 )
+from ..execution.modes import own_modes
 from ..execution.process_group import current_process_group
 from ..execution.progress import progress_bar
 from ..execution.work_folder import WorkFolder
 from ..methods import make_method
+from ..models.caller_state import evaluation_mode, replace_inference_tensors
 from ..models.offloading import is_offloaded, return_memory
 from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
@@ -89,15 +91,17 @@ def compress(
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     method = make_method(config.method, config.options)
+    strategy_of(method)  # which refuses a method that it cannot use
     check_reads_text(model, config.calibration if calibration is None else calibration)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
     group = current_process_group(model.device)
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(own_modes())
+        replace_inference_tensors(model)
         show = stack.enter_context(progress_bar(progress and group.is_main))
         work = stack.enter_context(group.work_folder(work_dir)) if work_dir is not None else None
-        was_training = model.training
-        model.eval()
+        stack.enter_context(evaluation_mode(model))
         try:
             session = open_session(model, config, method, show, group)
             calibrate(session, tokenizer, calibration)
@@ -108,13 +112,11 @@ def compress(
             if not any(isinstance(module, CompressedLinear) for module in model.modules()):
                 fuse_experts(model)
             raise
-        finally:
-            model.train(was_training)
         if work is not None:
             work.finish()
         if session.offloaded is not None:
             session.offloaded.release()
-    finish(session, config.calibration if calibration is None else calibration, tokenizer)
+        finish(session, config.calibration if calibration is None else calibration, tokenizer)
     return model
 
 
@@ -123,7 +125,7 @@ def calibrate(session: Session, tokenizer: Any, calibration: Any) -> None:
     model, method, config = session.model, session.method, session.plan.config
     check_predicts_next_token(model, method)
     check_finite(session)
-    session.tokens = _token_batches(session, tokenizer, calibration)
+    session.tokens = [_ordinary(batch) for batch in _token_batches(session, tokenizer, calibration)]
     check_predicts_next_token(model, method, session.tokens)
     session.tokens = strategy_of(method).adapt_tokens(method, session.tokens, config.seed)
 
@@ -138,6 +140,17 @@ def _token_batches(session: Session, tokenizer: Any, calibration: Any) -> list[T
     # were given.
     is_named = calibration is None or isinstance(calibration, str)
     return session.group.broadcast(read) if is_named else read()
+
+
+def _ordinary(batch: TokenBatch) -> TokenBatch:
+    """Return a batch with copies of those inputs that the caller made in inference mode, as gradients refuse them."""
+
+    def ordinary(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    mask = None if batch.attention_mask is None else ordinary(batch.attention_mask)
+    others = {name: ordinary(tensor) for name, tensor in batch.others.items()}
+    return TokenBatch(ordinary(batch.input_ids), mask, others)
 
 
 def use_work_folder(session: Session, work: WorkFolder | None) -> None:

@@ -14,13 +14,13 @@ from .fallback import BuildResult
 from .report import LayerReport
 
 
-def block_record(block: nn.Module, log_entries: dict[str, Any]) -> Record:
-    """Return the tensors of a block, which of its layers are compressed and how, and the log entries about it."""
+def block_record(block: nn.Module, facts: dict[str, Any]) -> Record:
+    """Return the tensors of a block, which of its layers are compressed and how, and other facts about it."""
     specs = {}
     for name, module in block.named_modules():
         if isinstance(module, CompressedLinear):
             specs[name] = module.spec.to_dict()
-    return Record(dict(block.state_dict()), {"specs": specs, "log": log_entries})
+    return Record(dict(block.state_dict()), {**facts, "specs": specs})
 
 
 def restore_block(block: nn.Module, record: Record, values: bool = True) -> None:

@@ -10,7 +10,7 @@ from ..calibration import BlockBatch, block_statistics, capture, run_block
 from ..execution.work_folder import Record
 from ..models.linears import dense_weight
 from ..runtime.layers import CompressedLinear
-from .block_training import train_block
+from .block_training import reason_not_to_train, train_block
 from .collecting import no_data
 from .fallback import BuildResult
 from .report import BlockRefinement, LayerReport
@@ -59,7 +59,11 @@ class _Refine(Stage[None]):
         )
         twins = [batch.compressed_twin for batch in self.batches if batch.compressed_twin is not None]
         targets = [batch.hidden for batch in self.batches]
-        losses = train_block(visit.block, index, twins, targets, session.plan.config.refinement_steps, session.group)
+        reason = reason_not_to_train(visit.block, index, twins, targets, session.group)
+        losses: tuple[float | None, float | None] = (None, None)
+        if reason is None:
+            steps = session.plan.config.refinement_steps
+            losses = train_block(visit.block, index, twins, targets, steps, session.group)
 
         def report(layer: Layer) -> Record:
             original = originals[layer.name]
@@ -74,15 +78,16 @@ class _Refine(Stage[None]):
         reports = survey_layers(session, layers, examine=report).facts.values()
         for twin in twins:
             twin.hidden = run_block(visit.block, index, twin)
-        facts = {"losses": [*losses], "reports": [*reports]}
+        facts = {"losses": [*losses], "reason": reason, "reports": [*reports]}
         visit.findings = Record(dict(visit.block.state_dict()), facts)
         return ()
 
     def accept(self, visit: BlockVisit) -> None:
         assert visit.findings is not None and self.session.log.refinement is not None
         visit.block.load_state_dict(visit.findings.tensors)
-        before, after = visit.findings.facts["losses"]
-        self.session.log.refinement.append(BlockRefinement(visit.name, before, after))
-        for report in visit.findings.facts["reports"]:
+        facts = visit.findings.facts
+        before, after = facts["losses"]
+        self.session.log.refinement.append(BlockRefinement(visit.name, before, after, facts["reason"]))
+        for report in facts["reports"]:
             position = self._report_positions[report["name"]]
             self.session.log.reports[position] = LayerReport(**report)

@@ -53,11 +53,17 @@ class LayerReport:
 
 @dataclass
 class BlockRefinement:
-    """The error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖² of a block before and after its refinement."""
+    """The refinement of a block.
+
+    Attributes:
+        before, after: its error ‖f(ĥ) − f_dense(h)‖² / ‖f_dense(h)‖²; None if it was not refined.
+        reason: why it was not refined; None if it was.
+    """
 
     name: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
+    reason: str | None = None
 
 
 @dataclass

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..calibration import ActivationCache, Carrier, fingerprint
@@ -92,10 +93,10 @@ class StageRecords:
         """Bring the block, the log and the findings into the state that was recorded with the block."""
         session = self.session
         session.log.restore(record.facts["log"])
+        self._restore_neuron_orders(visit, record.facts["orders"])
         if not self.surveys:
             restore_block(visit.block, record, values=session.offloaded is None)
             return
-        self._restore_neuron_orders(visit, record.facts["orders"])
         visit.findings = Record(record.tensors, record.facts["findings"])
 
     def write(self, visit: BlockVisit, position: LogPosition) -> None:
@@ -107,17 +108,15 @@ class StageRecords:
         session, work = self.session, self.session.work
         if work is None:
             return
-        entries = session.log.entries_since(position)
+        orders = {}
+        for name, order in session.log.neuron_orders.items():
+            if name.startswith(f"{visit.name}."):
+                orders[name] = order.tolist()
+        facts = {"log": session.log.entries_since(position), "orders": orders}
         if visit.findings is None:
-            record = block_record(visit.block, entries)
+            record = block_record(visit.block, facts)
         else:
-            orders = {
-                name: order.tolist()
-                for name, order in session.log.neuron_orders.items()
-                if name.startswith(f"{visit.name}.")
-            }
-            facts = {"findings": visit.findings.facts, "log": entries, "orders": orders}
-            record = Record(visit.findings.tensors, facts)
+            record = Record(visit.findings.tensors, {**facts, "findings": visit.findings.facts})
         # The next inputs come first: where the block's record is there, they are there, too.
         inputs = inputs_record(self.batches, self._batch_count, session.group, session.cache)
         work.write(inputs_name(self.stage, visit.index + self.step), inputs)
@@ -126,14 +125,18 @@ class StageRecords:
 
     def _restore_neuron_orders(self, visit: BlockVisit, orders: dict[str, list[int]]) -> None:
         session = self.session
+        # A block on disk gets its order whenever it is loaded. The values of a block that is built have theirs.
+        models: list[nn.Module] = []
+        if self.surveys and session.offloaded is None:
+            models.append(session.model)
+        if session.dense_copy is not None:
+            models.append(session.dense_copy)
         networks = {f"{visit.name}.{network.output}": network for network in find_feed_forwards(visit.block)}
         for name, indices in orders.items():
             if name in session.log.neuron_orders:
                 continue
             session.log.neuron_orders[name] = torch.tensor(indices)
-            # A block on disk gets its order whenever it is loaded.
-            if session.offloaded is None:
-                apply_neuron_order(session, visit, networks[name], session.log.neuron_orders[name])
+            apply_neuron_order(models, visit, networks[name], session.log.neuron_orders[name])
 
 
 def recorded_findings(session: Session, stage: str, visit: BlockVisit) -> Record:

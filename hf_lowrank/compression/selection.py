@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from ..budget import Layer
 from ..methods import Method
 from ..models.architectures import fused_experts, in_module_list
-from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from ..runtime.validation import is_linear
 
@@ -20,16 +19,20 @@ ROUTER = "it routes tokens to experts or weighs them, and is tiny"
 
 
 def select_layers(
-    model: PreTrainedModel, layers: list[Layer], method: Method, config: CompressionConfig
+    model: PreTrainedModel, layers: list[Layer], method: Method, ratio: float, left_dense: list[str]
 ) -> tuple[list[Layer], dict[str, str]]:
     """Return the layers to compress, and the reason of each layer that stays dense, by name.
+
+    Args:
+        ratio: some methods leave other layers dense at another ratio.
+        left_dense: the patterns of `modules_to_not_convert`.
 
     Raises:
         CompressionError: if no layer is left to compress, or a pattern of `modules_to_not_convert` matches none.
     """
     # Heads and other layers outside the blocks stay dense anyway. To say so is no mistake.
     linears = [name for name, module in model.named_modules() if is_linear(module)]
-    for pattern in config.modules_to_not_convert:
+    for pattern in left_dense:
         if not any(matches(name, pattern) for name in linears):
             raise CompressionError(
                 f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
@@ -38,13 +41,13 @@ def select_layers(
     compressed, reasons = [], {}
     for layer in layers:
         weight = model.get_submodule(layer.name).weight
-        if any(matches(layer.name, pattern) for pattern in config.modules_to_not_convert):
+        if any(matches(layer.name, pattern) for pattern in left_dense):
             reasons[layer.name] = "left dense by modules_to_not_convert"
         elif id(weight) in shared_weights:
             reasons[layer.name] = TIED
         elif layer.role == "router":
             reasons[layer.name] = ROUTER
-        elif reason := method.leaves_dense(layer, config.ratio):
+        elif reason := method.leaves_dense(layer, ratio):
             reasons[layer.name] = reason
         else:
             compressed.append(layer)

@@ -1,92 +1,27 @@
-"""The state of one run of `compress`: its plan, its log, and the session with everything that it works with."""
+"""The state of one run of `compress`: its log, and the session with everything that it works with."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..budget import Layer, ModelBudget
+from ..budget import Layer
 from ..calibration import ActivationCache, TokenBatch
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.progress import Step
 from ..execution.work_folder import Record, WorkFolder
 from ..methods import Decomposition, Method
-from ..methods.allocation import check_reachable
-from ..models.architectures import find_blocks, find_layers, separate_experts
+from ..models.architectures import find_blocks, separate_experts
 from ..models.linears import dense_weight, is_finite
 from ..models.offloading import OffloadedBlocks, is_offloaded
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import NumericalError
-from ..runtime.experts import ExpertBank
 from ..runtime.layers import CompressedLinear
+from .planning import Plan, make_plan
 from .report import BlockRefinement, LayerReport
-from .selection import left_out, select_layers, uncalled_layers
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The decisions that are taken before the first block is touched.
-
-    Attributes:
-        config: the recipe.
-        method: the method that it names, with its options.
-        blocks: the blocks of the model by name, in order.
-        expert_banks: the fused experts that were turned into banks of linear layers, by name.
-        compressed: the layers to compress, in order.
-        dense: the linear layers of the blocks that stay dense.
-        reasons: why a layer stays dense, by name.
-        budget: counts the bits of a layer, dense and compressed.
-        available_bits: the bits that the compressed layers may take together.
-        warnings: warnings about the plan.
-    """
-
-    config: CompressionConfig
-    method: Method
-    blocks: dict[str, nn.Module]
-    expert_banks: dict[str, ExpertBank]
-    compressed: list[Layer]
-    dense: list[Layer]
-    reasons: dict[str, str]
-    budget: ModelBudget
-    available_bits: int
-    warnings: list[str]
-
-    @property
-    def dense_blocks(self) -> list[str]:
-        """The names of the blocks of which no layer is compressed."""
-        indices = {layer.block for layer in self.compressed}
-        return [name for index, name in enumerate(self.blocks) if index not in indices]
-
-    def dense_bits(self, layer: Layer) -> int:
-        """Return the bits of a layer that stays dense. `available_bits` does not count its bias, nor does this."""
-        return self.budget.dense_bits(layer) - self.budget.bias_bits[layer.name]
-
-    def without_uncalled(self, called: set[str]) -> "Plan":
-        """Return the plan with the layers that calibration never called left dense.
-
-        Args:
-            called: names of the layers that at least one calibration batch came through.
-
-        Raises:
-            CompressionError: if the other layers cannot make up for them.
-        """
-        reasons = uncalled_layers(self.blocks, self.compressed, called)
-        if not reasons:
-            return self
-        compressed = [layer for layer in self.compressed if layer.name not in reasons]
-        dense = self.dense + [layer for layer in self.compressed if layer.name in reasons]
-        name, reason = next(iter(reasons.items()))
-        return replace(
-            self,
-            compressed=compressed,
-            dense=dense,
-            reasons=self.reasons | reasons,
-            available_bits=check_reachable(self.method, compressed, dense, self.budget),
-            warnings=[*self.warnings, f"{len(reasons)} layers stay dense, such as {name}: {reason}"],
-        )
 
 
 @dataclass(frozen=True)
@@ -242,7 +177,7 @@ class Session:
 
     def leave_uncalled_dense(self, called: set[str]) -> None:
         """Leave the layers dense that calibration never called, in the plan and in the log."""
-        self.plan = self.plan.without_uncalled(called)
+        self.plan = self.plan.without_uncalled(self.model, called)
         self.log.reasons = dict(self.plan.reasons)
         self.log.warnings = list(self.plan.warnings)
 
@@ -265,44 +200,3 @@ def open_session(
     # The copy is taken after the experts were separated: both models then have the same module names.
     dense_copy = copy.deepcopy(model) if config.refinement_steps else None
     return Session(model, plan, log, show, group, offloaded, dense_copy)
-
-
-def make_plan(
-    model: PreTrainedModel,
-    config: CompressionConfig,
-    method: Method,
-    blocks: dict[str, nn.Module],
-    expert_banks: dict[str, ExpertBank],
-) -> Plan:
-    """Decide which layers are compressed, and how many bits they may take together.
-
-    Args:
-        blocks: the blocks of the model, their fused experts separated into `expert_banks`.
-    """
-    layers = find_layers(blocks)
-    compressed, reasons = select_layers(model, layers, method, config)
-    dense = [layer for layer in layers if layer.name in reasons]
-    budget = model_budget(model, layers, config)
-    return Plan(
-        config=config,
-        method=method,
-        blocks=blocks,
-        expert_banks=expert_banks,
-        compressed=compressed,
-        dense=dense,
-        reasons=reasons,
-        budget=budget,
-        available_bits=check_reachable(method, compressed, dense, budget),
-        warnings=left_out(model, blocks),
-    )
-
-
-def model_budget(model: PreTrainedModel, layers: list[Layer], config: CompressionConfig) -> ModelBudget:
-    """Return the budget of a model at the config's ratio. Values count in the dtype that each layer has now."""
-    value_bits, bias_bits = {}, {}
-    for layer in layers:
-        module = model.get_submodule(layer.name)
-        value_bits[layer.name] = dense_weight(module).dtype.itemsize * 8
-        bias = module.bias
-        bias_bits[layer.name] = bias.numel() * bias.itemsize * 8 if isinstance(bias, Tensor) else 0
-    return ModelBudget(config.ratio, value_bits, bias_bits, config.accounting)

@@ -177,7 +177,8 @@ class SoCoTraining:
         tensors = self.group.all_reduce(tensors)
         for name in trained.keys() & tensors.keys():
             trained[name].grad = tensors[name]
-        return tensors["loss"]
+        # A step whose rows have no token to predict has no loss.
+        return tensors.get("loss", torch.zeros(()))
 
     def counted_tokens(self, rows: list[tuple[Tensor, Tensor]]) -> int:
         """Return the number of tokens over which L_inc is a mean."""

@@ -1,14 +1,19 @@
 """Linear layers whose singular spectrum is trained. They replace the dense ones while SoCo trains."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ..calibration.hooks import replaced_forwards
 from ..methods.spectral import Measurement
+from ..models.architectures import find_blocks
 from ..runtime.quantizer import swap_module
 
 
@@ -65,7 +70,6 @@ def spectral_layers(
         deviation: whether to learn d.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
     dense = {name: model.get_submodule(name) for name in measurements}
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -74,22 +78,30 @@ def spectral_layers(
         layers[name] = SpectralLinear(module, measurements[name], deviation)
     for name, layer in layers.items():
         swap_module(model, name, layer)
-    # On a GPU memory is short, and checkpointing gives the same values. It takes effect only in training mode.
-    checkpointing = model.supports_gradient_checkpointing and model.device.type == "cuda"
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+    # On a GPU memory is short, and checkpointing gives the same values.
+    checkpointing: AbstractContextManager[None] = nullcontext()
+    if model.device.type == "cuda":
+        checkpointing = checkpointed(find_blocks(model).values())
     try:
-        with torch.enable_grad():
+        with checkpointing, torch.enable_grad():
             yield layers
     finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        model.train(was_training)
         for name, module in dense.items():
             swap_module(model, name, module)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def checkpointed(blocks: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Let blocks be computed once more in the backward pass, in place of keeping their activations, while active.
+
+    Transformers' own checkpointing takes effect only in training mode, with dropout, and is the caller's to set.
+    """
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for block in blocks:
+        recomputed = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        forwards[block] = wraps(block.forward)(recomputed)
+    return replaced_forwards(forwards)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def load(session: Session, visit: BlockVisit) -> None:
     for network in find_feed_forwards(visit.block):
         order = session.log.neuron_orders.get(f"{visit.name}.{network.output}")
         if order is not None:
-            apply_neuron_order(session, visit, network, order)
+            apply_neuron_order([session.model], visit, network, order)
 
 
 def unload(session: Session, visit: BlockVisit) -> None:

@@ -34,7 +34,7 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from ..runtime.privacy import public_command, public_name, public_names, public_text
 from ..version import library_versions
-from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, text_sha256, write_json
+from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, name_of, text_sha256, write_json
 from .perplexity import LONGEST_WINDOW
 
 REFINEMENT = "refinement_steps"
@@ -43,10 +43,13 @@ REFINEMENT = "refinement_steps"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method at one ratio, with its options as a command line gives them."""
+    """One method at one ratio, with its options as a command line gives them.
+
+    Without a ratio the options decide, as for `hf-lowrank compress`.
+    """
 
     method: str
-    ratio: float
+    ratio: float | None
     options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -60,7 +63,8 @@ class Candidate:
     @property
     def file_name(self) -> str:
         """The label and the ratio as a file name without extension."""
-        return re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_") + f"-{self.ratio}"
+        name = re.sub(r"[^\w.=,-]+", "_", self.label).rstrip("_")
+        return name if self.ratio is None else f"{name}-{self.ratio}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ class Comparison:
             training: where the state of a training is kept, so that one that broke off can go on.
         """
         arguments = ["compress", self.model, "-o", str(folder)]
-        arguments += ["--method", candidate.method, "--ratio", str(candidate.ratio)]
+        arguments += ["--method", candidate.method]
+        if candidate.ratio is not None:
+            arguments += ["--ratio", str(candidate.ratio)]
         for key, value in candidate.options.items():
             # Refinement is an option of the command, and all others are options of the method.
             if key == REFINEMENT:
@@ -171,7 +177,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
 
 
 def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidate]:
-    """Return every method at every ratio, without duplicates.
+    """Return every method at every ratio, without duplicates. Without ratios the options of each method decide.
 
     Raises:
         CompressionError: if a method, an option or a ratio is not valid.
@@ -179,10 +185,11 @@ def candidates(methods: Sequence[str], ratios: Sequence[float]) -> list[Candidat
     for ratio in ratios:
         CompressionConfig(ratio=ratio)  # raises if no compression can have this ratio
     by_file_name: dict[str, Candidate] = {}
+    choices: Sequence[float | None] = ratios or [None]
     for text in methods:
         method, options = parse_method(text)
-        for ratio in ratios:
-            candidate = Candidate(method, ratio, options)
+        for choice in choices:
+            candidate = Candidate(method, choice, options)
             by_file_name[candidate.file_name] = candidate
     return list(by_file_name.values())
 
@@ -254,7 +261,7 @@ def compare(
             record = _measure_candidate(comparison, candidate, inputs, out, keep=keep, log=log)
             records.append(record)
             outcome = record["failed"] or _summary(record)
-            log(f"{number}/{len(combinations)} {candidate.label} at {candidate.ratio:.0%}: {outcome}")
+            log(f"{number}/{len(combinations)} {name_of(record)}: {outcome}")
         results = _results(inputs, dense, records)
         write_json(out / "results.json", results)
     return results
@@ -354,6 +361,7 @@ def _compress_and_measure(
         weights += layer.out_features * layer.in_features
     return {
         "command": public_command(["hf-lowrank", *arguments]),
+        "ratio": compression.ratio,
         "ratio_stored": stored.ratio_stored,
         "bits_per_weight": 8 * stored.block_bytes / weights,
         "model_ratio": stored.model_ratio,

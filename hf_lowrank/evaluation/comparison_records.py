@@ -21,6 +21,12 @@ Log = Callable[[str], None]
 """Function that receives one line of progress."""
 
 
+def name_of(record: ComparisonRecord) -> str:
+    """Return the label and the ratio of a combination. One that failed may have had no ratio."""
+    label = str(record["label"])
+    return label if record["ratio"] is None else f"{label} at {record['ratio']:.0%}"
+
+
 def finished_record(file: Path, inputs: dict[str, Any], log: Log) -> ComparisonRecord | None:
     """Return the record in a file if it exists and still holds, or None if its combination must be measured.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..runtime.errors import CompressionError
 from ..runtime.privacy import public_name
-from .comparison_records import ComparisonRecord
+from .comparison_records import ComparisonRecord, name_of
 
 COLUMNS = ["text", "method", "removed", "bits/weight", "perplexity", "nats lost", "KL", "top-1", "seconds", "peak MiB"]
 """Header of the table."""
@@ -80,7 +80,7 @@ def failures(results: dict[str, Any]) -> list[str]:
     lines = []
     for record in results["combinations"]:
         if record["failed"] is not None:
-            lines.append(f"{record['label']} at {record['ratio']:.0%}: {record['failed']}")
+            lines.append(f"{name_of(record)}: {record['failed']}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..calibration.texts import read_documents, token_stream, windows
+from ..execution.modes import own_modes
+from ..models.caller_state import evaluation_mode
 from ..models.context import context_length
 from ..runtime.errors import CompressionError, NumericalError
 
@@ -114,7 +117,7 @@ def _check_causal(model: PreTrainedModel) -> None:
         )
 
 
-@torch.no_grad()
+@own_modes()
 def evaluate_windows(
     model: PreTrainedModel, rows: Tensor, stride: int, source: str = "tokens", reference: PreTrainedModel | None = None
 ) -> Evaluation:
@@ -123,10 +126,11 @@ def evaluate_windows(
     # Windows score unequal numbers of tokens, so means are taken once at the end, of sums in float64.
     sums = torch.zeros(5, dtype=torch.float64)  # tokens, nll, reference nll, KL, agreements
     first = 0
-    for batch in rows.split(max(TOKENS_PER_BATCH // length, 1)):
-        scored = _scored_positions(len(batch), length, stride, is_start=first == 0)
-        sums += _score(model, batch, scored, source, reference)
-        first += len(batch)
+    with evaluation_mode(model), nullcontext() if reference is None else evaluation_mode(reference):
+        for batch in rows.split(max(TOKENS_PER_BATCH // length, 1)):
+            scored = _scored_positions(len(batch), length, stride, is_start=first == 0)
+            sums += _score(model, batch, scored, source, reference)
+            first += len(batch)
     _, nll, reference_nll, kl, agreements = (sums / sums[0]).tolist()
     evaluation = Evaluation(
         text=source,

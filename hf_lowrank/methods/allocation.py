@@ -10,13 +10,77 @@ Four rules, each used by one kind of method:
 
 import heapq
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ..budget import Budget, Layer, ModelBudget
 from ..runtime.errors import CompressionError
 from .base import Method
 
 TOLERANCE = 0.005
-"""How far a result may stay below the ratio that was asked for, as a fraction of the dense bits."""
+"""How many bits fewer than the ratio allows a method may store for want of larger layers, as a share of the dense."""
+
+RATIO_DIGITS = 4
+"""Decimals of the ratios that a message names."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The ratios that a method can reach by compressing some layers and leaving others dense.
+
+    Attributes:
+        budget: counts the bits of a layer. Its own ratio plays no part.
+        lowest, highest: the fewest and the most bits that the compressed layers take together, without their biases.
+    """
+
+    method: Method
+    compressed: list[Layer]
+    dense: list[Layer]
+    budget: ModelBudget
+    lowest: int
+    highest: int
+
+    @property
+    def least(self) -> float:
+        """The ratio that is removed where every layer is as large as the method makes it."""
+        return self.budget.removed(self.highest, self.compressed, self.dense)
+
+    @property
+    def most(self) -> float:
+        """The ratio that is removed where every layer is as small as the method makes it."""
+        return self.budget.removed(self.lowest, self.compressed, self.dense)
+
+    def available(self, ratio: float) -> int:
+        """Return the bits that the compressed layers may take together at a ratio, without their biases."""
+        return replace(self.budget, ratio=ratio).available(self.compressed, self.dense)
+
+    def holds(self, ratio: float) -> bool:
+        """Return whether a ratio is within reach: the layers can be small enough, and fill it up to `TOLERANCE`."""
+        slack = TOLERANCE * self.budget.total_dense_bits(self.compressed + self.dense)
+        return 0 < ratio < 1 and self.lowest <= self.available(ratio) <= self.highest + slack
+
+    def bounds(self) -> tuple[float, float] | None:
+        """Return the least and the greatest ratio of `RATIO_DIGITS` decimals within reach, or None without any."""
+        steps = 10**RATIO_DIGITS
+        first = max(math.floor((self.least - TOLERANCE) * steps), 1)
+        last = min(math.ceil(self.most * steps), steps - 1)
+        # They are rounded outward, and then put back by a step, or two where the products above are rounded as well.
+        for _ in range(2):
+            first += not self.holds(first / steps)
+            last -= not self.holds(last / steps)
+        if self.holds(first / steps) and self.holds(last / steps):
+            return first / steps, last / steps
+        return None
+
+
+def reach_of(method: Method, compressed: list[Layer], dense: list[Layer], budget: ModelBudget) -> Reach:
+    """Return the ratios that a method can reach on these layers."""
+    highest = 0
+    # The largest layer of a method may be larger than the dense one, which then stays in its place.
+    for layer in compressed:
+        largest = _min_bits(method, layer, budget) + _step_bits(method, layer, budget) * method.max_steps(layer)
+        highest += min(largest, budget.dense_bits(layer))
+    return Reach(method, compressed, dense, budget, _total_min_bits(method, compressed, budget), highest)
 
 
 def check_reachable(method: Method, compressed: list[Layer], dense: list[Layer], budget: ModelBudget) -> int:
@@ -25,23 +89,33 @@ def check_reachable(method: Method, compressed: list[Layer], dense: list[Layer],
     Raises:
         CompressionError: if the method cannot reach the ratio. The message names the ratios that it can.
     """
-    available = budget.available(compressed, dense)
-    lowest = _total_min_bits(method, compressed, budget)
-    highest = 0
-    # The largest layer of a method may be larger than the dense one, which then stays in its place.
-    for layer in compressed:
-        largest = _min_bits(method, layer, budget) + _step_bits(method, layer, budget) * method.max_steps(layer)
-        highest += min(largest, budget.dense_bits(layer))
-    dense_total = budget.total_dense_bits(compressed + dense)
-    if available < lowest or available > highest + TOLERANCE * dense_total:
-        smallest_ratio = budget.removed(highest, compressed, dense)
-        largest_ratio = budget.removed(lowest, compressed, dense)
-        raise CompressionError(
-            f"ratio {budget.ratio} is out of reach of {method.name} with these options: it compresses "
-            f"{len(compressed)} layers, leaves {len(dense)} dense, and can remove "
-            f"{max(smallest_ratio, 0):.3f} to {largest_ratio:.3f} of the stored bits"
-        )
-    return available
+    return bits_at(reach_of(method, compressed, dense, budget), budget.ratio)
+
+
+def bits_at(reach: Reach, ratio: float, bounds: Callable[[], tuple[float, float] | None] | None = None) -> int:
+    """Return the bits that the compressed layers may take together at a ratio.
+
+    Args:
+        bounds: gives the ratios that the message names, where other layers than those of `reach` are compressed at
+            another ratio.
+
+    Raises:
+        CompressionError: if the method cannot reach the ratio. The message names the ratios that it can.
+    """
+    if reach.holds(ratio):
+        return reach.available(ratio)
+    method = reach.method
+    within_reach = (bounds or reach.bounds)()
+    if within_reach is None:
+        removable = "no ratio is within reach"
+    else:
+        least, most = (f"{bound:.{RATIO_DIGITS}f}" for bound in within_reach)
+        removable = f"can remove {least} to {most} of the stored bits"
+    hint = "; leave the ratio out to get what the options give" if method.size_is_set else ""
+    raise CompressionError(
+        f"ratio {ratio} is out of reach of {method.name} with these options: it compresses "
+        f"{len(reach.compressed)} layers, leaves {len(reach.dense)} dense, and {removable}{hint}"
+    )
 
 
 def uniform_budgets(
@@ -67,6 +141,8 @@ def uniform_budgets(
                 f"{method.name} needs at least {lowest} bits for {len(compressed)} layers, "
                 f"of which {available} are left"
             )
+    if not compressed:
+        return {}
     share = available / budget.total_dense_bits(compressed)
     fixed: dict[str, int] = {}
     step_bits: dict[str, int] = {}
@@ -107,9 +183,16 @@ def _min_bits(method: Method, layer: Layer, budget: ModelBudget) -> int:
 
 
 def _step_bits(method: Method, layer: Layer, budget: ModelBudget) -> int:
-    """Return the bits of the first step of a layer, which stands for those of all its steps."""
-    min_spec = method.min_spec(layer)
-    return budget.stored_bits(layer, method.next_spec(layer, min_spec)) - budget.stored_bits(layer, min_spec)
+    """Return the bits of the first step of a layer, which stands for those of all its steps.
+
+    Steps of a quantized layer are unequal, as its packed rows end at whole bytes. Their mean stands for them.
+    """
+    spec = method.min_spec(layer)
+    smallest = budget.stored_bits(layer, spec)
+    counted = method.max_steps(layer) if spec.weight_bits else 1
+    for _ in range(counted):
+        spec = method.next_spec(layer, spec)
+    return max(math.ceil((budget.stored_bits(layer, spec) - smallest) / max(counted, 1)), 1)
 
 
 def spread_remainder(

@@ -212,6 +212,16 @@ class Method:
         """
         return self.needs_gradients or self.needs_output_gram or self.trains
 
+    @property
+    def reads_next_tokens(self) -> bool:
+        """Whether the loss that the method learns from is that of the tokens that follow each other in the text."""
+        return self.needs_gradients
+
+    @property
+    def size_is_set(self) -> bool:
+        """Whether the options say the size of every layer, so that the ratio follows from them."""
+        return False
+
     def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
         """Return the reason why the method leaves a layer dense at this ratio, or None if it compresses the layer."""
         return None

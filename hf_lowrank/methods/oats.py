@@ -82,6 +82,8 @@ class OATS(SparseMethod):
         if self.pattern == "unstructured":
             values = (budget.bits - budget.stored(LayerSpec(sparse="bitmask"))) / budget.value_bits
             rank = max(int(self.rank_share * values / (budget.out_features + budget.in_features)), 0)
+            # A row keeps at least one value beside the rank.
+            rank = min(rank, budget.rank(LayerSpec(sparse="bitmask", kept=1)))
             kept = budget.kept_per_row(LayerSpec(sparse="bitmask", rank=rank))
             if kept < 1:
                 raise too_small(self.name, budget)

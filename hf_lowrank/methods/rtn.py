@@ -34,6 +34,11 @@ class RTN(Method):
         if self.group_size < 1:
             raise CompressionError(f"{self.name}: group_size={self.group_size}, expected at least 1")
 
+    @property
+    def size_is_set(self) -> bool:
+        """Whether the number of bits is set."""
+        return self.bits is not None
+
     def min_spec(self, layer: Layer) -> LayerSpec:
         return self.spec(self.bits or BITS[0])
 

@@ -96,6 +96,11 @@ class SoCo(SpectralMethod):
             if getattr(self, name) < 1:
                 raise CompressionError(f"soco: {name} is {getattr(self, name)}, expected at least 1")
 
+    @property
+    def reads_next_tokens(self) -> bool:
+        """Whether `loss` is the cross-entropy on the text."""
+        return self.loss == "cross_entropy"
+
     def measure(self, layer: Layer, weight: Tensor, statistics: Statistics) -> Measurement:
         """Factorize the whole weight, whitened or plain as `base` says."""
         # Whitening starts the scores from the order of components that is optimal layer by layer.

@@ -115,6 +115,15 @@ class SoLA(SpectralMethod):
         price, dense_price, fixed = prices(measurements, budget)
         if self.allocation == "components":
             targets = component_ranks(measurements, budget, available)
+            left = available
+            for name, target in targets.items():
+                left -= dense_price[name] if target is None else fixed[name]
+            # The rule of the paper may leave more layers dense than the budget holds. They are ranked with the others
+            # then, from the rank on that would cost as much as the dense layer.
+            if left < 0:
+                for name, target in targets.items():
+                    if target is None:
+                        targets[name] = (dense_price[name] - fixed[name]) / price[name]
             limits = {name: len(m.factorization.sigma) for name, m in measurements.items()}
             return fitted_ranks(targets, price, dense_price, fixed, limits, available)
         # Relative energies compare between layers, as SoLA's percentages do.

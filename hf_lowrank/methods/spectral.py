@@ -56,9 +56,10 @@ class Measurement:
         return LayerSpec(sparse=self.sparse, kept=self.kept, bias=self.bias is not None)
 
     def truncate(self, rank: int) -> Decomposition:
-        """Return the decomposition that keeps the first `rank` components."""
+        """Return the decomposition that keeps the first `rank` components. Without any it may be a layer of zeros."""
         if rank == 0:
-            return Decomposition(sparse=self.sparse, weight=self.weight, bias=self.bias)
+            weight = self.factorization.sigma[:0] if self.weight is None else self.weight
+            return Decomposition(sparse=self.sparse, weight=weight, bias=self.bias)
         a, b = self.factorization.truncate(rank)
         return Decomposition(sparse=self.sparse, weight=self.weight, lowrank_a=a, lowrank_b=b, bias=self.bias)
 

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ..execution.files import one_line
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig
 from ..runtime.errors import CheckpointError, CompressionError
+from ..runtime.safetensors_headers import read_json
+from ..runtime.skeletons import class_of_name
 from ..runtime.validation import resolve_experts
 from .offloading import copy_off_mapped_files, device_map
 
@@ -45,12 +47,26 @@ def load_config(source: str) -> Any:
         raise CompressionError(f"{source}: not a model: it has no config.json")
     # Transformers raises different errors for files that are missing, damaged or of an unknown type.
     try:
-        return AutoConfig.from_pretrained(source)
+        return (_own_config_class(path) or AutoConfig).from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         reason = None if path.exists() else _not_on_hub(error)
         if reason is not None:
             raise CompressionError(f"{source}: no such folder here, and {reason}") from error
         raise CompressionError(f"{source}: cannot be opened as a model ({one_line(error)})") from error
+
+
+def _own_config_class(folder: Path) -> Any:
+    """Return the config class of a model whose class this program has defined, and Auto classes may not know.
+
+    None for models of other classes, and for names on the Hub.
+    """
+    values = read_json(str(folder / "config.json")) if folder.is_dir() else None
+    if not isinstance(values, dict) or values.get("model_type") in transformers.CONFIG_MAPPING:
+        return None
+    names = values.get("architectures")
+    model_class = class_of_name(str(names[0])) if isinstance(names, list) and names else None
+    config_class = getattr(model_class, "config_class", None)
+    return config_class if getattr(config_class, "model_type", None) == values.get("model_type") else None
 
 
 def _check_hub_name(source: str) -> None:
@@ -175,16 +191,16 @@ def compression_of(config: Any) -> CompressionConfig | None:
 def _model_class(config: Any) -> Any:
     """Return the class that a config names.
 
-    Where it names none of transformers' own, that is the class of a language model of its type, or of the model
+    Where it names none that this program knows, that is the class of a language model of its type, or of the model
     without a head.
 
     Raises:
         CompressionError: if there is none either.
     """
-    # Only classes of transformers are used: code that comes with a model is not executed.
+    # Only classes of transformers and of this program are used: code that comes with a model is not executed.
     names = getattr(config, "architectures", None) or [""]
-    named_class = getattr(transformers, names[0], None)
-    if isinstance(named_class, type) and issubclass(named_class, PreTrainedModel):
+    named_class = class_of_name(str(names[0]))
+    if named_class is not None:
         return named_class
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         model_class = auto_class._model_mapping.get(type(config), None)

@@ -21,7 +21,8 @@ from ..runtime.packing import pack_bits, unpack_bits
 from ..runtime.pivoting import pivot, unpivot
 from ..runtime.reports import REPORT_FILE
 from ..runtime.safetensors_headers import read_json
-from ..runtime.saving import CompleteSave, record_layers
+from ..runtime.saved_config import record_layers
+from ..runtime.saving import CompleteSave
 from .merging import store
 
 if TYPE_CHECKING:
@@ -44,11 +45,12 @@ class Truncation:
     relative_error: float
 
 
+@torch.inference_mode(False)
 def recompress(model: "PreTrainedModel", rank: int | None = None) -> list[Truncation]:
     """Truncate every compressed layer whose rank has grown to the rank that it had when the model was compressed.
 
     Sparse values, masks and signs stay as they are. Where whole rows or columns are kept, the adapter's part there is
-    added to them.
+    added to them. Tensors that are made can be trained later, in inference mode, too.
 
     Args:
         rank: a rank that no layer may exceed, in place of the ranks of the compression.

@@ -16,7 +16,8 @@ from ..runtime.checksums import weights_checksum
 from ..runtime.errors import CheckpointError
 from ..runtime.privacy import public_name, public_text
 from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, sealed_card, write_report
-from ..runtime.saving import AUTO_CLASSES, has_users_card
+from ..runtime.saving import has_users_card
+from ..runtime.skeletons import AUTO_CLASSES
 from . import card_sections
 from .measurements import Quality
 
@@ -227,6 +228,8 @@ def is_hub_id(name: str) -> bool:
 
 def _auto_class(model_type: str, architecture: str) -> str:
     """Return the first Auto class that opens a checkpoint as `architecture`, or `architecture` if there is none."""
+    if model_type not in transformers.CONFIG_MAPPING:  # that of a class of the user's own
+        return architecture
     config_class = transformers.CONFIG_MAPPING[model_type]
     # TASKS comes first, because a class may be known to several Auto classes and these are the usual ones.
     for name in dict.fromkeys((*TASKS, *AUTO_CLASSES)):

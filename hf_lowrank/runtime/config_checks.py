@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from .checksums import LOADING_CODE
-from .configuration import QUANT_METHOD
+from .configuration import QUANT_METHOD, CompressionConfig
 from .errors import CheckpointError
 from .reports import REPORT_FILE
 from .safetensors_headers import FLOAT_TYPES, StoredTensor, read_json
@@ -19,10 +19,32 @@ COUNTED = ("layer", "block", "stage", "depth", "expert", "head", "label")
 """Words in the names of those numbers of a config of which transformers makes as many objects."""
 MOST_COUNTED = 100_000
 """Maximum of such a number."""
+PART_OF_COMPRESSED = {"compressed_with": "the whole model, by hf_lowrank"}
+"""The `quantization_config` that each part of a compressed model's config has in its config.json.
+
+Without the package, transformers would open a part by itself and fill it with random weights. As this has no
+`quant_method`, transformers raises instead.
+"""
 MOST_NESTED = 100
 """Maximum number of levels of lists and dictionaries in a config."""
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names of torch's float dtypes, by those of safetensors."""
+
+
+def is_ours(quantization_config: Any) -> bool:
+    """Return whether the `quantization_config` of a config, an object or as it is stored, is one of this package."""
+    if isinstance(quantization_config, Mapping):
+        return quantization_config.get("quant_method") == QUANT_METHOD
+    return isinstance(quantization_config, CompressionConfig)
+
+
+def unmark_parts(values: Any) -> None:
+    """Take out of the content of a config.json what its parts have for the sake of programs without the package."""
+    for part in values.values() if isinstance(values, dict) else ():
+        if isinstance(part, dict):
+            if part.get("quantization_config") == PART_OF_COMPRESSED:
+                del part["quantization_config"]
+            unmark_parts(part)
 
 
 def is_compressed(values: Any) -> bool:
@@ -30,11 +52,16 @@ def is_compressed(values: Any) -> bool:
     if not isinstance(values, Mapping):
         return False
     recorded, entries = values.get("quantization_config"), values.get("auto_map")
-    if isinstance(recorded, dict) and recorded.get("quant_method") == QUANT_METHOD:
+    if is_ours(recorded):
         return True
     if not isinstance(entries, dict):
         return False
-    return any(str(entry).startswith(LOADING_CODE.removesuffix("py")) for entry in entries.values())
+    return any(map(is_own_entry, entries.values()))
+
+
+def is_own_entry(entry: Any) -> bool:
+    """Return whether an entry of an `auto_map` names the code that this package puts into checkpoints."""
+    return str(entry).startswith(LOADING_CODE.removesuffix("py"))
 
 
 def holds_checkpoint(folder: str) -> bool:
@@ -57,6 +84,14 @@ def mentions_checkpoint(folder: str) -> bool:
             return QUANT_METHOD.encode() in stream.read()
     except OSError:
         return False
+
+
+def config_beside(file: str) -> dict[str, Any] | None:
+    """Return the content of the config.json beside a weight file, None if none of a compressed model lies there."""
+    config = os.path.join(os.path.dirname(file), "config.json")
+    values = read_json(config) if os.path.isfile(config) else None
+    recorded = values.get("quantization_config") if isinstance(values, dict) else None
+    return values if is_compressed(values) and isinstance(recorded, dict) else None
 
 
 def check_values(values: Any, key: str = "", depth: int = 0) -> None:

@@ -16,6 +16,10 @@ FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes. It reads this version and all earlier ones."""
 
 
+class DefaultRatio(float):
+    """The ratio of a recipe that names none. Options of the method may lead to another one."""
+
+
 @dataclass
 class CompressionConfig(QuantizationConfigMixin):
     """Says how a model is compressed, and in a checkpoint also what every compressed layer stores.
@@ -29,8 +33,11 @@ class CompressionConfig(QuantizationConfigMixin):
 
     method: str = field(default="slab", metadata={"help": "compression method; `hf-lowrank methods` lists all"})
     ratio: float = field(
-        default=0.5,
-        metadata={"help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1)"},
+        default=DefaultRatio(0.5),
+        metadata={
+            "help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1); "
+            "default: what the method's options lead to (as bits do), else 0.5"
+        },
     )
     options: dict[str, Any] = field(
         default_factory=dict,
@@ -186,10 +193,13 @@ class CompressionConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON values."""
+        """Return the config as plain JSON values. A ratio that nobody gave is left out, and so stays open."""
+        left_out = {"layers"}
+        if isinstance(self.ratio, DefaultRatio):
+            left_out.add("ratio")
         values = {}
         for config_field in dataclasses.fields(self):
-            if config_field.name != "layers":
+            if config_field.name not in left_out:
                 values[config_field.name] = copy.deepcopy(getattr(self, config_field.name))
         values["layers"] = {name: spec.to_dict() for name, spec in self.layers.items()}
         return values

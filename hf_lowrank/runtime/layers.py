@@ -161,6 +161,7 @@ class SparseLowRankLinear(CompressedLinear):
             sparse: layout of the sparse part, one of `SPARSE_LAYOUTS`.
             weight: the sparse part. It is (p, n) for rows, (m, p) for columns and (m, n) for full. For a bitmask it is
                 the dense matrix (m, n) from which `mask` picks the kept values, or if quantized these values, (m, k).
+                Without a sparse part it is None, or (0,) for a layer of zeros, which has no other part.
             mask: the kept values of a bitmask, (m, n) boolean, equally many in every row.
             lowrank_a, lowrank_b: A (r, n') and B (m', r). Both are quantized alike, or neither is.
             pivots: (m',) boolean, r of them True, for a B (m' − r, r) without its identity block, see `pivot`.
@@ -189,7 +190,7 @@ class SparseLowRankLinear(CompressedLinear):
             "bias": bias,
         }
         kept = 0
-        if stored_weight is not None and sparse != "full":
+        if stored_weight is not None and sparse in ("rows", "columns", "bitmask"):
             kept = stored_weight.shape[0 if sparse == "rows" else 1]
         weight_bits, weight_group = _quantization_of(stored_weight)
         lowrank_bits, lowrank_group = _quantization_of(lowrank_a)
@@ -207,7 +208,9 @@ class SparseLowRankLinear(CompressedLinear):
             lowrank_group=lowrank_group,
         )
         # Only the float tensors count here; bitmaps have a dtype of their own.
-        first_part = next(part for part in parts.values() if part is not None)
+        first_part = next((part for part in parts.values() if part is not None), None)
+        if first_part is None:
+            raise CompressionError("a layer has to have a part; a layer of zeros has an empty `weight`")
         layer = build_layer(spec, in_features, out_features, first_part.device, dtype or first_part.dtype)
         layer._store(parts)
         layer._store_bits("weight_mask", mask if sparse == "bitmask" else None)

@@ -13,9 +13,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
-from .config_checks import usual_dtype
+from .config_checks import config_beside, usual_dtype
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
+from .counterparts import Counterparts, Renaming, check_shapes, check_sources, find_counterparts, tie_as_saved
 from .errors import CompressionError
 from .experts import ExpertBank
 from .layer_spec import LayerSpec
@@ -23,7 +24,7 @@ from .layers import CompressedLinear, build_layer
 from .load_hooks import hook_configs, hook_models, hook_tokenizers
 from .safetensors_headers import read_headers
 from .saving import CompleteSave
-from .skeletons import saved_skeleton
+from .skeletons import make_skeleton, saved_skeleton
 from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, validate_files
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ class CompressionQuantizer(HfQuantizer):
         compress_on_load: called after loading for `from_pretrained(dense, quantization_config=...)`. The package sets
             it, as the runtime alone can open compressed checkpoints but not make them.
         checkpoint_files: files that the weights come from. There are none where the caller brings a state dict.
+        renaming: what renames the tensors on loading; None for a model of the class that was saved.
     """
 
     quantization_config: CompressionConfig
     requires_calibration = False
     compress_on_load: ClassVar[Any] = None
     checkpoint_files: Sequence[str] = ()
+    renaming: Renaming | None = None
 
     def __init__(self, quantization_config: CompressionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -76,20 +79,46 @@ class CompressionQuantizer(HfQuantizer):
             raise CompressionError(NOT_SPLIT)
         config = self.quantization_config
         self.checkpoint_files = kwargs.get("checkpoint_files") or []
-        if self.checkpoint_files:
-            # The model may be of another class than the saved one, such as its base model, so a skeleton is made.
-            saved = saved_skeleton(model)
-            resolve_experts(saved, config.experts)
-            validate_files(
-                saved,
-                resolve_layers(saved, config.layers),
-                read_headers(self.checkpoint_files),
-                compressed_shapes_only=True,
-            )
-        config.experts = resolve_experts(model, config.experts)
-        config.layers = resolve_layers(model, config.layers)
+        self._fit_to(model)
+        resolve_layers(model, config.layers)
         for name, spec in config.layers.items():
             swap_module(model, name, _build_like(model.get_submodule(name), spec))
+
+    def _fit_to(self, model: "PreTrainedModel") -> None:
+        """Check the checkpoint's files, and name the compressed layers as `model` does, which may be of another class.
+
+        What the model has no place for is left out, such as the pictures' part of a checkpoint that is opened by the
+        class of its language model.
+
+        Raises:
+            CheckpointError: if files and config do not fit, or if the model would have random weights in the place of
+                compressed ones.
+        """
+        config = self.quantization_config
+        values = config_beside(self.checkpoint_files[0]) if self.checkpoint_files else None
+        if values is None:
+            saved = saved_skeleton(model)
+        else:
+            saved = make_skeleton(values)
+            recorded: CompressionConfig = CompressionConfig.from_dict(values["quantization_config"])
+            config.experts, config.layers = recorded.experts, recorded.layers
+        same_class = type(saved) is type(model)
+        counterparts = Counterparts({"": ""}) if same_class else find_counterparts(saved, model)
+        check_sources(saved, model, counterparts, config)
+        resolve_experts(saved, config.experts)
+        layers = resolve_layers(saved, config.layers)
+        stored = read_headers(self.checkpoint_files)
+        if self.checkpoint_files:
+            # Where the config is not the one of the files, the sizes of other tensors may have been changed.
+            validate_files(saved, layers, stored, compressed_shapes_only=values is None)
+        if not same_class:
+            self.renaming = Renaming(counterparts, set(stored))
+            tie_as_saved(saved, model, counterparts, stored)
+        config.experts = list(counterparts.of(dict.fromkeys(config.experts), model))
+        resolve_experts(model, config.experts)
+        config.layers = counterparts.of(config.layers, model)
+        shapes = counterparts.of({name: dense_shape(saved.get_submodule(name)) for name in layers}, model)
+        check_shapes(model, shapes)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Check what was loaded, and make the model a compressed one.
@@ -108,6 +137,10 @@ class CompressionQuantizer(HfQuantizer):
                 tensors = dict(module.named_parameters()) | dict(module.named_buffers())
                 check_contents(name, module.spec, module.out_features, module.in_features, tensors)
         check_weights(self.checkpoint_files, self.quantization_config.checksums)
+        if self.renaming is not None:
+            # It is for those files alone. A save by transformers would apply it backwards.
+            vars(model)["_weight_conversions"] = []
+            self.renaming = None
         # They belong to those files, and not to what becomes of the model.
         self.quantization_config.checksums = {}
         self.quantization_config.companions = {}
@@ -115,6 +148,17 @@ class CompressionQuantizer(HfQuantizer):
         if self.checkpoint_files:
             CompleteSave.attach(model).stored_dtype = usual_dtype(read_headers(self.checkpoint_files))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Return how the tensors are renamed while they are loaded.
+
+        Transformers' own conversions are for the names of the dense files of a family.
+        """
+        return weight_conversions if self.renaming is None else [self.renaming]
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return what the older versions 5.x of transformers add to their own conversions."""
+        return [] if self.renaming is None else [self.renaming]
 
     def dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
         """Make all layers dense, in their own dtype if no other is asked for.
@@ -203,6 +247,7 @@ def _refuse_merge(*args: Any, **kwargs: Any) -> None:
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:
     """Mark a model that holds compressed layers as transformers marks quantized ones, and make its saves complete."""
     align(model)
+    hook_models()  # its config may be used for a dense model
     marked: Any = model
     # `PreTrainedModel` does not declare these attributes. Transformers asks for them at many places.
     marked.hf_quantizer = quantizer
@@ -246,10 +291,12 @@ def dense_module(layer: CompressedLinear, dtype: torch.dtype | None = None) -> n
     weight = layer.to_dense(dtype)
     dense: Conv1D | nn.Linear
     if layer.replaces_conv1d:
-        dense = Conv1D(layer.out_features, layer.in_features).to(device=weight.device, dtype=weight.dtype)
+        # On the meta device, so that no memory is taken and no random number drawn before the weight is put in.
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)
         dense.weight = nn.Parameter(weight.T.contiguous())
+        dense.bias = nn.Parameter(weight.new_zeros(layer.out_features))
     else:
-        # On the meta device, so that no memory is taken before the weight is put in.
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight)
     if layer.bias is not None:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-import transformers
 
 from .checksums import CONFIG, LOADING_CODE, file_checksum, record_checksums, recorded_code
 from .companions import CARRIED, GENERATION_CONFIG, Companions, clear_paths, files_in
 from .errors import CompressionError, logger
-from .experts import ExpertBank
-from .layers import CompressedLinear
 from .origin import Origin
 from .privacy import public_values
+from .reopening import check_reopens, marked_parts
 from .reports import (
     CARD_FILE,
     REPORT_FILE,
@@ -31,6 +29,7 @@ from .reports import (
     write_report,
 )
 from .safetensors_headers import read_json
+from .saved_config import auto_map, record_layers
 from .staging import move, staged
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ TRAINER_CHECKPOINT = r"checkpoint-\d+"
 HUB_ARGUMENTS = ("repo_id", "private", "commit_message", "create_pr")
 SAVED_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names that transformers gives weights. A save leaves none of an earlier one."""
-
-AUTO_CLASSES = tuple(name for name in dir(transformers) if name.startswith("AutoModel"))
 
 
 class Publisher(Protocol):
@@ -136,10 +133,13 @@ class CompleteSave:
             return
         _check_arguments(folder, kwargs)
         record_layers(model)
-        model.config.auto_map = auto_map(model)
-        # Those of all files take its place as soon as these are written.
-        checksum = hashlib.sha256(loading_code()).hexdigest()
-        model.config.quantization_config.checksums = {LOADING_CODE: checksum}
+        if not model.config.quantization_config.layers:
+            # All compressed layers have been replaced by dense ones: it is a dense model, and is saved as one.
+            model.dequantize()
+            kwargs |= {"state_dict": state_dict, "push_to_hub": push_to_hub}
+            model.save_pretrained(save_directory, is_main_process, **kwargs)
+            return
+        self.complete_config(state_dict)
         # Tensors keep the names of their modules, which `quantization_config.layers` uses. The older formats of some
         # families rename or split layers.
         kwargs["save_original_format"] = False
@@ -169,6 +169,21 @@ class CompleteSave:
             write_loading_code(folder.parent)
         if push_to_hub:
             self.publish(folder, token=kwargs.get("token"), **hub_options)
+
+    def complete_config(self, state_dict: dict[str, Any] | None) -> None:
+        """Write into the model's config what opens the checkpoint, after checking that this is possible.
+
+        Raises:
+            CompressionError: if the config makes another model.
+        """
+        model = self.model
+        if state_dict is None:  # else the model may be held in shards, under other names
+            check_reopens(model)
+        model.config.auto_map = auto_map(model)
+        # Those of all files take its place as soon as these are written.
+        checksum = hashlib.sha256(loading_code()).hexdigest()
+        recorded: Any = model.config.quantization_config
+        recorded.checksums = {LOADING_CODE: checksum}
 
     def write_card(self, partial: Path, folder: Path, name: str) -> None:
         """Bring report and card of a checkpoint up to date, before it is moved to its folder.
@@ -211,7 +226,8 @@ class CompleteSave:
         """
         self.state_dict = state_dict
         try:
-            type(self.model).save_pretrained(self.model, save_directory, **kwargs)
+            with marked_parts(self.model.config):
+                type(self.model).save_pretrained(self.model, save_directory, **kwargs)
         finally:
             self.state_dict = None
 
@@ -362,38 +378,6 @@ def write_loading_code(folder: Path) -> None:
         if name != LOADING_CODE and file.is_file() and file_checksum(file) == checksum:
             file.unlink()
     (folder / LOADING_CODE).write_bytes(loading_code())
-
-
-def record_layers(model: "PreTrainedModel") -> None:
-    """Write into the model's config what its layers store now, and which experts are stored one by one.
-
-    Layers grow when adapters are merged into them.
-
-    Raises:
-        CompressionError: if a layer is not where the config has it, because an adapter wraps it.
-    """
-    model.config.quantization_config.experts = [
-        name for name, module in model.named_modules() if isinstance(module, ExpertBank)
-    ]
-    layers = model.config.quantization_config.layers
-    for name in layers:
-        module = model.get_submodule(name)
-        if not isinstance(module, CompressedLinear):
-            raise CompressionError(
-                f"{name}: found {type(module).__name__}, expected a compressed layer; if that is an adapter's, "
-                "save the adapter by itself (PeftModel.save_pretrained) or merge it first (merge_and_unload)"
-            )
-        layers[name] = module.spec
-
-
-def auto_map(model: "PreTrainedModel") -> dict[str, str]:
-    """Return the `auto_map` of a checkpoint: AutoConfig and every Auto class that knows the model's config."""
-    module = LOADING_CODE.removesuffix(".py")
-    entries = {"AutoConfig": f"{module}.CompressedAutoConfig"}
-    for name in AUTO_CLASSES:
-        if type(model.config) in getattr(transformers, name)._model_mapping:
-            entries[name] = f"{module}.Compressed{name}"
-    return entries
 
 
 def _check_arguments(folder: Path, kwargs: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
 The config is checked against the model that it names, and the headers of the files against both.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,7 +42,6 @@ NO_LAYERS = (
     "from config.json if the weights are dense, else download the checkpoint again"
 )
 
-Value = TypeVar("Value")
 Expected = tuple[tuple[int, ...], str]
 """Shape and type ("float", "uint8", or another safetensors dtype) of a tensor."""
 
@@ -62,18 +62,14 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)
 
 
-def resolve_experts(model: nn.Module, names: Sequence[str], most_modules: int = MOST_MODULES) -> list[str]:
+def resolve_experts(model: nn.Module, names: Sequence[str], most_modules: int = MOST_MODULES) -> None:
     """Put banks in the place of the fused experts that a config names.
-
-    Returns:
-        The names that the experts have in `model`.
 
     Raises:
         CheckpointError: for a module that the model does not have, for one that a bank cannot stand for, and for banks
             of more than `most_modules` modules.
     """
     modules = dict(model.named_modules())
-    names = list(_renamed(model, dict.fromkeys(names), modules.keys()))
     for name in names:
         module = modules.get(name)
         if not is_fused_experts(module):
@@ -82,21 +78,16 @@ def resolve_experts(model: nn.Module, names: Sequence[str], most_modules: int = 
         assert module is not None
         with limit_modules(most_modules):
             setattr(model.get_submodule(parent), child, ExpertBank(module))
-    return names
 
 
 def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
-    """Return the layers of a config under the names that they have in `model`, after checking each of them.
-
-    A checkpoint of a full model may be opened as its base model, and the other way round. The base model's prefix of
-    the names may therefore be missing or too much.
+    """Return the layers of a config, after checking each of them against the model.
 
     Raises:
         CheckpointError: for a layer that the model does not have, that is not a linear layer, that shares its weight
             with another module, or that does not fit the dense layer it replaces.
     """
     modules = dict(model.named_modules())
-    layers = _renamed(model, layers, modules.keys())
     for name, spec in layers.items():
         module = modules.get(name)
         if not is_linear(module):
@@ -104,7 +95,7 @@ def resolve_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[st
         assert module is not None
         spec.validate(name, *dense_shape(module))
     # A shared weight would be compressed in one place and dense in the other.
-    shared_names = {name for group in _tied_names(model) for name in group}
+    shared_names = {name for group in tied_names(model) for name in group}
     shared_weights = shared_names & {f"{name}.weight" for name in layers}
     if shared_weights:
         raise CheckpointError(
@@ -119,22 +110,6 @@ def _unexpected_module(model: nn.Module, name: str, module: nn.Module | None, ex
     return CheckpointError(
         f"{name}: found {found} in {type(model).__name__}, expected {expected}; the config was made for another model"
     )
-
-
-def _renamed(model: nn.Module, by_name: Mapping[str, Value], modules: Collection[str]) -> dict[str, Value]:
-    """Return values by the names that their modules have in `model`, with its base model's prefix or without it.
-
-    Args:
-        by_name: values by the names of modules in the checkpoint.
-        modules: names of all modules of `model`.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if not by_name or prefix == "." or any(name in modules for name in by_name):
-        return dict(by_name)
-    # The checkpoint may be of the full model while `model` is the base model, or the other way round.
-    if all(name.startswith(prefix) for name in by_name):
-        return {name.removeprefix(prefix): value for name, value in by_name.items()}
-    return {prefix + name: value for name, value in by_name.items()}
 
 
 def expected_tensors(model: nn.Module, layers: Mapping[str, LayerSpec]) -> dict[str, Expected]:
@@ -185,12 +160,18 @@ def validate_files(
     for layer, spec in layers.items():
         compressed |= _tensors_of_layer(model, layer, spec).keys()
     optional = _optional_tensors(model, stored)
+    extra = sorted(stored.keys() - expected.keys())
     # All other kinds are names of safetensors dtypes themselves.
     dtypes_of = {"float": FLOAT_TYPES, "uint8": ("U8",)}
     for name, (shape, kind) in expected.items():
         if name not in stored:
             if name in optional:
                 continue
+            if extra:
+                raise CheckpointError(
+                    f"{name}: not in the checkpoint's files, which have {extra[0]} that a {type(model).__name__} of "
+                    f"transformers {transformers.__version__} does not have; open it with the version that saved it"
+                )
             raise CheckpointError(
                 f"{name}: missing in the checkpoint's files, expected a {kind} tensor {shape}; download it again"
             )
@@ -202,7 +183,6 @@ def validate_files(
                 f"{name}: {tensor.file} has {tensor.dtype} {tensor.shape}, expected {kind} {shape}; "
                 "the file and the config do not belong together"
             )
-    extra = sorted(stored.keys() - expected.keys())
     if extra:
         modules = [name.rpartition(".")[0] for name in extra]
         owner = next((module for module in modules if module in layers), type(model).__name__)
@@ -217,7 +197,7 @@ def _optional_tensors(model: nn.Module, stored: Mapping[str, StoredTensor]) -> s
     They are those that the model's class makes by itself, and those tied to a tensor that is stored.
     """
     optional = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    for group in _tied_names(model):
+    for group in tied_names(model):
         if any(name in stored for name in group):
             optional |= set(group)
     return optional
@@ -251,14 +231,8 @@ def validate_checkpoint(
         check_generation(folder)
         most_modules = 1000 + MODULES_PER_TENSOR * len(stored)
     model = make_skeleton(values, most_modules)
-    experts = resolve_experts(model, compression.experts, most_modules)
+    resolve_experts(model, compression.experts, most_modules)
     layers = resolve_layers(model, compression.layers)
-    # The skeleton is of the class that the config names, so that no prefix may be missing or too much here.
-    recorded_names = [*compression.experts, *compression.layers]
-    if [*experts, *layers] != recorded_names:
-        raise CheckpointError(
-            f"{recorded_names[0]}: no such module in {type(model).__name__}; the config was made for another model"
-        )
     if stored is not None:
         check_dtype(model.config, stored)
         validate_files(model, layers, stored)
@@ -284,16 +258,18 @@ def _recorded_compression(values: Mapping[str, Any]) -> CompressionConfig:
     return compression
 
 
-def _tied_names(model: nn.Module) -> list[list[str]]:
-    """Return groups of names of parameters and buffers that are, or will be, the same tensor.
+def tied_names(model: nn.Module, by_config: bool = True) -> list[list[str]]:
+    """Return groups of names of parameters and buffers that are the same tensor.
 
-    Transformers ties weights only after it has loaded them.
+    Args:
+        by_config: whether to count those, too, that transformers will tie only after it has loaded them.
     """
     # Names by the identity of the tensor.
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
-    for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
+    tied_keys = getattr(model, "all_tied_weights_keys", {}) if by_config else {}
+    for tied, source in tied_keys.items():
         for group in names.values():
             if source in group:
                 group.append(tied)

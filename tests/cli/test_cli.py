@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 import hf_lowrank.cli.demo
 from hf_lowrank import CompressedLinear, CompressionConfig, cli
 from hf_lowrank.calibration import blocks
+from hf_lowrank.cli.base import Terminated
 from hf_lowrank.methods import registered_methods
 
 from ..support import tiny_models
@@ -385,6 +386,26 @@ def test_memory_that_runs_out_is_one_line(dense: Path, tmp_path: Path, monkeypat
         "out of memory; use fewer --samples", "compress", dense, "--method", "svd", *QUICK, "-o", tmp_path / "output"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Terminated])
+def test_a_comparison_that_is_interrupted_says_what_it_leaves(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hf_lowrank.evaluation.comparison.compare", interrupted)
+    result = run("compare", dense, "--methods", "svd", "--ratios", 0.3, "--text", "text.txt", "--out", tmp_path)
+    assert result.exit_code in (130, 143)
+    assert f"what is finished stays in {tmp_path}" in result.stderr
+    assert "no output was written" not in result.stderr
+
+
+def test_a_run_says_whether_all_of_the_model_is_in_memory(dense: Path, tmp_path: Path) -> None:
+    command = ["compress", str(dense), "--method", "svd", "--ratio", "0.5", *QUICK, "-o", str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-m", "hf_lowrank", *command], check=True, capture_output=True, text=True)
+    assert "the whole model is in memory: the calibration text is sampled from the model" in done.stderr
 
 
 def test_ctrl_c_leaves_nothing_but_the_work_folder(dense: Path, tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, compress
 from hf_lowrank.checkpoints.inspect import inspect
+from hf_lowrank.compression.fallback import build_with_fallback
 from hf_lowrank.compression.from_disk import compress_checkpoint
+from hf_lowrank.compression.report import LayerReport
 from hf_lowrank.execution.work_folder import Record, WorkFolder
 from hf_lowrank.methods import registered_methods
 from hf_lowrank.publishing.model_card import make_card
 
+from ..methods.problems import statistics_of
 from ..support import tiny_models
 from ..support.files import digests
 from ..support.processes import breaking
@@ -116,6 +119,31 @@ def test_a_layer_worse_than_zeros_counts_as_failed() -> None:
     assert name not in last["dense"]
     assert last["bad"][name].endswith("and no better when made again")
     assert any(name in warning and "leave them dense" in warning for warning in last["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("errors", "best", "remedied"),
+    [
+        ([float("nan"), 0.5], 0.5, True),
+        ([float("nan"), 3.0, 2.0], 2.0, False),
+        ([3.0, float("nan"), 2.0], 2.0, False),
+        ([float("inf"), 0.9], 0.9, True),
+        ([float("nan")] * 3, None, False),
+    ],
+)
+def test_an_error_that_is_not_finite_is_never_the_best(
+    errors: list[float], best: float | None, remedied: bool
+) -> None:
+    model = compress(tiny_models.llama(num_hidden_layers=1), recipe("svd", ratio=0.9), calibration=IDS)
+    report = report_of(model)["layers"][0]
+    attempts = iter(errors)
+    result = build_with_fallback(
+        statistics_of(torch.ones(3, 4, dtype=torch.float64)),
+        build=lambda damped: model.get_submodule(BROKEN.replace("1", "0")),  # type: ignore[arg-type, return-value]
+        report=lambda layer: LayerReport(**{**report, "relative_error": next(attempts)}),
+    )
+    assert (result.report.relative_error if result.report else None) == best
+    assert result.fault is not None and (result.remedy is not None) == remedied
 
 
 def test_nothing_is_reported_where_nothing_fails() -> None:

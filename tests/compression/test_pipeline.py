@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_lowrank import (
     CompressionError,
@@ -206,9 +206,17 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
         compress(tiny_models.llama(), config("svd", modules_to_not_convert=["dwon_proj"]), calibration=IDS)
 
 
+class LlamaWithTiedLayers(LlamaForCausalLM):
+    """Has one tensor in two of its blocks."""
+
+    def __init__(self, model_config: LlamaConfig) -> None:
+        super().__init__(model_config)
+        self.model.layers[1].mlp.up_proj.weight = self.model.layers[0].mlp.up_proj.weight
+        self.post_init()
+
+
 def test_tied_layers_stay_dense() -> None:
-    model = tiny_models.llama()
-    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    model = LlamaWithTiedLayers(tiny_models.llama().config)
     report = compress(model, config("svd"), calibration=IDS).compression_report
     assert report["dense"] == {f"model.layers.{i}.mlp.up_proj": "its weight is tied to another module" for i in (0, 1)}
 

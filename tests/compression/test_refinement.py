@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.calibration import BlockBatch, TokenBatch, capture, with_unigram_sequences
-from hf_lowrank.compression.block_training import train_block
-from hf_lowrank.methods import make_method
+from hf_lowrank.compression.block_training import reason_not_to_train, train_block
+from hf_lowrank.methods import Decomposition, make_method
 from hf_lowrank.models.architectures import find_blocks
 from hf_lowrank.runtime.layers import CompressedLinear
 from tests.support import tiny_models
@@ -121,3 +121,22 @@ def test_tokens_that_do_not_count_teach_nothing() -> None:
 def test_a_negative_number_of_steps_is_refused() -> None:
     with pytest.raises(CompressionError, match="refinement_steps: found -1"):
         CompressionConfig(refinement_steps=-1)
+
+
+def test_a_block_that_is_not_refined_says_why() -> None:
+    def entries(model: PreTrainedModel, method: str, ratio: float, **changes: Any) -> list[dict[str, Any]]:
+        recipe = CompressionConfig(method, ratio, samples=4, sequence_length=24, refinement_steps=2, **changes)
+        compress(model, recipe, calibration=IDS.tolist(), progress=False)
+        entries: list[dict[str, Any]] = model.compression_report["refinement"]  # type: ignore[attr-defined]
+        for entry in entries:
+            refined_here = entry["reason"] is None
+            assert (entry["before"] is not None) == (entry["after"] is not None) == refined_here
+        return entries
+
+    skipped = entries(tiny_models.llama(), "svd", 0.3, modules_to_not_convert=["model.layers.1"])
+    assert [entry["reason"] for entry in skipped] == [None, "none of its layers is compressed", None, None]
+    silent = tiny_models.llama()
+    silent.model.embed_tokens.weight.data.zero_()
+    assert {entry["reason"] for entry in entries(silent, "svd", 0.3)} == {"the outputs of the dense block are zeros"}
+    layer_of_zeros = Decomposition(weight=torch.zeros(0)).to_layer(4, 4)
+    assert reason_not_to_train(layer_of_zeros, 0, [], []) == "its compressed layers store no values"

@@ -9,18 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.compression import soco_training
 from hf_lowrank.execution import work_folder
 from hf_lowrank.execution.work_folder import Record, WorkFolder
+from hf_lowrank.methods import Statistics, registry
+from hf_lowrank.methods.registry import register_method
+from hf_lowrank.methods.svd import SVD
 
 from ..support import tiny_models
 from ..support.files import digests
@@ -102,6 +107,30 @@ def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
         with WorkFolder(work) as folder:
             folder.clear()
     assert kills >= 6
+
+
+@dataclass
+class Ordered(SVD):
+    """A layerwise method that wants the neurons of feed-forward networks in another order."""
+
+    def neuron_order(self, statistics: Statistics, weight: Tensor) -> Tensor:
+        return statistics.mean_abs.argsort(descending=True)
+
+
+def test_a_layerwise_method_that_orders_neurons_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report of the refinement compares layers with those of the dense model, whose neurons get the order, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_methods", {**registry._methods})
+        register_method("ordered")(Ordered)
+        config = recipe("ordered", refinement_steps=2)
+        expected = saved(compress(tiny_models.llama(), config, calibration=IDS), tmp_path / "whole")
+        with patch.context() as killed, pytest.raises(Killed):
+            killing(killed, 3, complete=True)
+            compress(tiny_models.llama(), config, calibration=IDS, work_dir=tmp_path / "work")
+        resumed = compress(tiny_models.llama(), config, calibration=IDS, work_dir=tmp_path / "work")
+        assert saved(resumed, tmp_path / "resumed") == expected
 
 
 def test_a_decoder_that_reads_a_compressed_encoder_goes_on_too(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_lowrank import CompressionError, LayerSpec
 from hf_lowrank.budget import Layer, ModelBudget
-from hf_lowrank.methods import make_method
+from hf_lowrank.methods import make_method, registered_methods
 from hf_lowrank.methods.allocation import (
     cheapest_choices,
     check_reachable,
@@ -105,6 +105,49 @@ def test_ratios_just_inside_what_the_error_names_are_reachable(accounting: str) 
             uniform_budgets(method, layers, [], budget_of(layers, ratio, accounting=accounting))
         with pytest.raises(CompressionError, match=name):
             uniform_budgets(method, layers, [], budget_of(layers, most + 0.001, accounting=accounting))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=5),
+    method=st.sampled_from([*METHODS, *[(name, {}) for name in registered_methods()], ("rtn", {"bits": 3})]),
+    value_bits=st.sampled_from([16, 32]),
+    bias=st.booleans(),
+    left_dense=st.integers(0, 2),
+    accounting=st.sampled_from(["bits", "paper"]),
+)
+def test_the_bounds_that_the_error_names_are_the_ends_of_what_is_reachable(
+    shapes: list[tuple[int, int]],
+    method: tuple[str, dict],
+    value_bits: int,
+    bias: bool,
+    left_dense: int,
+    accounting: str,
+) -> None:
+    layers = layers_of(shapes)
+    compressed, dense = layers[left_dense:], layers[:left_dense]
+    chosen = make_method(*method)
+    if not compressed or any(chosen.leaves_dense(layer, 0.5) for layer in compressed):
+        return
+
+    def error(ratio: float) -> str:
+        try:
+            check_reachable(chosen, compressed, dense, budget_of(layers, ratio, value_bits, bias, accounting))
+        except CompressionError as raised:
+            return str(raised)
+        return ""
+
+    # One bit is a larger step than those of the message where there are few.
+    hair = max(1e-4, 2 / (value_bits * sum(m * n for m, n in shapes)))
+    for message in filter(None, (error(1e-5), error(1 - 1e-5))):
+        bounds = re.search(r"remove ([\d.]+) to ([\d.]+) of", message)
+        if bounds is None:
+            assert "no ratio is within reach" in message
+            continue
+        least, most = map(float, bounds.groups())
+        assert not error(least) and not error(most)
+        assert most + hair >= 1 or "out of reach" in error(most + hair)
+        assert least - hair <= 0 or "out of reach" in error(least - hair)
 
 
 def test_layers_left_dense_narrow_the_reachable_ratios() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM
 
 from hf_lowrank import CheckpointError, LayerSpec
 from hf_lowrank.runtime import quantizer
@@ -174,14 +174,6 @@ def test_headers_are_those_of_the_tensors(slab: Checkpoint) -> None:
 def test_a_name_of_no_linear_layer_is_refused(name: str, kind: str) -> None:
     with pytest.raises(CheckpointError, match=f"found {kind} in LlamaForCausalLM, expected a linear layer"):
         resolve_layers(tiny_llama(), {Q_PROJ: LayerSpec(rank=1), name: LayerSpec(rank=1)})
-
-
-def test_names_follow_the_base_models_prefix() -> None:
-    full, spec = tiny_llama(), LayerSpec(rank=1)
-    without = Q_PROJ.removeprefix("model.")
-    for name in (Q_PROJ, without):
-        assert resolve_layers(full, {name: spec}) == {Q_PROJ: spec}
-        assert resolve_layers(LlamaModel(full.config), {name: spec}) == {without: spec}
 
 
 def test_shapes_are_those_of_the_product() -> None:

@@ -30,6 +30,7 @@ LIBRARIES = {
 """The stand-ins, without torch."""
 ACTIONS = {
     "hf_lowrank/runtime/load_hooks.py": "def hook_configs(): print('configs')\n"
+    "def hook_models(): pass\n"  # it may be called early, and then comes again
     "def hook_tokenizers(): print('tokenizers')",
     "hf_lowrank/runtime/quantizer.py": "import transformers.quantizers.auto\n"
     "class CompressionQuantizer: pass\ndef register(override): print('quantizer')",

@@ -23,10 +23,12 @@ def strategy_of(method: Method) -> type[Strategy]:
     """Return the strategy that a method names.
 
     Raises:
-        CompressionError: if there is none of that name.
+        CompressionError: if there is none of that name, or it cannot use the method.
     """
     if method.strategy not in STRATEGIES:
         raise CompressionError(
             f"{method.name}: found strategy {method.strategy!r}, expected one of {', '.join(STRATEGIES)}"
         )
-    return STRATEGIES[method.strategy]
+    strategy = STRATEGIES[method.strategy]
+    strategy.check(method)
+    return strategy

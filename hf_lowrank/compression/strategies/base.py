@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...budget import Layer
 from ...calibration import BlockBatch, TokenBatch
 from ...methods import Method
+from ...runtime.errors import CompressionError
 from ..session import Session
 
 
@@ -23,7 +25,27 @@ class Passes:
 
 
 class Strategy(ABC):
-    """A way of treating the model as a whole."""
+    """A way of treating the model as a whole.
+
+    Attributes:
+        methods: the class of the methods that it can use.
+        trained: the class of those that it can train.
+    """
+
+    methods: ClassVar[type[Method]] = Method
+    trained: ClassVar[type[Method] | None] = None
+
+    @classmethod
+    def check(cls, method: Method) -> None:
+        """Raise CompressionError if the strategy cannot use a method that names it."""
+        if not isinstance(method, cls.methods):
+            raise CompressionError(
+                f"{method.name}: found {type(method).__name__}, expected a {cls.methods.__name__} for the strategy "
+                f"{method.strategy!r}"
+            )
+        if method.trains and (cls.trained is None or not isinstance(method, cls.trained)):
+            which = "no method" if cls.trained is None else f"{cls.trained.__name__} and its subclasses only"
+            raise CompressionError(f"{method.name}: trains, and the strategy {method.strategy!r} trains {which}")
 
     @staticmethod
     def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:

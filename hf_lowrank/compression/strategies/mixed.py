@@ -47,6 +47,8 @@ from .base import Passes, Strategy, statistics_input
 class Mixed(Strategy):
     """Compress every layer to what loses least for its bytes, fitted to the inputs that the layers before it give."""
 
+    methods = MixedMethod
+
     @staticmethod
     def adapt_tokens(method: Method, tokens: list[TokenBatch], seed: int) -> list[TokenBatch]:
         """Draw the tokens of some sequences anew, so that text unlike the calibration text is met, too."""

@@ -30,6 +30,9 @@ from .base import Passes, Strategy
 class Spectral(Strategy):
     """Compress every layer to the rank that the spectra of all layers give it."""
 
+    methods = SpectralMethod
+    trained = SoCo
+
     @staticmethod
     def compress(session: Session, batches: list[BlockBatch]) -> None:
         method = cast(SpectralMethod, session.method)  # which declares this strategy
@@ -69,7 +72,7 @@ def decide_ranks(
         return measurements, method.allocate(measurements, plan.budget, plan.available_bits)
     measurements, ranks, curve = learn_spectrum(
         session.model,
-        cast(SoCo, method),  # the one spectral method that trains
+        cast(SoCo, method),  # the one spectral method that trains, see `Strategy.check`
         measurements,
         session.tokens,
         plan.budget,

@@ -98,6 +98,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": _open_zstandard,
+    ".zstd": _open_zstandard,
 }
 """Functions that open a packed file for reading bytes, by suffix."""
 
@@ -118,9 +119,20 @@ def _plain_documents(path: Path) -> list[str]:
             f"{path}: cannot be read as UTF-8 text (it is a binary file); give plain text or one of "
             f"{', '.join(ROW_READERS)}"
         )
+    if _is_json_rows(text):
+        raise CompressionError(f"{path}: holds rows of JSON, not plain text; give it a name that ends in .jsonl")
     if DOCUMENT_SEPARATOR not in text:  # one document, whose white space is part of it
         return [text]
     return [document.strip() for document in text.split(DOCUMENT_SEPARATOR)]
+
+
+def _is_json_rows(text: str) -> bool:
+    """Return whether the first two lines that are not blank (or the only one) are objects of JSON."""
+    lines = list(itertools.islice(filter(str.strip, io.StringIO(text)), 2))
+    try:
+        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _json_rows(stream: BinaryIO) -> Iterator[Any]:
@@ -201,11 +213,15 @@ def _needed_columns(names: list[str]) -> list[str] | None:
 
 ROW_READERS: dict[str, Callable[[BinaryIO], Iterator[Any]]] = {
     ".jsonl": _json_rows,
+    ".jsonlines": _json_rows,
+    ".jl": _json_rows,
     ".ndjson": _json_rows,
     ".json": _json_rows,
     ".csv": partial(_csv_rows, delimiter=","),
     ".tsv": partial(_csv_rows, delimiter="\t"),
     ".parquet": _parquet_rows,
+    ".pq": _parquet_rows,
     ".arrow": _arrow_rows,
+    ".feather": _arrow_rows,
 }
 """Functions that yield the rows of an opened file, by suffix."""

@@ -201,6 +201,12 @@ def chat_tokens(tokenizer: Any, chat: Chat, where: str) -> Tensor:
     Raises:
         CompressionError: if the tokenizer has no template, or the template cannot read the chat.
     """
+    # Many templates make empty messages of what they do not know.
+    for message in chat:
+        if not isinstance(message.get("role"), str):
+            raise CompressionError(
+                f"{where}: found a message with the fields {', '.join(map(str, message))}; expected role and content"
+            )
     try:
         encoded = tokenizer.apply_chat_template(list(chat), tokenize=True, return_dict=True)
     except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from .compressed_linear import CompressedLinear
 from .errors import CompressionError
 from .layer_spec import LayerSpec
-from .ops import autocast, binary_linear, bitmask_binary_linear, bitmask_linear, lowrank_linear, pivoted_linear
+from .ops import (
+    autocast,
+    binary_linear,
+    bitmask_binary_linear,
+    bitmask_linear,
+    check_dtype,
+    lowrank_linear,
+    pivoted_linear,
+)
 from .packing import pack_bits, pack_values
 from .pivoting import row_sources
 from .quantization import Quantized, pack_codes
@@ -52,7 +60,7 @@ class SparseLowRankLinear(CompressedLinear):
         """Apply the layer to x (..., n). The result is (..., m).
 
         Raises:
-            CompressionError: if x has no n columns.
+            CompressionError: if x has another number of columns, or is no floating-point tensor.
         """
         spec = self.spec
         if x.shape[-1:] != (self.in_features,):
@@ -92,6 +100,7 @@ class SparseLowRankLinear(CompressedLinear):
             return self._quantized("weight", x, self.weight_mask)
         if self.spec.sparse == "bitmask":
             return bitmask_linear(x, *self._stored("weight", "weight_mask"))
+        check_dtype(x)
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
     def _lowrank(self, x: Tensor) -> Tensor:

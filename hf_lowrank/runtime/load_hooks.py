@@ -168,7 +168,10 @@ def hook_models() -> None:
         if not can_tell():
             return save_model(self, *args, **kwargs)
         from .caller_configs import config_of_dense_model
+        from .quantizer import attach_part
 
+        if attach_part(self):
+            return self.save_pretrained(*args, **kwargs)
         with config_of_dense_model(self):
             return save_model(self, *args, **kwargs)
 

@@ -114,6 +114,12 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def check_dtype(x: Tensor) -> None:
+    """Raise CompressionError if an input is not of a floating-point type, whose product would be cut to integers."""
+    if not x.is_floating_point():
+        raise CompressionError(f"the input of a compressed layer is {x.dtype}, expected a floating-point tensor")
+
+
 def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that computes a declared operation.
 
@@ -132,8 +138,7 @@ def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             if result is not None:
                 return result
         x = autocast(x)
-        if not x.is_floating_point():
-            raise CompressionError(f"the input of a compressed layer is {x.dtype}, expected a floating-point tensor")
+        check_dtype(x)
         if must_decompose():
             return plain(x, *arguments)
         if not recorded and not is_compiling() and type(x) is Tensor and not dispatch_modes():

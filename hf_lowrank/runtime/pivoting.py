@@ -84,7 +84,7 @@ def row_sources(lowrank_pivots: Tensor, rows: int, rank: int) -> Tensor:
         (m,) int64.
     """
     pivots = unpack_bits(lowrank_pivots, rows)
-    before = pivots.cumsum(dim=0)  # number of pivots up to and including this row
+    before = pivots.cumsum(dim=0, dtype=torch.int64)  # number of pivots up to and including this row
     return torch.where(pivots, before - 1, rank + torch.arange(rows, device=pivots.device) - before)
 
 

@@ -1,5 +1,6 @@
 """The HfQuantizer of the plugin. It swaps linear layers for compressed ones before the weights arrive, and back."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from .layers import CompressedLinear, build_layer
 from .load_hooks import hook_configs, hook_models, hook_tokenizers
 from .safetensors_headers import read_headers
 from .saving import CompleteSave
-from .skeletons import make_skeleton, saved_skeleton
+from .skeletons import STAND_IN, make_skeleton, saved_skeleton
 from .validation import NO_LAYERS, dense_shape, resolve_experts, resolve_layers, validate_files
 
 if TYPE_CHECKING:
@@ -242,6 +243,28 @@ def _refuse_merge(*args: Any, **kwargs: Any) -> None:
         "merging adapters into compressed layers needs the package: pip install hf_lowrank, "
         "then open the model again; unmerged they run"
     )
+
+
+def attach_part(model: "PreTrainedModel") -> bool:
+    """Attach a quantizer to a model that has none but holds compressed layers. Return whether that was so.
+
+    It is a part of a compressed model, such as the base model under a head, or was given layers of one.
+
+    Raises:
+        CompressionError: if its config does not say how the layers were made.
+    """
+    if "save_pretrained" in vars(model) or not any(isinstance(part, CompressedLinear) for part in model.modules()):
+        return False
+    recorded = getattr(model.config, "quantization_config", None)
+    if not isinstance(recorded, CompressionConfig):
+        raise CompressionError(
+            f"{type(model).__name__}: holds compressed layers of another model, and its config says nothing of them; "
+            "make it with the config of that model, or save that model"
+        )
+    config = copy.deepcopy(recorded)
+    config.provenance.pop(STAND_IN, None)  # for the class of the whole model
+    attach(model, CompressionQuantizer(config, pre_quantized=True))
+    return True
 
 
 def attach(model: "PreTrainedModel", quantizer: CompressionQuantizer) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .config_checks import PART_OF_COMPRESSED
 from .configuration import CompressionConfig
 from .errors import CheckpointError, CompressionError
+from .experts import ExpertBank
 from .layer_spec import LayerSpec
+from .layers import CompressedLinear
 from .skeletons import make_skeleton
 from .validation import expected_tensors, resolve_experts, resolve_layers, tied_names
 
@@ -31,7 +33,8 @@ def check_reopens(model: "PreTrainedModel") -> None:
     compression = getattr(model.config, "quantization_config", None)
     try:
         skeleton = make_skeleton(_saved_values(model))
-        if isinstance(compression, CompressionConfig):
+        # A config object that several models share says of a dense one what was done to another.
+        if isinstance(compression, CompressionConfig) and _is_compressed(model):
             resolve_experts(skeleton, compression.experts)
             expected = _expected_shapes(skeleton, resolve_layers(skeleton, compression.layers))
         else:
@@ -97,6 +100,10 @@ def _parts(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":
         if part is not None:
             yield part
             yield from _parts(part)
+
+
+def _is_compressed(model: "PreTrainedModel") -> bool:
+    return any(isinstance(module, (CompressedLinear, ExpertBank)) for module in model.modules())
 
 
 def _is_native(model_class: type) -> bool:

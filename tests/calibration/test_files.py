@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,16 @@ def zstandard(data: bytes) -> bytes:
 
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".jsonl": json_lines,
+    ".jsonlines": json_lines,
+    ".jl": json_lines,
     ".ndjson": json_lines,
     ".json": json_lines,
     ".csv": lambda rows: separated(rows, ","),
     ".tsv": lambda rows: separated(rows, "\t"),
     ".parquet": as_parquet,
+    ".pq": as_parquet,
     ".arrow": as_arrow,
+    ".feather": partial(as_arrow, new=ipc.new_file),
 }
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
@@ -76,6 +81,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": zstandard,
+    ".zstd": zstandard,
 }
 
 
@@ -97,7 +103,7 @@ def test_rows_are_the_same_in_every_format(tmp_path: Path, suffix: str, packer: 
     name = f"rows{suffix}{packer}"
     assert texts(tmp_path / name, PACKERS[packer](content)) == expected
     assert texts(tmp_path / f"a[1] * {name.upper()}", PACKERS[packer](content)) == expected
-    if suffix not in (".parquet", ".arrow"):
+    if suffix not in (".parquet", ".pq", ".arrow", ".feather"):
         assert texts(tmp_path / name, PACKERS[packer](BYTE_ORDER_MARK + content)) == expected
 
 
@@ -154,6 +160,8 @@ DAMAGED = {
     "plain.jsonl.bz2": (b"this is not bzip2", "cannot be read as rows of jsonl"),
     "plain.zst": (b"this is not Zstandard", "cannot be read as UTF-8 text"),
     "wide.txt": ("Text".encode("utf-16"), "cannot be read as UTF-8 text"),
+    "rows.txt": (json_lines(ROWS), r"holds rows of JSON, not plain text; give it a name that ends in \.jsonl"),
+    "one-row": (b'\n{"text": "a"}\n', "holds rows of JSON, not plain text"),
     "numbers.bin": (bytes(100), r"cannot be read as UTF-8 text \(it is a binary file\)"),
 }
 

@@ -317,6 +317,39 @@ def test_a_config_that_two_models_share_is_right_for_both(slab: Checkpoint, tmp_
             assert torch.equal(logits(again), logits(each))
 
 
+@pytest.mark.parametrize("second", [LlamaForCausalLM, LlamaForSequenceClassification])
+def test_models_of_one_config_object_are_compressed_one_after_the_other(
+    second: type[PreTrainedModel], tmp_path: Path
+) -> None:
+    config = LlamaConfig(**FIELDS, pad_token_id=0)
+    models = []
+    for method, model_class in (("svd", LlamaForCausalLM), ("wanda", second)):
+        recipe = CompressionConfig(method, 0.4)
+        models.append(compress(model_class(config).eval(), recipe, calibration=[[5] * 16], progress=False))
+    for model in models:  # only now, as the config says by now what the second one stores
+        model.save_pretrained(tmp_path / "saved")
+        again = type(model).from_pretrained(tmp_path / "saved").eval()
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_part_of_a_compressed_model_is_saved_as_what_it_is(slab: Checkpoint, tmp_path: Path) -> None:
+    """The base model without its head, and a new model that was given the layers."""
+    whole = slab.load()
+    given = LlamaForCausalLM(whole.config).eval()
+    given.model, given.lm_head = whole.model, whole.lm_head
+    for part in (whole.model, given):
+        part.save_pretrained(tmp_path / "part")
+        again = type(part).from_pretrained(tmp_path / "part").eval()
+        assert len(layers_of(again)) == len(layers_of(whole)) > 0
+        assert torch.equal(again(IDS)[0], part(IDS)[0])
+    whole.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "whole")), logits(whole))
+    stranger = tiny_llama()
+    stranger.model.layers[0].mlp = whole.model.layers[0].mlp
+    with pytest.raises(CompressionError, match="its config says nothing of them"):
+        stranger.save_pretrained(tmp_path / "stranger")
+
+
 @pytest.mark.parametrize("folder", ["dense", "compressed"])
 @pytest.mark.parametrize("config", ["dense", "compressed", "of the compressed model"])
 def test_the_checkpoint_says_whether_it_is_compressed(

@@ -17,14 +17,8 @@ JITTER = 1e-9
 RESIDUAL = 1e-5
 """Residual at which conjugate gradients stop, relative to the right side. The error that it leaves is its square."""
 
-STORED_RESIDUAL = 3e-4
-"""Residual at which conjugate gradients stop for values that are stored. Rounding to 16 bits errs by more."""
-
 ROUGH_RESIDUAL = 1e-2
 """Residual at which conjugate gradients stop where values are only tried out."""
-
-SINGLE_RESIDUAL = 1e-4
-"""Smallest residual for which conjugate gradients in float32 are enough."""
 
 LARGEST_STEPS = 100
 """Maximum number of steps of conjugate gradients."""
@@ -85,7 +79,7 @@ def row_errors(difference: Tensor, gram: Tensor) -> Tensor:
 
 
 def refit_values(
-    target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, residual: float = RESIDUAL
+    target: Tensor, gram: Tensor, mask: Tensor, start: Tensor | None = None, rough: bool = False
 ) -> Tensor:
     """Return the S (m, n), zero off the mask, that minimizes Σ_i (r_i − s_i) C (r_i − s_i)ᵀ.
 
@@ -96,17 +90,20 @@ def refit_values(
         target: R, (m, n).
         gram: C, positive definite with a diagonal of ones, which preconditions it.
         start: values to begin with.
-        residual: the residual at which to stop, relative to the right side.
+        rough: whether a rough solution will do.
     """
     if start is None:
         S = torch.zeros_like(target)
     else:
         S = torch.where(mask, start, 0.0)
     right = torch.where(mask, target @ gram, 0.0)
-    # The first solution is in float32, which is half the work. Where that is too coarse, the second is in the target's
-    # own precision, and goes on until the residual is met there.
+    residual = RESIDUAL
+    if rough:
+        residual = ROUGH_RESIDUAL
+    # The first solution is in float32, which is half the work. The second is in the target's own precision, and goes
+    # on until the residual is met there.
     near = _conjugate_gradients(right.float(), gram.float(), mask, S.float(), residual).to(target)
-    if residual >= SINGLE_RESIDUAL:
+    if rough:
         return near
     return _conjugate_gradients(right, gram, mask, near, residual)
 
@@ -130,43 +127,39 @@ def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tenso
     return S
 
 
-def admm_support(target: Tensor, gram: Tensor, kept: int, start: Tensor) -> tuple[Tensor, Tensor]:
+def eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues (n,), not below zero, and eigenvectors (n, n) of a Gram matrix, in float32."""
+    energies, Q = torch.linalg.eigh(gram)
+    return energies.clamp(min=0).float(), Q.float()
+
+
+def admm_support(target: Tensor, gram: Tensor, eigen: tuple[Tensor, Tensor], kept: int, start: Tensor) -> Tensor:
     """Return a mask (m, n) of `kept` entries per row on which `target` (m, n) is well approximated under `gram`.
 
     ADMM over S = D, S free and D sparse, is the sparse step of 3BASiL (arXiv 2603.01376) without its low-rank block:
 
         S ← (C + ρI)⁻¹(C R − V + ρ D),   D ← the largest of S + V/ρ,   V ← V + ρ (S − D).
 
-    ρ grows, which settles the support. Steps are in float32, as the values are solved for afterwards.
+    ρ grows, which settles the support. The eigenvectors of C serve every ρ. Steps are in float32, as the values are
+    solved for afterwards.
 
     Args:
+        eigen: the result of `eigenvectors` for `gram`.
         start: D to begin with, (m, n).
-
-    Returns:
-        The mask, and the last D, which is near to the best values on it.
     """
-    single = gram.float()
+    energies, Q = eigen
     right, D, rho = (target @ gram).float(), start.float(), FIRST_PENALTY
     V, mask = torch.zeros_like(D), start != 0
-    inverse = _shifted_inverse(single, rho)
     for step in range(1, ADMM_STEPS + 1):
         # Work is done in place where it can be, as each of these matrices is as large as the layer.
-        S = (right - V).add_(D, alpha=rho) @ inverse
+        S = ((right - V).add_(D, alpha=rho) @ Q).div_(energies + rho) @ Q.T
         Z = V.div(rho).add_(S)
         mask = largest_per_row(Z.abs(), kept)
         D = Z * mask
         V.add_(S.sub_(D), alpha=rho)
-        if step % STEPS_PER_PENALTY == 0 and step < ADMM_STEPS:
+        if step % STEPS_PER_PENALTY == 0:
             rho *= PENALTY_GROWTH
-            inverse = _shifted_inverse(single, rho)
-    return mask, D
-
-
-def _shifted_inverse(gram: Tensor, shift: float) -> Tensor:
-    """Return (C + ρ I)⁻¹. The shift is so large that float32 will do."""
-    shifted = gram.clone()
-    shifted.diagonal().add_(shift)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    return mask
 
 
 def sign_descent(target: Tensor, gram: Tensor, signs: Tensor, magnitudes: Tensor) -> Tensor:

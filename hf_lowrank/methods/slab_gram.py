@@ -17,10 +17,9 @@ from .factorization import leading_components
 from .mixed import Choice, MixedMethod
 from .registry import register_method
 from .second_order import (
-    ROUGH_RESIDUAL,
-    STORED_RESIDUAL,
     admm_support,
     damped,
+    eigenvectors,
     output_weights,
     refit_scales,
     refit_values,
@@ -144,19 +143,18 @@ def fit(weight: Tensor, gram: Tensor, kept: int, row_weights: Tensor | None = No
     parts = first_guess(weight, kept)
     if rounds:
         parts = _alternate(weight, gram, kept, parts, row_weights, rounds)
-    return replace(
-        parts, values=refit_values(weight - parts.binary(), gram, parts.mask, parts.values, STORED_RESIDUAL)
-    )
+    return replace(parts, values=refit_values(weight - parts.binary(), gram, parts.mask, parts.values))
 
 
 def _alternate(W: Tensor, C: Tensor, kept: int, parts: Parts, row_weights: Tensor | None, rounds: int) -> Parts:
     """Improve support, values, signs and scales in turn."""
+    eigen = eigenvectors(C)  # of the third power of n, and the same in every round
     for _ in range(rounds):
         R = W - parts.binary()
-        parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values, ROUGH_RESIDUAL))
+        parts = replace(parts, values=refit_values(R, C, parts.mask, parts.values, rough=True))
         # ADMM does not always find a better support. Each row takes the new one only if it lowers the row's error.
-        support, near = admm_support(R, C, kept, parts.values)
-        values = refit_values(R, C, support, near, ROUGH_RESIDUAL)
+        support = admm_support(R, C, eigen, kept, parts.values)
+        values = refit_values(R, C, support, rough=True)
         better = (row_errors(R - values, C) < row_errors(R - parts.values, C))[:, None]
         values = torch.where(better, values, parts.values)
         parts = replace(parts, values=values, mask=torch.where(better, support, parts.mask))

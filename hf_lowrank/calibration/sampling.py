@@ -62,8 +62,7 @@ def sample_sequences(model: PreTrainedModel, samples: int, length: int, seed: in
 
 def _start_tokens(model: PreTrainedModel) -> list[int]:
     """Return the start tokens that the model's configs name. The first one starts the sequences."""
-    named = (model.generation_config.bos_token_id, model.config.get_text_config().bos_token_id)
-    return [token for token in named if isinstance(token, int)]
+    return _in_vocabulary(model, [model.generation_config.bos_token_id, model.config.get_text_config().bos_token_id])
 
 
 def _suppressed_tokens(model: PreTrainedModel, starts: list[int]) -> list[int]:
@@ -71,7 +70,13 @@ def _suppressed_tokens(model: PreTrainedModel, starts: list[int]) -> list[int]:
     ends = model.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
-    return [token for token in ends if token is not None and token not in starts]
+    return [token for token in _in_vocabulary(model, ends) if token not in starts]
+
+
+def _in_vocabulary(model: PreTrainedModel, tokens: list[Any]) -> list[int]:
+    """Return the token ids that the model has. Configs of small models often keep the default ids of large ones."""
+    size = model.config.get_text_config().vocab_size
+    return [token for token in tokens if isinstance(token, int) and 0 <= token < size]
 
 
 def _continued(model: PreTrainedModel, prompt: Tensor, length: int, suppressed: list[int]) -> Tensor:

@@ -54,6 +54,17 @@ def test_without_a_start_token_first_tokens_are_random() -> None:
     assert torch.equal(ids, sample_sequences(model, 20, 4, seed=0))
 
 
+def test_special_tokens_outside_the_vocabulary_are_none() -> None:
+    """Configs of small models often keep the default ids of large ones."""
+    model = tiny_models.llama()
+    size = model.config.vocab_size
+    model.generation_config.bos_token_id = model.config.bos_token_id = size
+    model.generation_config.eos_token_id = [size + 5, model.config.eos_token_id]
+    ids = sample_sequences(model, 20, 8, seed=0)
+    assert len(set(ids[:, 0].tolist())) > 5
+    assert not bool((ids[:, 1:] == model.config.eos_token_id).any())
+
+
 def test_samples_follow_the_distribution_of_the_model() -> None:
     """The mean loss of the model on its own samples is its mean entropy, up to the sampling error."""
     ids = sample_sequences(MODEL, 64, 40, seed=0)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import CompressionError, compress
 
@@ -46,9 +47,17 @@ class Weightless(nn.Module):
         return self.inner(hidden_states + 0.1 * hidden_states @ self.extra.weight, **arguments)
 
 
+class LlamaWithWeightless(LlamaForCausalLM):
+    """Makes its first block of a `Weightless`. A model that its class does not make is refused."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.layers[0] = Weightless(self.model.layers[0])
+        self.post_init()
+
+
 def test_a_layer_that_is_never_called_stays_dense_and_says_so() -> None:
-    model = FAMILIES["Llama"].make()
-    model.model.layers[0] = Weightless(model.model.layers[0])
+    model = LlamaWithWeightless(FAMILIES["Llama"].make().config).eval()
     compress(model, recipe(), calibration=text(4).tolist(), progress=False)
     report = model.save_pretrained.report
     assert list(report["dense"]) == ["model.layers.0.extra"]

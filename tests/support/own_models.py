@@ -1,5 +1,6 @@
 """Models of one's own: the same few blocks, called by the model in every way that one may think of."""
 
+import copy
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,10 +79,18 @@ class Halving(Block):
         return self.merge(super().forward(hidden).view(rows, tokens // 2, 2 * width))
 
 
+BODIES: list[nn.Module] = []
+"""Copies of the bodies of all models, by which a config can say what its model is made of."""
+
+
 class OwnConfig(PreTrainedConfig):
-    """The config of an own model."""
+    """The config of an own model. `body` is the place of the model's body in `BODIES`."""
 
     model_type = "own-blocks"
+
+    def __init__(self, body: int = 0, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.body = body
 
 
 class OwnModel(PreTrainedModel):
@@ -90,10 +99,15 @@ class OwnModel(PreTrainedModel):
     config_class = OwnConfig
     base_model_prefix = "base"
 
-    def __init__(self, body: nn.Module, is_encoder_decoder: bool = False) -> None:
-        super().__init__(OwnConfig(is_encoder_decoder=is_encoder_decoder))
+    def __init__(self, made_of: nn.Module | OwnConfig, is_encoder_decoder: bool = False) -> None:
+        """Make a model of a body, or again from its config. A model that its class cannot make again is refused."""
+        if not isinstance(made_of, OwnConfig):
+            BODIES.append(copy.deepcopy(made_of))
+        config = made_of if isinstance(made_of, OwnConfig) else OwnConfig(len(BODIES) - 1)
+        config.is_encoder_decoder |= is_encoder_decoder
+        super().__init__(config)
         self.embeddings = nn.Embedding(VOCABULARY, WIDTH)
-        self.body = body
+        self.body = copy.deepcopy(BODIES[config.body])
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -174,8 +188,8 @@ class BlocksInHead(PreTrainedModel):
     config_class = OwnConfig
     base_model_prefix = "base"
 
-    def __init__(self) -> None:
-        super().__init__(OwnConfig(is_encoder_decoder=False))
+    def __init__(self, config: OwnConfig | None = None) -> None:
+        super().__init__(config or OwnConfig())
         self.base = OwnModel(Chain([Block()], plain))
         self.head = nn.ModuleList([Block()])
         self.post_init()

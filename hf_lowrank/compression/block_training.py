@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..calibration import ActivationCache, BlockBatch, BlockCall, run_block
 from ..calibration.statistics import select_counted
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
+from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.errors import NumericalError
 from ..runtime.layers import CompressedLinear
 
@@ -34,7 +35,7 @@ def reason_not_to_train(
     Args:
         block, index, batches, targets, group: as for `train_block`.
     """
-    if not any(isinstance(layer, CompressedLinear) for layer in block.modules()):
+    if not has_compressed_layers(block):
         return "none of its layers is compressed"
     if not _trained_parameters(block):
         return "its compressed layers store no values"

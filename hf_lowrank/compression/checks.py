@@ -13,9 +13,9 @@ from ..methods import Method, make_method
 from ..models.architectures import find_blocks, input_embeddings, main_input
 from ..models.linears import is_finite
 from ..models.offloading import every_weight
+from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, NumericalError
-from ..runtime.layers import CompressedLinear
 from ..runtime.quantizer import CompressionQuantizer
 from ..runtime.reopening import check_reopens
 from .session import Session
@@ -46,7 +46,7 @@ def check_given(model: Any, config: Any, tokenizer: Any) -> None:
             f"model: found {type(model).__name__}, expected a plain model of transformers; merge adapters first "
             "(merge_and_unload), and take off what torch or accelerate have wrapped around it"
         )
-    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+    if has_compressed_layers(model):
         raise CompressionError(
             f"{type(model).__name__} is compressed already; compress the dense model, or model.dequantize() this one"
         )

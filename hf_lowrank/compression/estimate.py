@@ -18,7 +18,6 @@ from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..models.linears import CHUNK
 from ..models.offloading import device_map, shard_size
 from ..runtime.configuration import CompressionConfig
-from .planning import decided_ratio
 from .strategies import strategy_of
 from .strategies.base import statistics_input
 
@@ -67,17 +66,17 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
 
     Args:
         dense: the skeleton of the model. Its fused experts are separated.
+        config: a recipe with the ratio that the plan has decided on (`Plan.config`).
     """
     method = make_method(config.method, config.options)
     blocks = find_blocks(dense)
     expert_banks = separate_experts(blocks)
     layers = find_layers(blocks)
-    ratio = decided_ratio(dense, config, method, blocks)
     sizes = {name: tensor.numel() * tensor.itemsize for name, tensor in dense.named_parameters()}
     total = sum(sizes.values())
     on_disk = [name for name, place in device_map(dense).items() if place == "disk"]
     linears = sum(sizes[f"{layer.name}.weight"] for layer in layers)
-    output = total - round(ratio * linears)
+    output = total - round(config.ratio * linears)
 
     # Hidden states of all calibration tokens, at the block and for a compressed twin; one more set is being written.
     length = sequence_length(dense, config)
@@ -103,7 +102,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
         ),
         shard=min(shard_size(dense), output),
         work_folder=_size_under(sizes, expert_banks)
-        + round((1 - ratio) * linears)
+        + round((1 - config.ratio) * linears)
         + 2 * streams * hidden
         + max(kept - ACTIVATIONS_IN_MEMORY, 0)
         + strategy_of(method).survey_bytes(layers),

@@ -28,8 +28,8 @@ from ..execution.work_folder import WorkFolder
 from ..methods import make_method
 from ..models.caller_state import evaluation_mode, replace_inference_tensors
 from ..models.offloading import is_offloaded, return_memory
+from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
-from ..runtime.layers import CompressedLinear
 from ..runtime.origin import Origin
 from ..runtime.quantizer import fuse_experts
 from .checks import (
@@ -109,7 +109,7 @@ def compress(
             compress_blocks(session)
         except BaseException:
             # The dense model is left as it was given, where nothing of it was replaced yet.
-            if not any(isinstance(module, CompressedLinear) for module in model.modules()):
+            if not has_compressed_layers(model):
                 fuse_experts(model)
             raise
         if work is not None:

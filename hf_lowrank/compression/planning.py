@@ -212,13 +212,6 @@ def make_plan(
     )
 
 
-def decided_ratio(
-    model: PreTrainedModel, config: CompressionConfig, method: Method, blocks: dict[str, nn.Module]
-) -> float:
-    """Return the ratio of a recipe, or without one the ratio that the options of the method lead to."""
-    return make_selector(model, config, method, blocks).ratio()
-
-
 def make_selector(
     model: PreTrainedModel, config: CompressionConfig, method: Method, blocks: dict[str, nn.Module]
 ) -> Selector:

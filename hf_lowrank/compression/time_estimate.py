@@ -21,7 +21,6 @@ from ..methods import Method, Statistics, make_method
 from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
-from .planning import decided_ratio
 from .report import relative_error
 from .selection import select_layers
 from .strategies import strategy_of
@@ -70,19 +69,19 @@ def estimate_time(dense: PreTrainedModel, config: CompressionConfig) -> TimeEsti
 
     Args:
         dense: the skeleton of the model. Its fused experts are separated.
+        config: a recipe with the ratio that the plan has decided on (`Plan.config`).
     """
     start = time.process_time()
     method = make_method(config.method, config.options)
     blocks = find_blocks(dense)
     separate_experts(blocks)
-    ratio = decided_ratio(dense, config, method, blocks)
-    layers, _ = select_layers(dense, find_layers(blocks), method, ratio, config.modules_to_not_convert)
+    layers, _ = select_layers(dense, find_layers(blocks), method, config.ratio, config.modules_to_not_convert)
     model_bytes = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())
     return TimeEstimate(
         start=start,
         calibration=_calibration_seconds(dense, config, method, find_layers(blocks)),
-        solving=_solving_seconds(method, layers, ratio, dense.dtype.itemsize * 8),
-        files=(2 - ratio) * model_bytes / _hashed_bytes_per_second(),
+        solving=_solving_seconds(method, layers, config.ratio, dense.dtype.itemsize * 8),
+        files=(2 - config.ratio) * model_bytes / _hashed_bytes_per_second(),
     )
 
 

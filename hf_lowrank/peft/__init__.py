@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..runtime.layers import CompressedLinear
+from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.load_hooks import HOOKED
 from .recompression import Truncation, recompress
 
@@ -37,14 +37,10 @@ def extend_peft() -> None:
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         inject_as_peft = functools.partial(original, self, model, adapter_name, *args, **kwargs)
-        if not _has_compressed_layers(model):
+        if not has_compressed_layers(model):
             return inject_as_peft()
         injection = importlib.import_module(".injection", __name__)
         return injection.inject(inject_adapter=inject_as_peft, config=self.peft_config[adapter_name], model=model)
 
     setattr(inject_adapter, HOOKED, True)
     tuner.inject_adapter = inject_adapter
-
-
-def _has_compressed_layers(model: nn.Module) -> bool:
-    return any(isinstance(module, CompressedLinear) for module in model.modules())

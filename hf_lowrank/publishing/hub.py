@@ -37,6 +37,7 @@ NEVER_UPLOADED = (
 )
 """Patterns of names of files and folders that a push leaves out."""
 HUBS_OWN = ".gitattributes"
+"""A hidden file that is pushed all the same: it tells the Hub which files are large."""
 
 logger = logging.getLogger(__name__)
 

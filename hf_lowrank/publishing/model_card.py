@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..calibration.texts import DATASETS
 from ..checkpoints.inspect import damaged_report, inspect
 from ..runtime.checksums import weights_checksum
+from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CheckpointError
 from ..runtime.privacy import public_name, public_text
 from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, sealed_card, write_report
@@ -87,6 +88,8 @@ def make_card(folder: Path, name: str | None = None) -> ModelCard:
         CheckpointError: if there is no compressed checkpoint in `folder`.
     """
     config = read_config(folder)
+    # A model that was made by hand may have a recipe without a ratio.
+    config["quantization_config"].setdefault("ratio", float(CompressionConfig.ratio))
     inspection = asdict(inspect(folder))
     # The report may have been edited by hand, and every access to a field of it can fail then.
     with damaged_report(folder):

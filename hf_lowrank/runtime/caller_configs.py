@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.utils import cached_file
-
 from .config_checks import holds_checkpoint, is_compressed, is_ours, mentions_checkpoint
 from .load_hooks import check_config, local_folder
+from .origin import file_of_repo
 from .safetensors_headers import read_json
 
 
@@ -69,15 +68,7 @@ def _cached_config(source: Any, kwargs: dict[str, Any]) -> str | None:
     """Return the config.json of a name on the Hub, as it lies in the cache. Whoever has a config has read it."""
     names = ("cache_dir", "revision", "subfolder")
     arguments = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    quiet = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    try:
-        return cached_file(source, "config.json", local_files_only=True, **arguments, **quiet)
-    except (OSError, ValueError):
-        return None
+    return file_of_repo(source, "config.json", local_files_only=True, **arguments)
 
 
 @contextmanager

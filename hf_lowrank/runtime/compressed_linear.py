@@ -250,3 +250,8 @@ class CompressedLinear(nn.Linear):
         parts += [f"{name}={getattr(spec, name)}" for name in SHOWN_FIELDS if getattr(spec, name)]
         bits = self.stored_bits() / max(self.in_features * self.out_features, 1)
         return ", ".join([*parts, f"bias={spec.bias}", f"bits_per_weight={bits:.2f}"])
+
+
+def has_compressed_layers(module: nn.Module) -> bool:
+    """Return whether a model, or a part of one, holds compressed layers."""
+    return any(isinstance(part, CompressedLinear) for part in module.modules())

@@ -18,7 +18,7 @@ from .ops import (
     binary_linear,
     bitmask_binary_linear,
     bitmask_linear,
-    check_input_dtype,
+    check_floating_point,
     lowrank_linear,
     pivoted_linear,
 )
@@ -100,7 +100,7 @@ class SparseLowRankLinear(CompressedLinear):
             return self._quantized("weight", x, self.weight_mask)
         if self.spec.sparse == "bitmask":
             return bitmask_linear(x, *self._stored("weight", "weight_mask"))
-        check_input_dtype(x)
+        check_floating_point(x)
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
     def _lowrank(self, x: Tensor) -> Tensor:

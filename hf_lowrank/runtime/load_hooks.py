@@ -48,9 +48,8 @@ def hook_configs() -> None:
         saved_here = holds_checkpoint(folder)
         try:
             if saved_here:
-                read_json(
-                    os.path.join(folder, "config.json")
-                )  # finds keys that occur twice, which transformers does not
+                # It finds keys that occur twice, which transformers does not.
+                read_json(os.path.join(folder, "config.json"))
             values, unused = original(cls, source, **kwargs)
         except Exception as error:
             if not isinstance(error, CheckpointError) and (saved_here or mentions_checkpoint(folder)):

@@ -114,7 +114,7 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def check_input_dtype(x: Tensor) -> None:
+def check_floating_point(x: Tensor) -> None:
     """Raise CompressionError if an input is not of a floating-point type, whose product would be cut to integers."""
     if not x.is_floating_point():
         raise CompressionError(f"the input of a compressed layer is {x.dtype}, expected a floating-point tensor")
@@ -138,7 +138,7 @@ def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             if result is not None:
                 return result
         x = autocast(x)
-        check_input_dtype(x)
+        check_floating_point(x)
         if must_decompose():
             return plain(x, *arguments)
         if not recorded and not is_compiling() and type(x) is Tensor and not dispatch_modes():

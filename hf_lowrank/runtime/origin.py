@@ -48,6 +48,20 @@ def _told(source: Any, arguments: dict[str, Any]) -> dict[str, str]:
     return told
 
 
+def file_of_repo(repo: Any, name: str, **options: Any) -> str | None:
+    """Return the path of a file of a repo on the Hub in the cache. None if there is none, or none within reach.
+
+    Args:
+        options: those of transformers' `cached_file`.
+    """
+    for fault in ("missing_entries", "gated_repo", "connection_errors"):
+        options[f"_raise_exceptions_for_{fault}"] = False
+    try:
+        return cached_file(repo, name, **options)
+    except (OSError, ValueError):
+        return None
+
+
 @dataclass(frozen=True)
 class Origin:
     """The place that a model was loaded from.
@@ -88,20 +102,10 @@ class Origin:
             return path if path.is_file() else None
         if not self.source:
             return None
-        options: dict[str, Any] = {
-            "revision": self.revision,
-            "cache_dir": self.cache_dir,
-            "subfolder": self.subfolder,
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_gated_repo": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
-        try:
-            # What is in the cache needs no connection.
-            file = cached_file(self.source, name, local_files_only=True, **options)
-            file = file or cached_file(self.source, name, **options)
-        except (OSError, ValueError):
-            return None
+        place = {"revision": self.revision, "cache_dir": self.cache_dir, "subfolder": self.subfolder}
+        # What is in the cache needs no connection.
+        file = file_of_repo(self.source, name, local_files_only=True, **place)
+        file = file or file_of_repo(self.source, name, **place)
         return Path(file) if file else None
 
     def fetch(self, patterns: Sequence[str]) -> Path | None:

@@ -60,8 +60,8 @@ def _gather_values(values: Tensor, mask: Tensor) -> Tensor:
     rows, kept = values.shape
     # Number the kept values from one, row by row. Zero is the number of a zero that is put before them.
     first = torch.arange(rows, dtype=torch.int32, device=mask.device) * kept
-    numbers = (mask.cumsum(dim=1, dtype=torch.int32) + first.unsqueeze(1)).where(mask, 0)
-    return torch.nn.functional.pad(values.flatten(), (1, 0)).index_select(0, numbers.flatten()).view(mask.shape)
+    numbers = (mask.cumsum(dim=1, dtype=torch.int32) + first.unsqueeze(1)).where(mask, 0).flatten().long()
+    return torch.nn.functional.pad(values.flatten(), (1, 0)).index_select(0, numbers).view(mask.shape)
 
 
 def signs_to_values(sign_bits: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

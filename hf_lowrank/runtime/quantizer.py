@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from .checksums import check_weights
+from .compressed_linear import has_compressed_layers
 from .config_checks import config_beside
 from .configuration import QUANT_METHOD, CompressionConfig
 from .content_checks import check_contents
@@ -254,7 +255,7 @@ def attach_part(model: "PreTrainedModel") -> bool:
     Raises:
         CompressionError: if its config does not say how the layers were made.
     """
-    if "save_pretrained" in vars(model) or not any(isinstance(part, CompressedLinear) for part in model.modules()):
+    if "save_pretrained" in vars(model) or not has_compressed_layers(model):
         return False
     recorded = getattr(model.config, "quantization_config", None)
     if not isinstance(recorded, CompressionConfig):

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .compressed_linear import has_compressed_layers
 from .config_checks import PART_OF_COMPRESSED
 from .configuration import CompressionConfig
 from .errors import CheckpointError, CompressionError
 from .experts import ExpertBank
 from .layer_spec import LayerSpec
-from .layers import CompressedLinear
 from .skeletons import make_skeleton
 from .validation import expected_tensors, resolve_experts, resolve_layers, tied_names
 
@@ -103,7 +103,7 @@ def _parts(config: "PreTrainedConfig") -> "Iterator[PreTrainedConfig]":
 
 
 def _is_compressed(model: "PreTrainedModel") -> bool:
-    return any(isinstance(module, (CompressedLinear, ExpertBank)) for module in model.modules())
+    return has_compressed_layers(model) or any(isinstance(module, ExpertBank) for module in model.modules())
 
 
 def _is_native(model_class: type) -> bool:

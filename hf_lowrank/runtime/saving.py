@@ -334,11 +334,16 @@ def stale_files(partial: Path, folder: Path, companions: Companions) -> list[Pat
     earlier = [name for name in os.listdir(folder) if re.fullmatch(SAVED_WEIGHTS, name) or name == REPORT_FILE]
     if not companions.in_place:
         earlier += companions.own
-    # Once the loading code was some twenty files.
-    for name, checksum in recorded_code(folder).items():
-        if (folder / name).is_file() and file_checksum(folder / name) == checksum:
-            earlier.append(name)
+    earlier += own_code_files(folder)
     return [folder / name for name in earlier if not (partial / name).exists()]
+
+
+def own_code_files(folder: Path) -> list[str]:
+    """Return the files of loading code that a save has put into a folder, and that nobody has changed since."""
+    recorded = recorded_code(folder).items()
+    return [
+        name for name, checksum in recorded if (folder / name).is_file() and file_checksum(folder / name) == checksum
+    ]
 
 
 def has_users_card(folder: Path) -> bool:
@@ -358,10 +363,8 @@ def write_loading_code(folder: Path) -> None:
 
     Once that was some twenty files. Those that nobody has changed since are removed.
     """
-    for name, checksum in recorded_code(folder).items():
-        file = folder / name
-        if name != LOADING_CODE and file.is_file() and file_checksum(file) == checksum:
-            file.unlink()
+    for name in own_code_files(folder):
+        (folder / name).unlink()
     (folder / LOADING_CODE).write_bytes(loading_code())
 
 

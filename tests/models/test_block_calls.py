@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_lowrank import CompressedLinear, CompressionError, compress
-from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.models.architectures import find_blocks, find_layers
 
 from ..support.model_families import Batches, text
 from ..support.own_models import OWN_MODELS, Block, Chain, OwnModel, own_model
-from ..support.whole_models import answers, recipe, seen_by_layers
+from ..support.whole_models import answers, recipe, seen_by_layers, statistics_of_layers
 
 SHARED_LAYER = "blocks with a layer in common"
 METHODS: dict[str, dict[str, Any]] = {
@@ -34,22 +33,15 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def test_statistics_count_every_call_of_every_layer(name: str) -> None:
     model = own_model(name)
-    blocks = find_blocks(model)
-    layers = find_layers(blocks)
+    layers = find_layers(find_blocks(model))
     # Listed by what holds the weight: a layer in common has one name, and the hooks see all its calls.
     seen = seen_by_layers(model, [layer.name for layer in layers], batches())
-    captured = capture(model, blocks, calibration_batches(model, recipe(), calibration=batches()))
-    for index, block in enumerate(blocks.values()):
-        for batch in captured:
-            batch.enter_block_list(index)
-        modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
-        statistics = block_statistics(block, index, captured, modules, needs_gram=True, move=True)
-        for layer, entry in statistics.items():
-            x = torch.cat([part.double().flatten(0, -2) for part in seen[layer]])
-            assert entry is not None and entry.gram is not None
-            if "in common" not in name:  # what blocks share is calibrated in the first of them
-                assert entry.tokens == len(x)
-                torch.testing.assert_close(entry.gram, x.T @ x, rtol=1e-4, atol=1e-5)
+    for layer, entry in statistics_of_layers(model, batches()):
+        x = torch.cat([part.double().flatten(0, -2) for part in seen[layer]])
+        assert entry is not None and entry.gram is not None
+        if "in common" not in name:  # what blocks share is calibrated in the first of them
+            assert entry.tokens == len(x)
+            torch.testing.assert_close(entry.gram, x.T @ x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoModelForTextEncoding, PreTrainedModel, T5Config, T5EncoderModel
 
 from hf_lowrank import CompressedLinear, CompressionConfig, compress
-from hf_lowrank.calibration import block_statistics, calibration_batches, capture
 from hf_lowrank.checkpoints.inspect import inspect
 from hf_lowrank.models.architectures import (
     find_blocks,
@@ -25,7 +24,7 @@ from hf_lowrank.models.loading import load_model
 
 from ..support.fresh_process import INPUT_IDS, open_elsewhere
 from ..support.model_families import FAMILIES, Batches, table, text
-from ..support.whole_models import answers, counted, in_fresh_memory, recipe, seen_by_layers
+from ..support.whole_models import answers, counted, in_fresh_memory, recipe, seen_by_layers, statistics_of_layers
 
 FUSED = {"Phi-3", "ModernBERT"}
 MIXTURES = {"Mixtral": 8, "Qwen2-MoE": 8, "Qwen3-MoE": 8, "OLMoE": 8, "DeepSeek-V2": 4, "DeepSeek-V3": 4}
@@ -100,22 +99,15 @@ def test_every_weight_of_the_blocks_is_compressed_or_explained(name: str) -> Non
 def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
     family = FAMILIES[name]
     model, batches = family.make(), family.batches()
-    blocks = find_blocks(model)
-    layers = find_layers(blocks)  # those of separated experts are for tests/runtime/test_experts.py
+    layers = find_layers(find_blocks(model))  # those of separated experts are for tests/runtime/test_experts.py
     seen = seen_by_layers(model, [layer.name for layer in layers], batches)
-    captured = capture(model, blocks, calibration_batches(model, recipe(), calibration=batches))
-    for index, block in enumerate(blocks.values()):
-        for batch in captured:
-            batch.enter_block_list(index)
-        modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
-        statistics = block_statistics(block, index, captured, modules, needs_gram=True, move=True)
-        for layer, entry in statistics.items():
-            x = torch.cat([counted(layer, part, batch) for part, batch in zip(seen[layer], batches, strict=True)])
-            assert entry is not None
-            assert entry.tokens == len(x)
-            assert entry.gram is not None
-            # block by block rounds otherwise than the whole model
-            torch.testing.assert_close(entry.gram, x.T @ x, rtol=1e-4, atol=1e-5)
+    for layer, entry in statistics_of_layers(model, batches):
+        x = torch.cat([counted(layer, part, batch) for part, batch in zip(seen[layer], batches, strict=True)])
+        assert entry is not None
+        assert entry.tokens == len(x)
+        assert entry.gram is not None
+        # block by block rounds otherwise than the whole model
+        torch.testing.assert_close(entry.gram, x.T @ x, rtol=1e-4, atol=1e-5)
 
 
 def test_permuted_neurons_leave_the_function_unchanged(name: str) -> None:

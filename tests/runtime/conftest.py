@@ -47,9 +47,10 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
+def tiny_gpt2(blocks: int = 2) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64)).eval()
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=blocks, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config).eval()
 
 
 def calibration(samples: int = 4, length: int = 16) -> list[list[int]]:

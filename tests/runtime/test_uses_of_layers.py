@@ -6,6 +6,7 @@ layer, in plain torch and with the kernels.
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,11 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 # --- outputs and gradients are tensors of their own ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@every_layer
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in EVERY_LAYER), *product(SOME_LAYERS, (torch.bfloat16, torch.float64))],
+    ids=str,
+)
 def test_outputs_and_gradients_may_be_changed_in_place(name: str, dtype: torch.dtype) -> None:
     layer = EVERY_LAYER[name]().to(dtype)
     for shape in SHAPES:
@@ -83,7 +87,7 @@ def test_outputs_and_gradients_may_be_changed_in_place(name: str, dtype: torch.d
             assert torch.equal(tensor, stored[key]), key
 
 
-@every_layer
+@some_layers
 def test_hooks_and_recomputed_parts_may_change_an_output_in_place(name: str) -> None:
     layer = EVERY_LAYER[name]()
     layer.register_forward_hook(lambda module, arguments, output: output.add_(1))
@@ -96,7 +100,7 @@ def test_hooks_and_recomputed_parts_may_change_an_output_in_place(name: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_layer
+@some_layers
 def test_outputs_under_autocast_may_be_changed_in_place(name: str, dtype: torch.dtype) -> None:
     layer = EVERY_LAYER[name]()
     for count in (1, 64):
@@ -110,7 +114,7 @@ def test_outputs_under_autocast_may_be_changed_in_place(name: str, dtype: torch.
             assert layer(tokens(count)).add_(1).dtype == dtype
 
 
-@some_layers
+@pytest.mark.parametrize("name", ["slab", "rows+pivoted, 4 bits", "columns-0-3"])
 def test_a_compiled_layer_keeps_its_operation_and_its_output_may_be_changed_in_place(name: str) -> None:
     layer = EVERY_LAYER[name]()
     targets: list[str] = []
@@ -194,7 +198,7 @@ def test_gradients_per_sample_add_up(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recorded", [True, False])
-@every_layer
+@some_layers
 def test_a_trace_computes_from_its_own_input(name: str, recorded: bool) -> None:
     """No result of a kernel becomes a constant of the graph."""
     layer = EVERY_LAYER[name]()
@@ -210,7 +214,7 @@ def test_a_trace_computes_from_its_own_input(name: str, recorded: bool) -> None:
 # --- placement, wrappers, refusals ----------------------------------------------------------------------------------
 
 
-@every_layer
+@some_layers
 def test_the_default_device_is_not_that_of_the_computation(name: str) -> None:
     layer = EVERY_LAYER[name]()
     inputs = [tokens(1), tokens(64)]
@@ -244,7 +248,7 @@ def test_an_input_of_another_width_or_type_is_refused(name: str) -> None:
         layer(torch.ones(2, N, dtype=torch.int64))
 
 
-@every_layer
+@some_layers
 def test_a_layer_moves_to_shared_memory(name: str) -> None:
     layer = EVERY_LAYER[name]().share_memory()
     assert all(tensor.is_shared() for tensor in layer.state_dict().values() if tensor.numel())
@@ -261,12 +265,13 @@ def test_a_layer_trains_inside_ddp_and_fsdp(tmp_path: Path, back_end: str) -> No
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
+        wrappers = 1 if torch.__version__.startswith("2.6") else 2  # whose FSDP needs the streams of a GPU
         for name in SOME_LAYERS:
             layer = EVERY_LAYER[name]()
             sharded = nn.Sequential(copy.deepcopy(layer), nn.Linear(M, M))
             fully_shard(sharded[0], mesh=init_device_mesh("cpu", (1,)))
             fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-            for model in (nn.parallel.DistributedDataParallel(layer), sharded):
+            for model in (nn.parallel.DistributedDataParallel(layer), sharded)[:wrappers]:
                 before = [parameter.detach().clone() for parameter in model.parameters()]
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
                 y = model(tokens(60))

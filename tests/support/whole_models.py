@@ -1,7 +1,7 @@
 """What tests of whole models share: short recipes, the outputs of a model, and the inputs of its layers."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank import CompressionConfig
+from hf_lowrank.calibration import block_statistics, calibration_batches, capture
+from hf_lowrank.methods import Statistics
+from hf_lowrank.models.architectures import find_blocks, find_layers
 
 from .model_families import Batches
 
@@ -47,6 +50,18 @@ def seen_by_layers(model: PreTrainedModel, layers: Iterable[str], batches: Batch
     for handle in handles:
         handle.remove()
     return seen
+
+
+def statistics_of_layers(model: PreTrainedModel, batches: Batches) -> Iterator[tuple[str, Statistics | None]]:
+    """Yield the name of every layer and the statistics of its inputs, collected block by block."""
+    blocks = find_blocks(model)
+    layers = find_layers(blocks)
+    captured = capture(model, blocks, calibration_batches(model, recipe(), calibration=batches))
+    for index, block in enumerate(blocks.values()):
+        for batch in captured:
+            batch.enter_block_list(index)
+        modules = {layer.name: model.get_submodule(layer.name) for layer in layers if layer.block == index}
+        yield from block_statistics(block, index, captured, modules, needs_gram=True, move=True).items()
 
 
 def counted(name: str, x: Tensor, batch: dict[str, Tensor]) -> Tensor:

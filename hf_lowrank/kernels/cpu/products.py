@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..results import empty_result
 from . import native
 
 FEW_TOKENS = 16
@@ -166,7 +167,7 @@ def _multiply_tiles(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
     tiles = _tiles(inputs, rows, x.shape[-1], parts)
     if tiles is None:
         return None
-    y, y_matrix = _empty_result(x, rows)
+    y, y_matrix = empty_result(x, rows)
     for covered, tile in tiles:
         if len(tile) == rows and tile.dtype == x.dtype:  # a single tile: its product is the result, with no copy
             torch.mm(inputs, tile.T, out=y_matrix)
@@ -185,21 +186,11 @@ def _input_grad(grad: Tensor, columns: int, **parts: Any) -> Tensor | None:
     if tiles is None:
         return None
     # Rounding the sum after every tile would lose what small gradients add.
-    total, total_matrix = _empty_result(grad, columns, torch.promote_types(grad.dtype, torch.float32))
+    total, total_matrix = empty_result(grad, columns, torch.promote_types(grad.dtype, torch.float32))
     total_matrix.zero_()
     for covered, tile in tiles:
         total_matrix += gradients[:, covered].to(tile.dtype) @ tile
     return total.to(grad.dtype)
-
-
-def _empty_result(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Return an empty tensor (..., columns) for x (..., n), and the same memory as a matrix (tokens, columns).
-
-    The first one is what an operation returns. It must not be a view: torch forbids to change a view in place that a
-    function made while gradients were recorded.
-    """
-    result = x.new_empty(*x.shape[:-1], columns, dtype=dtype)
-    return result, result.view(-1, columns)
 
 
 def _tiles(x: Tensor, rows: int, columns: int, parts: dict[str, Any]) -> Iterator[tuple[slice, Tensor]] | None:

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from ...runtime.plain_ops import as_matrix, row_tiles
+from ..results import empty_result
 from . import factors, packed
 from .tuning import TunedKernel
 
@@ -190,7 +191,7 @@ def _linear(x: Tensor, parts: Parts) -> Tensor | None:
     if not rows or not _readable(x, *parts.tensors().values()):
         return None
     inputs = as_matrix(x).contiguous()
-    y, y_matrix = _empty_result(x, rows)
+    y, y_matrix = empty_result(x, rows)
     if inputs.shape[0] <= FEW_TOKENS:
         _multiply(inputs, y_matrix, parts)
     else:
@@ -220,21 +221,11 @@ def _input_grad(grad: Tensor, columns: int, parts: Parts) -> Tensor | None:
     if not columns or not _readable(grad, *parts.tensors().values()):
         return None
     gradients = as_matrix(grad)
-    total, total_matrix = _empty_result(grad, columns, torch.float32)
+    total, total_matrix = empty_result(grad, columns, torch.float32)
     total_matrix.zero_()
     for covered, tile in _tiles(gradients, columns, parts):
         total_matrix += gradients[:, covered] @ tile
     return total.to(grad.dtype)
-
-
-def _empty_result(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Return an empty tensor (..., columns) for x (..., n), and the same memory as a matrix (tokens, columns).
-
-    The first one is what an operation returns. It must not be a view: torch forbids to change a view in place that a
-    function made while gradients were recorded.
-    """
-    result = x.new_empty(*x.shape[:-1], columns, dtype=dtype)
-    return result, result.view(-1, columns)
 
 
 def _tiles(x: Tensor, columns: int, parts: Parts) -> Iterator[tuple[slice, Tensor]]:
@@ -259,7 +250,7 @@ def _lowrank(x: Tensor, a: Tensor, b: Tensor, pivots: Tensor | None, rows: int) 
     if tokens > FACTOR_TOKENS or not rank or not rows or not _readable(x, a, b, pivots):
         return None
     z = inputs.new_empty(tokens, rank, dtype=torch.float32)  # A x is not rounded before B multiplies it
-    y, y_matrix = _empty_result(x, rows)
+    y, y_matrix = empty_result(x, rows)
     _multiply_by_factor(inputs, z, a, None)
     _multiply_by_factor(z, y_matrix, b, pivots)
     return y

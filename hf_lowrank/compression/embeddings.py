@@ -1,8 +1,9 @@
 """Embeddings and head: where a model has them, what they take, and their compression to quantized rows."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,6 @@ from ..runtime.errors import CompressionError
 from ..runtime.layer_spec import LayerSpec
 from ..runtime.quantization import Quantized, quantize
 from ..runtime.validation import dense_shape, is_linear, tied_heads
-
-if TYPE_CHECKING:
-    from .session import Session
 
 EMBEDDING_GROUP = 32
 """Values of a row that share a scale."""
@@ -127,45 +125,50 @@ def embedding_savings(model: PreTrainedModel, config: CompressionConfig) -> int:
 
 
 @torch.no_grad()
-def compress_embeddings(session: "Session") -> None:
-    """Put compressed embeddings, and a compressed head, in the place of the dense ones, if the plan says so."""
-    bits = session.plan.embeddings
+def compress_embeddings(
+    model: PreTrainedModel, bits: int, on_disk: Mapping[str, Tensor] | None = None
+) -> list[dict[str, Any]]:
+    """Put compressed embeddings, and a compressed head, in the place of the dense ones.
+
+    Args:
+        bits: bits of a value, 0 to leave them dense.
+        on_disk: the weights of the model that are not in memory, by name.
+
+    Returns:
+        One entry for each weight that was compressed, as the report has it.
+    """
     if not bits:
-        return
-    model = session.model
+        return []
     found = find_embeddings(model)
+    entries = []
     for name in found.own_weights:
         module = model.get_submodule(name)
-        weight = _values(session, name)
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.detach()
+        if weight.is_meta and on_disk is not None:
+            weight = on_disk[f"{name}.weight"].clone()
         rows, columns = dense_shape(module)
         spec = embedding_spec(bits, columns)
         quantized = _quantized_rows(weight, spec)
+        stored: Any
         if name == found.name:
-            stored: Any = compress_embedding(model, name, spec, found.tied)
+            stored = compress_embedding(model, name, spec, found.tied)
             stored.store(quantized)
         else:
             assert isinstance(module.bias, Tensor | None)
             stored = Decomposition(sparse="full", weight=quantized).to_layer(rows, columns, module.bias, weight.dtype)
             replace_layer(model, name, stored)
-        error = (stored.to_dense(torch.float32) - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
-        session.log.embeddings.append(
+        lost = (stored.to_dense(torch.float32) - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
+        entries.append(
             {
                 "name": name,
                 "weight_bits": bits,
                 "dense_bytes": weight.numel() * weight.itemsize,
                 "stored_bytes": spec.stored_bits(rows, columns, weight.itemsize * 8) // 8,
-                "relative_error": float(error),
+                "relative_error": float(lost),
             }
         )
-
-
-def _values(session: "Session", name: str) -> Tensor:
-    """Return the weight of embeddings or head, read from disk if it is there."""
-    weight = session.model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta and session.offloaded is not None:
-        return session.offloaded.weights[f"{name}.weight"].clone()
-    return weight.detach()
+    return entries
 
 
 def _quantized_rows(weight: Tensor, spec: LayerSpec) -> Quantized:

@@ -113,7 +113,8 @@ def compress(
             if not has_compressed_layers(model):
                 fuse_experts(model)
             raise
-        compress_embeddings(session)
+        on_disk = None if session.offloaded is None else session.offloaded.weights
+        session.log.embeddings = compress_embeddings(model, session.plan.embeddings, on_disk)
         if work is not None:
             work.finish()
         if session.offloaded is not None:

@@ -154,7 +154,7 @@ class TiedHead(nn.Module):
         embedding: CompressedEmbedding = vars(self)["embedding"]
         spec = embedding.spec
         weight, scale = embedding.weight, embedding.weight_scale
-        if weight.is_meta and not x.is_meta:
+        if (weight.is_meta or scale.is_meta) and not x.is_meta:
             raise CompressionError(
                 "the head multiplies by the rows of the embeddings, which are offloaded; "
                 "give both the same device in device_map"

@@ -205,7 +205,7 @@ def test_the_command_line_says_all_three(tmp_path: Path) -> None:
     command = ["compress", str(dense), "-o", str(tmp_path / "new"), "--method", "wanda", "--samples", "2"]
     command += ["--sequence-length", "16", "--calibration", str(tmp_path / "text.txt")]
     shown = CliRunner().invoke(app, [*command, "--bits", "8", "--dry-run"]).output
-    assert re.search(r"50.00% removed, 8.00 bits per weight; weight files: [\d.]+ kB", shown)
+    assert re.search(r"50.00% removed, 8.00 bits per weight; embeddings: dense; weight files: [\d.]+ kB", shown)
     shown = CliRunner().invoke(app, [*command, "--bits", "8"]).output
     assert re.search(r"asked 8 bits per weight, stored 50.\d+% removed .*, (8.00|7.9\d) bits per weight", shown)
     assert "on disk" in shown

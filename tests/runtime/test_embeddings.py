@@ -209,6 +209,16 @@ def test_the_base_model_has_the_same_embeddings(tmp_path: Path) -> None:
         assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
+def test_a_head_without_its_rows_says_so(tmp_path: Path) -> None:
+    compressed("tied").save_pretrained(tmp_path / "saved")
+    places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map={**places, "model.rotary_emb": "cpu"}, offload_folder=tmp_path / "offloaded"
+    )
+    with pytest.raises(CompressionError, match="give both the same device in device_map"):
+        model(IDS)
+
+
 def test_models_export_and_compile() -> None:
     model = compressed("tied")
     model.config.use_cache = False

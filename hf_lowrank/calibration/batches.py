@@ -19,6 +19,10 @@ from ..runtime.errors import CompressionError
 LONGEST_SEQUENCE = 2048
 """Default sequence length, in tokens, of a model with a longer context or without a limit."""
 
+SHORTER_SEQUENCES = {"bundled": 512, "self": 256}
+"""The same for two calibrations. The bundled text is an excerpt after the other, of a thousand tokens each, and what is
+sampled one token at a time takes longer the more stands before it."""
+
 TOKENS_PER_BATCH = 8192
 """Maximum number of tokens in a batch of several sequences."""
 
@@ -155,15 +159,20 @@ def _parts(batch: TokenBatch) -> list[TokenBatch]:
     return list(map(TokenBatch, ids, batch.attention_mask.split(rows)))
 
 
-def sequence_length(model: PreTrainedModel, config: CompressionConfig) -> int:
-    """Return the number of tokens per calibration sequence: as asked for, else the model's context, at most 2048.
+def sequence_length(model: PreTrainedModel, config: CompressionConfig, calibration: Any = None) -> int:
+    """Return the number of tokens per calibration sequence: as asked for, else the model's context up to a limit.
+
+    Args:
+        calibration: what is calibrated on instead of `config.calibration`.
 
     Raises:
         CompressionError: if more than the model's context is asked for.
     """
     context = context_length(model)
     if config.sequence_length is None:
-        return LONGEST_SEQUENCE if context is None else min(context, LONGEST_SEQUENCE)
+        source = config.calibration if calibration is None else calibration
+        longest = SHORTER_SEQUENCES.get(source, LONGEST_SEQUENCE) if isinstance(source, str) else LONGEST_SEQUENCE
+        return longest if context is None else min(context, longest)
     if context is not None and config.sequence_length > context:
         raise CompressionError(
             f"sequence_length: found {config.sequence_length}, but {type(model).__name__} has a context of {context} "

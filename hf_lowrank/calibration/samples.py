@@ -62,7 +62,7 @@ def calibration_batches(
     like keep the length of the tokens that go along with them.
 
     Args:
-        calibration: "self", a dataset name, a file of texts or rows, or an iterable. Its items are texts, token ids,
+        calibration: "bundled", "self", a dataset name, a file of texts or rows, or an iterable. Its items are texts, token ids,
             chat conversations (lists of messages), rows with one of them as `text` or `messages`, or the model's
             inputs (rows of a tokenized dataset, batches of a DataLoader). Items that are empty are left out. An
             encoder-decoder model whose batches have no `decoder_input_ids` gets the batch's `labels`, or else the text
@@ -83,7 +83,7 @@ def calibration_batches(
 
 def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, given: Any) -> list[TokenBatch]:
     """Make the batches from what is given: a name, or an iterable whose first item tells whether all are texts."""
-    length = sequence_length(model, config)
+    length = sequence_length(model, config, given)
     if isinstance(given, str) and given == "self":
         return _batches_from_model(model, config, length)
     most_documents = None

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..execution.files import one_line
+from ..models.reference import calibration_text
 from ..runtime.errors import CompressionError, printable
 from .files import TEXT_COLUMNS, read_file
 
@@ -27,6 +28,9 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 """Arguments of `datasets.load_dataset` by dataset, under the names that papers use."""
 
+BUNDLED = "bundled"
+"""Name of the text that is installed with the package. Models are calibrated on it by default."""
+
 MOST_TOKENS = 2**24
 """Number of tokens beyond which no more of a text is read to draw windows from it, if it is enough for these."""
 
@@ -39,7 +43,7 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     """Return the documents of a text file or a dataset, or the rows of a file of rows.
 
     Args:
-        source: path of a file, or name of a dataset (`DATASETS`).
+        source: path of a file, name of a dataset (`DATASETS`), or `BUNDLED`.
         split: "train", "validation" or "test". It is used for datasets only.
         limit: maximum number of documents from a dataset that is streamed.
 
@@ -50,6 +54,8 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     if not isinstance(source, (str, os.PathLike)):
         raise CompressionError(f"text: found {described(source)}, expected the name of a file or of a dataset")
     source = os.fspath(source)
+    if source == BUNDLED:
+        return read_file(Path(calibration_text()))
     if source in DATASETS:
         return _dataset_documents(source, split, limit)
     if os.path.isfile(source):

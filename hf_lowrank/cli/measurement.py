@@ -219,7 +219,7 @@ def compare(
         list[float] | None,
         typer.Option(help="one or more fractions of stored bits to remove; default: as each method's options say"),
     ] = None,
-    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
+    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "bundled",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
     seed: Annotated[int, typer.Option(help=RECIPE_HELP["seed"])] = 0,

@@ -10,9 +10,11 @@ RECIPE_HELP = {
     "method": "compression method; `hf-lowrank methods` lists all",
     "ratio": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1); "
     "default: what the method's options lead to (as bits do), else 0.5",
-    "calibration": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts",
+    "calibration": "calibration text: 'bundled' (installed with the package), 'self' (sampled from the model), a "
+    "dataset (wikitext2, c4), or a file of texts",
     "samples": "number of calibration sequences",
-    "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048",
+    "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048, or 512 of the "
+    "bundled text and 256 of a sampled one",
     "seed": "seed of everything random: same seed, same bytes (exceptions: docs/promises.md)",
     "refinement_steps": "training steps per block, after compression, towards the dense block's output; 0: none",
     "accounting": "'bits' counts everything stored; 'paper' leaves bitmask bits out",

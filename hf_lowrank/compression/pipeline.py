@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..calibration import (
     ActivationCache,
@@ -32,8 +32,8 @@ from ..models.caller_state import evaluation_mode, replace_inference_tensors
 from ..models.offloading import is_offloaded, return_memory
 from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
-from ..runtime.origin import Origin
 from ..runtime.quantizer import fuse_experts
+from .calibration_source import resolve_calibration
 from .checks import (
     check_block_by_block,
     check_continuous,
@@ -69,8 +69,10 @@ def compress(
     Args:
         model: any dense transformers model with a list of blocks of `nn.Linear` or `Conv1D` layers.
         config: the recipe. By default SLaB at half of the stored bits.
-        tokenizer: needed to calibrate on text. It is saved with the compressed model.
-        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a file of texts
+        tokenizer: reads the text to calibrate on, and is saved with the compressed model. By default the text is read
+            with the one that lies beside the model.
+        calibration: what to calibrate on instead of `config.calibration`: "bundled" (the text that is installed with
+            the package), "self" (text sampled from the model), a dataset name, a file of texts
             (plain, or rows with a column `text` or `messages`: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`,
             `.arrow`, packed or not), or an iterable of texts, token ids, chats, rows of a dataset, or batches. At most
             `config.samples` sequences of `config.sequence_length` tokens of it are used, and a stream is read only as
@@ -90,11 +92,14 @@ def compress(
     """
     config = config or CompressionConfig()
     check_given(model, config, tokenizer)
+    if calibration is None:
+        calibration = config.calibration
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     method = make_method(config.method, config.options)
     strategy_of(method)  # which refuses a method that it cannot use
-    check_reads_text(model, config.calibration if calibration is None else calibration)
+    check_reads_text(model, calibration)
+    calibration, reader = resolve_calibration(model, calibration, tokenizer)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
     group = current_process_group(model.device)
@@ -106,7 +111,7 @@ def compress(
         stack.enter_context(evaluation_mode(model))
         try:
             session = open_session(model, config, method, show, group)
-            calibrate(session, tokenizer, calibration)
+            calibrate(session, reader, calibration)
             use_work_folder(session, work)
             compress_blocks(session)
         except BaseException:
@@ -118,7 +123,7 @@ def compress(
             work.finish()
         if session.offloaded is not None:
             session.offloaded.release()
-        finish(session, config.calibration if calibration is None else calibration, tokenizer)
+        finish(session, calibration, tokenizer)
     return model
 
 
@@ -140,8 +145,7 @@ def _token_batches(session: Session, tokenizer: Any, calibration: Any) -> list[T
 
     # Only the main process downloads a named text, or samples one from the model. The others have the rows that they
     # were given.
-    is_named = calibration is None or isinstance(calibration, str)
-    return session.group.broadcast(read) if is_named else read()
+    return session.group.broadcast(read) if isinstance(calibration, str) else read()
 
 
 def _ordinary(batch: TokenBatch) -> TokenBatch:
@@ -209,31 +213,3 @@ def measure_loss(session: Session) -> None:
     if method.needs_output_gram:
         session.show("measuring curvature", 0, len(names))
         session.output_grams = output_grams(model, names, session.tokens, plan.config.seed, session.group)
-
-
-def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
-    """Compress a model that `from_pretrained(dense, quantization_config=config)` has just loaded.
-
-    Text named in `config.calibration` needs the tokenizer beside the model. Without one the model calibrates on
-    itself.
-    """
-    if config.calibration == "self":
-        logger.warning(
-            "compressing on load: calibrating on text sampled from the model itself; "
-            "name a text in calibration= to use that"
-        )
-        compress(model, config)
-        return
-    tokenizer = None
-    try:
-        origin = Origin.of(model)
-        tokenizer = AutoTokenizer.from_pretrained(
-            origin.source, subfolder=origin.subfolder, revision=origin.revision, cache_dir=origin.cache_dir
-        )
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "compressing on load: no tokenizer beside the model (%s); "
-            "calibrating on text sampled from the model itself",
-            error,
-        )
-    compress(model, config, tokenizer, calibration=None if tokenizer else "self")

@@ -81,7 +81,7 @@ class Comparison:
 
     model: str
     texts: list[str]
-    calibration: str = "self"
+    calibration: str = "bundled"
     samples: int = 128
     sequence_length: int | None = None
     seed: int = 0

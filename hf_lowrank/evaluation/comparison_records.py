@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..calibration.texts import DATASETS, read_rows
+from ..calibration.texts import BUNDLED, DATASETS, read_rows
 from ..execution.files import one_line, write_atomically
+from ..models.reference import calibration_text
 from ..runtime.checksums import file_checksum
 from ..runtime.errors import CompressionError
 
@@ -89,4 +90,4 @@ def text_sha256(source: str) -> str | None:
         return None
     for _ in read_rows(source):  # raises if the file cannot be read
         pass
-    return file_checksum(source)
+    return file_checksum(calibration_text() if source == BUNDLED else source)

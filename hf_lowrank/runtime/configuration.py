@@ -44,14 +44,19 @@ class CompressionConfig(QuantizationConfigMixin):
         metadata={"help": "settings of the method, by name; defaults are the paper's, where it gives any"},
     )
     calibration: str = field(
-        default="self",
+        default="bundled",
         metadata={
-            "help": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts"
+            "help": "calibration text: 'bundled' (installed with the package), 'self' (sampled from the model), a "
+            "dataset (wikitext2, c4), or a file of texts"
         },
     )
     samples: int = field(default=128, metadata={"help": "number of calibration sequences"})
     sequence_length: int | None = field(
-        default=None, metadata={"help": "tokens per calibration sequence; default: the model's context, at most 2048"}
+        default=None,
+        metadata={
+            "help": "tokens per calibration sequence; default: the model's context, at most 2048, or 512 of the bundled "
+            "text and 256 of a sampled one"
+        },
     )
     seed: int = field(
         default=0,

@@ -87,10 +87,10 @@ def _foretell(model: PreTrainedModel, prompts: Tensor, samples: int, length: int
     total = max(seconds[1] - seconds[0], 0.0) / TIMED_STEPS * (length - 1) * batches
     if total >= WORTH_TELLING:
         logger.warning(
-            "sampling %d sequences of %d tokens from the model takes about %.0f s (the bundled text takes none)",
+            "sampling %d sequences of %d tokens from the model takes about %d s (the bundled text takes none)",
             samples,
             length,
-            total,
+            round(total),
         )
 
 

@@ -23,7 +23,7 @@ def losses(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[st
     found = {}
     for text in arguments.texts:
         result = evaluate(model, tokenizer, text, window=arguments.length, max_windows=arguments.windows)
-        found[Path(text).stem] = result.nll
+        found[f"{Path(text).parent.name}/{Path(text).name}".lstrip("/")] = result.nll
     return found
 
 

@@ -86,8 +86,8 @@ def _make_folders(stack: ExitStack, output: Path, work_dir: Path | None, group: 
     work = work_dir
     try:
         if work is None:
-            parent = output.absolute().parent
-            parent.mkdir(parents=True, exist_ok=True)
+            # Folders that lead to the output appear with it, when it is complete.
+            parent = next(folder for folder in output.absolute().parents if folder.is_dir())
             work = Path(stack.enter_context(TemporaryDirectory(dir=parent, prefix=f".{output.name}.work-")))
         offload_folder = _offload_folder(work, group)
         offload_folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ BLOCKS = {"p", "li", "h1", "h2", "h3", "h4", "dt", "dd", "tr", "pre", "div", "bl
 def gutenberg(folder: Path) -> Iterator[str]:
     """Novels: the text between what stands before the first and after the last chapter."""
     for file in sorted(folder.glob("*.xz")):
-        text = lzma.open(file, "rt", encoding="utf-8").read()
+        text = lzma.decompress(file.read_bytes()).decode()
         yield text[10_000 : len(text) - 10_000]
 
 
@@ -99,7 +99,7 @@ class _Paragraphs(HTMLParser):
 
 def peps(folder: Path) -> Iterator[str]:
     """The PEPs that say they are in the public domain or under CC0, without their headers."""
-    text = lzma.open(folder / "peps.txt.xz", "rt", encoding="utf-8").read()
+    text = lzma.decompress((folder / "peps.txt.xz").read_bytes()).decode()
     for pep in re.split(r"(?m)^(?=PEP: \d+\n)", text)[1:]:
         ending = " ".join(pep[pep.rfind("Copyright\n") :][:400].split())
         if "public domain" in ending or "CC0" in ending:
@@ -109,7 +109,7 @@ def peps(folder: Path) -> Iterator[str]:
 
 def jargon(folder: Path) -> Iterator[str]:
     """The Jargon File from its first chapter on."""
-    text = gzip.open(folder / "jargon.txt.gz", "rt", encoding="utf-8", errors="ignore").read()
+    text = gzip.decompress((folder / "jargon.txt.gz").read_bytes()).decode(errors="ignore")
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     first = next(index for index, paragraph in enumerate(paragraphs) if len(paragraph) > 300)
     prose = [paragraph for paragraph in paragraphs[first:] if len(paragraph) > 25 and "____" not in paragraph]
@@ -118,7 +118,7 @@ def jargon(folder: Path) -> Iterator[str]:
 
 def devil(folder: Path) -> Iterator[str]:
     """The Devil's Dictionary."""
-    text = gzip.open(folder / "devil.dict.dz", "rt", encoding="utf-8", errors="ignore").read()
+    text = gzip.decompress((folder / "devil.dict.dz").read_bytes()).decode(errors="ignore")
     yield _unwrapped(text[20_000:])
 
 

@@ -20,8 +20,8 @@ LONGEST_SEQUENCE = 2048
 """Default sequence length, in tokens, of a model with a longer context or without a limit."""
 
 SHORTER_SEQUENCES = {"bundled": 512, "self": 256}
-"""The same for two calibrations. The bundled text is an excerpt after the other, of a thousand tokens each, and what is
-sampled one token at a time takes longer the more stands before it."""
+"""The same for two calibrations. The bundled text is one excerpt after the other, of a thousand tokens each, and what
+is sampled one token at a time takes longer the more stands before it."""
 
 TOKENS_PER_BATCH = 8192
 """Maximum number of tokens in a batch of several sequences."""

@@ -62,11 +62,11 @@ def calibration_batches(
     like keep the length of the tokens that go along with them.
 
     Args:
-        calibration: "bundled", "self", a dataset name, a file of texts or rows, or an iterable. Its items are texts, token ids,
-            chat conversations (lists of messages), rows with one of them as `text` or `messages`, or the model's
-            inputs (rows of a tokenized dataset, batches of a DataLoader). Items that are empty are left out. An
-            encoder-decoder model whose batches have no `decoder_input_ids` gets the batch's `labels`, or else the text
-            itself, delayed by one token as in its training.
+        calibration: "bundled", "self", a dataset name, a file of texts or rows, or an iterable. Its items are texts,
+            token ids, chat conversations (lists of messages), rows with one of them as `text` or `messages`, or the
+            model's inputs (rows of a tokenized dataset, batches of a DataLoader). Items that are empty are left out.
+            An encoder-decoder model whose batches have no `decoder_input_ids` gets the batch's `labels`, or else the
+            text itself, delayed by one token as in its training.
 
     Raises:
         CompressionError: if there is nothing to calibrate on, too little for one sequence, or a sample that is none of

@@ -54,8 +54,8 @@ class CompressionConfig(QuantizationConfigMixin):
     sequence_length: int | None = field(
         default=None,
         metadata={
-            "help": "tokens per calibration sequence; default: the model's context, at most 2048, or 512 of the bundled "
-            "text and 256 of a sampled one"
+            "help": "tokens per calibration sequence; default: the model's context, at most 2048, or 512 of the "
+            "bundled text and 256 of a sampled one"
         },
     )
     seed: int = field(

@@ -38,7 +38,7 @@ EVALUATED = ["c4/eval.txt", "wikitext2/test.txt", "wikitext2/valid_100kb.txt", "
 
 
 def rows() -> list[dict[str, str]]:
-    return [json.loads(line) for line in gzip.open(FILE, "rt", encoding="utf-8")]
+    return [json.loads(line) for line in gzip.decompress(FILE.read_bytes()).decode().split("\n") if line]
 
 
 def table() -> dict[str, list[str]]:
@@ -52,7 +52,7 @@ def grams(text: str) -> Iterator[tuple[str, ...]]:
     return (tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1))
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file --------------------------------------------------------------------------------------------------------
 
 
 def test_every_part_has_a_free_license_and_the_size_that_the_table_says() -> None:
@@ -95,7 +95,7 @@ def own_grams() -> set[tuple[str, ...]]:
     return {gram for row in rows() for gram in grams(row["text"])}
 
 
-# --- the default ------------------------------------------------------------------------------------------------------
+# --- the default -----------------------------------------------------------------------------------------------------
 
 
 def compressed(seed: int = 0) -> PreTrainedModel:
@@ -168,7 +168,7 @@ def test_the_length_follows_from_what_is_calibrated_on(source: Any, context: int
     assert sequence_length(model, CompressionConfig(sequence_length=7), source) == 7
 
 
-# --- without a tokenizer ----------------------------------------------------------------------------------------------
+# --- without a tokenizer ---------------------------------------------------------------------------------------------
 
 
 def test_without_a_tokenizer_the_model_is_sampled_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,7 +184,7 @@ def test_what_cannot_be_sampled_either_is_refused_in_one_line(family: str) -> No
     assert "\n" not in str(raised.value)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_long", [True, False])

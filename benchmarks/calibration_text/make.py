@@ -162,16 +162,16 @@ def _unwrapped(text: str) -> str:
 
 
 PARTS: dict[str, tuple[str, Callable[[Path], Iterator[str]], int]] = {
-    "novels": ("gutenberg", gutenberg, 170_000),
-    "addresses": ("addresses", addresses, 120_000),
-    "factbook": ("factbook", factbook, 140_000),
-    "sqlite": ("sqlite", sqlite, 140_000),
-    "peps": ("peps", peps, 90_000),
-    "jargon": ("jargon", jargon, 110_000),
-    "devil": ("devil", devil, 20_000),
-    "manual": ("youtube-dl", youtube_dl, 30_000),
-    "python": ("youtube-dl", python_code, 50_000),
-    "c": ("stb", c_code, 40_000),
+    "novels": ("gutenberg", gutenberg, 85_000),
+    "addresses": ("addresses", addresses, 84_000),
+    "factbook": ("factbook", factbook, 84_000),
+    "sqlite": ("sqlite", sqlite, 63_000),
+    "peps": ("peps", peps, 45_000),
+    "jargon": ("jargon", jargon, 66_000),
+    "devil": ("devil", devil, 10_000),
+    "manual": ("youtube-dl", youtube_dl, 15_000),
+    "python": ("youtube-dl", python_code, 30_000),
+    "c": ("stb", c_code, 24_000),
     "written-english": ("", written("english.txt"), 200_000),
     "written-languages": ("", written("languages.txt"), 200_000),
 }

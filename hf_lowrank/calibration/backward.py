@@ -62,7 +62,7 @@ class GradientBatch:
 
     def carried(self) -> dict[str, Tensor]:
         """Return what goes from block to block, by name: nothing before the head."""
-        return {} if self.gradient is None else {"gradient": self.gradient.tensor}
+        return {} if self.gradient is None else {"gradient": self.gradient.waiting}
 
     def carry(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `carried` returned."""

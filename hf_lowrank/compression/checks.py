@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
@@ -83,9 +84,7 @@ def check_reads_text(model: PreTrainedModel, source: Any) -> None:
     )
 
 
-def whole_model_reason(
-    config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None
-) -> str | None:
+def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, calibration: Any = None) -> str | None:
     """Return why the whole model must be in memory, or None if one block at a time is enough.
 
     Args:
@@ -103,9 +102,17 @@ def whole_model_reason(
     lists_of_blocks = {name.rpartition(".")[0] for name in find_blocks(dense)}
     if len(lists_of_blocks) > 1:
         return f"{type(dense).__name__} has more than one list of blocks"
-    if device != "cpu":
-        return f"the device is {device}"
     return None
+
+
+def check_one_block_at_a_time(model: PreTrainedModel, config: CompressionConfig, device: torch.device) -> None:
+    """Raise CompressionError if a recipe needs more of a model on the device than one block at a time."""
+    method = make_method(config.method, config.options)
+    reason = f"{method.name} trains through the whole model" if method.trains else None
+    if config.refinement_steps:
+        reason = "refining compares the blocks with those of the dense model"
+    if reason is not None:
+        raise CompressionError(f"device: {reason}; move the {type(model).__name__} to {device} instead")
 
 
 def check_block_by_block(
@@ -115,7 +122,7 @@ def check_block_by_block(
     name = type(model).__name__
     if work_dir is None:
         raise CompressionError(f"{name} has its blocks on disk; name a work folder for the finished ones")
-    reason = whole_model_reason(config, model, "cpu", calibration)
+    reason = whole_model_reason(config, model, calibration)
     if reason is not None:
         raise CompressionError(f"{name} has its blocks on disk and must be in memory as a whole: {reason}")
 

@@ -222,11 +222,11 @@ def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors that share no memory with each other. Safetensors refuses tensors that do."""
+    """Return contiguous tensors on the host that share no memory with each other, which safetensors refuses."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().contiguous()
+        whole = tensor.detach().cpu().contiguous()
         storage = whole.untyped_storage().data_ptr()
         separate[name] = whole.clone() if storage in storages else whole
         storages.add(storage)

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ METHODS = [name for name in registered_methods() if not make_method(name, {}).tr
 OPTIONS: dict[str, dict[str, Any]] = {"slab": {"iterations": 2}, "oats": {"iterations": 2}}
 
 
-@pytest.fixture
+@contextmanager
 def device() -> Iterator[StandInDevice]:
+    """Have the stand-in device, and nothing left on it afterwards."""
     with stand_in_device() as there:
         yield there
     if there.bytes:  # objects that refer to each other wait for the collector
@@ -39,30 +41,29 @@ def recipe(method: str, **changes: Any) -> CompressionConfig:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_from_disk_one_block_at_a_time_gives_the_bytes_of_the_cpu(
-    tmp_path: Path, device: StandInDevice, method: str
-) -> None:
+def test_from_disk_one_block_at_a_time_gives_the_bytes_of_the_cpu(tmp_path: Path, method: str) -> None:
     words = tmp_path / "words.txt"
     words.write_text("\n".join(tiny_models.text(40)))
     dense = str(tiny_models.saved(tiny_models.llama(num_hidden_layers=2), tmp_path / "dense"))
     config, tokenizer = recipe(method, calibration=str(words)), tiny_models.tokenizer()
     compress_checkpoint(dense, tmp_path / "cpu" / "model", config, tokenizer)
-    assert device.peak == 0
-    compress_checkpoint(dense, tmp_path / "device" / "model", config, tokenizer, device=str(DEVICE))
-    assert 0 < device.peak <= estimate(skeleton(load_config(dense)), config).device
+    with device() as there:
+        compress_checkpoint(dense, tmp_path / "device" / "model", config, tokenizer, device=str(DEVICE))
+    assert 0 < there.peak <= estimate(skeleton(load_config(dense)), config).device
     assert digests(tmp_path / "device") == digests(tmp_path / "cpu")
 
 
 @pytest.mark.parametrize("method", ["slab", "svd-llm", "lowrank"])
 @pytest.mark.parametrize("make", [tiny_models.gpt2, tiny_models.mixtral], ids=lambda make: make.__name__)
-def test_a_model_in_memory_goes_there_and_back_block_by_block(device: StandInDevice, make: Any, method: str) -> None:
+def test_a_model_in_memory_goes_there_and_back_block_by_block(make: Any, method: str) -> None:
     config, text = recipe(method), tiny_models.text(40)
     expected = compress(make(), config, tiny_models.tokenizer(), text)
-    found = compress(make(), config, tiny_models.tokenizer(), text, device=DEVICE)
+    with device() as there:
+        found = compress(make(), config, tiny_models.tokenizer(), text, device=DEVICE)
+    assert there.peak > 0
     for name, tensor in found.state_dict().items():
         assert tensor.device.type == "cpu"
         torch.testing.assert_close(tensor, expected.state_dict()[name], rtol=0, atol=0)
-    assert device.peak > 0
 
 
 @pytest.mark.parametrize("changes", [{"method": "soco"}, {"method": "slab", "refinement_steps": 2}], ids=str)
@@ -71,13 +72,14 @@ def test_what_needs_the_whole_model_says_so(changes: dict[str, Any]) -> None:
         compress(tiny_models.llama(), recipe(**changes), tiny_models.tokenizer(), tiny_models.text(9), device=DEVICE)
 
 
-def test_the_stand_in_refuses_what_an_accelerator_refuses(device: StandInDevice) -> None:
-    there = torch.ones(3, 4).to(DEVICE)
-    assert there.device == DEVICE and device.bytes == 48
-    with pytest.raises(RuntimeError, match="same device"):
-        there + torch.ones(3, 4)
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.nn.functional.linear(there, torch.ones(2, 4))
-    assert (there + torch.tensor(1.0)).device == DEVICE  # a single number goes along
-    assert there.t().contiguous().cpu().equal(torch.ones(4, 3))
-    del there
+def test_the_stand_in_refuses_what_an_accelerator_refuses() -> None:
+    with device() as there:
+        tensor = torch.ones(3, 4).to(DEVICE)
+        assert tensor.device == DEVICE and there.bytes == 48
+        with pytest.raises(RuntimeError, match="same device"):
+            tensor + torch.ones(3, 4)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.nn.functional.linear(tensor, torch.ones(2, 4))
+        assert (tensor + torch.tensor(1.0)).device == DEVICE  # a single number goes along
+        assert tensor.t().contiguous().cpu().equal(torch.ones(4, 3))
+        del tensor

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 DEVICE = torch.device("ipu", 0)
 """The device that the tensors pretend to be on: of a type that torch knows and has no code for."""
 
-INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-"""Operations that take an index on the CPU beside values on an accelerator."""
+MIXING = ("aten::copy_", "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+"""Operations that take tensors of both: copies, and an index on the CPU beside values on an accelerator."""
 
 MAKERS = ("zeros", "ones", "empty", "full", "arange", "eye", "tensor", "rand", "randn", "as_tensor", "linspace")
 """Functions of torch that make a tensor on the device that they are told."""
@@ -93,51 +93,53 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given: dict[int, Tensor] = {}
+        strangers: list[Tensor] = []
+
+        def values(argument: Any) -> Any:
+            if isinstance(argument, DeviceTensor):
+                given[id(argument.values)] = argument
+                return argument.values
+            if isinstance(argument, Tensor) and argument.dim():
+                strangers.append(argument)
+            return type(argument)(map(values, argument)) if type(argument) in (list, tuple) else argument
+
+        def wrapped(result: Any) -> Any:
+            if isinstance(result, Tensor):
+                # What is computed in place is the tensor that was given.
+                return given[id(result)] if id(result) in given else DeviceTensor(result)
+            return type(result)(map(wrapped, result)) if type(result) in (list, tuple) else result
+
         kwargs = kwargs or {}
-        _check_one_device(func, args, kwargs)
-        flat, _ = tree_flatten((args, kwargs))
-        given = {id(tensor.values): tensor for tensor in flat if isinstance(tensor, DeviceTensor)}
-        result = func(*tree_map_only(DeviceTensor, _values, args), **tree_map_only(DeviceTensor, _values, kwargs))
-
-        def wrap(values: Tensor) -> Tensor:
-            # What is computed in place is the tensor that was given.
-            known = given.get(id(values))
-            return DeviceTensor(values) if known is None else known
-
+        plain_args, plain_kwargs = values(args), {key: values(value) for key, value in kwargs.items()}
+        if strangers and func._schema.name not in MIXING:
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, found {tuple(strangers[0].shape)} on "
+                f"{strangers[0].device} and others on {DEVICE}"
+            )
+        result = func(*plain_args, **plain_kwargs)
         if torch.Tag.inplace_view in func.tags:  # the shape that torch sees changes along
             with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
                 func(*args, **kwargs)
         if func is torch.ops.aten.copy_.default and not isinstance(args[0], DeviceTensor):
             return args[0]
-        return tree_map_only(Tensor, wrap, result)
+        return wrapped(result)
 
 
 def _values(tensor: DeviceTensor) -> Tensor:
     return tensor.values
 
 
-def _check_one_device(func: Any, args: Any, kwargs: Any) -> None:
-    name = func._schema.name + (f".{func._overloadname}" if func._overloadname not in ("default", "") else "")
-    if func._schema.name == "aten::copy_" or name in INDEXING or func._schema.name in INDEXING:
-        return
-    flat, _ = tree_flatten((args, kwargs))
-    for tensor in flat:
-        if isinstance(tensor, Tensor) and not isinstance(tensor, DeviceTensor) and tensor.dim():
-            raise RuntimeError(
-                f"{name}: expected all tensors to be on the same device, found {tuple(tensor.shape)} on "
-                f"{tensor.device} and others on {DEVICE}"
-            )
-
-
 class _Devices(TorchFunctionMode):
     """Gives tensors their place where Python names one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         first = args[0] if args else None
         name = getattr(func, "__name__", "")
-        if name == "__get__" and getattr(func, "__self__", None) is Tensor.device:
-            return DEVICE if isinstance(first, DeviceTensor) else func(*args, **kwargs)
+        if name == "__get__":
+            is_device = getattr(func, "__self__", None) is Tensor.device and isinstance(first, DeviceTensor)
+            return DEVICE if is_device else func(*args, **kwargs)
         if name in ("to", "cpu", "cuda") and isinstance(first, Tensor):
             return _moved(first, name, args[1:], kwargs)
         if func is Tensor.tolist and isinstance(first, DeviceTensor):
@@ -147,9 +149,8 @@ class _Devices(TorchFunctionMode):
         place = kwargs.get("device")
         if place is None or (first is not None and isinstance(first, Tensor) and not _is_maker(func)):
             return func(*args, **kwargs)
-        kwargs["device"] = "cpu" if _is_ours(place) else place
         plain = tree_map_only(DeviceTensor, _values, args)
-        result = func(*plain, **kwargs)
+        result = func(*plain, **{**kwargs, "device": "cpu" if _is_ours(place) else place})
         return DeviceTensor(result) if _is_ours(place) else result
 
 

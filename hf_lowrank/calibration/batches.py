@@ -23,7 +23,7 @@ TOKENS_PER_BATCH = 8192
 """Maximum number of tokens in a batch of several sequences."""
 
 TOKENS_PER_PASS = 2048
-"""Maximum number of tokens that go through a block at a time on a CPU.
+"""Maximum number of tokens that go through a block at a time.
 
 Intermediate results of fewer tokens take less memory and stay in the caches of the processor.
 """
@@ -129,14 +129,12 @@ def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
             )
 
 
-def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
+def split_into_passes(batches: Iterable[TokenBatch]) -> list[TokenBatch]:
     """Split batches into the parts that go through a block at a time.
 
-    On a CPU a part is one or more whole sequences, of about `TOKENS_PER_PASS` tokens together. A batch that has inputs
-    beside its tokens stays whole. On other devices every batch stays whole.
+    A part is one or more whole sequences, of about `TOKENS_PER_PASS` tokens together. A batch that has inputs beside
+    its tokens stays whole.
     """
-    if device.type != "cpu":
-        return list(batches)
     passes: list[TokenBatch] = []
     for batch in batches:
         if batch.others:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..budget import Layer
 from ..calibration.activations import ACTIVATIONS_IN_MEMORY
 from ..calibration.backward import FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE
-from ..calibration.batches import TOKENS_PER_BATCH, TOKENS_PER_PASS, sequence_length
+from ..calibration.batches import TOKENS_PER_PASS, sequence_length
 from ..calibration.curvature import ENOUGH_TOKENS
 from ..calibration.statistics import TOKENS_AT_ONCE
 from ..execution.threads import parallel_slots
@@ -90,16 +90,15 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
     kept = _inputs_kept_for_gradients(method, config.samples * length, width, len(blocks))
     waiting = min((streams + 1) * hidden + kept, ACTIVATIONS_IN_MEMORY)
     block = max(_size_under(sizes, [name]) for name in blocks)
-    in_block = _batch_bytes(dense, config, layers, length, TOKENS_PER_PASS)
-    on_device = _batch_bytes(dense, config, layers, length, TOKENS_PER_BATCH)
+    in_block = _batch_bytes(dense, config, layers, length)
+    on_device = in_block
     if method.strategy == "mixed":
         block *= 2  # a dense copy beside the one whose layers are compressed
         references = _reference_bytes(layers, config.samples * length * dense.dtype.itemsize)
         in_block += hidden + references
         on_device += references
     working = _largest_working_memory(method, layers, len(blocks))
-    head, backward = _gradient_bytes(dense, method, layers, sizes, TOKENS_PER_PASS)
-    head_on_device, backward_on_device = _gradient_bytes(dense, method, layers, sizes, TOKENS_PER_BATCH)
+    head, backward = _gradient_bytes(dense, method, layers, sizes)
     rest = total - _size_under(sizes, on_disk)
 
     return Estimate(
@@ -114,7 +113,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
         + max(kept - ACTIVATIONS_IN_MEMORY, 0)
         + strategy_of(method).survey_bytes(layers),
         output=output,
-        device=max(block + on_device + max(working, backward_on_device), rest + head_on_device if head else 0),
+        device=max(block + on_device + max(working, backward), rest + head if head else 0),
     )
 
 
@@ -136,13 +135,9 @@ def _reference_bytes(layers: list[Layer], bytes_of_channel: int) -> int:
 
 
 def _gradient_bytes(
-    dense: PreTrainedModel, method: Method, layers: list[Layer], sizes: dict[str, int], tokens: int
+    dense: PreTrainedModel, method: Method, layers: list[Layer], sizes: dict[str, int]
 ) -> tuple[int, int]:
-    """Return what the gradients take at most: in the head, and in a block whose sums are taken.
-
-    Args:
-        tokens: number of tokens that go through a block at a time.
-    """
+    """Return what the gradients take at most: in the head, and in a block whose sums are taken."""
     if not method.needs_gradients and not method.needs_output_gram:
         return 0, 0
     vocabulary = dense.config.get_text_config().vocab_size
@@ -152,7 +147,7 @@ def _gradient_bytes(
     for layer in layers:
         m, n = layer.out_features, layer.in_features
         sums[layer.block] += FLOAT32_BYTES * (m * m if method.needs_output_gram else 2 * m * n)
-        graphs[layer.block] += round(TENSORS_IN_GRAPH * (m + n)) * tokens * dense.dtype.itemsize
+        graphs[layer.block] += round(TENSORS_IN_GRAPH * (m + n)) * TOKENS_PER_PASS * dense.dtype.itemsize
     return head, max(sums[block] + graphs[block] for block in sums)
 
 
@@ -162,11 +157,9 @@ def _size_under(sizes: dict[str, int], modules: Iterable[str]) -> int:
     return sum(size for name, size in sizes.items() if name.startswith(prefixes))
 
 
-def _batch_bytes(
-    dense: PreTrainedModel, config: CompressionConfig, layers: list[Layer], length: int, tokens: int
-) -> int:
+def _batch_bytes(dense: PreTrainedModel, config: CompressionConfig, layers: list[Layer], length: int) -> int:
     """Return the bytes of the activations of one batch while it is in a block, and of the sums over its tokens."""
-    batch_tokens = min(max(tokens // length, 1), config.samples) * length
+    batch_tokens = min(max(TOKENS_PER_PASS // length, 1), config.samples) * length
     widest = max(max(layer.in_features, layer.out_features) for layer in layers)
     in_block = 3 * batch_tokens * widest * dense.dtype.itemsize
     in_sums = 2 * min(batch_tokens, TOKENS_AT_ONCE) * widest * FLOAT64_BYTES

@@ -201,7 +201,7 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
     session.show("capturing block inputs", 0, len(plan.compressed))
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
     with record_calls(layers) as called:
-        own = session.group.split(split_into_passes(session.tokens, session.device))
+        own = session.group.split(split_into_passes(session.tokens))
         batches = capture(model, plan.blocks, own, session.cache, plan.dense_blocks)
     check_continuous(session, batches)
     session.leave_uncalled_dense(set().union(*session.group.gather(called)))

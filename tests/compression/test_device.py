@@ -44,7 +44,11 @@ def recipe(method: str, **changes: Any) -> CompressionConfig:
 def test_from_disk_one_block_at_a_time_gives_the_bytes_of_the_cpu(tmp_path: Path, method: str) -> None:
     words = tmp_path / "words.txt"
     words.write_text("\n".join(tiny_models.text(40)))
-    dense = str(tiny_models.saved(tiny_models.llama(num_hidden_layers=2), tmp_path / "dense"))
+    dense = str(
+        tiny_models.saved(
+            tiny_models.llama(hidden_size=16, intermediate_size=32, num_hidden_layers=2), tmp_path / "dense"
+        )
+    )
     config, tokenizer = recipe(method, calibration=str(words)), tiny_models.tokenizer()
     compress_checkpoint(dense, tmp_path / "cpu" / "model", config, tokenizer)
     with device() as there:

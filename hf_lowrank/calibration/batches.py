@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..models.architectures import forward_names, input_embeddings, main_inputs
 from ..models.context import context_length
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, listed
 
 LONGEST_SEQUENCE = 2048
 """Default sequence length, in tokens, of a model with a longer context or without a limit."""
@@ -113,7 +113,7 @@ def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
         if batch.inputs.keys().isdisjoint({*needed, "inputs_embeds"}):
             raise CompressionError(
                 f"calibration: {type(model).__name__} reads {' or '.join(needed)}; give batches that have it "
-                f"(found {', '.join(batch.inputs) or 'nothing'})"
+                f"(found {listed(batch.inputs) or 'nothing'})"
             )
         if context is not None and batch.input_ids.shape[1] > context:
             raise CompressionError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models.architectures import codebooks, main_input
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, listed
 from .batches import (
     TokenBatch,
     batch_rows,
@@ -132,7 +132,7 @@ def _first_sample(rows: Iterable[Any], model: PreTrainedModel, source: str) -> t
     for row in seen:
         if isinstance(row, Mapping) and text_column(row) is None:
             raise CompressionError(
-                f"{source}: found samples with the fields {', '.join(map(str, row))}; expected text or messages, or "
+                f"{source}: found samples with the fields {listed(row)}; expected text or messages, or "
                 f"what {type(model).__name__} reads, such as {main_input(model)}"
             )
     raise CompressionError(f"{source}: all samples are empty")

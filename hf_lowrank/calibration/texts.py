@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..execution.files import one_line
-from ..runtime.errors import CompressionError, printable
+from ..runtime.errors import CompressionError, listed, printable, shortened
 from .files import TEXT_COLUMNS, read_file
 
 DATASETS: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     if os.path.isdir(source):
         raise CompressionError(f"{source}: is a folder; name one file")
     raise CompressionError(
-        f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path "
+        f"{shortened(source)}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path "
         "(from Python, texts themselves are given as a list)"
     )
 
@@ -105,7 +105,7 @@ def documents_of(rows: Iterable[Any], source: str) -> Iterator[Document]:
             yield document
     if columns is not None:
         raise CompressionError(
-            f"{source}: has the columns {', '.join(columns)}, expected one that is called text or messages"
+            f"{source}: has the columns {listed(columns)}, expected one that is called text or messages"
         )
 
 
@@ -205,7 +205,7 @@ def chat_tokens(tokenizer: Any, chat: Chat, where: str) -> Tensor:
     for message in chat:
         if not isinstance(message.get("role"), str):
             raise CompressionError(
-                f"{where}: found a message with the fields {', '.join(map(str, message))}; expected role and content"
+                f"{where}: found a message with the fields {listed(message)}; expected role and content"
             )
     try:
         encoded = tokenizer.apply_chat_template(list(chat), tokenize=True, return_dict=True)

@@ -15,7 +15,7 @@ from ..models.linears import is_finite
 from ..models.offloading import every_weight
 from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError, NumericalError
+from ..runtime.errors import CompressionError, NumericalError, quoted
 from ..runtime.quantizer import CompressionQuantizer
 from ..runtime.reopening import check_reopens
 from .session import Session
@@ -80,7 +80,7 @@ def check_reads_text(model: PreTrainedModel, source: Any) -> None:
     if model.config.is_encoder_decoder:
         inputs += ", 'decoder_input_ids': ..."
     raise CompressionError(
-        f"calibration: {type(model).__name__} takes {what}, which {source!r} does not give; "
+        f"calibration: {type(model).__name__} takes {what}, which {quoted(source)} does not give; "
         f"give batches of tensors, calibration=[{{{inputs}}}, ...]"
     )
 

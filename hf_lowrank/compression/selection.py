@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..budget import Layer
 from ..methods import Method
 from ..models.architectures import fused_experts, in_module_list
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from ..runtime.validation import is_linear
 
 TIED = "its weight is tied to another module"
@@ -35,7 +35,8 @@ def select_layers(
     for pattern in left_dense:
         if not any(matches(name, pattern) for name in linears):
             raise CompressionError(
-                f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
+                f"modules_to_not_convert: {quoted(pattern)} matches no linear layer; a name looks like "
+                f"{layers[0].name!r}"
             )
     shared_weights = _shared_weights(model)
     compressed, reasons = [], {}

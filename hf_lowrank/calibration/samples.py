@@ -39,9 +39,10 @@ from .texts import (
 )
 
 DOCUMENTS_PER_SAMPLE = 8
-"""Number of documents that are read from a dataset or a stream for every calibration sequence.
+"""Number of documents that are read from a dataset or a stream for every calibration sequence, to draw them from.
 
-More are read only if these are too short.
+More are read only if these are too short together. Of a stream fewer are read if they hold this many sequences for
+every one that is drawn.
 """
 
 LOOKAHEAD = 1000
@@ -59,8 +60,9 @@ def calibration_batches(
     """Make calibration batches from `calibration`, or from `config.calibration` if it is None.
 
     Whatever is given, at most `config.samples` sequences of at most `config.sequence_length` tokens are used. What can
-    be read only once, such as a generator or a streamed dataset, is read no further than they need. Pictures and the
-    like keep the length of the tokens that go along with them.
+    be read only once, such as a generator or a streamed dataset, is read no further than they need: of texts, eight
+    times what is drawn from them, in documents or in tokens, whichever comes first. Pictures, sounds and codes of
+    sounds keep the length of the tokens that go along with them.
 
     Args:
         calibration: "self", a dataset name, a file of texts or rows, or an iterable. Its items are texts, token ids,
@@ -86,16 +88,18 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
     length = sequence_length(model, config)
     if isinstance(given, str) and given == "self":
         return _batches_from_model(model, config, length)
-    most_documents = None
+    most_documents = most_tokens = None
     if isinstance(given, str):
         source = given
         rows = read_rows(given, limit=DOCUMENTS_PER_SAMPLE * config.samples)
     else:
         source = "calibration"
-        if codebooks(model) and (isinstance(given, Tensor) or "input_ids" in given):
+        if codebooks(model) and (isinstance(given, Tensor) or (isinstance(given, Mapping) and "input_ids" in given)):
             given = [given]  # its rows belong together
         rows, is_stream = given_rows(given)
-        most_documents = DOCUMENTS_PER_SAMPLE * config.samples if is_stream else None
+        if is_stream:
+            most_documents = DOCUMENTS_PER_SAMPLE * config.samples
+            most_tokens = most_documents * length
     first, rows = _first_sample(rows, model, source)
     if isinstance(first, str) or (isinstance(first, Mapping) and text_column(first) == "text"):
         _check_reads_tokens(model, source)
@@ -104,6 +108,7 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
             documents_of(rows, source),
             config.samples * length,
             most_documents,
+            most_tokens,
         )
         return batch_rows(_choose_windows(stream, length, config))
     samples = _Samples(model, tokenizer, length, config.samples)

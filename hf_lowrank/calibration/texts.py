@@ -156,7 +156,11 @@ def described(value: Any) -> str:
 
 
 def token_stream(
-    tokenizer: Any, documents: Iterable[Document], enough: int | None = None, most_documents: int | None = None
+    tokenizer: Any,
+    documents: Iterable[Document],
+    enough: int | None = None,
+    most_documents: int | None = None,
+    most_tokens: int | None = None,
 ) -> Tensor:
     """Join documents into one stream of token ids, (T,) int64.
 
@@ -165,9 +169,11 @@ def token_stream(
 
     Args:
         enough: number of tokens. Documents are read to their end, but none after the first `enough` tokens if that
-            is a lot of them already: `most_documents`, or `MOST_TOKENS` tokens.
-        most_documents: see `enough`.
+            is a lot of them already: `most_documents`, or `most_tokens` tokens.
+        most_documents: see `enough`. None for any number.
+        most_tokens: see `enough`. `MOST_TOKENS` by default.
     """
+    most_tokens = MOST_TOKENS if most_tokens is None else most_tokens
     parts = [torch.empty(0, dtype=torch.long)]
     tokens = 0
     for count, document in enumerate(documents, 1):
@@ -176,7 +182,7 @@ def token_stream(
         else:
             parts.append(chat_tokens(tokenizer, document, f"document {count}"))
         tokens += len(parts[-1])
-        has_many = tokens >= MOST_TOKENS or (most_documents is not None and count >= most_documents)
+        has_many = tokens >= most_tokens or (most_documents is not None and count >= most_documents)
         if enough is not None and tokens >= enough and has_many:
             break
     return torch.cat(parts)

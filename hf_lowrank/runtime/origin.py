@@ -48,6 +48,16 @@ def _told(source: Any, arguments: dict[str, Any]) -> dict[str, str]:
     return told
 
 
+def source_of(config: Any) -> str:
+    """Return what transformers was told to load a model from. Empty if it was made, or loaded from a state dict.
+
+    For the folder of an adapter, that is the adapter's base model.
+    """
+    source = str(getattr(config, "_name_or_path", "") or "")
+    # Of `from_pretrained(None, config=..., state_dict=...)`, the config keeps the name of nothing as a text.
+    return "" if source == str(None) and not os.path.isdir(source) else source
+
+
 def file_of_repo(repo: Any, name: str, **options: Any) -> str | None:
     """Return the path of a file of a repo on the Hub in the cache. None if there is none, or none within reach.
 
@@ -84,8 +94,7 @@ class Origin:
     @classmethod
     def of(cls, model: Any) -> "Origin":
         """Return where a model came from."""
-        # Transformers keeps there what it loaded. For the folder of an adapter, that is the adapter's base model.
-        source = str(getattr(model.config, "_name_or_path", "") or "")
+        source = source_of(model.config)
         told: dict[str, str] = model.__dict__.get(REMEMBERED) or _READING.get() or {}
         if told.get("source") != source:
             told = {}

@@ -148,6 +148,17 @@ class CompressedLinear(nn.Linear):
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def restore_bytes(self) -> None:
+        """Make packed bits bytes again that transformers has loaded as floats.
+
+        Its oldest versions 5.x cast all tensors of a module that is to stay in float32 in every model (T5). No float
+        type rounds a byte.
+        """
+        stored = self.spec.tensors(self.out_features, self.in_features)
+        for name, (_, kind) in stored.items():
+            if kind == "uint8" and getattr(self, name).dtype != torch.uint8:
+                setattr(self, name, getattr(self, name).to(torch.uint8))
+
     def reset_parameters(self) -> None:
         """Make the layer a valid random one.
 

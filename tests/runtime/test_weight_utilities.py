@@ -109,3 +109,16 @@ def test_an_average_of_all_tensors_of_two_layers_is_refused(name: str) -> None:
     with pytest.raises(CompressionError, match="packed bits as torch.float32, expected torch.uint8"):
         layer.load_state_dict(average)
     assert all(torch.equal(bits[key], before[key]) for key in bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", EVERY_LAYER)
+def test_bytes_that_were_loaded_as_floats_are_bytes_again(name: str, dtype: torch.dtype) -> None:
+    """The oldest versions of transformers cast all tensors of modules that stay in float32, as T5 has them."""
+    layer, expected = EVERY_LAYER[name](), EVERY_LAYER[name]().state_dict()
+    for key, buffer in layer.named_buffers():
+        setattr(layer, key, buffer.to(dtype))
+    layer.restore_bytes()
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, expected[key].to(tensor.dtype))
+        assert tensor.dtype == expected[key].dtype or not tensor.numel()

@@ -115,7 +115,8 @@ def test_an_average_of_all_tensors_of_two_layers_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY_LAYER)
 def test_bytes_that_were_loaded_as_floats_are_bytes_again(name: str, dtype: torch.dtype) -> None:
     """The oldest versions of transformers cast all tensors of modules that stay in float32, as T5 has them."""
-    layer, expected = EVERY_LAYER[name](), EVERY_LAYER[name]().state_dict()
+    layer = EVERY_LAYER[name]()
+    expected = copy.deepcopy(layer.state_dict())
     for key, buffer in layer.named_buffers():
         setattr(layer, key, buffer.to(dtype))
     layer.restore_bytes()

@@ -169,7 +169,7 @@ def _record_calls(recorder: "_CallRecorder", model: PreTrainedModel) -> list[Blo
     with recorder.recording():
         # The model is run without its head, whose logits nobody reads, unless the head gives inputs other names.
         base = without_head(model)
-        reader = base if recorder.batch.inputs.keys() <= forward_names(base) else model
+        reader = base if recorder.batch.inputs.keys() <= set(forward_names(base)) else model
         _run(reader, recorder.batch, type(model).__name__)
     return [recorder.calls_of(name) for name in recorder.blocks]
 

@@ -21,8 +21,8 @@ OF_A_LOSS = re.compile(
 
 def readable_inputs(model: PreTrainedModel) -> set[str]:
     """Return the names of the inputs that a model reads. A mask by itself is none."""
-    names = forward_names(model)
-    base_names = forward_names(without_head(model))
+    names = set(forward_names(model))
+    base_names = set(forward_names(without_head(model)))
     of_the_head = {name for name in names - base_names if not OF_A_LOSS.search(name)}
     readable = (base_names | of_the_head | {"input_ids"}) - {"attention_mask", "labels"}
     # A decoder reads labels as its inputs, delayed. Other models read them only to compute a loss.

@@ -90,6 +90,19 @@ def test_labels_are_what_the_decoder_reads_delayed(key: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("family", ["Llama", "BERT", "T5", "Whisper", "ViT", "LLaVA"])
+def test_a_subclass_that_hands_all_arguments_on_reads_what_its_base_reads(family: str) -> None:
+    model, batches = FAMILIES[family].make(), FAMILIES[family].batches()
+    expected = captured_inputs(model, batches)
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return super(type(self), self).forward(*args, **kwargs)
+
+    model.__class__ = type("Own", (type(model),), {"forward": forward})
+    found = captured_inputs(model, batches)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
 def test_what_belongs_to_a_loss_is_left_out() -> None:
     model = FAMILIES["BERT"].make()
     rows = ids(3, 9).tolist()

@@ -135,14 +135,8 @@ class Origin:
             return path
         if not self.source:
             return None
-        prefix = f"{self.subfolder}/" if self.subfolder else ""
         try:
-            snapshot = snapshot_download(
-                self.source,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                allow_patterns=[prefix + pattern for pattern in patterns],
-            )
+            snapshot = self._snapshot(patterns)
         except Exception as error:  # of the Hub, of whatever client it has, or of the cache
             logger.warning(
                 "%s: cannot be reached (%s), so tokenizer and processor of the model are not carried over; "
@@ -152,3 +146,20 @@ class Origin:
             )
             return None
         return Path(snapshot, self.subfolder)
+
+    def _snapshot(self, patterns: Sequence[str]) -> str:
+        """Return the folder in the Hub's cache with the files of these patterns, after downloading what is missing."""
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        options: dict[str, Any] = {
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "allow_patterns": [prefix + pattern for pattern in patterns],
+        }
+        try:
+            return snapshot_download(self.source, **options)
+        except Exception as error:
+            # Versions 1.x of huggingface_hub do not look into the cache by themselves if the commit is known.
+            try:
+                return snapshot_download(self.source, local_files_only=True, **options)
+            except Exception:
+                raise error from None

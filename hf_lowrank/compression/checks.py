@@ -11,12 +11,12 @@ from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
 from ..calibration.backward import has_next_token
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
-from ..models.architectures import find_blocks, input_embeddings, main_input
+from ..models.architectures import codebooks, find_blocks, input_embeddings, main_inputs
 from ..models.linears import is_finite
 from ..models.offloading import every_weight
 from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError, NumericalError
+from ..runtime.errors import CompressionError, NumericalError, quoted
 from ..runtime.quantizer import CompressionQuantizer
 from ..runtime.reopening import check_reopens
 from .session import Session
@@ -72,14 +72,16 @@ def check_reads_text(model: PreTrainedModel, source: Any) -> None:
     Args:
         source: what to calibrate on.
     """
-    needed = main_input(model)
-    if not isinstance(source, str) or needed in TEXT_INPUTS:
+    needed = main_inputs(model)
+    reads_codes = codebooks(model) > 0
+    if not isinstance(source, str) or (not reads_codes and not {*TEXT_INPUTS}.isdisjoint(needed)):
         return
-    inputs = f"'{needed}': ..."
+    what = "codes of sounds" if reads_codes else " or ".join(needed)
+    inputs = f"'{needed[-1]}': ..."
     if model.config.is_encoder_decoder:
         inputs += ", 'decoder_input_ids': ..."
     raise CompressionError(
-        f"calibration: {type(model).__name__} takes {needed}, which {source!r} does not give; "
+        f"calibration: {type(model).__name__} takes {what}, which {quoted(source)} does not give; "
         f"give batches of tensors, calibration=[{{{inputs}}}, ...]"
     )
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted, shortened
 from .files import atomic_file, system_message, write_atomically
 from .locking import locked
 
@@ -183,7 +183,7 @@ class WorkFolder:
 
     def _unwritable(self, error: Exception) -> CompressionError:
         return CompressionError(
-            f"{self.path}: cannot be written ({system_message(error)}); "
+            f"{shortened(self.path)}: cannot be written ({system_message(error)}); "
             "finished parts stay, repeat the command to go on"
         )
 
@@ -212,7 +212,7 @@ def difference(
             path = f"{name}.{key}" if name else key
             if isinstance(old, dict) and isinstance(new, dict):
                 return difference(old, new, path, words)
-            return f"{path} ({words[0]} {old!r}, {words[1]} {new!r})"
+            return f"{path} ({words[0]} {quoted(old)}, {words[1]} {quoted(new)})"
     return "identity"
 
 

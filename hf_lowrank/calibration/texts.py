@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..execution.files import one_line
-from ..runtime.errors import CompressionError, listed, printable, shortened
+from ..runtime.errors import CompressionError, listed, path_in_message, printable
 from .files import TEXT_COLUMNS, read_file
 
 DATASETS: dict[str, dict[str, Any]] = {
@@ -57,8 +57,8 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     if os.path.isdir(source):
         raise CompressionError(f"{source}: is a folder; name one file")
     raise CompressionError(
-        f"{shortened(source)}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path "
-        "(from Python, texts themselves are given as a list)"
+        f"{path_in_message(source)}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the "
+        "path (from Python, texts themselves are given as a list)"
     )
 
 

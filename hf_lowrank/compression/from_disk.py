@@ -19,7 +19,7 @@ from ..execution.work_folder import WorkFolder
 from ..models.loading import load_config, load_model, skeleton
 from ..models.offloading import return_memory, shard_size
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError, shortened
+from ..runtime.errors import CompressionError, path_in_message
 from ..runtime.saving import CompleteSave
 from .checks import check_reads_text, whole_model_reason
 from .loss import WholeModelNeeded
@@ -96,7 +96,7 @@ def _make_folders(stack: ExitStack, output: Path, work_dir: Path | None, group: 
         offload_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompressionError(
-            f"{shortened(work or output)}: cannot be written ({system_message(error)}); name another folder"
+            f"{path_in_message(work or output)}: cannot be written ({system_message(error)}); name another folder"
         ) from error
     return work, offload_folder
 

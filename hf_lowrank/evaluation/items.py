@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.files import UNREADABLE, open_text
-from ..runtime.errors import CompressionError, quoted, shortened
+from ..runtime.errors import CompressionError, path_in_message, quoted
 
 Item = dict[str, Any]
 
@@ -36,7 +36,7 @@ def read_items(file: Path) -> tuple[Form, list[Item]]:
             what was found and what was expected.
     """
     if not file.is_file():
-        raise CompressionError(f"{shortened(file)}: no such file of items; check the path")
+        raise CompressionError(f"{path_in_message(file)}: no such file of items; check the path")
     form: Form | None = None
     items = []
     try:

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..execution.files import one_line
-from ..runtime.errors import CompressionError, quoted, shortened
+from ..runtime.errors import CompressionError, path_in_message, quoted
 from ..runtime.privacy import public_names
 from .items import Form, Item, read_items
 
@@ -146,7 +146,7 @@ class _Harness:
                 _check_known(name, manager.all_tasks)
         for task in self.others:
             if task not in names and not Path(task).is_file():
-                raise CompressionError(f"{shortened(task)}: no such task file; check the path")
+                raise CompressionError(f"{path_in_message(task)}: no such task file; check the path")
         return manager
 
     def evaluate(self, model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runtime.errors import CompressionError, quoted, shortened
+from ..runtime.errors import CompressionError, path_in_message, quoted
 from .files import atomic_file, system_message, write_atomically
 from .locking import locked
 
@@ -183,7 +183,7 @@ class WorkFolder:
 
     def _unwritable(self, error: Exception) -> CompressionError:
         return CompressionError(
-            f"{shortened(self.path)}: cannot be written ({system_message(error)}); "
+            f"{path_in_message(self.path)}: cannot be written ({system_message(error)}); "
             "finished parts stay, repeat the command to go on"
         )
 

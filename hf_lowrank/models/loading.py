@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..execution.files import one_line
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig
-from ..runtime.errors import CheckpointError, CompressionError, quoted, shortened
+from ..runtime.errors import CheckpointError, CompressionError, path_in_message, quoted
 from ..runtime.safetensors_headers import read_json
 from ..runtime.skeletons import class_of_name
 from ..runtime.validation import resolve_experts
@@ -52,7 +52,7 @@ def load_config(source: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = None if os.path.exists(source) else _not_on_hub(error)
         if reason is not None:
-            raise CompressionError(f"{shortened(source)}: no such folder here, and {reason}") from error
+            raise CompressionError(f"{path_in_message(source)}: no such folder here, and {reason}") from error
         raise CompressionError(f"{source}: cannot be opened as a model ({one_line(error)})") from error
 
 
@@ -78,14 +78,14 @@ def _check_hub_name(source: str) -> None:
     """
     if not _is_hub_name(source):
         raise CompressionError(
-            f"{shortened(source)}: no such folder, and no name on the Hub (owner/model); check the path"
+            f"{path_in_message(source)}: no such folder, and no name on the Hub (owner/model); check the path"
         )
     # `owner/model` may be a path, too. It is one if there is a folder `owner`, unless the model was downloaded before.
     parent = source.partition("/")[0]
     is_cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
     if Path(parent).is_dir() and not is_cached:
         raise CompressionError(
-            f"{shortened(source)}: no such folder, though {parent} is one; check the path "
+            f"{path_in_message(source)}: no such folder, though {parent} is one; check the path "
             f"(to download a model of that name from the Hub, start from a folder without {parent})"
         )
 
@@ -162,8 +162,8 @@ def load_tokenizer(source: str) -> Any:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:  # a TypeError: a file that it needs is missing
         raise CompressionError(
-            f"{shortened(source)}: has no tokenizer that can be opened ({one_line(error)}); add tokenizer.json to "
-            "the folder"
+            f"{path_in_message(source)}: has no tokenizer that can be opened ({one_line(error)}); add tokenizer.json "
+            "to the folder"
         ) from error
 
 

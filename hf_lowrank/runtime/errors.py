@@ -10,6 +10,9 @@ logger = logging.getLogger(__name__)
 """Warnings of the runtime, of one line, too."""
 LONGEST_MESSAGE = 1000
 """Maximum number of characters of a message. A longer one, as a hostile checkpoint may cause, is cut in its middle."""
+LONGEST_PATH = 500
+"""Number of characters up to which a path stands in a message as a whole."""
+
 LONGEST_QUOTE = 60
 """Maximum number of characters of what a message quotes of a user's text, rows or options."""
 MOST_LISTED = 8
@@ -55,6 +58,12 @@ def shortened(text: object, limit: int = LONGEST_QUOTE) -> str:
         return text
     half = limit // 2
     return f"{text[:half]} … {text[-half:]}"
+
+
+def path_in_message(path: object) -> str:
+    """Return a path as a whole. What is longer than a path on a disk can be was a text, and is shortened."""
+    text = str(path)
+    return text if len(text) <= LONGEST_PATH else shortened(text)
 
 
 def quoted(value: object) -> str:

@@ -1,5 +1,6 @@
 """Messages quote no more than the beginning and the end of what a user gave."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,6 @@ REFUSALS: dict[str, Callable[[str], Any]] = {
     "a pattern": lambda text: compressed(modules_to_not_convert=[text]),
     "a model": load_model,
     "a dtype": lambda text: load_model(".", dtype=text),
-    "a folder to inspect": lambda text: inspect(Path(text[:200])),
-    "a folder to verify": lambda text: verify(Path(text[:200])),
     "a work folder": lambda text: compressed(calibration=torch.ones(4, 20).long(), work_dir=text),
 }
 
@@ -75,6 +74,13 @@ def test_a_refusal_quotes_little(case: str, text: str) -> None:
     message = str(raised.value)
     assert message.count(WORD) * len(WORD) <= LONGEST_QUOTE * (MOST_LISTED if case == "many fields" else 1)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("read", [inspect, verify])
+def test_a_path_stands_in_a_message_as_a_whole(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    folder = tmp_path / ("a-long-name-" * 12) / "model"
+    with pytest.raises(CompressionError, match=re.escape(str(folder))):
+        read(folder)
 
 
 @given(st.text(max_size=300))

@@ -122,7 +122,7 @@ def _register_quantizer() -> None:
 
 
 def _compress_on_load(model: Any, config: "CompressionConfig") -> None:
-    _import(".compression.pipeline").compress_on_load(model, config)
+    _import(".compression.pipeline").compress(model, config)
 
 
 # The runtime imports nothing outside itself, because it travels in checkpoints. The package adds what it lacks there.

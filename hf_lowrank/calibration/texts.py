@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..execution.files import one_line
-from ..runtime.errors import CompressionError, printable
+from ..models.reference import calibration_text
+from ..runtime.errors import CompressionError, listed, path_in_message, printable
 from .files import TEXT_COLUMNS, read_file
 
 DATASETS: dict[str, dict[str, Any]] = {
@@ -27,6 +28,9 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 """Arguments of `datasets.load_dataset` by dataset, under the names that papers use."""
 
+BUNDLED = "bundled"
+"""Name of the text that is installed with the package. Models are calibrated on it by default."""
+
 MOST_TOKENS = 2**24
 """Number of tokens beyond which no more of a text is read to draw windows from it, if it is enough for these."""
 
@@ -39,7 +43,7 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     """Return the documents of a text file or a dataset, or the rows of a file of rows.
 
     Args:
-        source: path of a file, or name of a dataset (`DATASETS`).
+        source: path of a file, name of a dataset (`DATASETS`), or `BUNDLED`.
         split: "train", "validation" or "test". It is used for datasets only.
         limit: maximum number of documents from a dataset that is streamed.
 
@@ -50,6 +54,8 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     if not isinstance(source, (str, os.PathLike)):
         raise CompressionError(f"text: found {described(source)}, expected the name of a file or of a dataset")
     source = os.fspath(source)
+    if source == BUNDLED:
+        return read_file(Path(calibration_text()))
     if source in DATASETS:
         return _dataset_documents(source, split, limit)
     if os.path.isfile(source):
@@ -57,8 +63,8 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     if os.path.isdir(source):
         raise CompressionError(f"{source}: is a folder; name one file")
     raise CompressionError(
-        f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path "
-        "(from Python, texts themselves are given as a list)"
+        f"{path_in_message(source)}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the "
+        "path (from Python, texts themselves are given as a list)"
     )
 
 
@@ -105,7 +111,7 @@ def documents_of(rows: Iterable[Any], source: str) -> Iterator[Document]:
             yield document
     if columns is not None:
         raise CompressionError(
-            f"{source}: has the columns {', '.join(columns)}, expected one that is called text or messages"
+            f"{source}: has the columns {listed(columns)}, expected one that is called text or messages"
         )
 
 
@@ -156,7 +162,11 @@ def described(value: Any) -> str:
 
 
 def token_stream(
-    tokenizer: Any, documents: Iterable[Document], enough: int | None = None, most_documents: int | None = None
+    tokenizer: Any,
+    documents: Iterable[Document],
+    enough: int | None = None,
+    most_documents: int | None = None,
+    most_tokens: int | None = None,
 ) -> Tensor:
     """Join documents into one stream of token ids, (T,) int64.
 
@@ -165,9 +175,11 @@ def token_stream(
 
     Args:
         enough: number of tokens. Documents are read to their end, but none after the first `enough` tokens if that
-            is a lot of them already: `most_documents`, or `MOST_TOKENS` tokens.
-        most_documents: see `enough`.
+            is a lot of them already: `most_documents`, or `most_tokens` tokens.
+        most_documents: see `enough`. None for any number.
+        most_tokens: see `enough`. `MOST_TOKENS` by default.
     """
+    most_tokens = MOST_TOKENS if most_tokens is None else most_tokens
     parts = [torch.empty(0, dtype=torch.long)]
     tokens = 0
     for count, document in enumerate(documents, 1):
@@ -176,7 +188,7 @@ def token_stream(
         else:
             parts.append(chat_tokens(tokenizer, document, f"document {count}"))
         tokens += len(parts[-1])
-        has_many = tokens >= MOST_TOKENS or (most_documents is not None and count >= most_documents)
+        has_many = tokens >= most_tokens or (most_documents is not None and count >= most_documents)
         if enough is not None and tokens >= enough and has_many:
             break
     return torch.cat(parts)
@@ -205,7 +217,7 @@ def chat_tokens(tokenizer: Any, chat: Chat, where: str) -> Tensor:
     for message in chat:
         if not isinstance(message.get("role"), str):
             raise CompressionError(
-                f"{where}: found a message with the fields {', '.join(map(str, message))}; expected role and content"
+                f"{where}: found a message with the fields {listed(message)}; expected role and content"
             )
     try:
         encoded = tokenizer.apply_chat_template(list(chat), tokenize=True, return_dict=True)

@@ -46,7 +46,7 @@ def compress(
     bits: Annotated[float | None, typer.Option(help=RECIPE_HELP["bits"])] = None,
     size: Annotated[str | None, typer.Option(help=RECIPE_HELP["size"])] = None,
     embeddings: Annotated[str | None, typer.Option(help=RECIPE_HELP["embeddings"])] = None,
-    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
+    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "bundled",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
     seed: Annotated[int, typer.Option(help=RECIPE_HELP["seed"])] = 0,
@@ -65,6 +65,7 @@ def compress(
     ] = False,
 ) -> None:
     """Compress a model and write a complete checkpoint."""
+    from ..compression.calibration_source import SAMPLES_INSTEAD
     from ..compression.dry_run import describe
     from ..compression.from_disk import compress_checkpoint
     from ..execution.output_folder import check_free
@@ -95,11 +96,14 @@ def compress(
             f"{model}: is compressed already; "
             "compress the dense model it came from, or what `hf-lowrank dense` makes of it"
         )
+    # Text needs a tokenizer. Sequences that the model samples from itself do not.
+    tokenizer = tokenizer_or_none(model) if calibration in ("bundled", "self") else load_tokenizer(model)
+    if tokenizer is None and calibration == "bundled":
+        typer.echo(f"warning: {SAMPLES_INSTEAD}", err=True)
+        config = dataclasses.replace(config, calibration="self")
     if dry_run:
         typer.echo(describe(model, config, device, dtype))
         return
-    # Text needs a tokenizer. Sequences that the model samples from itself do not.
-    tokenizer = load_tokenizer(model) if calibration != "self" else tokenizer_or_none(model)
     with torchrun_group():
         compress_checkpoint(
             model,

@@ -225,7 +225,7 @@ def compare(
     sizes: Annotated[
         list[str] | None, typer.Option(help="one or more sizes of the weight files, such as 80MB")
     ] = None,
-    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "self",
+    calibration: Annotated[str, typer.Option(help=RECIPE_HELP["calibration"])] = "bundled",
     samples: Annotated[int, typer.Option(help=RECIPE_HELP["samples"])] = 128,
     sequence_length: Annotated[int | None, typer.Option(help=RECIPE_HELP["sequence_length"])] = None,
     seed: Annotated[int, typer.Option(help=RECIPE_HELP["seed"])] = 0,

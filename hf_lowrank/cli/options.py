@@ -15,9 +15,11 @@ RECIPE_HELP = {
     "size": "in place of the ratio: bytes of the weight files, embeddings and all, also as '80MB' or '1.5GiB'",
     "embeddings": "bits of a value of embeddings and head, 2 to 8, or true (8), or false (not compressed); default: "
     "what a size needs, else not compressed",
-    "calibration": "calibration text: 'self' (sampled from the model), a dataset (wikitext2, c4), or a file of texts",
+    "calibration": "calibration text: 'bundled' (installed with the package), 'self' (sampled from the model), a "
+    "dataset (wikitext2, c4), or a file of texts",
     "samples": "number of calibration sequences",
-    "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048",
+    "sequence_length": "tokens per calibration sequence; default: the model's context, at most 2048, or 512 of the "
+    "bundled text and 256 of a sampled one",
     "seed": "seed of everything random: same seed, same bytes (exceptions: docs/promises.md)",
     "refinement_steps": "training steps per block, after compression, towards the dense block's output; 0: none",
     "accounting": "'bits' counts everything stored; 'paper' leaves bitmask bits out",

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..calibration import (
     ActivationCache,
@@ -30,13 +31,14 @@ from ..models.caller_state import evaluation_mode, replace_inference_tensors
 from ..models.offloading import is_offloaded, return_memory
 from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
-from ..runtime.origin import Origin
 from ..runtime.quantizer import fuse_experts
+from .calibration_source import resolve_calibration
 from .checks import (
     check_block_by_block,
     check_continuous,
     check_finite,
     check_given,
+    check_one_block_at_a_time,
     check_predicts_next_token,
     check_reads_text,
     check_same_everywhere,
@@ -58,6 +60,7 @@ def compress(
     calibration: Any = None,
     *,
     work_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Compress the linear layers of a model's blocks, in place.
@@ -68,14 +71,18 @@ def compress(
     Args:
         model: any dense transformers model with a list of blocks of `nn.Linear` or `Conv1D` layers.
         config: the recipe. By default SLaB at half of the stored bits.
-        tokenizer: needed to calibrate on text. It is saved with the compressed model.
-        calibration: what to calibrate on instead of `config.calibration`: "self", a dataset name, a file of texts
+        tokenizer: reads the text to calibrate on, and is saved with the compressed model. By default the text is read
+            with the one that lies beside the model.
+        calibration: what to calibrate on instead of `config.calibration`: "bundled" (the text that is installed with
+            the package), "self" (text sampled from the model), a dataset name, a file of texts
             (plain, or rows with a column `text` or `messages`: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`,
             `.arrow`, packed or not), or an iterable of texts, token ids, chats, rows of a dataset, or batches. At most
             `config.samples` sequences of `config.sequence_length` tokens of it are used, and a stream is read only as
             far as they need.
         work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to
             the same bytes. Delete it, or use it for another run, once the model is saved.
+        device: where to compute, if not where the model is. One block at a time goes to this device and comes back.
+            The rest of the model stays.
         progress: whether to show a bar on a terminal, or else log a line per block at level INFO.
 
     Returns:
@@ -89,14 +96,20 @@ def compress(
     """
     config = config or CompressionConfig()
     check_given(model, config, tokenizer)
+    if calibration is None:
+        calibration = config.calibration
     if isinstance(calibration, os.PathLike):
         calibration = os.fspath(calibration)
     method = make_method(config.method, config.options)
     strategy_of(method)  # which refuses a method that it cannot use
-    check_reads_text(model, config.calibration if calibration is None else calibration)
+    check_reads_text(model, calibration)
+    calibration, reader = resolve_calibration(model, calibration, tokenizer)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
-    group = current_process_group(model.device)
+    place = torch.device(device) if device is not None else model.device
+    if place != model.device:
+        check_one_block_at_a_time(model, config, place)
+    group = current_process_group(place)
     with ExitStack() as stack:
         stack.enter_context(own_modes())
         replace_inference_tensors(model)
@@ -104,8 +117,8 @@ def compress(
         work = stack.enter_context(group.work_folder(work_dir)) if work_dir is not None else None
         stack.enter_context(evaluation_mode(model))
         try:
-            session = open_session(model, config, method, show, group)
-            calibrate(session, tokenizer, calibration)
+            session = open_session(model, config, method, show, group, place)
+            calibrate(session, reader, calibration)
             use_work_folder(session, work)
             compress_blocks(session)
         except BaseException:
@@ -119,7 +132,7 @@ def compress(
             work.finish()
         if session.offloaded is not None:
             session.offloaded.release()
-        finish(session, config.calibration if calibration is None else calibration, tokenizer)
+        finish(session, calibration, tokenizer)
     return model
 
 
@@ -141,8 +154,7 @@ def _token_batches(session: Session, tokenizer: Any, calibration: Any) -> list[T
 
     # Only the main process downloads a named text, or samples one from the model. The others have the rows that they
     # were given.
-    is_named = calibration is None or isinstance(calibration, str)
-    return session.group.broadcast(read) if is_named else read()
+    return session.group.broadcast(read) if isinstance(calibration, str) else read()
 
 
 def _ordinary(batch: TokenBatch) -> TokenBatch:
@@ -170,7 +182,10 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
         return
     work.claim(identity)
     session.work = work
-    session.waiting = ActivationCache(work.path, owner=session.group.rank)
+    is_elsewhere = session.device != session.model.device
+    session.waiting = ActivationCache(
+        work.path, owner=session.group.rank, device=session.device if is_elsewhere else None
+    )
     if session.offloaded is not None:
         # Activations of a model that does not fit into memory wait in files, on the machine of each process.
         work.path.mkdir(parents=True, exist_ok=True)
@@ -193,36 +208,8 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
     session.show("capturing block inputs", 0, len(plan.compressed))
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
     with record_calls(layers) as called:
-        own = session.group.split(split_into_passes(session.tokens, model.device))
+        own = session.group.split(split_into_passes(session.tokens))
         batches = capture(model, plan.blocks, own, session.cache, plan.dense_blocks)
     check_continuous(session, batches)
     session.leave_uncalled_dense(set().union(*session.group.gather(called)))
     return batches
-
-
-def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:
-    """Compress a model that `from_pretrained(dense, quantization_config=config)` has just loaded.
-
-    Text named in `config.calibration` needs the tokenizer beside the model. Without one the model calibrates on
-    itself.
-    """
-    if config.calibration == "self":
-        logger.warning(
-            "compressing on load: calibrating on text sampled from the model itself; "
-            "name a text in calibration= to use that"
-        )
-        compress(model, config)
-        return
-    tokenizer = None
-    try:
-        origin = Origin.of(model)
-        tokenizer = AutoTokenizer.from_pretrained(
-            origin.source, subfolder=origin.subfolder, revision=origin.revision, cache_dir=origin.cache_dir
-        )
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "compressing on load: no tokenizer beside the model (%s); "
-            "calibrating on text sampled from the model itself",
-            error,
-        )
-    compress(model, config, tokenizer, calibration=None if tokenizer else "self")

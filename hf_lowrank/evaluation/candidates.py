@@ -7,7 +7,7 @@ from typing import Any
 
 from ..methods import make_method
 from ..runtime.configuration import CompressionConfig, size_in_bytes
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 
 REFINEMENT = "refinement_steps"
 """Setting of the compression, not of a method, that `--methods` accepts beside the options of the method."""
@@ -58,7 +58,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     Raises:
         CompressionError: if the text has neither form, or the method does not know the option or the value.
     """
-    malformed = CompressionError(f"--methods: found {text!r}, expected name or name[option=value,...]")
+    malformed = CompressionError(f"--methods: found {quoted(text)}, expected name or name[option=value,...]")
     match = re.fullmatch(r"([\w-]+)(?:\[([^\[\]]+)\])?", text)
     if match is None:
         raise malformed
@@ -73,7 +73,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     # The number is checked here, because the method below does not know this option.
     steps = options.get(REFINEMENT, "0")
     if not steps.isdecimal():
-        raise CompressionError(f"--methods: {REFINEMENT}: found {steps!r}, expected a whole number")
+        raise CompressionError(f"--methods: {REFINEMENT}: found {quoted(steps)}, expected a whole number")
     make_method(name, {option: value for option, value in options.items() if option != REFINEMENT})
     return name, options
 

@@ -50,7 +50,7 @@ class Comparison:
 
     model: str
     texts: list[str]
-    calibration: str = "self"
+    calibration: str = "bundled"
     samples: int = 128
     sequence_length: int | None = None
     seed: int = 0
@@ -222,19 +222,19 @@ def _measure_candidate(
         record |= _compress_and_measure(comparison, candidate, checkpoint, training_folder(out, candidate, inputs))
         if keep:
             _move(checkpoint, out / "checkpoints" / candidate.file_name)
+        is_final = True
     except ProcessError as error:
         paths = [comparison.model, comparison.calibration, *comparison.texts, str(out)]
         record["failed"] = public_text(str(error), paths)
         # A process that gave a reason would give it again. One that crashed or was killed may succeed in the next run.
-        if error.explained:
-            write_json(file, record)
-    else:
+        is_final = error.explained
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    if is_final:
         write_json(file, record)
         # Trainings of this candidate with other inputs are obsolete too, hence the pattern in place of one folder.
         for folder in out.glob(f"training/{glob.escape(candidate.file_name)}@*"):
             shutil.rmtree(folder)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return record
 
 

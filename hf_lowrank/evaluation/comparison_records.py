@@ -7,10 +7,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..calibration.texts import DATASETS, read_rows
+from ..calibration.texts import BUNDLED, DATASETS, read_rows
 from ..execution.files import one_line, write_atomically
+from ..models.reference import calibration_text
 from ..runtime.checksums import file_checksum
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """Patterns of the files that decide what a model computes: configuration, weights and tokenizer."""
@@ -88,7 +89,7 @@ def _model_folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=MODEL_FILES))
     except (OSError, ValueError) as error:
         raise CompressionError(
-            f"{source}: no such folder, and it cannot be downloaded from the Hub ({one_line(error)})"
+            f"{path_in_message(source)}: no such folder, and it cannot be downloaded from the Hub ({one_line(error)})"
         ) from error
 
 
@@ -102,4 +103,4 @@ def text_sha256(source: str) -> str | None:
         return None
     for _ in read_rows(source):  # raises if the file cannot be read
         pass
-    return file_checksum(source)
+    return file_checksum(calibration_text() if source == BUNDLED else source)

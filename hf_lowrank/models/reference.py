@@ -1,4 +1,4 @@
-"""The model and the text that are installed with the package, so that every example runs anywhere and offline."""
+"""The model and the texts that are installed with the package, so that every example runs anywhere and offline."""
 
 from importlib.resources import files
 
@@ -11,3 +11,8 @@ def reference_model() -> str:
 def reference_text() -> str:
     """Return the path of the bundled text, which the reference model was not trained on."""
     return str(files("hf_lowrank") / "data" / "demo.txt")
+
+
+def calibration_text() -> str:
+    """Return the path of the bundled text that models are calibrated on by default."""
+    return str(files("hf_lowrank") / "data" / "calibration.jsonl.gz")

@@ -86,6 +86,8 @@ def calibration_source(text: str) -> str:
     """Return where the calibration text came from, as it is shown."""
     if text == "self":
         return "text sampled from the model itself"
+    if text == "bundled":
+        return "the text that is installed with hf_lowrank (public domain and CC0)"
     return public_name(text)
 
 

@@ -154,6 +154,8 @@ class CompressionQuantizer(HfQuantizer):
         if model.tp_size is not None and not hasattr(model.config, "distributed_config"):
             raise CompressionError(NOT_SPLIT)
         for name, module in model.named_modules():
+            if isinstance(module, CompressedLinear):
+                module.restore_bytes()
             if isinstance(module, (CompressedLinear, CompressedEmbedding)):
                 tensors = dict(module.named_parameters()) | dict(module.named_buffers())
                 check_contents(name, module.spec, *compressed_shape(module), tensors)

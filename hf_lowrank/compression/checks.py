@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
 from ..calibration.backward import has_next_token
+from ..execution.files import one_line
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
 from ..models.architectures import codebooks, find_blocks, input_embeddings, main_inputs
@@ -105,6 +106,21 @@ def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, calibr
     if len(lists_of_blocks) > 1:
         return f"{type(dense).__name__} has more than one list of blocks"
     return None
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device of torch.
+
+    Raises:
+        CompressionError: if torch knows no such device, or has none on this machine.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises these for different devices
+        raise CompressionError(
+            f"device: {quoted(str(device))} cannot be used on this machine ({one_line(error, limit=120)})"
+        ) from error
+    return torch.device(device)
 
 
 def check_one_block_at_a_time(model: PreTrainedModel, config: CompressionConfig, device: torch.device) -> None:

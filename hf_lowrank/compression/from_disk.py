@@ -21,7 +21,7 @@ from ..models.offloading import return_memory, shard_size
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, path_in_message
 from ..runtime.saving import CompleteSave
-from .checks import check_reads_text, whole_model_reason
+from .checks import check_reads_text, usable_device, whole_model_reason
 from .loss import WholeModelNeeded
 from .pipeline import compress
 
@@ -55,6 +55,7 @@ def compress_checkpoint(
     """
     group = current_process_group()
     group.broadcast(lambda: check_free(output, overwrite))
+    usable_device(device)
     dense = skeleton(load_config(source))
     check_reads_text(dense, config.calibration)
     reason = whole_model_reason(config, dense)

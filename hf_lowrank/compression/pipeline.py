@@ -42,6 +42,7 @@ from .checks import (
     check_predicts_next_token,
     check_reads_text,
     check_same_everywhere,
+    usable_device,
 )
 from .embeddings import compress_embeddings
 from .finishing import finish
@@ -106,7 +107,7 @@ def compress(
     calibration, reader = resolve_calibration(model, calibration, tokenizer)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
-    place = torch.device(device) if device is not None else model.device
+    place = usable_device(device) if device is not None else model.device
     if place != model.device:
         check_one_block_at_a_time(model, config, place)
     group = current_process_group(place)

@@ -118,7 +118,7 @@ def test_tokenized_dataset_rows_are_batches() -> None:
 
 
 def test_self_needs_nothing_but_the_model() -> None:
-    rows = rows_of(calibration_batches(MODEL, config()))
+    rows = rows_of(calibration_batches(MODEL, config(), calibration="self"))
     assert [len(row) for row in rows] == [32] * 8
     assert all(row[0] == 1 for row in rows)
 
@@ -157,8 +157,9 @@ def test_sequences_longer_than_the_context_are_an_error() -> None:
         CompressionError,
         match=f"sequence_length: found 65, but LlamaForCausalLM has a context of {tiny_models.CONTEXT}",
     ):
-        calibration_batches(MODEL, config(length=65))
-    assert calibration_batches(MODEL, config(samples=1, length=None))[0].input_ids.shape == (1, tiny_models.CONTEXT)
+        calibration_batches(MODEL, config(length=65), calibration="self")
+    only = calibration_batches(MODEL, config(samples=1, length=None), calibration="self")
+    assert only[0].input_ids.shape == (1, tiny_models.CONTEXT)
 
 
 def test_the_fingerprint_tells_calibration_sets_apart() -> None:

@@ -24,7 +24,7 @@ MISTAKES = {
     ),
     "no value": ("--set: found 'iterations', expected key=value", ["--set", "iterations"]),
     "unknown dtype": ("dtype: found 'int8', expected one of auto, float32, bfloat16, float16", ["--dtype", "int8"]),
-    "unknown device": ("cannot be loaded", ["--device", "abacus"]),
+    "unknown device": ("device: 'abacus' cannot be used on this machine", ["--device", "abacus"]),
     "no samples": ("samples: found 0", ["--samples", "0"]),
     "beyond the context": ("sequence_length: found 65", ["--sequence-length", "65"]),
     "missing text": ("no/such/text.txt: no such text file", ["--calibration", "no/such/text.txt"]),

@@ -85,7 +85,9 @@ class CompressedCheckpoint(QuantizationConfig):
         """
         compression = CompressionConfig.from_dict(config)
         for name in compression.experts:
-            raise CompressionError(f"{name}: vLLM fuses the experts of a mixture and takes no compressed ones; {DENSE}")
+            raise CompressionError(
+                f"{name}: vLLM fuses the experts of a mixture and takes no compressed ones; {DENSE}"
+            )
         return cls(compression.layers)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:

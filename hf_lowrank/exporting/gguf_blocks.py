@@ -15,6 +15,7 @@ Steps are bfloat16 as a rule, and float16 holds them unless they are below 2⁻�
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -22,7 +23,7 @@ from gguf import GGMLQuantizationType
 from .integers import Integers
 
 BLOCK = 32
-Array = np.ndarray
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _largest_error(stored: Array, wanted: Array, steps: Array) -> float:
 def _packed(codes: Array, bits: int, scales: Array, offsets: Array | None) -> Array:
     """Return blocks as bytes (m, ·): scale, offset, fifth bits, and then nibbles or whole bytes."""
     rows = len(codes)
-    parts = [scales[..., None].view(np.uint8)]
+    parts: list[Array] = [scales[..., None].view(np.uint8)]
     if offsets is not None:
         parts.append(offsets[..., None].view(np.uint8))
     if bits == 8:

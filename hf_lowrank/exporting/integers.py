@@ -43,7 +43,7 @@ def integers_of(layer: CompressedLinear) -> Integers | None:
         return None
     columns = layer.in_features
     codes = unpack_codes(layer.weight, spec.weight_bits, columns).short()
-    scale = layer.weight_scale.detach()
+    scale = layer.get_parameter("weight_scale").detach()
     steps = scale / 2
     if not torch.equal(steps * 2, scale):
         return None

@@ -1,1 +1,1 @@
-"""vLLM's real engine on a CPU, by `make serving`. Nothing is collected here where vLLM is not installed."""
+"""Engines themselves, vLLM on a CPU among them, by `make serving`. Nothing is collected where vLLM is missing."""

@@ -25,10 +25,8 @@ Continuation = tuple[list[int], list[float]]
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[LLM]:
     """Start vLLM's engine in this process, and end it."""
-    options = {"enforce_eager": True, **options}
-    llm = LLM(
-        str(folder), dtype="float32", max_model_len=CONTEXT, seed=0, distributed_executor_backend="uni", **options
-    )
+    options = {"dtype": "float32", "enforce_eager": True, **options}
+    llm = LLM(str(folder), max_model_len=CONTEXT, seed=0, distributed_executor_backend="uni", **options)
     try:
         yield llm
     finally:

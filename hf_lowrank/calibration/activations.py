@@ -1,10 +1,11 @@
-"""A cache for the activations between two blocks.
+"""A cache for the activations between two blocks, and for what else waits until it is used again.
 
 It keeps them in memory up to a limit. Those beyond the limit are in files, which are mapped when they are used.
 """
 
 import itertools
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -20,25 +21,34 @@ class ActivationCache:
         folder: the folder for the tensors that do not fit into memory. None keeps all of them in memory.
         limit: maximum number of bytes in memory, `ACTIVATIONS_IN_MEMORY` by default. Without a folder it is ignored.
         owner: rank of this process. It keeps file names apart where processes share the folder.
+        temporary: whether the cache makes a temporary folder of its own once its tensors do not fit into memory.
 
     Attributes:
         bytes_in_memory: bytes of the tensors that are in memory now.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int | None = None, owner: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None = None, limit: int | None = None, owner: int = 0, temporary: bool = False
+    ) -> None:
         self.folder = folder
+        self.temporary = temporary
         # The default is looked up at every call, so that the module's constant can be changed at run time.
         self.limit = ACTIVATIONS_IN_MEMORY if limit is None else limit
         self.owner = owner
         self.bytes_in_memory = 0
         self._file_numbers = itertools.count()
+        self._temporary_folder: TemporaryDirectory[str] | None = None  # removed together with the cache
 
     def put(self, tensor: Tensor) -> "CachedTensor":
         """Store a tensor and return the handle by which it is read."""
         size = tensor.numel() * tensor.itemsize
-        if self.folder is None or self.bytes_in_memory + size <= self.limit:
+        has_folder = self.folder is not None or self.temporary
+        if not has_folder or self.bytes_in_memory + size <= self.limit:
             self.bytes_in_memory += size
             return CachedTensor(self, size, tensor)
+        if self.folder is None:
+            self._temporary_folder = TemporaryDirectory(prefix="hf-lowrank-")
+            self.folder = Path(self._temporary_folder.name)
         file = self.folder / f"activations-{self.owner}-{next(self._file_numbers)}.bin"
         # NumPy has no bfloat16: the file holds the bytes of any dtype.
         file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -14,14 +14,11 @@ from ..models.architectures import without_head
 from ..runtime.errors import CompressionError
 from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch
-from .blocks import BlockBatch, BlockCall, first_start, hidden_states
+from .blocks import BlockBatch, BlockCall, ExtraOutputs, first_start, hidden_states
 from .hooks import replaced_forwards, temporary_hooks
 
 PROBE_TOKENS = 8
 """Number of tokens of the sequence with which it is found out what the arguments of blocks depend on."""
-
-ExtraOutputs = dict[str, tuple[Any, ...] | None]
-"""Values that blocks return beside their hidden states, by name. None for a block that returns hidden states alone."""
 
 
 @torch.no_grad()
@@ -53,10 +50,13 @@ def capture(
     extra_outputs = _extra_outputs(model, blocks, batches, needed)
     skipping: AbstractContextManager[None] = nullcontext()
     if extra_outputs is not None:
-        skipping = _skipping(blocks, extra_outputs)
+        skipping = skipping_blocks(blocks, extra_outputs)
     # Only the arguments are captured here, the blocks are computed later, one by one (see `run_block`).
     with skipping:
-        return [_capture_batch(model, blocks, batch, cache, needed) for batch in batches]
+        captured = [_capture_batch(model, blocks, batch, cache, needed) for batch in batches]
+    for block_batch in captured:
+        block_batch.extra_outputs = extra_outputs
+    return captured
 
 
 def _extra_outputs(
@@ -72,7 +72,7 @@ def _extra_outputs(
     for batch in batches:
         if batch.others or not batch.input_ids.numel():
             return None
-    probe = _probe(batches[0])
+    probe = probe_batch(batches[0])
     extra_outputs: ExtraOutputs = {}
     handles = [block.register_forward_hook(_extra_hook(extra_outputs, name)) for name, block in blocks.items()]
     with temporary_hooks(handles):
@@ -83,7 +83,7 @@ def _extra_outputs(
             return None
     # The second run differs from the first only in what the blocks compute.
     try:
-        with _skipping(blocks, extra_outputs):
+        with skipping_blocks(blocks, extra_outputs):
             skipped = _capture_batch(model, blocks, probe, ActivationCache(), needed)
     except Exception:
         # Models whose blocks change the shape of the hidden states, or return them otherwise, do not run in this way.
@@ -91,7 +91,7 @@ def _extra_outputs(
     return extra_outputs if _equal(computed.calls, skipped.calls) else None
 
 
-def _probe(batch: TokenBatch) -> TokenBatch:
+def probe_batch(batch: TokenBatch) -> TokenBatch:
     """Return the first tokens of the first sequence of a batch."""
     mask = batch.attention_mask
     if mask is not None:
@@ -111,7 +111,7 @@ def _extra_hook(extra_outputs: ExtraOutputs, name: str) -> Callable[..., None]:
     return hook
 
 
-def _skipping(blocks: dict[str, nn.Module], extra_outputs: ExtraOutputs) -> AbstractContextManager[None]:
+def skipping_blocks(blocks: dict[str, nn.Module], extra_outputs: ExtraOutputs) -> AbstractContextManager[None]:
     """Make blocks return the hidden states with which they are called, and their usual extra outputs, while active."""
     return replaced_forwards({block: _identity(name, block.forward, extra_outputs) for name, block in blocks.items()})
 

@@ -6,7 +6,7 @@ A block is run with the arguments with which the model called it (see `block_inp
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,20 @@ class BlockCall(NamedTuple):
         return states
 
 
+class Carrier(Protocol):
+    """A batch on its way from block to block, forward or back."""
+
+    def carried(self) -> dict[str, Tensor]:
+        """Return what goes from block to block, by name."""
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `carried` returned."""
+
+
+ExtraOutputs = dict[str, tuple[Any, ...] | None]
+"""Values that blocks return beside their hidden states, by name. None for a block that returns hidden states alone."""
+
+
 class BlockBatch:
     """A batch on its way through the blocks.
 
@@ -62,6 +76,8 @@ class BlockBatch:
         calls: for each block how the model called it. None if it did not, as a vision tower in a batch of text alone.
         cache: keeps the hidden states.
         source: the inputs of the model.
+        extra_outputs: what the blocks return beside their hidden states, if it is the same in every batch and the
+            arguments of no block depend on the results of another. Else None.
 
     Attributes:
         compressed_twin: the same batch as the compressed model carries it. None unless a method compares the models.
@@ -73,9 +89,11 @@ class BlockBatch:
         calls: list[BlockCall | None],
         cache: ActivationCache | None = None,
         source: TokenBatch | None = None,
+        extra_outputs: ExtraOutputs | None = None,
     ) -> None:
         self.cache = cache or ActivationCache()
         self.source = source
+        self.extra_outputs = extra_outputs
         self.calls = calls
         self.compressed_twin: BlockBatch | None = None
         self._hidden = self.cache.put(hidden)
@@ -96,6 +114,20 @@ class BlockBatch:
     def rewind(self) -> None:
         """Go back to the input of the first block that the model called."""
         self.hidden = first_start(self.calls).tensor
+
+    def carried(self) -> dict[str, Tensor]:
+        """Return what goes from block to block, by name: the hidden states, and those of the compressed twin."""
+        tensors = {"hidden": self.hidden}
+        if self.compressed_twin is not None:
+            tensors["compressed_hidden"] = self.compressed_twin.hidden
+        return tensors
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `carried` returned."""
+        device = self.hidden.device
+        self.hidden = tensors["hidden"].to(device)
+        if self.compressed_twin is not None:
+            self.compressed_twin.hidden = tensors["compressed_hidden"].to(device)
 
     def enter_block_list(self, index: int) -> None:
         """Take the hidden states with which a list of blocks starts, if this block is its first."""
@@ -139,15 +171,20 @@ def _name_hook(called: set[str], name: str) -> Callable[..., None]:
     return hook
 
 
-def run_block(block: nn.Module, index: int, batch: BlockBatch) -> Tensor:
+def run_block(block: nn.Module, index: int, batch: BlockBatch, hidden: Tensor | None = None) -> Tensor:
     """Run a block on a batch as the model called it, as often as it did, and return its hidden states, (B, T, d).
 
-    If the model did not call the block, the batch's hidden states are returned unchanged.
+    If the model did not call the block, the hidden states that it would get are returned unchanged.
+
+    Args:
+        hidden: the hidden states that the block gets, by default those of the batch.
     """
     call = batch.calls[index]
+    if hidden is None:
+        hidden = batch.hidden
     if call is None:
-        return batch.hidden
-    hidden = call.run(block, batch.hidden)
+        return hidden
+    hidden = call.run(block, hidden)
     for repeat in call.repeats:
         if repeat.start is not None:
             hidden = repeat.start.tensor

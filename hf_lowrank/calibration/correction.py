@@ -20,6 +20,7 @@ from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods import Statistics
 from .activations import ACTIVATIONS_IN_MEMORY
 from .blocks import BlockBatch, run_block
+from .grams import add_product, fill_upper_triangle, products_of
 from .hooks import temporary_hooks
 from .statistics import LayerInput, Routing, on_common_tokens, select_counted
 
@@ -45,15 +46,6 @@ class CorrectionSums:
     difference: Tensor
     residual: Tensor | None = None
     tokens: int = 0
-
-    def plus(self, other: "CorrectionSums") -> "CorrectionSums":
-        """Return the sums over the tokens of both."""
-        residual = None
-        if self.residual is not None and other.residual is not None:
-            residual = self.residual + other.residual
-        return CorrectionSums(
-            self.gram + other.gram, self.difference + other.difference, residual, self.tokens + other.tokens
-        )
 
     def target(self, weight: Tensor) -> Tensor:
         """Return W' = W + (W (M − Ĉ) + E)(Ĉ + λ I)⁻¹, (m, n), for the dense weight W (m, n)."""
@@ -183,25 +175,22 @@ def correction_sums(
         writer: how the layer writes to the residual stream. "input" if the stream before the layer is the block's
             input, "output" if the layer is the block's last, None if it does not write to the stream.
     """
-    total: CorrectionSums | None = None
+    parts: dict[str, Tensor] = {}  # a process whose batches do not reach the layers adds nothing
+    own_tokens = 0
     for position, batch in enumerate(batches):
         # The first layer stands for all, as they see the same input.
-        sums = _batch_sums(dense, block, index, batch, position, names[0], writer)
-        if sums is not None:
-            total = sums if total is None else sums.plus(total)
-    tokens = sum(group.gather(total.tokens if total else 0))
-    parts: dict[str, Tensor] = {}  # a process whose batches do not reach the layers adds nothing
-    if total is not None:
-        parts = {"gram": total.gram, "difference": total.difference}
-        if total.residual is not None:
-            parts["residual"] = total.residual
+        own_tokens += _add_batch(parts, dense, block, index, batch, position, names[0], writer)
+    tokens = sum(group.gather(own_tokens))
+    if parts:
+        fill_upper_triangle(parts["gram"])
     summed = group.all_reduce(parts)
     if not summed:
         return None
     return CorrectionSums(summed["gram"], summed["difference"], summed.get("residual"), tokens)
 
 
-def _batch_sums(
+def _add_batch(
+    parts: dict[str, Tensor],
     dense: DenseReference,
     block: nn.Module,
     index: int,
@@ -209,35 +198,49 @@ def _batch_sums(
     position: int,
     name: str,
     writer: str | None,
-) -> CorrectionSums | None:
-    """Sum over the tokens of one batch. Return None if none of them reaches the layer in both models."""
+) -> int:
+    """Add the tokens of one batch that reach the layer in both models to the sums, and return their number.
+
+    Args:
+        parts: the sums by name; of the Gram matrix only the lower triangle. Empty before the first batch.
+    """
     call = batch.calls[index]
     twin = batch.compressed_twin
     if call is None or twin is None:
-        return None
+        return 0
     is_last = writer == "output"
     dense_pass = dense.at(position, name, is_last)
     compressed_pass = _pass_at_layer(block, index, twin, name, is_last)
     if dense_pass is None or compressed_pass is None:
-        return None
+        return 0
     dense_input, compressed_input = on_common_tokens(dense_pass.input, compressed_pass.input)
     if dense_input.x.shape != compressed_input.x.shape:  # an expert outside a bank, which got other tokens
-        return None
+        return 0
     # Float32 is precise enough for the products of one batch, the sums over batches are float64.
     x = select_counted(dense_input.x, call.mask, dense_input.tokens).float()
     x_hat = select_counted(compressed_input.x, call.mask, compressed_input.tokens).float()
-    gram = (x_hat.T @ x_hat).double()
     # M − Ĉ is summed by itself: as a difference of two nearly equal sums it would lose its digits.
-    difference = ((x - x_hat).T @ x_hat).double()
-    residual = None
+    left = {"difference": x - x_hat}
     if writer is not None:
         # The stream before the last writer is the block's output without the writer's own.
         if is_last:
             stream_error = dense_pass.residual_stream() - compressed_pass.residual_stream()
         else:
             stream_error = batch.hidden.double() - twin.hidden.double()
-        residual = (select_counted(stream_error, call.mask).float().T @ x_hat).double()
-    return CorrectionSums(gram, difference, residual, len(x))
+        left["residual"] = select_counted(stream_error, call.mask).float()
+    if not parts:
+        features = x_hat.shape[1]
+        parts["gram"] = x_hat.new_zeros(features, features, dtype=torch.float64)
+        for part, errors in left.items():
+            parts[part] = x_hat.new_zeros(errors.shape[1], features, dtype=torch.float64)
+    dtype = compressed_input.x.dtype
+    with products_of(dtype):
+        add_product(parts["gram"], x_hat)
+        for part, errors in left.items():
+            # Beside inputs in bfloat16 their errors are rounded to it, too, which averages out over the tokens.
+            rounded = errors.to(dtype).float() if dtype == torch.bfloat16 else errors
+            parts[part] += rounded.T @ x_hat
+    return len(x)
 
 
 @torch.no_grad()

@@ -1,66 +1,106 @@
-"""Squared gradients of the language-modeling loss, for methods that weigh weights by their importance to it."""
+"""Sums over gradients of the loss at the layers of a model, collected by hooks during backward passes."""
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
+from ..models.linears import dense_weight
 from ..runtime.errors import NumericalError
-from .batches import IGNORED_LABEL, TokenBatch
+from .hooks import temporary_hooks
 
 
-def squared_gradients(
-    model: PreTrainedModel, layers: list[str], batches: list[TokenBatch], group: ProcessGroup = SINGLE_PROCESS
-) -> dict[str, Tensor]:
-    """Return Σ_i F_ij, (n,) float64, for each of the named linear layers, F the mean over batches of (∂L/∂W_ij)².
+class GradientSums(ABC):
+    """Sums over the gradients of the loss by the outputs of linear layers.
 
-    L is the mean cross-entropy of the next token on the calibration text, in the dense model.
+    Args:
+        layers: the linear layers by module name.
 
-    Raises:
-        NumericalError: if a gradient is not finite, naming the layer.
+    Attributes:
+        mask: (B, T) bool of the tokens of the current batch that count. None if all count.
     """
-    modules = {name: model.get_submodule(name) for name in layers}
-    weights: list[Any] = [module.weight for module in modules.values()]
-    sums: dict[str, Tensor] = {}
-    with frozen_parameters(model):
-        # Only these weights get gradients: those of embeddings and head would take memory for nothing.
-        for weight in weights:
-            weight.requires_grad_(True)
-        for batch in group.split(batches):
-            if not has_next_token(batch):
-                continue
-            with torch.enable_grad():
-                loss = _next_token_loss(model, batch)
-                # An expert that no token of the batch reaches has no gradient: zeros stand for it.
-                gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-            for (name, module), gradient in zip(modules.items(), gradients, strict=True):
-                # (∂L/∂W)² summed over the outputs i leaves one value per input j.
-                output_dimension = 1 if isinstance(module, Conv1D) else 0  # Conv1D stores (n, m)
-                per_input = gradient.double().square().sum(dim=output_dimension)
-                sums[name] = sums.get(name, 0) + per_input / len(batches)
-    sums = group.all_reduce(sums)
-    check_finite_gradients(sums)
-    return sums
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.mask: Tensor | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Add the gradients of every backward pass while active."""
+        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        with temporary_hooks(handles):
+            yield
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            # A layer that does not depend on the embeddings has no gradient.
+            if output.requires_grad:
+                x = inputs[0].detach()
+                output.register_hook(lambda gradient: self._add(name, x, gradient))
+
+        return hook
+
+    @abstractmethod
+    def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Add the gradient (..., m) of a layer's output for its input x (..., n)."""
+
+    @abstractmethod
+    def end_batch(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        """Note that all parts of a calibration batch have been added, in every process of the group."""
+
+    @abstractmethod
+    def totals(self, group: ProcessGroup = SINGLE_PROCESS) -> dict[str, Tensor]:
+        """Return the sums over all processes by layer. A layer that no gradient reached may be missing.
+
+        Raises:
+            NumericalError: if a gradient was not finite, naming the layer.
+        """
 
 
-def has_next_token(batch: TokenBatch) -> bool:
-    """Return whether in any sequence of a batch a token that counts follows another one that does."""
-    if batch.attention_mask is None:
-        return batch.input_ids.shape[1] > 1
-    counts = batch.attention_mask.bool()
-    return bool((counts[:, 1:] & counts[:, :-1]).any())
+class SquaredGradientSums(GradientSums):
+    """Σ_i F_ij, (n,) float64, for each layer, with F the mean over the calibration batches of (∂L/∂W_ij)².
+
+    Args:
+        layers: the linear layers by module name.
+        batches: the number of calibration batches.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], batches: int) -> None:
+        super().__init__(layers)
+        self.batches = batches
+        self._gradients: dict[str, Tensor] = {}  # of the current batch by the weights, (m, n) float32
+        self._sums: dict[str, Tensor] = {}
+
+    def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        self._gradients[name] = self._gradients.get(name, 0) + by_weight
+
+    def end_batch(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
+        # A gradient is complete before it is squared, so the processes add up their parts of the batch first.
+        gradients, self._gradients = group.all_reduce(self._gradients), {}
+        for name, gradient in gradients.items():
+            per_input = gradient.double().square().sum(dim=0) / self.batches
+            self._sums[name] = self._sums.get(name, 0) + per_input
+
+    def totals(self, group: ProcessGroup = SINGLE_PROCESS) -> dict[str, Tensor]:
+        totals = {}
+        for name, layer in self.layers.items():
+            if name in self._sums:
+                totals[name] = self._sums[name]
+            else:  # an expert that no token of any batch reaches
+                totals[name] = dense_weight(layer).new_zeros(dense_weight(layer).shape[1], dtype=torch.float64)
+        check_finite_gradients(totals)
+        return totals
 
 
 @contextmanager
-def frozen_parameters(model: PreTrainedModel) -> Iterator[None]:
+def frozen_parameters(module: nn.Module) -> Iterator[None]:
     """Turn off the gradients of all parameters while active, and set `requires_grad` back afterwards."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
         for parameter in required:
             parameter.requires_grad_(False)
@@ -77,15 +117,3 @@ def check_finite_gradients(sums: Mapping[str, Tensor]) -> None:
             raise NumericalError(
                 f"{name}: the gradient of the loss is not finite; check the weights or use a wider dtype"
             )
-
-
-def _next_token_loss(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """Return the mean cross-entropy of the next token, over the pairs of tokens that both count."""
-    input_ids = batch.input_ids.to(model.device)
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(model.device)
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    targets = input_ids[:, 1:]
-    if mask is not None:
-        both_count = (mask[:, 1:] * mask[:, :-1]).bool()
-        targets = targets.masked_fill(~both_count, IGNORED_LABEL)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods import Statistics
-from ..models.linears import CHUNK
 from ..runtime.errors import NumericalError
 from ..runtime.experts import Expert
+from .grams import add_product, fill_upper_triangle, products_of
 from .hooks import temporary_hooks
 
 TOKENS_AT_ONCE = 1024
@@ -21,12 +21,6 @@ TOKENS_AT_ONCE = 1024
 They are summed in float64, or in float32 if the inputs have 16 bits: float32 holds the products of such inputs
 exactly.
 """
-
-TRIANGLE_STEPS = 16
-"""Number of parts into which the rows of a Gram matrix are divided while it is summed."""
-
-SMALLEST_STEP = 128
-"""Minimum number of rows in such a part."""
 
 Context = tuple[Tensor, Tensor | None]
 """The encoder states that the blocks of a decoder read, (B, T', d), and the mask (B, T') of those that count."""
@@ -205,8 +199,9 @@ class _InputSums:
         """Add the tokens of an input (tokens, n)."""
         # Few tokens are taken at a time: the copy in another dtype stays small, and in the caches of a processor.
         precise = torch.float64 if x.dtype.itemsize > 2 else torch.float32
-        for part in x.detach().split(TOKENS_AT_ONCE):
-            self._add(part.to(precise))
+        with products_of(x.dtype):
+            for part in x.detach().split(TOKENS_AT_ONCE):
+                self._add(part.to(precise))
 
     def _add(self, x: Tensor) -> None:
         self.tokens += x.shape[0]
@@ -215,25 +210,14 @@ class _InputSums:
         total_abs += x.abs().sum(dim=0)
         total_square += x.square().sum(dim=0)
         if self.gram is not None:
-            # A Gram matrix is symmetric: half of the products are enough, `tensors` fills in the upper triangle.
-            for rows in _row_blocks(self.gram):
-                self.gram[rows, : rows.stop] += x[:, rows].T @ x[:, : rows.stop]
+            add_product(self.gram, x)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, with the whole Gram matrix."""
         if self.gram is None:
             return {"totals": self.totals}
-        for rows in _row_blocks(self.gram):
-            self.gram[rows, rows.stop :] = self.gram[rows.stop :, rows].T
+        fill_upper_triangle(self.gram)
         return {"totals": self.totals, "gram": self.gram}
-
-
-def _row_blocks(gram: Tensor) -> Iterator[slice]:
-    """Iterate over blocks of rows of a Gram matrix (n, n), so small that little is computed above the diagonal."""
-    n = len(gram)
-    step = max(min(CHUNK // n, n // TRIANGLE_STEPS), SMALLEST_STEP)
-    for first in range(0, n, step):
-        yield slice(first, min(first + step, n))
 
 
 def _statistics(name: str, tokens: int, totals: Tensor, gram: Tensor | None) -> Statistics:

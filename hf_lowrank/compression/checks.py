@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
-from ..calibration.gradients import has_next_token
+from ..calibration.backward import has_next_token
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
 from ..models.architectures import find_blocks, input_embeddings, main_input
@@ -96,8 +96,6 @@ def whole_model_reason(
     source = config.calibration if calibration is None else calibration
     if method.trains:
         return f"{method.name} trains through the whole model"
-    if method.learns_from_loss:
-        return f"{method.name} needs gradients through the whole model"
     if config.refinement_steps:
         return "refining compares the blocks with those of the dense model"
     if isinstance(source, str) and source == "self":

@@ -27,6 +27,7 @@ def collect_statistics(session: Session, visit: BlockVisit, batches: list[BlockB
         compressed_sums = compressed_input_sums(block, index, batches, modules, session.group)
     moves_on = not method.sequential
     measured = block_statistics(block, index, batches, modules, method.needs_gram, moves_on, session.group)
+    output_grams = session.output_grams(visit)
     statistics = {}
     for layer in visit.layers:
         name = layer.name
@@ -35,8 +36,8 @@ def collect_statistics(session: Session, visit: BlockVisit, batches: list[BlockB
             layer_statistics = compressed_sums.extend(name, layer_statistics)
         if name in session.squared_gradients:
             layer_statistics = replace(layer_statistics, squared_gradients=session.squared_gradients[name])
-        if name in session.output_grams:
-            layer_statistics = replace(layer_statistics, output_gram=session.output_grams[name])
+        if name in output_grams:
+            layer_statistics = replace(layer_statistics, output_gram=output_grams[name])
         statistics[name] = layer_statistics
     order_neurons(session, visit, statistics)
     if session.offloaded is None:

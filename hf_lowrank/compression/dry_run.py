@@ -8,7 +8,7 @@ from ..models.architectures import find_blocks, separate_experts
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
 from .checks import check_reads_text, whole_model_reason
-from .estimate import curvature_bytes, estimate
+from .estimate import estimate
 from .planning import make_plan
 from .time_estimate import estimate_time
 
@@ -35,11 +35,9 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype:
 
 def _whole_model(dense: PreTrainedModel, config: CompressionConfig, reason: str) -> str:
     model_bytes = sum(parameter.numel() * parameter.itemsize for parameter in dense.parameters())
-    curvature = curvature_bytes(dense, config)
-    more = f", {_gigabytes(curvature)} for the curvature of all outputs" if curvature else ""
     return (
-        f"the whole model must be in memory, {_gigabytes(model_bytes)}{more}, and statistics and working space "
-        f"beside it: {reason}"
+        f"the whole model must be in memory, {_gigabytes(model_bytes)}, and statistics and working space beside it: "
+        f"{reason}"
     )
 
 

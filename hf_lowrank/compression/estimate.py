@@ -1,5 +1,6 @@
 """Estimate of the memory and the disk that a compression takes, by formula. `time_estimate.py` estimates the time."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,7 +8,9 @@ from transformers import PreTrainedModel
 
 from ..budget import Layer
 from ..calibration.activations import ACTIVATIONS_IN_MEMORY
+from ..calibration.backward import FEWEST_TOKENS_AT_ONCE, LOGITS_AT_ONCE
 from ..calibration.batches import TOKENS_PER_PASS, sequence_length
+from ..calibration.curvature import ENOUGH_TOKENS
 from ..calibration.statistics import TOKENS_AT_ONCE
 from ..execution.threads import parallel_slots
 from ..methods import Method, make_method
@@ -16,10 +19,16 @@ from ..models.linears import CHUNK
 from ..models.offloading import device_map, shard_size
 from ..runtime.configuration import CompressionConfig
 from .strategies import strategy_of
+from .strategies.base import statistics_input
 
 FLOAT64_BYTES = 8
 CHUNKS_IN_USE = 8
 """Row chunks of a matrix that are in use at a time."""
+FLOAT32_BYTES = 4
+LOGIT_BYTES = 20
+"""Bytes for each logit that is there at a time: itself, its probability, their sums and its gradient."""
+TENSORS_IN_GRAPH = 1.5
+"""Tensors that a backward pass needs, in units of the inputs and outputs of the linear layers."""
 LIBRARY_BYTES = 200_000_000
 """Bytes that transformers and what it imports take beside torch."""
 
@@ -73,36 +82,66 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
     length = sequence_length(dense, config)
     width = dense.config.get_text_config().hidden_size * dense.dtype.itemsize
     hidden = config.samples * length * width
-    streams = 2 if method.needs_compressed_inputs else 1
-    waiting = min((streams + 1) * hidden, ACTIVATIONS_IN_MEMORY)
+    compares = method.needs_compressed_inputs or method.strategy == "mixed"
+    streams = 2 if compares else 1
+    kept = _inputs_kept_for_gradients(method, config.samples * length, width, len(blocks))
+    waiting = min((streams + 1) * hidden + kept, ACTIVATIONS_IN_MEMORY)
+    block = max(_size_under(sizes, [name]) for name in blocks)
+    in_block = _batch_bytes(dense, config, layers, length)
+    if method.strategy == "mixed":
+        block *= 2  # a dense copy beside the one whose layers are compressed
+        in_block += hidden + _reference_bytes(layers, config.samples * length * dense.dtype.itemsize)
 
     return Estimate(
         resident=total - _size_under(sizes, on_disk) + LIBRARY_BYTES,
-        block=max(_size_under(sizes, [name]) for name in blocks),
-        activations=waiting + _batch_bytes(dense, config, layers, length),
-        working=_largest_working_memory(method, layers, len(blocks)),
+        block=block,
+        activations=waiting + in_block,
+        working=max(
+            _largest_working_memory(method, layers, len(blocks)),
+            _gradient_bytes(dense, method, layers, sizes, len(blocks)),
+        ),
         shard=min(shard_size(dense), output),
         work_folder=_size_under(sizes, expert_banks)
         + round((1 - config.ratio) * linears)
         + 2 * streams * hidden
+        + max(kept - ACTIVATIONS_IN_MEMORY, 0)
         + strategy_of(method).survey_bytes(layers),
         output=output,
     )
 
 
-def curvature_bytes(dense: PreTrainedModel, config: CompressionConfig) -> int:
-    """Return the bytes of the Gram matrices of output gradients of all layers, or 0 if the method needs none."""
-    blocks = find_blocks(dense)
-    separate_experts(blocks)
-    if not make_method(config.method, config.options).needs_output_gram:
+def _inputs_kept_for_gradients(method: Method, tokens: int, width: int, blocks: int) -> int:
+    """Return the bytes of the inputs of all blocks, and of the gradient, that wait until the way back reaches them."""
+    if not method.needs_gradients and not method.needs_output_gram:
         return 0
-    return sum(FLOAT64_BYTES * layer.out_features**2 for layer in find_layers(blocks))
+    used = tokens if method.needs_gradients else min(tokens, ENOUGH_TOKENS)
+    return (blocks + 2) * used * width
 
 
-def statistics_input(layer: Layer) -> str:
-    """Return a name for the input of a layer, which is the same for layers that see the same input."""
-    shared = {"query": "attention", "key": "attention", "value": "attention", "ffn_in": "ffn_in"}
-    return shared.get(layer.role, layer.name)
+def _reference_bytes(layers: list[Layer], bytes_of_channel: int) -> int:
+    """Return the bytes of the inputs of a dense block's layers that are kept while the block is built."""
+    by_input = {(layer.block, statistics_input(layer)): layer.in_features for layer in layers}
+    channels: Counter[int] = Counter()
+    for (block, _), features in by_input.items():
+        channels[block] += features
+    return min(max(channels.values()) * bytes_of_channel, ACTIVATIONS_IN_MEMORY)
+
+
+def _gradient_bytes(
+    dense: PreTrainedModel, method: Method, layers: list[Layer], sizes: dict[str, int], blocks: int
+) -> int:
+    """Return what the gradients take at most: in the head, or in a block whose sums are taken."""
+    if not method.needs_gradients and not method.needs_output_gram:
+        return 0
+    vocabulary = dense.config.get_text_config().vocab_size
+    head = LOGIT_BYTES * max(LOGITS_AT_ONCE, FEWEST_TOKENS_AT_ONCE * vocabulary)
+    head += sum(size for name, size in sizes.items() if name.startswith("lm_head."))
+    sums, graphs = Counter[int](), Counter[int]()
+    for layer in layers:
+        m, n = layer.out_features, layer.in_features
+        sums[layer.block] += FLOAT32_BYTES * (m * m if method.needs_output_gram else 2 * m * n)
+        graphs[layer.block] += round(TENSORS_IN_GRAPH * (m + n)) * TOKENS_PER_PASS * dense.dtype.itemsize
+    return max(head, *(sums[block] + graphs[block] for block in range(blocks)))
 
 
 def _size_under(sizes: dict[str, int], modules: Iterable[str]) -> int:

@@ -22,6 +22,7 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
 from ..runtime.saving import CompleteSave
 from .checks import check_reads_text, whole_model_reason
+from .loss import WholeModelNeeded
 from .pipeline import compress
 
 logger = logging.getLogger(__name__)
@@ -64,14 +65,16 @@ def compress_checkpoint(
             logger.info("one block at a time is in memory")
             work, offload_folder = _make_folders(stack, output, work_dir, group)
             model = load_model(source, dtype, offload_folder=offload_folder)
-            # Shards of the output are no larger than what a block took: no more of it is in memory at a time.
-            save_options["max_shard_size"] = shard_size(dense)
-        else:
+            try:
+                compressed = compress(model, config, tokenizer, work_dir=work)
+                # Shards of the output are no larger than what a block took: no more of it is in memory at a time.
+                save_options["max_shard_size"] = shard_size(dense)
+                return_memory()
+            except WholeModelNeeded as error:
+                reason = str(error)
+        if reason is not None:
             logger.info("the whole model is in memory: %s", reason)
-            model = load_model(source, dtype, device)
-        compressed = compress(model, config, tokenizer, work_dir=work)
-        if reason is None:
-            return_memory()
+            compressed = compress(load_model(source, dtype, device), config, tokenizer, work_dir=work)
         group.broadcast(lambda: _write(compressed, output, overwrite, command, save_options))
         if work_dir is not None:
             _empty_work_folder(work_dir, group)

@@ -18,10 +18,8 @@ from ..calibration import (
     TokenBatch,
     calibration_batches,
     capture,
-    output_grams,
     record_calls,
     split_into_passes,
-    squared_gradients,
 )
 from ..execution.modes import own_modes
 from ..execution.process_group import current_process_group
@@ -169,10 +167,11 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
         return
     work.claim(identity)
     session.work = work
+    session.waiting = ActivationCache(work.path, owner=session.group.rank)
     if session.offloaded is not None:
         # Activations of a model that does not fit into memory wait in files, on the machine of each process.
         work.path.mkdir(parents=True, exist_ok=True)
-        session.cache = ActivationCache(work.path, owner=session.group.rank)
+        session.cache = session.waiting
         # Tokenizing a text takes some hundred bytes a token, which the C library keeps.
         return_memory()
 
@@ -180,7 +179,6 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
 def compress_blocks(session: Session) -> None:
     """Capture the inputs of the blocks, compress them by the strategy of the method, and refine them if asked."""
     batches = capture_inputs(session)
-    measure_loss(session)
     strategy_of(session.method).compress(session, batches)
     if session.dense_copy is not None:
         refine(session, session.dense_copy)
@@ -197,18 +195,6 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
     check_continuous(session, batches)
     session.leave_uncalled_dense(set().union(*session.group.gather(called)))
     return batches
-
-
-def measure_loss(session: Session) -> None:
-    """Measure the gradients of the loss that the method needs, through the whole dense model."""
-    model, method, plan = session.model, session.method, session.plan
-    names = [layer.name for layer in plan.compressed]
-    if method.needs_gradients:
-        session.show("measuring gradients", 0, len(names))
-        session.squared_gradients = squared_gradients(model, names, session.tokens, session.group)
-    if method.needs_output_gram:
-        session.show("measuring curvature", 0, len(names))
-        session.output_grams = output_grams(model, names, session.tokens, plan.config.seed, session.group)
 
 
 def compress_on_load(model: PreTrainedModel, config: CompressionConfig) -> None:

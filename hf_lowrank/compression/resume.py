@@ -5,14 +5,14 @@ block. A run that is started again reads these records in place of the work: a b
 `RunLog.restore`, or in `work_folder.py`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..calibration import ActivationCache, BlockBatch, fingerprint
+from ..calibration import ActivationCache, Carrier, fingerprint
 from ..execution.process_group import ProcessGroup
 from ..execution.work_folder import Record, WorkFolder, tensors_checksum
 from ..models.architectures import find_feed_forwards
@@ -62,13 +62,15 @@ class StageRecords:
         stage: the name of the stage.
         surveys: whether a record holds the findings of the stage about a block, or else the block itself.
         batches: this process's calibration batches. `read` brings them to the first block that is not finished.
+        step: how the walk goes from the index of a block to that of the next: 1 forward, -1 back.
     """
 
-    def __init__(self, session: Session, stage: str, surveys: bool, batches: list[BlockBatch]) -> None:
+    def __init__(self, session: Session, stage: str, surveys: bool, batches: Sequence[Carrier], step: int = 1) -> None:
         self.session = session
         self.stage = stage
         self.surveys = surveys
         self.batches = batches
+        self.step = step
         self._batch_count = sum(session.group.gather(len(batches)))
         self._previous_was_recorded = False
 
@@ -117,7 +119,7 @@ class StageRecords:
             record = Record(visit.findings.tensors, {**facts, "findings": visit.findings.facts})
         # The next inputs come first: where the block's record is there, they are there, too.
         inputs = inputs_record(self.batches, self._batch_count, session.group, session.cache)
-        work.write(inputs_name(self.stage, visit.index + 1), inputs)
+        work.write(inputs_name(self.stage, visit.index + self.step), inputs)
         work.write(record_name(self.stage, visit.index), record)
         work.discard(inputs_name(self.stage, visit.index))
 
@@ -144,13 +146,13 @@ def recorded_findings(session: Session, stage: str, visit: BlockVisit) -> Record
     return Record(record.tensors, record.facts["findings"])
 
 
-def inputs_record(batches: Iterable[BlockBatch], count: int, group: ProcessGroup, cache: ActivationCache) -> Record:
+def inputs_record(batches: Iterable[Carrier], count: int, group: ProcessGroup, cache: ActivationCache) -> Record:
     """Return the inputs of the next block for all `count` batches of the group, on the main process only.
 
     Inputs of other processes are put into the cache, as they do not fit into the memory of one.
     """
     tensors = {}
-    own = [batch_inputs(batch) for batch in batches]
+    own = [Record(batch.carried(), {}) for batch in batches]
     for position, inputs in enumerate(group.gather_to_main(own, count)):
         is_own = position % group.size == 0
         for name, tensor in inputs.tensors.items():
@@ -158,9 +160,7 @@ def inputs_record(batches: Iterable[BlockBatch], count: int, group: ProcessGroup
     return Record(tensors, {})
 
 
-def restore_inputs(
-    batches: Iterable[BlockBatch], count: int, group: ProcessGroup, work: WorkFolder, name: str
-) -> None:
+def restore_inputs(batches: Iterable[Carrier], count: int, group: ProcessGroup, work: WorkFolder, name: str) -> None:
     """Bring the batches to where they were when `inputs_record` gave the record of this name.
 
     Raises:
@@ -178,15 +178,4 @@ def restore_inputs(
         return parts
 
     for batch, part in zip(batches, group.scatter(read_parts), strict=True):
-        device = batch.hidden.device
-        batch.hidden = part.tensors["hidden"].to(device)
-        if batch.compressed_twin is not None:
-            batch.compressed_twin.hidden = part.tensors["compressed_hidden"].to(device)
-
-
-def batch_inputs(batch: BlockBatch) -> Record:
-    """Return the hidden states of a batch, and those of its compressed twin."""
-    tensors = {"hidden": batch.hidden}
-    if batch.compressed_twin is not None:
-        tensors["compressed_hidden"] = batch.compressed_twin.hidden
-    return Record(tensors, {})
+        batch.carry(part.tensors)

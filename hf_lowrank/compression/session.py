@@ -1,6 +1,7 @@
 """The state of one run of `compress`: its log, and the session with everything that it works with."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -131,7 +132,10 @@ class Session:
         work: the folder where finished blocks are recorded; None if nowhere.
         cache: where activations wait between blocks.
         squared_gradients: (∂L/∂W)² summed over the outputs, by layer, for methods with `needs_gradients`.
-        output_grams: Gram matrices of the output gradients, by layer, for methods with `needs_output_gram`.
+        output_grams: returns the Gram matrices of the output gradients, by layer, of the block that is visited, where
+            they were measured before the walk.
+        waiting: where activations of all blocks wait, and what was measured of them: in memory, and in files beyond a
+            limit.
     """
 
     model: PreTrainedModel
@@ -145,7 +149,8 @@ class Session:
     work: WorkFolder | None = None
     cache: ActivationCache = field(default_factory=ActivationCache)
     squared_gradients: dict[str, Tensor] = field(default_factory=dict)
-    output_grams: dict[str, Tensor] = field(default_factory=dict)
+    output_grams: Callable[["BlockVisit"], dict[str, Tensor]] = lambda visit: {}
+    waiting: ActivationCache = field(default_factory=lambda: ActivationCache(temporary=True))
 
     @property
     def method(self) -> Method:

@@ -15,15 +15,16 @@ from transformers import PreTrainedModel
 from ..budget import Budget, Layer
 from ..calibration.batches import sequence_length
 from ..calibration.curvature import ENOUGH_TOKENS
+from ..calibration.grams import products_of
 from ..calibration.statistics import TOKENS_AT_ONCE
 from ..methods import Method, Statistics, make_method
 from ..models.architectures import find_blocks, find_layers, separate_experts
 from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError
-from .estimate import statistics_input
 from .report import relative_error
 from .selection import select_layers
 from .strategies import strategy_of
+from .strategies.base import statistics_input
 
 SECONDS_FOR_SHAPES = 2.0
 """Seconds to spend on trial layers, all shapes together."""
@@ -105,11 +106,16 @@ def _calibration_seconds(
     for layer in layers:
         gram_values[layer.block, statistics_input(layer)] = layer.in_features**2 * shares[layer.name]
     sums = passes.sums * tokens * sum(gram_values.values()) if method.needs_gram else 0
+    if method.needs_output_gram:
+        output_values = sum(layer.out_features**2 * shares[layer.name] for layer in layers)
+        sums += min(tokens, ENOUGH_TOKENS) * output_values / 2  # a symmetric matrix takes half of the products
     sum_dtype = torch.float64 if dense.dtype.itemsize > 2 else torch.float32
+    with products_of(dense.dtype):
+        sum_pace = _operations_per_second(sum_dtype)
     return (
         2 * forward * multiplied / _operations_per_second(dense.dtype)
         + forward * (touched + scores) / _touched_values_per_second(dense.dtype)
-        + 2 * sums / _operations_per_second(sum_dtype)
+        + 2 * sums / sum_pace
     )
 
 

@@ -1,14 +1,15 @@
 """The loop over the blocks of a model.
 
-Every strategy runs it once or twice, each time with a `Stage` that says what happens to a block.
+Every strategy runs it once or more often, forward or back, each time with a `Stage` that says what happens to a block.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from ..budget import Layer
-from ..calibration import BlockBatch, capture, starts_new_block_list
+from ..calibration import BlockBatch, Carrier, capture, starts_new_block_list
+from ..execution.work_folder import Record
 from ..models.architectures import find_feed_forwards
 from ..models.linears import replace_layer
 from ..runtime.errors import NumericalError
@@ -63,27 +64,45 @@ def walk(session: Session, stage: Stage[S], batches: list[BlockBatch]) -> None:
         finished = records.read(visit)
         if starts_new_block_list(batches, visit.index):
             enter_block_list(session, visit, batches)
-        if finished is not None:
-            records.restore(visit, finished)
-        else:
-            position = session.log.position()
-            load(session, visit)
-            statistics = stage.collect(visit)
-            for layer, result in stage.solve(visit, statistics):
-                install(session, stage.shares, layer, result)
-            # The statistics go before the block is run once more: its activations need the room.
-            del statistics
-            stage.propagate(visit)
-            records.write(visit, position)
-            unload(session, visit)
-        if visit.findings is not None:
-            stage.accept(visit)
+        _take(session, stage, visit, records, finished)
 
 
-def visits(session: Session) -> Iterator[BlockVisit]:
+def walk_back(session: Session, stage: Stage[S], batches: Sequence[Carrier]) -> None:
+    """Take every block in turn, from the last to the first, with batches that carry a gradient.
+
+    Blocks that the work folder holds already are restored, as by `walk`.
+    """
+    records = StageRecords(session, stage.name, stage.surveys, batches, step=-1)
+    for visit in visits(session, backward=True):
+        _take(session, stage, visit, records, records.read(visit))
+
+
+def _take(
+    session: Session, stage: Stage[S], visit: BlockVisit, records: StageRecords, finished: Record | None
+) -> None:
+    """Do the work of a stage on one block, or restore what was recorded of it."""
+    if finished is not None:
+        records.restore(visit, finished)
+    else:
+        position = session.log.position()
+        load(session, visit)
+        statistics = stage.collect(visit)
+        for layer, result in stage.solve(visit, statistics):
+            install(session, stage.shares, layer, result)
+        # The statistics go before the block is run once more: its activations need the room.
+        del statistics
+        stage.propagate(visit)
+        records.write(visit, position)
+        unload(session, visit)
+    if visit.findings is not None:
+        stage.accept(visit)
+
+
+def visits(session: Session, backward: bool = False) -> Iterator[BlockVisit]:
     """Yield a visit for every block, and show how many layers are done."""
     layers_done = 0
-    for index, (name, block) in enumerate(session.plan.blocks.items()):
+    blocks = list(enumerate(session.plan.blocks.items()))
+    for index, (name, block) in reversed(blocks) if backward else blocks:
         layers = [layer for layer in session.plan.compressed if layer.block == index]
         session.show(name, layers_done, len(session.plan.compressed))
         layers_done += len(layers)

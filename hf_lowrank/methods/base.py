@@ -266,6 +266,8 @@ class Method:
         values = 4 * m * n
         if self.needs_gram:
             values += 3 * n * n
+        if self.needs_output_gram:
+            values += 3 * m * m
         return 8 * values
 
     def decompose(self, weight: Tensor, statistics: Statistics, budget: Budget) -> Decomposition:

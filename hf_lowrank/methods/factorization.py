@@ -96,6 +96,21 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, T
     return a / scale[:, None], b * scale
 
 
+def whitened_energies(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return σ², (min(m, n),), rising, of the spectrum of W S with C = S Sᵀ, of W itself for C = 0.
+
+    They are eigenvalues of the smaller of the two matrices of which `whitened_factors` takes eigenvectors.
+    """
+    if not bool(gram.diagonal().any()):
+        energy = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    elif weight.shape[0] <= weight.shape[1]:
+        energy = _output_energy(weight, gram)
+    else:
+        S, _ = matrix_root(gram)
+        energy = S.T @ (weight.T @ weight) @ S
+    return torch.linalg.eigvalsh(energy).clamp(min=0)
+
+
 def _output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """Return W (C + λ I) Wᵀ (m, m), with only the lower triangle filled, as `eigh` reads no more than that."""
     jitter = RELATIVE_JITTERS[0] * gram.diagonal().mean()  # decides by W itself where no token reaches

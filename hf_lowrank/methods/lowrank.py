@@ -10,7 +10,7 @@ from ..budget import Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.pivoting import pivot
 from .base import Decomposition, Statistics
-from .factorization import factorize
+from .factorization import whitened_energies, whitened_factors
 from .mixed import Choice, MixedMethod
 from .registry import register_method
 
@@ -38,27 +38,34 @@ class LowRank(MixedMethod):
         Whitening both sides is IO-SVD's (arXiv 2605.15626).
         """
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
-        sigma = factorize(root @ weight, statistics.require("gram", self.name)).sigma
-        tail_energy = sigma.square().flip(0).cumsum(0).flip(0) / max(statistics.tokens, 1)  # entry r: Σ_{i>r} σ_i²
+        energies = whitened_energies(root @ weight, statistics.require("gram", self.name)) / max(statistics.tokens, 1)
+        tails = energies.cumsum(0).flip(0).tolist()  # entry r: Σ_{i>r} σ_i²
         choices = []
-        for rank in range(1, min(self.max_steps(layer) + 2, len(tail_energy))):
-            choices.append(Choice(replace(self.min_spec(layer), rank=rank), float(tail_energy[rank])))
+        for rank in range(1, min(self.max_steps(layer) + 2, len(tails))):
+            choices.append(Choice(replace(self.min_spec(layer), rank=rank), tails[rank]))
         return choices
 
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
         """W ≈ B A of rank r, minimizing tr(G D C Dᵀ): the whitened SVD of G^½ W, with G^½ undone in B."""
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
-        a, b = factorize(root @ weight, statistics.require("gram", self.name)).truncate(spec.rank)
+        a, b = whitened_factors(root @ weight, statistics.require("gram", self.name), spec.rank)
         # Pivoted factors store r (m + n − r) values in place of r (m + n): r rows of B become the identity.
-        lowrank_a, lowrank_b, pivots = pivot(a, torch.linalg.solve(root, b))
+        lowrank_a, lowrank_b, pivots = pivot(a, torch.linalg.solve_triangular(root, b, upper=True))
         return Decomposition(lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=pivots)
 
 
 def output_root(gram: Tensor | None, features: int) -> Tensor:
-    """Return the symmetric (G + λ I)^½, (m, m), λ = `OUTPUT_DAMPING` · mean G_ii, or the identity without a G."""
+    """Return the upper triangular R of G + λ I = Rᵀ R, (m, m), λ = `OUTPUT_DAMPING` · mean G_ii.
+
+    It is the identity without a G. Any root does: tr(G D C Dᵀ) = ‖R D C^½‖².
+    """
     if gram is None or not float(mean := gram.diagonal().mean()) > 0:
         return torch.eye(features, dtype=torch.float64)
-    # A symmetric root, unlike a Cholesky factor, exists for a G without full rank, too.
-    eigenvalues, vectors = torch.linalg.eigh(gram / mean)
-    root: Tensor = (vectors * (eigenvalues.clamp(min=0) + OUTPUT_DAMPING).sqrt()) @ vectors.T * mean.sqrt()
+    damped = gram.clone()
+    damped.diagonal().add_(OUTPUT_DAMPING * mean)
+    root, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    if int(failed):  # where rounding made G indefinite by more than λ
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        roots = (eigenvalues.clamp(min=0) + OUTPUT_DAMPING * mean).sqrt()
+        root = torch.linalg.qr(roots[:, None] * vectors.T).R
     return root

@@ -37,6 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "svd-llm": {"update": True},
     "sola": {"skip_blocks": 0},
     "soco": {"steps": 6, "finish_steps": 2, "batch_tokens": 64},
+    "fwsvd": {},
     "lowrank": {},
     "auto": {},
 }

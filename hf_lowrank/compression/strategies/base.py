@@ -70,3 +70,9 @@ class Strategy(ABC):
     def survey_bytes(layers: list[Layer]) -> int:
         """Return the bytes in the work folder that a survey of these layers takes until they are built."""
         return 0
+
+
+def statistics_input(layer: Layer) -> str:
+    """Return a name for the input of a layer, which is the same for layers that see the same input."""
+    shared = {"query": "attention", "key": "attention", "value": "attention", "ffn_in": "ffn_in"}
+    return shared.get(layer.role, layer.name)

@@ -10,6 +10,7 @@ from ...methods.allocation import uniform_budgets
 from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
+from ..loss import measure_loss
 from ..report import LayerReport, compressed_input_error
 from ..resume import FINAL_STAGE
 from ..session import BlockVisit, Session
@@ -23,6 +24,7 @@ class Layerwise(Strategy):
 
     @staticmethod
     def compress(session: Session, batches: list[BlockBatch]) -> None:
+        measure_loss(session, batches)
         if session.method.needs_compressed_inputs:
             for batch in batches:
                 batch.track_compressed()

@@ -5,8 +5,9 @@ The survey measures the dense model. Each layer is then fitted to targets that a
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from ...calibration import (
     are_residual_writers,
     correction_sums,
     input_stages,
+    pack_statistics,
     run_block,
+    unpack_statistics,
     with_unigram_sequences,
 )
 from ...execution.work_folder import Record
@@ -31,15 +34,14 @@ from ...runtime.configuration import LayerSpec
 from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
+from ..kept import KeptFindings
+from ..loss import LossGradients, curvature, packed_output_grams, unpacked_output_gram
 from ..report import LayerReport, relative_error
 from ..resume import FINAL_STAGE
 from ..session import BlockVisit, Session
 from ..solving import report_on, solve_layers, survey_layers
-from ..walk import Stage, walk
-from .base import Passes, Strategy
-
-STATISTICS_IN_MEMORY = 2**28
-"""Bytes of Gram matrices that are kept from the survey to the building. Those of other blocks are summed once more."""
+from ..walk import Stage, walk, walk_back
+from .base import Passes, Strategy, statistics_input
 
 
 class Mixed(Strategy):
@@ -55,17 +57,28 @@ class Mixed(Strategy):
     @staticmethod
     def compress(session: Session, batches: list[BlockBatch]) -> None:
         method = cast(MixedMethod, session.method)  # which declares this strategy
-        survey = _Survey(session, method, batches)
-        walk(session, survey, batches)
+        gradients = curvature(session, batches)
+        measure = _Measure(session, batches, gradients)
+        walk(session, measure, batches)
+        gradients.keep_inputs(len(session.plan.blocks))
+        survey = _Survey(session, method, gradients, measure.findings)
+        walk_back(session, survey, gradients.batches)
         for batch in batches:
             batch.rewind()
             batch.track_compressed()
-        walk(session, _Fit(session, method, batches, survey.choices, survey.statistics), batches)
+        fit = _Fit(session, method, batches, survey.choices, measure.findings, survey.findings)
+        walk(session, fit, batches)
 
     @staticmethod
     def passes(method: Method) -> Passes:
-        """The capture, the survey and its outputs, the dense passes, and the passes up to each layer of a block."""
-        return Passes(forward=6, sums=3)
+        """The capture, the statistics, the passes back, the dense passes, and those up to each layer of a block."""
+        return Passes(forward=6, sums=2)
+
+    @staticmethod
+    def survey_bytes(layers: list[Layer]) -> int:
+        """The compact statistics of every layer stay in the work folder until they are built."""
+        inputs = {(layer.block, statistics_input(layer)): layer.in_features for layer in layers}
+        return sum(2 * n**2 for n in inputs.values()) + sum(layer.out_features**2 for layer in layers)
 
 
 def choose(
@@ -85,53 +98,135 @@ def choose(
     return specs
 
 
-class _Survey(Stage[dict[str, Statistics]]):
-    """Measure what each layer of the dense model could become, and what that would lose.
+class _Measure(Stage[dict[str, Statistics]]):
+    """Collect the statistics of the inputs of each layer, and keep the inputs of each block for the way back.
+
+    Attributes:
+        findings: the statistics, in their compact form.
+    """
+
+    name = "statistics"
+    surveys = True
+
+    def __init__(self, session: Session, batches: list[BlockBatch], gradients: LossGradients) -> None:
+        self.session = session
+        self.batches = batches
+        self.gradients = gradients
+        self.findings = KeptFindings(session, self.name)
+
+    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
+        self.gradients.keep_inputs(visit.index)
+        return collect_statistics(self.session, visit, self.batches)
+
+    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterable[tuple[Layer, BuildResult]]:
+        visit.findings = Record(*pack_statistics(statistics))
+        return ()
+
+    def accept(self, visit: BlockVisit) -> None:
+        self.findings.put(visit)
+
+
+class _Survey(Stage[dict[str, Tensor]]):
+    """Measure what each layer of the dense model could become, and what that would lose, from the last block back.
 
     Attributes:
         choices: what each layer could become, by name.
-        statistics: by block, those that fit into memory.
+        findings: the Gram matrices of the output gradients, in their compact form, beside the choices.
     """
 
     name = "choices"
     surveys = True
 
-    def __init__(self, session: Session, method: MixedMethod, batches: list[BlockBatch]) -> None:
+    def __init__(
+        self, session: Session, method: MixedMethod, gradients: LossGradients, measured: KeptFindings
+    ) -> None:
         self.session = session
         self.method = method
-        self.batches = batches
+        self.gradients = gradients
+        self.measured = measured
         self.choices: dict[str, list[Choice]] = {}
-        self.statistics: dict[str, dict[str, Statistics]] = {}
-        self._free_bytes = STATISTICS_IN_MEMORY
+        self.findings = KeptFindings(session, self.name)
 
-    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
-        return collect_statistics(self.session, visit, self.batches)
+    def collect(self, visit: BlockVisit) -> dict[str, Tensor]:
+        return packed_output_grams(self.gradients.at_layers(visit))
 
-    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterable[tuple[Layer, BuildResult]]:
-        visit.findings = survey_layers(self.session, visit.layers, examine=partial(self._examine, statistics))
-        self._free_bytes -= sum(layer.in_features**2 * torch.float64.itemsize for layer in visit.layers)
-        if self._free_bytes >= 0:
-            self.statistics[visit.name] = statistics
+    def solve(self, visit: BlockVisit, statistics: dict[str, Tensor]) -> Iterable[tuple[Layer, BuildResult]]:
+        # The losses are those of the matrices that the layers are built with, which are rounded.
+        block_statistics = _BlockStatistics(self.measured.of(visit), statistics, self.session.model.device)
+        found = survey_layers(self.session, visit.layers, examine=partial(self._examine, block_statistics))
+        visit.findings = Record(statistics, found.facts)
         return ()
 
     def accept(self, visit: BlockVisit) -> None:
         assert visit.findings is not None
         for name, entries in visit.findings.facts.items():
-            self.choices[name] = [Choice(LayerSpec.from_dict(name, spec), loss) for spec, loss in entries]
+            self.choices[name] = _choices_from(entries)
+        self.findings.put(visit)
 
-    def _examine(self, statistics: dict[str, Statistics], layer: Layer) -> Record:
+    def _examine(self, statistics: "_BlockStatistics", layer: Layer) -> Record:
         value_bits = self.session.plan.budget.value_bits[layer.name]
         weight = self.session.dense_weight(layer)
-        choices = self.method.choices(layer, weight, statistics[layer.name], value_bits)
-        return Record({}, {layer.name: [[choice.spec.to_dict(), choice.loss] for choice in choices]})
+        choices = self.method.choices(layer, weight, statistics.of(layer), value_bits)
+        return Record({}, {layer.name: _choice_entries(choices)})
 
 
-class _Fit(Stage[dict[str, Statistics]]):
+def _choice_entries(choices: list[Choice]) -> list[Any]:
+    """Return choices as plain values: the loss of each, and the fields in which its spec differs from the last one.
+
+    A layer may have thousands of choices, each of them like the one before it.
+    """
+    names = [field.name for field in fields(LayerSpec)]
+    entries: list[Any] = []
+    last = LayerSpec()
+    for choice in choices:
+        changes = {}
+        for name in names:
+            value = getattr(choice.spec, name)
+            if value != getattr(last, name):
+                changes[name] = value
+        entries.append([changes, choice.loss])
+        last = choice.spec
+    return entries
+
+
+def _choices_from(entries: list[Any]) -> list[Choice]:
+    """Return the choices that `_choice_entries` was given."""
+    choices = []
+    spec = LayerSpec()
+    for changes, loss in entries:
+        spec = replace(spec, **changes)
+        choices.append(Choice(spec, loss))
+    return choices
+
+
+class _BlockStatistics:
+    """The statistics of a block, from their compact form, layer by layer.
+
+    Args:
+        measured: the statistics of the inputs.
+        output_grams: the Gram matrices of the output gradients.
+        device: where the statistics are used.
+    """
+
+    def __init__(self, measured: Record, output_grams: dict[str, Tensor], device: torch.device) -> None:
+        self.measured = measured
+        self.output_grams = output_grams
+        self.device = device
+
+    def of(self, layer: Layer) -> Statistics:
+        """Return the statistics of a layer. Its matrices are in memory as long as the result is."""
+        statistics = unpack_statistics(layer.name, self.measured.tensors, self.measured.facts, self.device)
+        output_gram = unpacked_output_gram(layer.name, self.output_grams, self.device)
+        return replace(statistics, output_gram=output_gram)
+
+
+class _Fit(Stage[_BlockStatistics]):
     """Build the layers of each block in the order of the data flow, each fitted to its inputs in the compressed model.
 
     Args:
         choices: what each layer could become, by name.
-        surveyed: statistics of the survey by block, as far as they were kept.
+        measured: the statistics of the inputs, of every block.
+        surveyed: the Gram matrices of the output gradients, of every block.
     """
 
     name = FINAL_STAGE
@@ -142,11 +237,13 @@ class _Fit(Stage[dict[str, Statistics]]):
         method: MixedMethod,
         batches: list[BlockBatch],
         choices: dict[str, list[Choice]],
-        surveyed: dict[str, dict[str, Statistics]],
+        measured: KeptFindings,
+        surveyed: KeptFindings,
     ) -> None:
         self.session = session
         self.method = method
         self.batches = batches
+        self.measured = measured
         self.surveyed = surveyed
         plan = session.plan
 
@@ -167,18 +264,12 @@ class _Fit(Stage[dict[str, Statistics]]):
         )
         self._outputs: list[Tensor] = []
 
-    def collect(self, visit: BlockVisit) -> dict[str, Statistics]:
-        """Return the statistics of the survey, or collect them once more where they were not kept."""
-        if visit.name in self.surveyed:
-            return self.surveyed.pop(visit.name)
-        inputs = [batch.hidden for batch in self.batches]
-        statistics = collect_statistics(self.session, visit, self.batches)
-        # `solve` needs the batches before the block.
-        for batch, hidden in zip(self.batches, inputs, strict=True):
-            batch.hidden = hidden
-        return statistics
+    def collect(self, visit: BlockVisit) -> _BlockStatistics:
+        """Return the statistics that were kept."""
+        output_grams = self.surveyed.of(visit).tensors
+        return _BlockStatistics(self.measured.of(visit), output_grams, self.session.model.device)
 
-    def solve(self, visit: BlockVisit, statistics: dict[str, Statistics]) -> Iterator[tuple[Layer, BuildResult]]:
+    def solve(self, visit: BlockVisit, statistics: _BlockStatistics) -> Iterator[tuple[Layer, BuildResult]]:
         session, index, block, batches = self.session, visit.index, visit.block, self.batches
         dense_block = copy.deepcopy(block)
         by_local_name = {visit.local_name(layer): layer for layer in visit.layers}
@@ -218,10 +309,10 @@ class _Fit(Stage[dict[str, Statistics]]):
                 to_build.append(layer)
         return to_build
 
-    def _build(self, sums: CorrectionSums | None, all_statistics: dict[str, Statistics], layer: Layer) -> BuildResult:
+    def _build(self, sums: CorrectionSums | None, block_statistics: _BlockStatistics, layer: Layer) -> BuildResult:
         """Fit a layer to its inputs in the compressed model, or in the dense one if no token reaches it."""
         session = self.session
-        spec, weight, statistics = self.shares[layer.name], session.dense_weight(layer), all_statistics[layer.name]
+        spec, weight, statistics = self.shares[layer.name], session.dense_weight(layer), block_statistics.of(layer)
         assert spec is not None
         target, fitted_statistics = weight, statistics
         if sums is not None:

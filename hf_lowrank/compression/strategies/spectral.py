@@ -17,6 +17,7 @@ from ...methods.spectral import Factorization, Measurement, SpectralMethod, pric
 from ...runtime.layers import CompressedLinear
 from ..collecting import collect_statistics
 from ..fallback import BudgetShares, BuildResult, build_with_fallback
+from ..loss import measure_loss
 from ..report import LayerReport, sampled_spectrum
 from ..resume import FINAL_STAGE, recorded_findings
 from ..session import BlockVisit, Session
@@ -35,6 +36,7 @@ class Spectral(Strategy):
     @staticmethod
     def compress(session: Session, batches: list[BlockBatch]) -> None:
         method = cast(SpectralMethod, session.method)  # which declares this strategy
+        measure_loss(session, batches)
         measure = _Measure(session, method, batches)
         walk(session, measure, batches)
         measurements = measure.measurements

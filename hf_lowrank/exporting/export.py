@@ -75,8 +75,9 @@ def _check_file(file: Path, overwrite: bool) -> None:
 
 
 def _to_gguf(source: str, file: Path, exact: bool, dense_type: str) -> Export:
-    from . import gguf
+    from . import gguf, gguf_families
 
+    gguf_families.architecture_of(load_config(source).get_text_config())  # refuses before the weights are read
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     try:

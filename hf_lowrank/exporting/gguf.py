@@ -50,15 +50,15 @@ def write(
     """
     config = model.config.get_text_config()
     architecture = architecture_of(config)
-    blocks, layers = _blocks(model, exact, dense_type)
-    if exact:
-        check_exact(layers, TARGET)
     writer = GGUFWriter(path=None, arch=MODEL_ARCH_NAMES[architecture])
     writer.add_name(name)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(LlamaFileType.GUESSED)
     add_hyperparameters(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
+    blocks, layers = _blocks(model, exact, dense_type)
+    if exact:
+        check_exact(layers, TARGET)
     model.dequantize()
     _add_tensors(writer, model, architecture, blocks, dense_type)
     try:

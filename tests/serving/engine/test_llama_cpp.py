@@ -22,7 +22,7 @@ NEAR_TIE = 0.05
 
 
 def opened(file: Path) -> Llama:
-    return Llama(str(file), n_ctx=CONTEXT, logits_all=True, n_threads=2, verbose=False)
+    return Llama(str(file), n_ctx=CONTEXT, logits_all=True, n_threads=1, verbose=False)
 
 
 def logits(model: Llama, tokens: list[int]) -> Tensor:
@@ -32,7 +32,7 @@ def logits(model: Llama, tokens: list[int]) -> Tensor:
     return torch.from_numpy(np.array(model.scores[: len(tokens)]))
 
 
-def worst_choice(served: Llama, model: PreTrainedModel, prompt: list[int], count: int = 24) -> float:
+def worst_choice(served: Llama, model: PreTrainedModel, prompt: list[int], count: int = 8) -> float:
     """Return how far, in nats, a token of llama.cpp's greedy continuation is from Transformers' best at its place."""
     tokens = list(prompt)
     for _ in range(count):
@@ -43,7 +43,7 @@ def worst_choice(served: Llama, model: PreTrainedModel, prompt: list[int], count
     return float((expected.max(dim=1).values - chosen).max())
 
 
-@pytest.fixture(scope="module", params=[3, 4, 6, 8])
+@pytest.fixture(scope="module", params=[3, 4, 8])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the bundled model in so many bits."""
     folder = tmp_path_factory.mktemp("reference") / str(request.param)
@@ -61,8 +61,8 @@ def test_text_and_perplexity_of_a_trained_model(checkpoint: Path, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = Path(reference_text()).read_text(encoding="utf-8")
     assert served.tokenize(text[:3000].encode(), add_bos=True) == tokenizer(text[:3000])["input_ids"]
-    tokens = tokenizer(text[:12000])["input_ids"]
-    windows = [tokens[start : start + CONTEXT] for start in range(0, 6 * CONTEXT, CONTEXT)]
+    tokens = tokenizer(text[:8000])["input_ids"]
+    windows = [tokens[start : start + CONTEXT] for start in range(0, 4 * CONTEXT, CONTEXT)]
     losses = []
     for window in windows:
         with torch.no_grad():
@@ -72,7 +72,7 @@ def test_text_and_perplexity_of_a_trained_model(checkpoint: Path, tmp_path: Path
         losses.append(torch.stack(pair))
     found, expected = torch.stack(losses).mean(dim=0)
     assert abs(float(found - expected)) < NATS
-    assert max(worst_choice(served, model, window[:16]) for window in windows[:3]) < NEAR_TIE
+    assert max(worst_choice(served, model, window[:16]) for window in windows[:2]) < NEAR_TIE
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])

@@ -17,6 +17,8 @@ CONTEXT = 256
 NATS = 0.002
 """How far the mean log-probability of a token may be from the reference."""
 
+RANDOM_NATS = 0.02
+"""The same for weights that are random and large, with which rounded inputs matter more."""
 NEAR_TIE = 0.05
 """Nats between two tokens of which llama.cpp may take the other one: it rounds the inputs of products to 8 bits."""
 
@@ -85,4 +87,4 @@ def test_every_family_computes_the_same(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tokens])).logits[0].log_softmax(-1)
     found = logits(opened(tmp_path / "model.gguf"), tokens).log_softmax(-1)
-    assert float((found.exp() * (found - expected)).sum(-1).mean()) < NATS
+    assert float((found.exp() * (found - expected)).sum(-1).mean()) < RANDOM_NATS

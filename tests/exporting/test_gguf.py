@@ -14,7 +14,7 @@ import torch
 import transformers
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -75,13 +75,13 @@ def piece_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """Return a model of one of transformers' types, with biases where it has any, compressed to 4 bits."""
+    """Return a model of one of transformers' types, compressed to 4 bits, with norms and biases of random values."""
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[kind](**{**SIZES, "query_pre_attn_scalar": 16, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            nn.init.normal_(parameter, std=0.1)
+            parameter.data += torch.randn_like(parameter) / 10
     recipe = CompressionConfig(method="rtn", options={"bits": 4}, samples=2, sequence_length=8)
     return compress(model, recipe, calibration=[tiny_models.token_ids(2, 8)], progress=False)
 

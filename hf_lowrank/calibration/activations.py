@@ -22,16 +22,24 @@ class ActivationCache:
         limit: maximum number of bytes in memory, `ACTIVATIONS_IN_MEMORY` by default. Without a folder it is ignored.
         owner: rank of this process. It keeps file names apart where processes share the folder.
         temporary: whether the cache makes a temporary folder of its own once its tensors do not fit into memory.
+        device: the device on which the tensors are used. They wait on the host. None if they wait and are used where
+            they are when they are put in.
 
     Attributes:
         bytes_in_memory: bytes of the tensors that are in memory now.
     """
 
     def __init__(
-        self, folder: Path | None = None, limit: int | None = None, owner: int = 0, temporary: bool = False
+        self,
+        folder: Path | None = None,
+        limit: int | None = None,
+        owner: int = 0,
+        temporary: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.folder = folder
         self.temporary = temporary
+        self.device = device
         # The default is looked up at every call, so that the module's constant can be changed at run time.
         self.limit = ACTIVATIONS_IN_MEMORY if limit is None else limit
         self.owner = owner
@@ -45,7 +53,8 @@ class ActivationCache:
         has_folder = self.folder is not None or self.temporary
         if not has_folder or self.bytes_in_memory + size <= self.limit:
             self.bytes_in_memory += size
-            return CachedTensor(self, size, tensor)
+            waiting = tensor if self.device is None else tensor.detach().cpu()
+            return CachedTensor(self, size, waiting, self.device or tensor.device)
         if self.folder is None:
             self._temporary_folder = TemporaryDirectory(prefix="hf-lowrank-")
             self.folder = Path(self._temporary_folder.name)
@@ -53,7 +62,8 @@ class ActivationCache:
         # NumPy has no bfloat16: the file holds the bytes of any dtype.
         file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         # On the meta device the tensor has its shape and dtype, and no memory.
-        return CachedTensor(self, size, torch.empty_like(tensor, device="meta"), file, tensor.device)
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return CachedTensor(self, size, empty, self.device or tensor.device, file)
 
 
 class CachedTensor:
@@ -63,8 +73,8 @@ class CachedTensor:
         cache: the cache that counts its bytes.
         size: number of bytes.
         tensor: the tensor itself, or a tensor on the meta device with its shape and dtype if `file` has the values.
+        device: the device on which the tensor is used.
         file: the file with the values. None if the tensor is in memory.
-        device: the device from which the tensor was written to the file.
     """
 
     def __init__(
@@ -72,8 +82,8 @@ class CachedTensor:
         cache: ActivationCache,
         size: int,
         tensor: Tensor,
+        device: torch.device,
         file: Path | None = None,
-        device: torch.device | None = None,
     ) -> None:
         self._cache = cache
         self._size = size
@@ -83,13 +93,21 @@ class CachedTensor:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor. A file is mapped at every access, so that it is in memory only while the result is used."""
+        """The tensor, on the device where it is used."""
+        return self.waiting.to(self._device)
+
+    @property
+    def waiting(self) -> Tensor:
+        """The tensor where it waits.
+
+        A file is mapped at every access, so that it is in memory only while the result is used.
+        """
         if self._file is None:
             return self._tensor
         empty = self._tensor
         # The mapping is private: a computation in place on the result does not reach the file.
         mapped = torch.from_file(str(self._file), shared=False, size=empty.numel(), dtype=empty.dtype)
-        return mapped.view(empty.shape).to(self._device or "cpu")
+        return mapped.view(empty.shape)
 
     def __del__(self) -> None:
         # A batch replaces its hidden states after every block, so that the old ones need no call to be given up.

@@ -62,7 +62,7 @@ class GradientBatch:
 
     def carried(self) -> dict[str, Tensor]:
         """Return what goes from block to block, by name: nothing before the head."""
-        return {} if self.gradient is None else {"gradient": self.gradient.tensor}
+        return {} if self.gradient is None else {"gradient": self.gradient.waiting}
 
     def carry(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `carried` returned."""
@@ -134,10 +134,9 @@ def _own_parts(
 
     The position is None for a part of another process.
     """
-    device = own[0].hidden.device if own else torch.device("cpu")
     position = 0
     for number, batch in enumerate(used):
-        for part in split_into_passes([batch], device):
+        for part in split_into_passes([batch]):
             is_own = position % group.size == group.rank  # as `ProcessGroup.split` has it
             yield number, position // group.size if is_own else None, part
             position += 1

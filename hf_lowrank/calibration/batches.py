@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..models.architectures import input_embeddings, main_input
+from ..models.architectures import forward_names, input_embeddings, main_inputs
 from ..models.context import context_length
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, listed
 
 LONGEST_SEQUENCE = 2048
 """Default sequence length, in tokens, of a model with a longer context or without a limit."""
@@ -23,7 +23,7 @@ TOKENS_PER_BATCH = 8192
 """Maximum number of tokens in a batch of several sequences."""
 
 TOKENS_PER_PASS = 2048
-"""Maximum number of tokens that go through a block at a time on a CPU.
+"""Maximum number of tokens that go through a block at a time.
 
 Intermediate results of fewer tokens take less memory and stay in the caches of the processor.
 """
@@ -40,9 +40,10 @@ class TokenBatch:
     """The inputs of a model for one forward pass of the calibration.
 
     Attributes:
-        input_ids: token ids (B, T). Empty, (B, 0), for a model that reads no tokens.
+        input_ids: token ids (B, T). Empty, (0, 0), for a model that reads no tokens of a text.
         attention_mask: (B, T), nonzero where a token is not padding. None if all tokens count.
-        others: the model's other inputs by name: `pixel_values`, `input_features`, `decoder_input_ids`, ...
+        others: the model's other inputs by name: `pixel_values`, `input_features`, `decoder_input_ids`, ... The codes
+            of several codebooks are one of them, as `input_ids` (B, codebooks, T) or (B, T, codebooks).
     """
 
     input_ids: Tensor
@@ -106,13 +107,13 @@ def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
     """Raise CompressionError if the model cannot read one of the batches."""
     context = context_length(model)
     vocabulary = getattr(input_embeddings(model), "num_embeddings", None)
-    needed = main_input(model)
+    needed = main_inputs(model)
     for batch in batches:
         # Embeddings may stand in place of the main input.
-        if batch.inputs.keys().isdisjoint({needed, "inputs_embeds"}):
+        if batch.inputs.keys().isdisjoint({*needed, "inputs_embeds"}):
             raise CompressionError(
-                f"calibration: {type(model).__name__} reads {needed}; give batches that have it "
-                f"(found {', '.join(batch.inputs) or 'nothing'})"
+                f"calibration: {type(model).__name__} reads {' or '.join(needed)}; give batches that have it "
+                f"(found {listed(batch.inputs) or 'nothing'})"
             )
         if context is not None and batch.input_ids.shape[1] > context:
             raise CompressionError(
@@ -129,14 +130,12 @@ def check_inputs(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> None:
             )
 
 
-def split_into_passes(batches: Iterable[TokenBatch], device: torch.device) -> list[TokenBatch]:
+def split_into_passes(batches: Iterable[TokenBatch]) -> list[TokenBatch]:
     """Split batches into the parts that go through a block at a time.
 
-    On a CPU a part is one or more whole sequences, of about `TOKENS_PER_PASS` tokens together. A batch that has inputs
-    beside its tokens stays whole. On other devices every batch stays whole.
+    A part is one or more whole sequences, of about `TOKENS_PER_PASS` tokens together. A batch that has inputs beside
+    its tokens stays whole.
     """
-    if device.type != "cpu":
-        return list(batches)
     passes: list[TokenBatch] = []
     for batch in batches:
         if batch.others:
@@ -251,21 +250,36 @@ def first_tokens(batch: TokenBatch, length: int) -> TokenBatch:
     return TokenBatch(input_ids, None if mask is None else mask[rows, kept], others | decoder_inputs)
 
 
+def reads_labels(model: PreTrainedModel) -> bool:
+    """Return whether a model reads labels as the inputs of its decoder, delayed, if it is given no others."""
+    names = forward_names(model)
+    if model.config.is_encoder_decoder and "decoder_input_ids" in names:
+        return True
+    # Detectors have decoders, too, and no text or sound to decode.
+    return "labels" in names and any(name.startswith("decoder_input_") for name in names)
+
+
 def with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
     """Return the batch with the inputs of the decoder, by teacher forcing.
 
-    They are the labels, or else the encoder's own text, delayed by one token.
+    They are the labels, or else the encoder's own text, delayed by one token. Labels that are no text, such as sounds,
+    stay as they are: the model delays them in its own way.
 
     Raises:
         CompressionError: if the batch has neither.
     """
     others = dict(batch.others)
     labels = others.pop("labels", None)
-    if not others.keys().isdisjoint({"decoder_input_ids", "decoder_inputs_embeds"}):
+    if any(name.startswith("decoder_input") for name in others):
         return replace(batch, others=others)
+    reads_text = model.config.is_encoder_decoder and "decoder_input_ids" in forward_names(model)
+    if not reads_text or (labels is not None and (labels.dim() != 2 or labels.is_floating_point())):
+        return batch
     if labels is None:
         text = batch.input_ids
         mask = batch.attention_mask
+        if not _is_text_of(model.get_decoder(), text):
+            text = text[:, :0]
     else:
         # Labels mark positions that do not count by a number that is not a token id.
         mask = labels != IGNORED_LABEL
@@ -285,3 +299,10 @@ def with_decoder_inputs(model: PreTrainedModel, batch: TokenBatch) -> TokenBatch
         # The mask moves with the tokens, and the start token counts.
         others["decoder_attention_mask"] = torch.cat([torch.ones_like(first), mask[:, :-1].to(first.dtype)], dim=1)
     return replace(batch, others=others)
+
+
+def _is_text_of(decoder: nn.Module, text: Tensor) -> bool:
+    """Return whether token ids are in the vocabulary of a decoder. They may be for its encoder only."""
+    embeddings = decoder.get_input_embeddings() if isinstance(decoder, PreTrainedModel) else None
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    return vocabulary is not None and text.numel() > 0 and int(text.max()) < vocabulary

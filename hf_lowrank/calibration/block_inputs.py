@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..models.architectures import without_head
+from ..execution.files import one_line
+from ..models.architectures import forward_names, without_head
 from ..runtime.errors import CompressionError
 from .activations import ActivationCache, CachedTensor
 from .batches import TokenBatch
@@ -166,10 +167,31 @@ def _capture_batch(
 
 def _record_calls(recorder: "_CallRecorder", model: PreTrainedModel) -> list[BlockCall | None]:
     with recorder.recording():
-        # The model is run without its head, whose logits nobody reads.
+        # The model is run without its head, whose logits nobody reads, unless the head gives inputs other names.
         base = without_head(model)
-        base(**recorder.batch.arguments(base))
+        reader = base if recorder.batch.inputs.keys() <= set(forward_names(base)) else model
+        _run(reader, recorder.batch, type(model).__name__)
     return [recorder.calls_of(name) for name in recorder.blocks]
+
+
+def _run(model: PreTrainedModel, batch: TokenBatch, name: str) -> None:
+    """Run a model, or its base model, on a batch.
+
+    Args:
+        name: the model's class, for the message.
+
+    Raises:
+        CompressionError: if its code cannot read the batch.
+    """
+    try:
+        model(**batch.arguments(model))
+    except (CompressionError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.inputs.items())
+        raise CompressionError(
+            f"calibration: {name} cannot read a batch of {shapes} ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 class _CallRecorder:

@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
@@ -44,11 +45,12 @@ class BlockCall(NamedTuple):
     repeats: tuple["BlockCall", ...] = ()
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the block in this way once, and return its hidden states, (B, T, d)."""
+        """Call the block in this way once, on the device of the hidden states, and return its own, (B, T, d)."""
+        args, kwargs = send_to_device((self.args, self.kwargs), hidden.device)
         if isinstance(self.place, str):
-            output = block(*self.args, **self.kwargs, **{self.place: hidden})
+            output = block(*args, **kwargs, **{self.place: hidden})
         else:
-            output = block(*self.args[: self.place], hidden, *self.args[self.place :], **self.kwargs)
+            output = block(*args[: self.place], hidden, *args[self.place :], **kwargs)
         states = hidden_states(output)
         assert states is not None, "checked when the block was captured"
         return states
@@ -116,15 +118,15 @@ class BlockBatch:
         self.hidden = first_start(self.calls).tensor
 
     def carried(self) -> dict[str, Tensor]:
-        """Return what goes from block to block, by name: the hidden states, and those of the compressed twin."""
-        tensors = {"hidden": self.hidden}
+        """Return what goes from block to block, where it waits: the hidden states, and the compressed twin's."""
+        tensors = {"hidden": self._hidden.waiting}
         if self.compressed_twin is not None:
-            tensors["compressed_hidden"] = self.compressed_twin.hidden
+            tensors["compressed_hidden"] = self.compressed_twin._hidden.waiting
         return tensors
 
     def carry(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `carried` returned."""
-        device = self.hidden.device
+        device = self._hidden.waiting.device
         self.hidden = tensors["hidden"].to(device)
         if self.compressed_twin is not None:
             self.compressed_twin.hidden = tensors["compressed_hidden"].to(device)

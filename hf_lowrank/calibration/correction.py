@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods import Statistics
-from .activations import ACTIVATIONS_IN_MEMORY
+from .activations import ACTIVATIONS_IN_MEMORY, CachedTensor
 from .blocks import BlockBatch, run_block
 from .grams import add_product, fill_upper_triangle, products_of
 from .hooks import temporary_hooks
@@ -108,7 +108,7 @@ class DenseReference:
         output_of: the layer whose output is kept beside its input. None for no layer.
 
     Attributes:
-        outputs: the outputs of the block, batch by batch, (B, T, d).
+        outputs: the outputs of the block, batch by batch, (B, T, d), in the caches of the batches.
     """
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class DenseReference:
         self.block = block
         self.index = index
         self.batches = batches
-        self.outputs: list[Tensor] = []
+        self.outputs: list[CachedTensor] = []
         self._kept: dict[tuple[int, str], _LayerPass] = {}
         free_bytes = ACTIVATIONS_IN_MEMORY
         for position, batch in enumerate(batches):
@@ -139,7 +139,7 @@ class DenseReference:
             handles.append(self.block.get_submodule(name).register_forward_hook(hook))
         with temporary_hooks(handles), routing.watching(self.block):
             output = run_block(self.block, self.index, batch)
-        self.outputs.append(output)
+        self.outputs.append(batch.cache.put(output))
         if output_of is not None and output_of in passes:
             passes[output_of] = replace(passes[output_of], block_output=output)
         return passes

@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ BINARY_SIGN_RANGE = 8192
 
 WHITE_SPACE = re.compile(r"\s*")
 
-UNREADABLE = (OSError, EOFError, ValueError, RecursionError, csv.Error, lzma.LZMAError, zlib.error)
+UNREADABLE = (OSError, EOFError, ValueError, RecursionError, csv.Error, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 """What the readers below raise for a damaged file. Errors of Unicode, JSON and Arrow are ValueErrors or OSErrors."""
 
 
@@ -87,18 +88,31 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, stream)
 
 
-def _open_zstandard(path: Path) -> BinaryIO:
+def _open_by_arrow(path: Path, compression: str) -> BinaryIO:
     import pyarrow
 
-    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression=compression)))
+
+
+@contextmanager
+def _open_zip(path: Path) -> Iterator[BinaryIO]:
+    """Open the only file of an archive."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} files in one archive, expected one")
+        with archive.open(names[0]) as stream:
+            yield cast(BinaryIO, io.BufferedReader(stream))
 
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_zstandard,
-    ".zstd": _open_zstandard,
+    ".zst": partial(_open_by_arrow, compression="zstd"),
+    ".zstd": partial(_open_by_arrow, compression="zstd"),
+    ".lz4": partial(_open_by_arrow, compression="lz4"),
+    ".zip": _open_zip,
 }
 """Functions that open a packed file for reading bytes, by suffix."""
 

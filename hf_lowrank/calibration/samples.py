@@ -1,6 +1,5 @@
 """Turn whatever the user calibrates on into batches: texts, chats, token ids, rows of a dataset, batches of inputs."""
 
-import inspect
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.architectures import main_input, without_head
+from ..models.architectures import codebooks, main_input
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, listed
 from .batches import (
     TokenBatch,
     batch_rows,
@@ -20,9 +19,11 @@ from .batches import (
     check_inputs,
     first_sequences,
     first_tokens,
+    reads_labels,
     sequence_length,
     with_decoder_inputs,
 )
+from .model_inputs import as_ids, batch_from_inputs, readable_inputs
 from .sampling import sample_sequences
 from .sources import given_rows
 from .texts import (
@@ -38,9 +39,10 @@ from .texts import (
 )
 
 DOCUMENTS_PER_SAMPLE = 8
-"""Number of documents that are read from a dataset or a stream for every calibration sequence.
+"""Number of documents that are read from a dataset or a stream for every calibration sequence, to draw them from.
 
-More are read only if these are too short.
+More are read only if these are too short together. Of a stream fewer are read if they hold this many sequences for
+every one that is drawn.
 """
 
 LOOKAHEAD = 1000
@@ -58,8 +60,9 @@ def calibration_batches(
     """Make calibration batches from `calibration`, or from `config.calibration` if it is None.
 
     Whatever is given, at most `config.samples` sequences of at most `config.sequence_length` tokens are used. What can
-    be read only once, such as a generator or a streamed dataset, is read no further than they need. Pictures and the
-    like keep the length of the tokens that go along with them.
+    be read only once, such as a generator or a streamed dataset, is read no further than they need: of texts, eight
+    times what is drawn from them, in documents or in tokens, whichever comes first. Pictures, sounds and codes of
+    sounds keep the length of the tokens that go along with them.
 
     Args:
         calibration: "self", a dataset name, a file of texts or rows, or an iterable. Its items are texts, token ids,
@@ -73,8 +76,7 @@ def calibration_batches(
             these, naming it.
     """
     batches = _batches(model, config, tokenizer, config.calibration if calibration is None else calibration)
-    # Some detectors call themselves encoder-decoders, too, and have no text to decode.
-    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    if reads_labels(model):
         batches = [with_decoder_inputs(model, batch) for batch in batches]
     # An input that the model cannot read is an error before any work is done.
     check_inputs(model, batches)
@@ -86,21 +88,27 @@ def _batches(model: PreTrainedModel, config: CompressionConfig, tokenizer: Any, 
     length = sequence_length(model, config)
     if isinstance(given, str) and given == "self":
         return _batches_from_model(model, config, length)
-    most_documents = None
+    most_documents = most_tokens = None
     if isinstance(given, str):
         source = given
         rows = read_rows(given, limit=DOCUMENTS_PER_SAMPLE * config.samples)
     else:
         source = "calibration"
+        if codebooks(model) and (isinstance(given, Tensor) or (isinstance(given, Mapping) and "input_ids" in given)):
+            given = [given]  # its rows belong together
         rows, is_stream = given_rows(given)
-        most_documents = DOCUMENTS_PER_SAMPLE * config.samples if is_stream else None
+        if is_stream:
+            most_documents = DOCUMENTS_PER_SAMPLE * config.samples
+            most_tokens = most_documents * length
     first, rows = _first_sample(rows, model, source)
     if isinstance(first, str) or (isinstance(first, Mapping) and text_column(first) == "text"):
+        _check_reads_tokens(model, source)
         stream = token_stream(
             _required(tokenizer, "texts" if source == "calibration" else source),
             documents_of(rows, source),
             config.samples * length,
             most_documents,
+            most_tokens,
         )
         return batch_rows(_choose_windows(stream, length, config))
     samples = _Samples(model, tokenizer, length, config.samples)
@@ -129,7 +137,7 @@ def _first_sample(rows: Iterable[Any], model: PreTrainedModel, source: str) -> t
     for row in seen:
         if isinstance(row, Mapping) and text_column(row) is None:
             raise CompressionError(
-                f"{source}: found samples with the fields {', '.join(map(str, row))}; expected text or messages, or "
+                f"{source}: found samples with the fields {listed(row)}; expected text or messages, or "
                 f"what {type(model).__name__} reads, such as {main_input(model)}"
             )
     raise CompressionError(f"{source}: all samples are empty")
@@ -142,7 +150,7 @@ def _content(row: Any, model: PreTrainedModel) -> Any:
     column = text_column(row)
     if column is not None:
         return row[column]
-    if any(row[name] is not None for name in _readable_inputs(model) & row.keys()):
+    if any(row[name] is not None for name in readable_inputs(model) & row.keys()):
         return row
     return None
 
@@ -190,6 +198,8 @@ class _Samples:
         content = _content(row, self.model)
         if isinstance(row, Mapping) and content is not row:
             where = f"{where}: the column {text_column(row)}"
+        if not isinstance(content, Mapping) and codebooks(self.model):
+            content = self._codes(content, where)
         if isinstance(content, Mapping):
             for part in _split_columns(content):
                 self._add_inputs(part, where)
@@ -223,7 +233,7 @@ class _Samples:
         """Add inputs of the model: a row of token ids as a sequence, anything else as a batch."""
         if self.missing <= 0:
             return
-        batch, is_row = _batch_from_inputs(inputs, self.model, where)
+        batch, is_row = batch_from_inputs(inputs, self.model, where)
         if not batch.input_ids.numel() and not batch.others:
             return
         if is_row and not batch.others:
@@ -233,55 +243,34 @@ class _Samples:
         self.whole_batches.append(batch)
         self.missing -= batch.sequences
 
+    def _codes(self, sample: Any, where: str) -> Any:
+        """Return a sample that is not by name as the inputs of a model that reads codes."""
+        if is_empty(sample):
+            return sample
+        if is_chat(sample):
+            _check_reads_tokens(self.model, where)
+        return {"input_ids": sample}
+
     def _token_ids(self, sample: Any, where: str) -> list[Sequence]:
         """Return the sequences of a sample: a chat, or a tensor or list of token ids or of several such sequences."""
         if is_chat(sample):
             return [(chat_tokens(_required(self.tokenizer, "chats"), sample, where), None)]
         if not _is_tensor_or_list(sample) or (isinstance(sample, (list, tuple)) and _holds_no_numbers(sample)):
             raise _unusable_sample(sample, where)
-        ids = _as_ids(sample, where)
+        ids = as_ids(sample, where)
         if ids.dim() > 2:
             raise _unusable_sample(sample, where)
         return [(row, None) for row in ids.reshape(-1, ids.shape[-1])]
 
 
-def _batch_from_inputs(item: Mapping[str, Any], model: PreTrainedModel, where: str) -> tuple[TokenBatch, bool]:
-    """Return the inputs that the model reads as a batch, and whether they were one row, without a batch dimension.
-
-    Other entries are for the model's head or for the user.
-    """
-    others = {}
-    # The names are sorted, as a set of names has another order in every process.
-    for name in sorted((_readable_inputs(model) & item.keys()) - {"input_ids"}):
-        if item[name] is not None:
-            others[name] = _as_tensor(item[name], f"{where}: {name}")
-    mask = item.get("attention_mask")
-    if mask is not None:
-        mask = _as_tensor(mask, f"{where}: attention_mask")
-    if item.get("input_ids") is None:
-        return TokenBatch(torch.empty(0, 0, dtype=torch.long), mask, others), False
-    input_ids = _as_ids(item["input_ids"], f"{where}: input_ids")
-    is_row = input_ids.dim() == 1  # a row of a tokenized dataset is a batch of one sequence
-    if is_row:
-        input_ids = input_ids[None]
-        others = {name: tensor[None] if tensor.dim() == 1 else tensor for name, tensor in others.items()}
-    if mask is not None:
-        if input_ids.dim() != 2 or mask.numel() != input_ids.numel():
-            raise CompressionError(
-                f"{where}: found input_ids of the shape {tuple(input_ids.shape)} and an attention_mask of "
-                f"{tuple(mask.shape)}; expected the same"
-            )
-        mask = mask.reshape(input_ids.shape)
-    return TokenBatch(input_ids, mask, others), is_row
-
-
-def _readable_inputs(model: PreTrainedModel) -> set[str]:
-    """Return the names of the inputs that a model reads. A mask by itself is none."""
-    readable = {*inspect.signature(without_head(model).forward).parameters, "input_ids"} - {"attention_mask"}
-    # An encoder-decoder model reads labels as the inputs of its decoder, others read them only to compute a loss.
-    if model.config.is_encoder_decoder:
-        return readable | {"labels"}
-    return readable - {"labels"}
+def _check_reads_tokens(model: PreTrainedModel, source: str) -> None:
+    """Raise CompressionError if a model is given text, and reads the codes of several codebooks."""
+    count = codebooks(model)
+    if count:
+        raise CompressionError(
+            f"{source}: {type(model).__name__} reads the codes of {count} codebooks, not text; give batches of them, "
+            "calibration=[{'input_ids': ...}, ...]"
+        )
 
 
 def _without_padding(batch: TokenBatch) -> Sequence:
@@ -318,28 +307,6 @@ def _holds_no_numbers(values: Iterable[Any]) -> bool:
 
 def _is_tensor_or_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or (hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0)
-
-
-def _as_tensor(value: Any, where: str) -> Tensor:
-    """Return a value as a tensor on the CPU, or raise CompressionError if it is no array of numbers."""
-    try:
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-            value = torch.stack(list(value))
-        # What is no tensor yet is copied: arrays of numpy may be read-only, which torch does not like.
-        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-        return tensor.detach().cpu()
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise CompressionError(
-            f"{where}: found {described(value)}, expected numbers in rows of one length ({error})"
-        ) from error
-
-
-def _as_ids(value: Any, where: str) -> Tensor:
-    """Return token ids as an int64 tensor on the CPU, or raise CompressionError if they are no whole numbers."""
-    ids = _as_tensor(value, where)
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise CompressionError(f"{where}: found token ids of the type {ids.dtype}, expected whole numbers")
-    return ids.long()
 
 
 def _unusable_sample(item: Any, where: str) -> CompressionError:

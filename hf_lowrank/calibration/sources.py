@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, listed
 from .files import TEXT_COLUMNS
 from .texts import described
 
@@ -59,7 +59,7 @@ def _rows_of_mapping(given: Mapping[str, Any]) -> Any:
             return next(iter(given.values()))
         if "train" in given:
             return given["train"]
-        raise CompressionError(f"calibration: found a dataset with the splits {', '.join(given)}; give one of them")
+        raise CompressionError(f"calibration: found a dataset with the splits {listed(given)}; give one of them")
     for name in ("input_ids", *TEXT_COLUMNS):
         column: Any = given.get(name)
         if _is_column(column, name):

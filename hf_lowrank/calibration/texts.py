@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..execution.files import one_line
-from ..runtime.errors import CompressionError, printable
+from ..runtime.errors import CompressionError, listed, path_in_message, printable
 from .files import TEXT_COLUMNS, read_file
 
 DATASETS: dict[str, dict[str, Any]] = {
@@ -57,8 +57,8 @@ def read_rows(source: str | os.PathLike[str], split: str = "train", limit: int |
     if os.path.isdir(source):
         raise CompressionError(f"{source}: is a folder; name one file")
     raise CompressionError(
-        f"{source}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the path "
-        "(from Python, texts themselves are given as a list)"
+        f"{path_in_message(source)}: no such text file, and not one of the datasets {', '.join(DATASETS)}; check the "
+        "path (from Python, texts themselves are given as a list)"
     )
 
 
@@ -105,7 +105,7 @@ def documents_of(rows: Iterable[Any], source: str) -> Iterator[Document]:
             yield document
     if columns is not None:
         raise CompressionError(
-            f"{source}: has the columns {', '.join(columns)}, expected one that is called text or messages"
+            f"{source}: has the columns {listed(columns)}, expected one that is called text or messages"
         )
 
 
@@ -156,7 +156,11 @@ def described(value: Any) -> str:
 
 
 def token_stream(
-    tokenizer: Any, documents: Iterable[Document], enough: int | None = None, most_documents: int | None = None
+    tokenizer: Any,
+    documents: Iterable[Document],
+    enough: int | None = None,
+    most_documents: int | None = None,
+    most_tokens: int | None = None,
 ) -> Tensor:
     """Join documents into one stream of token ids, (T,) int64.
 
@@ -165,9 +169,11 @@ def token_stream(
 
     Args:
         enough: number of tokens. Documents are read to their end, but none after the first `enough` tokens if that
-            is a lot of them already: `most_documents`, or `MOST_TOKENS` tokens.
-        most_documents: see `enough`.
+            is a lot of them already: `most_documents`, or `most_tokens` tokens.
+        most_documents: see `enough`. None for any number.
+        most_tokens: see `enough`. `MOST_TOKENS` by default.
     """
+    most_tokens = MOST_TOKENS if most_tokens is None else most_tokens
     parts = [torch.empty(0, dtype=torch.long)]
     tokens = 0
     for count, document in enumerate(documents, 1):
@@ -176,7 +182,7 @@ def token_stream(
         else:
             parts.append(chat_tokens(tokenizer, document, f"document {count}"))
         tokens += len(parts[-1])
-        has_many = tokens >= MOST_TOKENS or (most_documents is not None and count >= most_documents)
+        has_many = tokens >= most_tokens or (most_documents is not None and count >= most_documents)
         if enough is not None and tokens >= enough and has_many:
             break
     return torch.cat(parts)
@@ -205,7 +211,7 @@ def chat_tokens(tokenizer: Any, chat: Chat, where: str) -> Tensor:
     for message in chat:
         if not isinstance(message.get("role"), str):
             raise CompressionError(
-                f"{where}: found a message with the fields {', '.join(map(str, message))}; expected role and content"
+                f"{where}: found a message with the fields {listed(message)}; expected role and content"
             )
     try:
         encoded = tokenizer.apply_chat_template(list(chat), tokenize=True, return_dict=True)

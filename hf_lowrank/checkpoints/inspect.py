@@ -11,7 +11,7 @@ from ..budget import Layer
 from ..models.architectures import find_blocks, find_layers
 from ..models.loading import compression_of, load_config, skeleton
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError, printable
+from ..runtime.errors import CompressionError, path_in_message, printable
 from ..runtime.reports import REPORT_FILE, read_current_report
 from ..runtime.safetensors_headers import DTYPE_BITS, FLOAT_TYPES, StoredTensor, read_headers, weight_files
 from ..runtime.validation import resolve_layers
@@ -82,7 +82,9 @@ def inspect(folder: str | Path) -> Inspection:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CompressionError(f"{folder}: no such folder; inspect reads a checkpoint on this machine")
+        raise CompressionError(
+            f"{path_in_message(folder)}: no such folder; inspect reads a checkpoint on this machine"
+        )
     config = load_config(str(folder))
     compression = compression_of(config)
     if compression is None:

@@ -15,7 +15,7 @@ from ..execution.files import system_message
 from ..runtime.checksums import CONFIG, LOADING_CODE, config_checksum, file_checksum, recorded_code
 from ..runtime.config_checks import holds_checkpoint, mentions_checkpoint
 from ..runtime.content_checks import check_contents, check_finite_values
-from ..runtime.errors import CheckpointError, CompressionError, printable
+from ..runtime.errors import CheckpointError, CompressionError, path_in_message, printable
 from ..runtime.safetensors_headers import read_headers, read_json, weight_files
 from ..runtime.validation import dense_shape, validate_checkpoint
 from ..version import __version__
@@ -59,7 +59,7 @@ def verify(folder: str | Path) -> Verification:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CompressionError(f"{folder}: no such folder; verify reads a checkpoint on this machine")
+        raise CompressionError(f"{path_in_message(folder)}: no such folder; verify reads a checkpoint on this machine")
     # A config that is only damaged still mentions the format. Then its damage is a problem to report, and the model is
     # not foreign.
     if (folder / CONFIG).is_file() and not holds_checkpoint(str(folder)) and not mentions_checkpoint(str(folder)):

@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..calibration import BlockBatch, TokenBatch, starts_new_block_list
 from ..calibration.backward import has_next_token
 from ..execution.work_folder import difference
 from ..methods import Method, make_method
-from ..models.architectures import find_blocks, input_embeddings, main_input
+from ..models.architectures import codebooks, find_blocks, input_embeddings, main_inputs
 from ..models.linears import is_finite
 from ..models.offloading import every_weight
 from ..runtime.compressed_linear import has_compressed_layers
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError, NumericalError
+from ..runtime.errors import CompressionError, NumericalError, quoted
 from ..runtime.quantizer import CompressionQuantizer
 from ..runtime.reopening import check_reopens
 from .session import Session
@@ -71,21 +72,21 @@ def check_reads_text(model: PreTrainedModel, source: Any) -> None:
     Args:
         source: what to calibrate on.
     """
-    needed = main_input(model)
-    if not isinstance(source, str) or needed in TEXT_INPUTS:
+    needed = main_inputs(model)
+    reads_codes = codebooks(model) > 0
+    if not isinstance(source, str) or (not reads_codes and not {*TEXT_INPUTS}.isdisjoint(needed)):
         return
-    inputs = f"'{needed}': ..."
+    what = "codes of sounds" if reads_codes else " or ".join(needed)
+    inputs = f"'{needed[-1]}': ..."
     if model.config.is_encoder_decoder:
         inputs += ", 'decoder_input_ids': ..."
     raise CompressionError(
-        f"calibration: {type(model).__name__} takes {needed}, which {source!r} does not give; "
+        f"calibration: {type(model).__name__} takes {what}, which {quoted(source)} does not give; "
         f"give batches of tensors, calibration=[{{{inputs}}}, ...]"
     )
 
 
-def whole_model_reason(
-    config: CompressionConfig, dense: PreTrainedModel, device: str, calibration: Any = None
-) -> str | None:
+def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, calibration: Any = None) -> str | None:
     """Return why the whole model must be in memory, or None if one block at a time is enough.
 
     Args:
@@ -103,9 +104,17 @@ def whole_model_reason(
     lists_of_blocks = {name.rpartition(".")[0] for name in find_blocks(dense)}
     if len(lists_of_blocks) > 1:
         return f"{type(dense).__name__} has more than one list of blocks"
-    if device != "cpu":
-        return f"the device is {device}"
     return None
+
+
+def check_one_block_at_a_time(model: PreTrainedModel, config: CompressionConfig, device: torch.device) -> None:
+    """Raise CompressionError if a recipe needs more of a model on the device than one block at a time."""
+    method = make_method(config.method, config.options)
+    reason = f"{method.name} trains through the whole model" if method.trains else None
+    if config.refinement_steps:
+        reason = "refining compares the blocks with those of the dense model"
+    if reason is not None:
+        raise CompressionError(f"device: {reason}; move the {type(model).__name__} to {device} instead")
 
 
 def check_block_by_block(
@@ -115,7 +124,7 @@ def check_block_by_block(
     name = type(model).__name__
     if work_dir is None:
         raise CompressionError(f"{name} has its blocks on disk; name a work folder for the finished ones")
-    reason = whole_model_reason(config, model, "cpu", calibration)
+    reason = whole_model_reason(config, model, calibration)
     if reason is not None:
         raise CompressionError(f"{name} has its blocks on disk and must be in memory as a whole: {reason}")
 

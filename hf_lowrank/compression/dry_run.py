@@ -28,8 +28,8 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype:
     config = make_plan(
         dense, config, make_method(config.method, config.options), blocks, separate_experts(blocks)
     ).config
-    reason = whole_model_reason(config, dense, device)
-    lines = _block_by_block(dense, config) if reason is None else [_whole_model(dense, config, reason)]
+    reason = whole_model_reason(config, dense)
+    lines = _block_by_block(dense, config, device) if reason is None else [_whole_model(dense, config, reason)]
     return "\n".join([*lines, _time(dense, config, device)])
 
 
@@ -41,9 +41,9 @@ def _whole_model(dense: PreTrainedModel, config: CompressionConfig, reason: str)
     )
 
 
-def _block_by_block(dense: PreTrainedModel, config: CompressionConfig) -> list[str]:
+def _block_by_block(dense: PreTrainedModel, config: CompressionConfig, device: str) -> list[str]:
     needs = estimate(dense, config)
-    return [
+    lines = [
         f"memory above torch's own, at most: {_gigabytes(needs.peak)}",
         f"  embeddings, norms and libraries: {_gigabytes(needs.resident)}",
         f"  the largest block: {_gigabytes(needs.block)}",
@@ -52,6 +52,9 @@ def _block_by_block(dense: PreTrainedModel, config: CompressionConfig) -> list[s
         f"disk: {_gigabytes(needs.output)} for the result, and until it is done {_gigabytes(needs.work_folder)} "
         "in the work folder",
     ]
+    if device != "cpu":
+        lines.insert(0, f"memory of {device}, at most: {_gigabytes(needs.device)}")
+    return lines
 
 
 def _time(dense: PreTrainedModel, config: CompressionConfig, device: str) -> str:

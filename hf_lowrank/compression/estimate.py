@@ -45,6 +45,8 @@ class Estimate:
         shard: the largest file of the output, which is in memory while it is written.
         work_folder: the work folder at its largest.
         output: the compressed checkpoint.
+        device: memory of another device than the CPU, if blocks are computed there: a block with all that is needed
+            for it, or else the head.
     """
 
     resident: int
@@ -54,6 +56,7 @@ class Estimate:
     shard: int
     work_folder: int
     output: int
+    device: int
 
     @property
     def peak(self) -> int:
@@ -88,18 +91,21 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
     waiting = min((streams + 1) * hidden + kept, ACTIVATIONS_IN_MEMORY)
     block = max(_size_under(sizes, [name]) for name in blocks)
     in_block = _batch_bytes(dense, config, layers, length)
+    on_device = in_block
     if method.strategy == "mixed":
         block *= 2  # a dense copy beside the one whose layers are compressed
-        in_block += hidden + _reference_bytes(layers, config.samples * length * dense.dtype.itemsize)
+        references = _reference_bytes(layers, config.samples * length * dense.dtype.itemsize)
+        in_block += hidden + references
+        on_device += references
+    working = _largest_working_memory(method, layers, len(blocks))
+    head, backward = _gradient_bytes(dense, method, layers, sizes)
+    rest = total - _size_under(sizes, on_disk)
 
     return Estimate(
-        resident=total - _size_under(sizes, on_disk) + LIBRARY_BYTES,
+        resident=rest + LIBRARY_BYTES,
         block=block,
         activations=waiting + in_block,
-        working=max(
-            _largest_working_memory(method, layers, len(blocks)),
-            _gradient_bytes(dense, method, layers, sizes, len(blocks)),
-        ),
+        working=max(working, head, backward),
         shard=min(shard_size(dense), output),
         work_folder=_size_under(sizes, expert_banks)
         + round((1 - config.ratio) * linears)
@@ -107,6 +113,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
         + max(kept - ACTIVATIONS_IN_MEMORY, 0)
         + strategy_of(method).survey_bytes(layers),
         output=output,
+        device=max(block + on_device + max(working, backward), rest + head if head else 0),
     )
 
 
@@ -128,11 +135,11 @@ def _reference_bytes(layers: list[Layer], bytes_of_channel: int) -> int:
 
 
 def _gradient_bytes(
-    dense: PreTrainedModel, method: Method, layers: list[Layer], sizes: dict[str, int], blocks: int
-) -> int:
-    """Return what the gradients take at most: in the head, or in a block whose sums are taken."""
+    dense: PreTrainedModel, method: Method, layers: list[Layer], sizes: dict[str, int]
+) -> tuple[int, int]:
+    """Return what the gradients take at most: in the head, and in a block whose sums are taken."""
     if not method.needs_gradients and not method.needs_output_gram:
-        return 0
+        return 0, 0
     vocabulary = dense.config.get_text_config().vocab_size
     head = LOGIT_BYTES * max(LOGITS_AT_ONCE, FEWEST_TOKENS_AT_ONCE * vocabulary)
     head += sum(size for name, size in sizes.items() if name.startswith("lm_head."))
@@ -141,7 +148,7 @@ def _gradient_bytes(
         m, n = layer.out_features, layer.in_features
         sums[layer.block] += FLOAT32_BYTES * (m * m if method.needs_output_gram else 2 * m * n)
         graphs[layer.block] += round(TENSORS_IN_GRAPH * (m + n)) * TOKENS_PER_PASS * dense.dtype.itemsize
-    return max(head, *(sums[block] + graphs[block] for block in range(blocks)))
+    return head, max(sums[block] + graphs[block] for block in sums)
 
 
 def _size_under(sizes: dict[str, int], modules: Iterable[str]) -> int:

@@ -8,6 +8,7 @@ from ..calibration import fingerprint
 from ..models.offloading import OffloadedQuantizer
 from ..runtime.configuration import CompressionConfig
 from ..runtime.layers import CompressedLinear
+from ..runtime.origin import source_of
 from ..runtime.privacy import public_name
 from ..runtime.quantizer import CompressionQuantizer, attach
 from ..runtime.reopening import stand_in
@@ -51,7 +52,7 @@ def final_config(session: Session, calibration: Any) -> CompressionConfig:
     """Return the config that the checkpoint records: the recipe, where it came from, and what its layers store."""
     model, plan = session.model, session.plan
     provenance = {
-        "base_model": public_name(getattr(model.config, "_name_or_path", "")),
+        "base_model": public_name(source_of(model.config)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "calibration_sha256": fingerprint(session.tokens),
         "calibration_tokens": sum(batch.tokens for batch in session.tokens),

@@ -19,7 +19,7 @@ from ..execution.work_folder import WorkFolder
 from ..models.loading import load_config, load_model, skeleton
 from ..models.offloading import return_memory, shard_size
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message
 from ..runtime.saving import CompleteSave
 from .checks import check_reads_text, whole_model_reason
 from .loss import WholeModelNeeded
@@ -45,7 +45,7 @@ def compress_checkpoint(
     Args:
         source: a folder or a name on the Hub.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
-        device: where the model computes. A model on another device than the CPU is in memory as a whole.
+        device: where the model computes: one block at a time, or the whole model where that is needed.
         work_dir: records what is finished, so that a killed run goes on from there. It is emptied at the end.
         overwrite: whether an output folder that is not empty is replaced.
         command: recorded in the report.
@@ -57,7 +57,7 @@ def compress_checkpoint(
     group.broadcast(lambda: check_free(output, overwrite))
     dense = skeleton(load_config(source))
     check_reads_text(dense, config.calibration)
-    reason = whole_model_reason(config, dense, device)
+    reason = whole_model_reason(config, dense)
     with ExitStack() as stack:
         work = work_dir
         save_options = {}
@@ -66,7 +66,7 @@ def compress_checkpoint(
             work, offload_folder = _make_folders(stack, output, work_dir, group)
             model = load_model(source, dtype, offload_folder=offload_folder)
             try:
-                compressed = compress(model, config, tokenizer, work_dir=work)
+                compressed = compress(model, config, tokenizer, work_dir=work, device=device)
                 # Shards of the output are no larger than what a block took: no more of it is in memory at a time.
                 save_options["max_shard_size"] = shard_size(dense)
                 return_memory()
@@ -96,7 +96,7 @@ def _make_folders(stack: ExitStack, output: Path, work_dir: Path | None, group: 
         offload_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompressionError(
-            f"{work or output}: cannot be written ({system_message(error)}); name another folder"
+            f"{path_in_message(work or output)}: cannot be written ({system_message(error)}); name another folder"
         ) from error
     return work, offload_folder
 

@@ -1,6 +1,7 @@
 """Gradients of the loss at the layers of each block, on a walk from the last block back to the first."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -117,15 +118,11 @@ class LossGradients:
         """Take the gradient from the loss to the output of the last block."""
         session = self.session
         session.show("measuring the loss", 0, len(session.plan.compressed))
-        offloaded, name = session.offloaded, _name_of_head(session)
-        if offloaded is not None and name is not None:
-            offloaded.load(name)
-        for batch in self.batches:
-            assert self._head is not None
-            hidden = batch.inputs[len(session.plan.blocks)].tensor
-            batch.gradient = batch.cache.put(self._head.gradient(batch, hidden))
-        if offloaded is not None and name is not None:
-            offloaded.unload(name)
+        with _head_on_device(session):
+            for batch in self.batches:
+                assert self._head is not None
+                hidden = batch.inputs[len(session.plan.blocks)].tensor
+                batch.gradient = batch.cache.put(self._head.gradient(batch, hidden))
 
     def _restore_inputs(self, visit: BlockVisit) -> None:
         """Compute the inputs of the blocks up to this one again, if a killed run had them."""
@@ -150,6 +147,37 @@ class LossGradients:
             if not is_here:
                 unload(self.session, earlier)
         self.keep_inputs(last)
+
+
+@contextmanager
+def _head_on_device(session: Session) -> Iterator[None]:
+    """Have all of the model but its blocks on the device where blocks are computed, while active."""
+    offloaded, name = session.offloaded, _name_of_head(session)
+    if offloaded is not None:
+        offloaded.stop_running()  # what lets it run from disk would bring all inputs to the host
+        if name is not None:
+            offloaded.load(name)
+    of_blocks: set[nn.Module] = set()
+    for block in session.plan.blocks.values():
+        of_blocks.update(block.modules())
+    at_home = []
+    moved: dict[Tensor, Tensor] = {}  # tied weights stay tied
+    for module in set(session.model.modules()) - of_blocks:
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta or tensor.device == session.device:
+                continue
+            if tensor not in moved:
+                there = tensor.detach().to(session.device)
+                moved[tensor] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+            at_home.append((module, key, tensor))
+            setattr(module, key, moved[tensor])
+    try:
+        yield
+    finally:
+        for module, key, tensor in at_home:
+            setattr(module, key, tensor)
+        if offloaded is not None and name is not None:
+            offloaded.unload(name)
 
 
 def _name_of_head(session: Session) -> str | None:
@@ -234,7 +262,7 @@ class _SquaredGradients(_GradientStage):
 
     def accept(self, visit: BlockVisit) -> None:
         assert visit.findings is not None
-        device = self.session.model.device
+        device = self.session.device
         for name, tensor in visit.findings.tensors.items():
             self.session.squared_gradients[name] = tensor.to(device)
 
@@ -257,6 +285,6 @@ class _OutputGrams(_GradientStage):
 
     def of(self, visit: BlockVisit) -> dict[str, Tensor]:
         """Return the Gram matrices of a block by layer."""
-        tensors, device = self._kept.of(visit).tensors, self.session.model.device
+        tensors, device = self._kept.of(visit).tensors, self.session.device
         grams = {layer.name: unpacked_output_gram(layer.name, tensors, device) for layer in visit.layers}
         return {name: gram for name, gram in grams.items() if gram is not None}

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -37,6 +38,7 @@ from .checks import (
     check_continuous,
     check_finite,
     check_given,
+    check_one_block_at_a_time,
     check_predicts_next_token,
     check_reads_text,
     check_same_everywhere,
@@ -57,6 +59,7 @@ def compress(
     calibration: Any = None,
     *,
     work_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Compress the linear layers of a model's blocks, in place.
@@ -75,6 +78,8 @@ def compress(
             far as they need.
         work_dir: a folder that records what is finished, so that a killed run, started again, goes on from there to
             the same bytes. Delete it, or use it for another run, once the model is saved.
+        device: where to compute, if not where the model is. One block at a time goes to this device and comes back.
+            The rest of the model stays.
         progress: whether to show a bar on a terminal, or else log a line per block at level INFO.
 
     Returns:
@@ -95,7 +100,10 @@ def compress(
     check_reads_text(model, config.calibration if calibration is None else calibration)
     if is_offloaded(model):
         check_block_by_block(model, config, calibration, work_dir)
-    group = current_process_group(model.device)
+    place = torch.device(device) if device is not None else model.device
+    if place != model.device:
+        check_one_block_at_a_time(model, config, place)
+    group = current_process_group(place)
     with ExitStack() as stack:
         stack.enter_context(own_modes())
         replace_inference_tensors(model)
@@ -103,7 +111,7 @@ def compress(
         work = stack.enter_context(group.work_folder(work_dir)) if work_dir is not None else None
         stack.enter_context(evaluation_mode(model))
         try:
-            session = open_session(model, config, method, show, group)
+            session = open_session(model, config, method, show, group, place)
             calibrate(session, tokenizer, calibration)
             use_work_folder(session, work)
             compress_blocks(session)
@@ -167,7 +175,10 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
         return
     work.claim(identity)
     session.work = work
-    session.waiting = ActivationCache(work.path, owner=session.group.rank)
+    is_elsewhere = session.device != session.model.device
+    session.waiting = ActivationCache(
+        work.path, owner=session.group.rank, device=session.device if is_elsewhere else None
+    )
     if session.offloaded is not None:
         # Activations of a model that does not fit into memory wait in files, on the machine of each process.
         work.path.mkdir(parents=True, exist_ok=True)
@@ -190,7 +201,7 @@ def capture_inputs(session: Session) -> list[BlockBatch]:
     session.show("capturing block inputs", 0, len(plan.compressed))
     layers = {layer.name: model.get_submodule(layer.name) for layer in plan.compressed}
     with record_calls(layers) as called:
-        own = session.group.split(split_into_passes(session.tokens, model.device))
+        own = session.group.split(split_into_passes(session.tokens))
         batches = capture(model, plan.blocks, own, session.cache, plan.dense_blocks)
     check_continuous(session, batches)
     session.leave_uncalled_dense(set().union(*session.group.gather(called)))

@@ -166,7 +166,7 @@ def sampled_spectrum(sigma: Tensor) -> list[float]:
     count = min(len(sigma), SPECTRUM_POINTS)
     positions = torch.linspace(0, len(sigma) - 1, count).round().long()
     largest = sigma.max().clamp(min=torch.finfo(sigma.dtype).tiny)
-    values = (sigma.double().cpu() / largest)[positions]
+    values = (sigma.double() / largest).cpu()[positions]
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 

@@ -1,5 +1,7 @@
 """The choice of the linear layers to compress, and the reasons of those that stay dense."""
 
+import inspect
+import re
 from collections import Counter
 from fnmatch import fnmatchcase
 
@@ -9,12 +11,13 @@ from transformers import PreTrainedModel
 from ..budget import Layer
 from ..methods import Method
 from ..models.architectures import fused_experts, in_module_list
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from ..runtime.validation import is_linear
 
 TIED = "its weight is tied to another module"
 UNREACHED = "no calibration batch comes through its block; give batches with the inputs that it reads"
 UNCALLED = "calibration never calls it: its weight is not used, or read in another way"
+READ = "the model asks for the dtype of its weight, which quantized values do not have"
 ROUTER = "it routes tokens to experts or weighs them, and is tiny"
 
 
@@ -35,7 +38,8 @@ def select_layers(
     for pattern in left_dense:
         if not any(matches(name, pattern) for name in linears):
             raise CompressionError(
-                f"modules_to_not_convert: {pattern!r} matches no linear layer; a name looks like {layers[0].name!r}"
+                f"modules_to_not_convert: {quoted(pattern)} matches no linear layer; a name looks like "
+                f"{layers[0].name!r}"
             )
     shared_weights = _shared_weights(model)
     compressed, reasons = [], {}
@@ -47,6 +51,8 @@ def select_layers(
             reasons[layer.name] = TIED
         elif layer.role == "router":
             reasons[layer.name] = ROUTER
+        elif method.quantizes and _weight_is_read(model, layer.name):
+            reasons[layer.name] = READ
         elif reason := method.leaves_dense(layer, ratio):
             reasons[layer.name] = reason
         else:
@@ -105,6 +111,16 @@ def matches(name: str, pattern: str) -> bool:
         or f".{pattern}." in name
         or fnmatchcase(name, pattern)
     )
+
+
+def _weight_is_read(model: nn.Module, name: str) -> bool:
+    """Return whether the code around a layer reads its weight, as T5 does to cast what comes in to its dtype."""
+    parent, _, child = name.rpartition(".")
+    try:
+        source = inspect.getsource(type(model.get_submodule(parent)).forward)
+    except (OSError, TypeError):  # it was typed into an interpreter
+        return False
+    return re.search(rf"\bself\.{re.escape(child)}\.weight\b", source) is not None
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

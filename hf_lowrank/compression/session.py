@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -125,6 +126,7 @@ class Session:
         plan: the decisions that were taken beforehand.
         log: the log of what was done so far.
         show: shows the user which block or layer is being worked on.
+        device: where a block is while it is worked on. All else is where the model is.
         group: the processes that work on the run.
         offloaded: the blocks of a model that has them on disk; None if they are in memory.
         dense_copy: a copy of the dense model, if blocks are to be refined.
@@ -142,6 +144,7 @@ class Session:
     plan: Plan
     log: RunLog
     show: Step
+    device: torch.device
     group: ProcessGroup = SINGLE_PROCESS
     offloaded: OffloadedBlocks | None = None
     dense_copy: PreTrainedModel | None = None
@@ -170,6 +173,7 @@ class Session:
         assert isinstance(dense.weight, Tensor)
         bias = dense.bias if isinstance(dense.bias, Tensor) else None
         compressed = decomposition.to_layer(layer.out_features, layer.in_features, bias, dense.weight.dtype)
+        compressed.to(dense.weight.device)
         for name, parameter in compressed.named_parameters():
             if not is_finite(parameter):
                 raise NumericalError(f"a {name} that is not finite in {parameter.dtype}; a wider dtype may hold it")
@@ -183,15 +187,24 @@ class Session:
 
 
 def open_session(
-    model: PreTrainedModel, config: CompressionConfig, method: Method, show: Step, group: ProcessGroup = SINGLE_PROCESS
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    method: Method,
+    show: Step,
+    group: ProcessGroup = SINGLE_PROCESS,
+    device: torch.device | None = None,
 ) -> Session:
     """Plan a run, and open its session. Fused experts of the model become banks of linear layers.
+
+    Args:
+        device: where a block is while it is worked on, by default where the model is.
 
     Raises:
         CompressionError: if the model has no blocks of linear layers, or the ratio cannot be reached.
     """
     blocks = find_blocks(model)
-    offloaded = OffloadedBlocks(model) if is_offloaded(model) else None
+    device = device or model.device
+    offloaded = OffloadedBlocks(model, device) if is_offloaded(model) else None
     expert_banks = separate_experts(blocks)
     if offloaded is not None:
         offloaded.separate_experts(expert_banks)
@@ -199,4 +212,8 @@ def open_session(
     log = RunLog(reasons=dict(plan.reasons), warnings=list(plan.warnings))
     # The copy is taken after the experts were separated: both models then have the same module names.
     dense_copy = copy.deepcopy(model) if config.refinement_steps else None
-    return Session(model, plan, log, show, group, offloaded, dense_copy)
+    session = Session(model, plan, log, show, device, group, offloaded, dense_copy)
+    if device != model.device:
+        session.cache = ActivationCache(device=device)
+        session.waiting = ActivationCache(temporary=True, device=device)
+    return session

@@ -79,6 +79,6 @@ def report_on(
 
 def _threads(session: Session, layers: list[Layer]) -> int:
     """Return how many of the layers are solved at a time."""
-    if session.model.device.type != "cpu":
+    if session.device.type != "cpu":
         return 1
     return parallel_slots(max((session.method.working_memory(layer) for layer in layers), default=0))

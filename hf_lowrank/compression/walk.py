@@ -110,8 +110,12 @@ def visits(session: Session, backward: bool = False) -> Iterator[BlockVisit]:
 
 
 def load(session: Session, visit: BlockVisit) -> None:
-    """Bring a block that is on disk into memory, and put its neurons into the order that an earlier walk gave them."""
+    """Bring a block to the device where it is computed.
+
+    A block from disk also gets its neurons in the order that an earlier walk gave them.
+    """
     if session.offloaded is None:
+        visit.block.to(session.device)
         return
     session.offloaded.load(visit.name)
     for network in find_feed_forwards(visit.block):
@@ -121,9 +125,11 @@ def load(session: Session, visit: BlockVisit) -> None:
 
 
 def unload(session: Session, visit: BlockVisit) -> None:
-    """Free the weights of a block that is on disk. Its compressed weights are in its record."""
+    """Take a block back to the model, or free its weights if they are on disk: compressed ones are in its record."""
     if session.offloaded is not None:
         session.offloaded.unload(visit.name)
+    else:
+        visit.block.to(session.model.device)
 
 
 def install(session: Session, shares: BudgetShares[Any], layer: Layer, result: BuildResult) -> None:

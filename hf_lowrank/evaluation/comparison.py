@@ -31,7 +31,7 @@ from ..models.architectures import find_blocks, find_layers
 from ..models.context import context_length
 from ..models.loading import compression_of, load_config, load_tokenizer, skeleton
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from ..runtime.privacy import public_command, public_name, public_names, public_text
 from ..version import library_versions
 from .comparison_records import ComparisonRecord, Log, finished_record, model_sha256, name_of, text_sha256, write_json
@@ -156,7 +156,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     Raises:
         CompressionError: if the text has neither form, or the method does not know the option or the value.
     """
-    malformed = CompressionError(f"--methods: found {text!r}, expected name or name[option=value,...]")
+    malformed = CompressionError(f"--methods: found {quoted(text)}, expected name or name[option=value,...]")
     match = re.fullmatch(r"([\w-]+)(?:\[([^\[\]]+)\])?", text)
     if match is None:
         raise malformed
@@ -171,7 +171,7 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     # The number is checked here, because the method below does not know this option.
     steps = options.get(REFINEMENT, "0")
     if not steps.isdecimal():
-        raise CompressionError(f"--methods: {REFINEMENT}: found {steps!r}, expected a whole number")
+        raise CompressionError(f"--methods: {REFINEMENT}: found {quoted(steps)}, expected a whole number")
     make_method(name, {option: value for option, value in options.items() if option != REFINEMENT})
     return name, options
 

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from ..calibration.texts import DATASETS, read_rows
 from ..execution.files import one_line, write_atomically
 from ..runtime.checksums import file_checksum
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 """Patterns of the files that decide what a model computes: configuration, weights and tokenizer."""
@@ -75,7 +75,7 @@ def _model_folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=MODEL_FILES))
     except (OSError, ValueError) as error:
         raise CompressionError(
-            f"{source}: no such folder, and it cannot be downloaded from the Hub ({one_line(error)})"
+            f"{path_in_message(source)}: no such folder, and it cannot be downloaded from the Hub ({one_line(error)})"
         ) from error
 
 

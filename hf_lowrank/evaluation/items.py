@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.files import UNREADABLE, open_text
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message, quoted
 
 Item = dict[str, Any]
 
@@ -36,7 +36,7 @@ def read_items(file: Path) -> tuple[Form, list[Item]]:
             what was found and what was expected.
     """
     if not file.is_file():
-        raise CompressionError(f"{file}: no such file of items; check the path")
+        raise CompressionError(f"{path_in_message(file)}: no such file of items; check the path")
     form: Form | None = None
     items = []
     try:
@@ -104,7 +104,8 @@ def _check_label(label: Any, count: int, where: str) -> None:
     # `type` and not `isinstance`, because True and False are integers too.
     if type(label) is not int or not 0 <= label < count or count < 2:
         raise CompressionError(
-            f"{where}: label {label!r} of {count} choices, expected at least two and a label from 0 to {count - 1}"
+            f"{where}: label {quoted(label)} of {count} choices, expected at least two and a label from 0 to "
+            f"{count - 1}"
         )
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..models.context import context_length
 from ..models.loading import load_model
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from ..runtime.layers import CompressedLinear
 from .generation_speed import ModelSpeed, benchmark_model
 from .speed import PAPER_LAYOUTS, LayerSpeed, Layout, Timing, benchmark_layers
@@ -32,7 +32,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise CompressionError(f"--shapes: found {text!r}, expected OUTxIN such as 4096x11008")
+        raise CompressionError(f"--shapes: found {quoted(text)}, expected OUTxIN such as 4096x11008")
     return int(parts[0]), int(parts[1])
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..execution.files import one_line
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message, quoted
 from ..runtime.privacy import public_names
 from .items import Form, Item, read_items
 
@@ -146,7 +146,7 @@ class _Harness:
                 _check_known(name, manager.all_tasks)
         for task in self.others:
             if task not in names and not Path(task).is_file():
-                raise CompressionError(f"{task}: no such task file; check the path")
+                raise CompressionError(f"{path_in_message(task)}: no such task file; check the path")
         return manager
 
     def evaluate(self, model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -270,7 +270,8 @@ def _check_known(task: str, all_tasks: Sequence[str]) -> None:
         near = difflib.get_close_matches(task, all_tasks, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise CompressionError(
-            f"unknown task {task!r}{hint} (`lm_eval ls tasks` lists all; files of items end in .jsonl or .jsonl.gz)"
+            f"unknown task {quoted(task)}{hint} (`lm_eval ls tasks` lists all; files of items end in .jsonl "
+            "or .jsonl.gz)"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message
 from .files import flush_to_disk, system_message
 from .locking import is_held, locked
 
@@ -40,7 +40,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
                     parent.rmdir()
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by an error of its own
         raise CompressionError(
-            f"{target}: cannot be written ({system_message(error)}); nothing was left behind"
+            f"{path_in_message(target)}: cannot be written ({system_message(error)}); nothing was left behind"
         ) from error
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message, quoted
 from .files import atomic_file, system_message, write_atomically
 from .locking import locked
 
@@ -183,7 +183,7 @@ class WorkFolder:
 
     def _unwritable(self, error: Exception) -> CompressionError:
         return CompressionError(
-            f"{self.path}: cannot be written ({system_message(error)}); "
+            f"{path_in_message(self.path)}: cannot be written ({system_message(error)}); "
             "finished parts stay, repeat the command to go on"
         )
 
@@ -212,7 +212,7 @@ def difference(
             path = f"{name}.{key}" if name else key
             if isinstance(old, dict) and isinstance(new, dict):
                 return difference(old, new, path, words)
-            return f"{path} ({words[0]} {old!r}, {words[1]} {new!r})"
+            return f"{path} ({words[0]} {quoted(old)}, {words[1]} {quoted(new)})"
     return "identity"
 
 
@@ -222,11 +222,11 @@ def _checksum(name: str, tensors: dict[str, Tensor], facts: str) -> str:
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors that share no memory with each other. Safetensors refuses tensors that do."""
+    """Return contiguous tensors on the host that share no memory with each other, which safetensors refuses."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().contiguous()
+        whole = tensor.detach().cpu().contiguous()
         storage = whole.untyped_storage().data_ptr()
         separate[name] = whole.clone() if storage in storages else whole
         storages.add(storage)

@@ -39,6 +39,7 @@ class Auto(MixedMethod):
     )
 
     source: ClassVar[str] = "this project; parts after YAQA, arXiv 2505.22988, SLaB, 3BASiL and IO-SVD"
+    quantizes: ClassVar[bool] = True
 
     # Signs and scales alone are the smallest choice. Upward the budget is bounded as for slab-gram.
     def min_spec(self, layer: Layer) -> LayerSpec:

@@ -187,6 +187,8 @@ class Method:
             dense ones.
         factorizes: whether the work grows with the third power of a layer's side (as for an SVD), or else with the
             second.
+        quantizes: whether the sparse part may come out as codes. Layers whose weight the model's own code reads, for
+            its dtype, stay dense then.
     """
 
     name: ClassVar[str]
@@ -198,6 +200,7 @@ class Method:
     needs_output_gram: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     factorizes: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = False
 
     @property
     def needs_compressed_inputs(self) -> bool:

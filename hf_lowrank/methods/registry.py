@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..runtime.configuration import canonical_method_name
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from .base import Method
 
 _methods: dict[str, type[Method]] = {}
@@ -47,7 +47,7 @@ def method_class(name: str) -> type[Method]:
     canonical = canonical_method_name(name)
     if canonical not in _methods:
         suggestion = _suggestion(canonical, registered_methods())
-        raise CompressionError(f"unknown method {name!r}{suggestion} (hf-lowrank methods lists all)")
+        raise CompressionError(f"unknown method {quoted(name)}{suggestion} (hf-lowrank methods lists all)")
     return _methods[canonical]
 
 
@@ -66,7 +66,7 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
         if option not in fields:
             names = ", ".join(sorted(fields)) or "none"
             suggestion = _suggestion(option, list(fields))
-            raise CompressionError(f"{cls.name} has no option {option!r}{suggestion} (its options: {names})")
+            raise CompressionError(f"{cls.name} has no option {quoted(option)}{suggestion} (its options: {names})")
         values[option] = _option_value(cls.name, option, value, fields[option].default)
     return cls(**values)
 
@@ -112,7 +112,7 @@ def _read_optional(text: str) -> Any:
 
 
 def _wrong_type(method: str, option: str, value: Any, kind: type) -> CompressionError:
-    return CompressionError(f"{method}: option {option} is {value!r}, expected a value of type {kind.__name__}")
+    return CompressionError(f"{method}: option {option} is {quoted(value)}, expected a value of type {kind.__name__}")
 
 
 def _suggestion(name: str, candidates: list[str]) -> str:

@@ -25,6 +25,7 @@ class RTN(Method):
 
     source: ClassVar[str] = "round to nearest; grouped as in GPTQ, arXiv 2210.17323"
     factorizes: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..budget import Layer, ModelBudget
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from .allocation import greedy_ranks
 from .base import Statistics
 from .factorization import Factorization, factorize
@@ -90,7 +90,7 @@ class SoCo(SpectralMethod):
         for name, allowed in (("base", ("whitened", "plain")), ("loss", ("kl", "cross_entropy"))):
             if getattr(self, name) not in allowed:
                 raise CompressionError(
-                    f"soco: {name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, allowed))}"
+                    f"soco: {name} is {quoted(getattr(self, name))}, expected {' or '.join(map(repr, allowed))}"
                 )
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:

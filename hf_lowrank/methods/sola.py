@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..budget import Layer, ModelBudget
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from .allocation import fitted_ranks, greedy_ranks
 from .base import Statistics
 from .factorization import factorize
@@ -62,9 +62,11 @@ class SoLA(SpectralMethod):
         if not 0 <= self.prime_share <= 1:
             raise CompressionError(f"sola: prime_share is {self.prime_share}, expected a share from 0 to 1")
         if self.allocation not in ("exact", "components"):
-            raise CompressionError(f"sola: allocation is {self.allocation!r}, expected 'exact' or 'components'")
+            raise CompressionError(f"sola: allocation is {quoted(self.allocation)}, expected 'exact' or 'components'")
         if self.neuron_score not in ("activation", "output"):
-            raise CompressionError(f"sola: neuron_score is {self.neuron_score!r}, expected 'activation' or 'output'")
+            raise CompressionError(
+                f"sola: neuron_score is {quoted(self.neuron_score)}, expected 'activation' or 'output'"
+            )
 
     def leaves_dense(self, layer: Layer, ratio: float) -> str | None:
         skipped = self._skipped_blocks(layer.blocks, ratio)

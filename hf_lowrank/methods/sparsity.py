@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from .base import Method, too_small
 
 PATTERN_HELP = "unstructured, or N:M: at most N of every M consecutive inputs (2:4, 4:8)"
@@ -111,7 +111,9 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
         return 1, 1
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if match is None or not 0 < int(match[1]) < int(match[2]):
-        raise CompressionError(f"pattern is {pattern!r}, expected 'unstructured' or N:M with 0 < N < M, like 2:4")
+        raise CompressionError(
+            f"pattern is {quoted(pattern)}, expected 'unstructured' or N:M with 0 < N < M, like 2:4"
+        )
     return int(match[1]), int(match[2])
 
 

@@ -28,6 +28,10 @@ Query, key and value see the same input and may have the same shape: only their 
 """
 
 
+KINDS_OF_DATA = ("inputs", "input_ids", "input_values", "input_features", "pixel_values")
+"""Names by which models take texts, sounds and pictures."""
+
+
 @dataclass(frozen=True)
 class FeedForward:
     """A feed-forward network inside a block.
@@ -75,11 +79,44 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
+def codebooks(model: PreTrainedModel) -> int:
+    """Return of how many codebooks a model reads the codes, in rows of `input_ids`. Zero if it reads one of tokens."""
+    embeddings = input_embeddings(model)
+    return len(embeddings) if isinstance(embeddings, nn.ModuleList) else 0
+
+
+def forward_names(module: nn.Module) -> list[str]:
+    """Return the names of what a module's `forward` takes, in their order. Empty if it names nothing.
+
+    One that hands all arguments on, as those of subclasses do, takes what the class takes that it is derived from.
+    """
+    inherited = [vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base)]
+    for forward in [module.forward, *inherited]:
+        names = []
+        for parameter in inspect.signature(forward).parameters.values():
+            if parameter.name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                names.append(parameter.name)
+        if names:
+            return names
+    return []
+
+
 def main_input(model: PreTrainedModel) -> str:
     """Return the name of the input that a model cannot do without, such as `input_ids` or `pixel_values`."""
-    parameters = [*inspect.signature(model.forward).parameters]
+    names = forward_names(model)
     # Parts of models by themselves often have the name that another class set for the whole.
-    return model.main_input_name if model.main_input_name in parameters else parameters[0]
+    if isinstance(model.main_input_name, str) and (model.main_input_name in names or not names):
+        return model.main_input_name
+    return names[0]
+
+
+def main_inputs(model: PreTrainedModel) -> list[str]:
+    """Return the names of the inputs of which a model cannot do without one."""
+    main = main_input(model)
+    if main != "inputs":
+        return [main]
+    # This name stands for data of any kind. Some models take it by its own name, too.
+    return [name for name in forward_names(model) if name in KINDS_OF_DATA]
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Open models and tokenizers from a folder or from the Hub."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..execution.files import one_line
 from ..runtime.configuration import QUANT_METHOD, CompressionConfig
-from ..runtime.errors import CheckpointError, CompressionError
+from ..runtime.errors import CheckpointError, CompressionError, path_in_message, quoted
 from ..runtime.safetensors_headers import read_json
 from ..runtime.skeletons import class_of_name
 from ..runtime.validation import resolve_experts
@@ -41,7 +42,7 @@ def load_config(source: str) -> Any:
         CompressionError: if there is no such model, or it cannot be opened.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(source):  # unlike Path.exists, it takes a name of any length
         _check_hub_name(source)
     elif not (path / "config.json").is_file():
         raise CompressionError(f"{source}: not a model: it has no config.json")
@@ -49,9 +50,9 @@ def load_config(source: str) -> Any:
     try:
         return (_own_config_class(path) or AutoConfig).from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        reason = None if path.exists() else _not_on_hub(error)
+        reason = None if os.path.exists(source) else _not_on_hub(error)
         if reason is not None:
-            raise CompressionError(f"{source}: no such folder here, and {reason}") from error
+            raise CompressionError(f"{path_in_message(source)}: no such folder here, and {reason}") from error
         raise CompressionError(f"{source}: cannot be opened as a model ({one_line(error)})") from error
 
 
@@ -76,13 +77,15 @@ def _check_hub_name(source: str) -> None:
     error is then about the network.
     """
     if not _is_hub_name(source):
-        raise CompressionError(f"{source}: no such folder, and no name on the Hub (owner/model); check the path")
+        raise CompressionError(
+            f"{path_in_message(source)}: no such folder, and no name on the Hub (owner/model); check the path"
+        )
     # `owner/model` may be a path, too. It is one if there is a folder `owner`, unless the model was downloaded before.
     parent = source.partition("/")[0]
     is_cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
     if Path(parent).is_dir() and not is_cached:
         raise CompressionError(
-            f"{source}: no such folder, though {parent} is one; check the path "
+            f"{path_in_message(source)}: no such folder, though {parent} is one; check the path "
             f"(to download a model of that name from the Hub, start from a folder without {parent})"
         )
 
@@ -159,7 +162,8 @@ def load_tokenizer(source: str) -> Any:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:  # a TypeError: a file that it needs is missing
         raise CompressionError(
-            f"{source}: has no tokenizer that can be opened ({one_line(error)}); add tokenizer.json to the folder"
+            f"{path_in_message(source)}: has no tokenizer that can be opened ({one_line(error)}); add tokenizer.json "
+            "to the folder"
         ) from error
 
 
@@ -219,5 +223,5 @@ def _torch_dtype(name: str) -> torch.dtype | None:
         CompressionError: for any other name.
     """
     if name not in DTYPES:
-        raise CompressionError(f"dtype: found {name!r}, expected one of {', '.join(DTYPES)}")
+        raise CompressionError(f"dtype: found {quoted(name)}, expected one of {', '.join(DTYPES)}")
     return None if name == "auto" else getattr(torch, name)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
 from safetensors import safe_open
@@ -83,6 +84,7 @@ class OffloadedBlocks:
 
     Args:
         model: a model that was opened with a `device_map` that has blocks on disk.
+        device: the device on which a block is while it is worked on.
 
     Attributes:
         weights: the tensors on disk by name. A tensor is read when it is taken out.
@@ -91,8 +93,9 @@ class OffloadedBlocks:
         CompressionError: if none of its weights are on disk.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model = model
+        self.device = device
         self.weights: Mapping[str, Tensor] = _weights_on_disk(model)
 
     def separate_experts(self, banks: Mapping[str, ExpertBank]) -> None:
@@ -110,14 +113,14 @@ class OffloadedBlocks:
             add_hook_to_module(self.model.get_submodule(layer), hook)
 
     def load(self, name: str) -> None:
-        """Read a block's weights into memory. It is then like any other block."""
+        """Read a block's weights onto the device. It is then like any other block."""
         block = self.model.get_submodule(name)
         _remove_hooks(block)
         for key, tensor in block.state_dict().items():
             if tensor.device.type == "meta":
                 # The tensor is copied: it is mapped from a file, whose pages would count as ours once they are read.
-                value = self.weights[f"{name}.{key}"].clone()
-                set_module_tensor_to_device(block, key, "cpu", value=value)
+                value = self.weights[f"{name}.{key}"].clone().to(self.device)
+                set_module_tensor_to_device(block, key, self.device, value=value)
 
     def unload(self, name: str) -> None:
         """Free the memory of a block's weights."""
@@ -127,9 +130,13 @@ class OffloadedBlocks:
             if tensor.device.type != "meta":
                 set_module_tensor_to_device(block, key, "meta")
 
+    def stop_running(self) -> None:
+        """Take off what lets the model run from disk."""
+        _remove_hooks(self.model)
+
     def release(self) -> None:
         """Take off what lets the model run from disk, once all blocks are done."""
-        _remove_hooks(self.model)
+        self.stop_running()
         # With this attribute transformers would save and move it as an offloaded model.
         del self.model.hf_device_map
 

@@ -18,7 +18,7 @@ from ..methods import method_class, registered_methods
 from ..models.architectures import find_blocks
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import LayerSpec
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, path_in_message
 from ..runtime.privacy import public_name
 from ..runtime.validation import resolve_layers
 from . import charts
@@ -84,7 +84,9 @@ def _read_comparison(path: Path) -> dict[str, Any]:
     """
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
-        raise CompressionError(f"{file}: no such file; give the --out folder of a finished hf-lowrank compare")
+        raise CompressionError(
+            f"{path_in_message(file)}: no such file; give the --out folder of a finished hf-lowrank compare"
+        )
     try:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         pareto.table(results)  # uses every field that the page needs, so a wrong file fails here

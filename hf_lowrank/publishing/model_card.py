@@ -14,7 +14,7 @@ from ..calibration.texts import DATASETS
 from ..checkpoints.inspect import damaged_report, inspect
 from ..runtime.checksums import weights_checksum
 from ..runtime.configuration import CompressionConfig
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import CheckpointError, path_in_message
 from ..runtime.privacy import public_name, public_text
 from ..runtime.reports import CARD_FILE, MEASURED, read_current_report, sealed_card, write_report
 from ..runtime.saving import has_users_card
@@ -214,7 +214,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: no such file; give the folder that save_pretrained or hf-lowrank compress wrote"
+            f"{path_in_message(path)}: no such file; give the folder that save_pretrained or hf-lowrank compress wrote"
         )
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if not config.get("quantization_config", {}).get("layers"):

@@ -5,10 +5,12 @@ without this plugin then fails, instead of filling the layer with noise.
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .errors import CompressionError
 from .layer_spec import LayerSpec
@@ -20,6 +22,8 @@ VALUES = ("weight", "lowrank_a", "lowrank_b")
 """Tensors that may be quantized. They are then buffers of packed codes, beside a parameter `<name>_scale`."""
 FLOATS = ("adapter_a", "adapter_b", "scale_in", "scale_out", "bias")
 BITMAPS = ("weight_mask", "lowrank_pivots", "sign_bits")
+MADE_FROM_WEIGHT = ("weight_orig", "weight_g", "weight_v")
+"""Names under which `torch.nn.utils` keeps a weight that it changes in every pass."""
 SHOWN_FIELDS = (
     "rank",
     "pivoted",
@@ -109,15 +113,24 @@ class CompressedLinear(nn.Linear):
         """Register a parameter.
 
         Raises:
-            CompressionError: if `torch.nn.utils.prune` (or its old `spectral_norm`) is to work on `weight`. The mask
-                of a pruning would take the place of `weight_mask`, which says where the kept values belong.
+            CompressionError: if `torch.nn.utils.prune` or its old norms are to work on `weight`. The mask of a pruning
+                would take the place of `weight_mask`, which says where the kept values belong.
         """
-        if name == "weight_orig":
-            raise CompressionError(
-                "weight: torch.nn.utils works on the dense weight of a layer, which a compressed layer does not have; "
-                "make the model dense first (model.dequantize()), or name only dense layers"
-            )
+        if name in MADE_FROM_WEIGHT:
+            raise _no_dense_weight()
         super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute.
+
+        Raises:
+            CompressionError: if a parametrization of `torch.nn.utils` is to take the place of `weight`. It would make
+                the packed values orthogonal, or of norm 1, which says nothing of the matrix that the layer stands for.
+        """
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if name == "weight" and caller == parametrize.__name__:
+            raise _no_dense_weight()
+        super().__delattr__(name)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take the layer's tensors from a state dict.
@@ -134,6 +147,17 @@ class CompressedLinear(nn.Linear):
                     "average or scale only what is_floating_point(), and take the other tensors as they are"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def restore_bytes(self) -> None:
+        """Make packed bits bytes again that transformers has loaded as floats.
+
+        Its oldest versions 5.x cast all tensors of a module that is to stay in float32 in every model (T5). No float
+        type rounds a byte.
+        """
+        stored = self.spec.tensors(self.out_features, self.in_features)
+        for name, (_, kind) in stored.items():
+            if kind == "uint8" and getattr(self, name).dtype != torch.uint8:
+                setattr(self, name, getattr(self, name).to(torch.uint8))
 
     def reset_parameters(self) -> None:
         """Make the layer a valid random one.
@@ -250,6 +274,13 @@ class CompressedLinear(nn.Linear):
         parts += [f"{name}={getattr(spec, name)}" for name in SHOWN_FIELDS if getattr(spec, name)]
         bits = self.stored_bits() / max(self.in_features * self.out_features, 1)
         return ", ".join([*parts, f"bias={spec.bias}", f"bits_per_weight={bits:.2f}"])
+
+
+def _no_dense_weight() -> CompressionError:
+    return CompressionError(
+        "weight: torch.nn.utils works on the dense weight of a layer, which a compressed layer does not have; "
+        "make the model dense first (model.dequantize()), or name only dense layers"
+    )
 
 
 def has_compressed_layers(module: nn.Module) -> bool:

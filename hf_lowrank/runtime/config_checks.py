@@ -8,7 +8,7 @@ import transformers
 
 from .checksums import LOADING_CODE
 from .configuration import QUANT_METHOD, CompressionConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, quoted
 from .reports import REPORT_FILE
 from .safetensors_headers import FLOAT_TYPES, StoredTensor, read_json
 
@@ -117,11 +117,13 @@ def check_values(values: Any, key: str = "", depth: int = 0) -> None:
     # Not `abs(values) > MOST_COUNTED`, which is false for NaN.
     elif isinstance(values, (int, float)) and not abs(values) <= MOST_COUNTED and _counts(key):
         raise CheckpointError(
-            f"config.json: {key} is {values!r}, expected at most {MOST_COUNTED}; the config is damaged"
+            f"config.json: {key} is {quoted(values)}, expected at most {MOST_COUNTED}; the config is damaged"
         )
     # An integer may stand there, too: a vocabulary can have a token of that name.
     if key == "dtype" and not isinstance(values, (str, int, Mapping, type(None))):
-        raise CheckpointError(f"config.json: {key} is {values!r}, expected the name of one; the config is damaged")
+        raise CheckpointError(
+            f"config.json: {key} is {quoted(values)}, expected the name of one; the config is damaged"
+        )
 
 
 def _counts(key: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import CheckpointError, CompressionError
+from .errors import CheckpointError, CompressionError, quoted
 from .layer_spec import LayerSpec
 
 QUANT_METHOD = "hf_lowrank"
@@ -100,7 +100,7 @@ class CompressionConfig(QuantizationConfigMixin):
         # `bool` has to be ruled out by itself wherever a number is expected: for Python, it is a kind of integer.
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             raise CompressionError(
-                f"ratio: found {self.ratio!r}, expected a number between 0 and 1, "
+                f"ratio: found {quoted(self.ratio)}, expected a number between 0 and 1, "
                 "the fraction of stored bits to remove"
             )
         self._check_count("samples", least=1)
@@ -111,11 +111,11 @@ class CompressionConfig(QuantizationConfigMixin):
         for name in ("method", "calibration"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value or not value.isprintable():
-                raise CompressionError(f"{name}: found {value!r}, expected a name")
+                raise CompressionError(f"{name}: found {quoted(value)}, expected a name")
         self.method = canonical_method_name(self.method)
         for name in ("options", "provenance", "checksums", "companions"):
             if not isinstance(getattr(self, name), dict):
-                raise CompressionError(f"{name}: found {getattr(self, name)!r}, expected a dictionary")
+                raise CompressionError(f"{name}: found {quoted(getattr(self, name))}, expected a dictionary")
         self._check_names("modules_to_not_convert", expected="a list of layer names or patterns")
         self._check_names("experts", expected="a list of module names")
         for name in ("checksums", "companions"):
@@ -123,17 +123,17 @@ class CompressionConfig(QuantizationConfigMixin):
                 if not all(isinstance(text, str) for text in item):
                     raise CompressionError(f"{name}: expected sha256 sums in hexadecimal digits, by file name")
         if self.accounting not in ("bits", "paper"):
-            raise CompressionError(f"accounting: found {self.accounting!r}, expected 'bits' or 'paper'")
+            raise CompressionError(f"accounting: found {quoted(self.accounting)}, expected 'bits' or 'paper'")
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise CompressionError(f"{name}: found {value!r}, expected a whole number of at least {least}")
+            raise CompressionError(f"{name}: found {quoted(value)}, expected a whole number of at least {least}")
 
     def _check_names(self, name: str, expected: str) -> None:
         names = getattr(self, name)
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-            raise CompressionError(f"{name}: found {names!r}, expected {expected}")
+            raise CompressionError(f"{name}: found {quoted(names)}, expected {expected}")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -153,12 +153,13 @@ class CompressionConfig(QuantizationConfigMixin):
         version = values.get("format_version", default_version)
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
-                f"config.json: quantization_config.format_version: found {version!r}, expected 1 to {FORMAT_VERSION}; "
-                "a newer checkpoint needs a newer hf_lowrank (pip install -U hf_lowrank)"
+                f"config.json: quantization_config.format_version: found {quoted(version)}, expected 1 to "
+                f"{FORMAT_VERSION}; a newer checkpoint needs a newer hf_lowrank (pip install -U hf_lowrank)"
             )
         if values.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
             raise CheckpointError(
-                f"quantization_config.quant_method: found {config_dict['quant_method']!r}, expected {QUANT_METHOD!r}"
+                f"quantization_config.quant_method: found {quoted(config_dict['quant_method'])}, expected "
+                f"{QUANT_METHOD!r}"
             )
         field_names = {config_field.name for config_field in dataclasses.fields(cls) if config_field.init}
         for name in values:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, quoted
 from .packing import packed_width
 from .quantization import BITS, packed_shape
 
@@ -229,5 +229,5 @@ def _value_tensors(name: str, shape: tuple[int, ...], bits: int, group: int) -> 
 def _bad_field(layer: str, name: str, value: Any, expected: str) -> CheckpointError:
     """Return the error for a field of a spec that has a wrong value."""
     return CheckpointError(
-        f"{layer}: {name} is {value!r}, expected {expected}; the config is damaged or was made for another model"
+        f"{layer}: {name} is {quoted(value)}, expected {expected}; the config is damaged or was made for another model"
     )

@@ -48,6 +48,16 @@ def _told(source: Any, arguments: dict[str, Any]) -> dict[str, str]:
     return told
 
 
+def source_of(config: Any) -> str:
+    """Return what transformers was told to load a model from. Empty if it was made, or loaded from a state dict.
+
+    For the folder of an adapter, that is the adapter's base model.
+    """
+    source = str(getattr(config, "_name_or_path", "") or "")
+    # Of `from_pretrained(None, config=..., state_dict=...)`, the config keeps the name of nothing as a text.
+    return "" if source == str(None) and not os.path.isdir(source) else source
+
+
 def file_of_repo(repo: Any, name: str, **options: Any) -> str | None:
     """Return the path of a file of a repo on the Hub in the cache. None if there is none, or none within reach.
 
@@ -84,8 +94,7 @@ class Origin:
     @classmethod
     def of(cls, model: Any) -> "Origin":
         """Return where a model came from."""
-        # Transformers keeps there what it loaded. For the folder of an adapter, that is the adapter's base model.
-        source = str(getattr(model.config, "_name_or_path", "") or "")
+        source = source_of(model.config)
         told: dict[str, str] = model.__dict__.get(REMEMBERED) or _READING.get() or {}
         if told.get("source") != source:
             told = {}
@@ -126,14 +135,8 @@ class Origin:
             return path
         if not self.source:
             return None
-        prefix = f"{self.subfolder}/" if self.subfolder else ""
         try:
-            snapshot = snapshot_download(
-                self.source,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                allow_patterns=[prefix + pattern for pattern in patterns],
-            )
+            snapshot = self._snapshot(patterns)
         except Exception as error:  # of the Hub, of whatever client it has, or of the cache
             logger.warning(
                 "%s: cannot be reached (%s), so tokenizer and processor of the model are not carried over; "
@@ -143,3 +146,20 @@ class Origin:
             )
             return None
         return Path(snapshot, self.subfolder)
+
+    def _snapshot(self, patterns: Sequence[str]) -> str:
+        """Return the folder in the Hub's cache with the files of these patterns, after downloading what is missing."""
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        options: dict[str, Any] = {
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "allow_patterns": [prefix + pattern for pattern in patterns],
+        }
+        try:
+            return snapshot_download(self.source, **options)
+        except Exception as error:
+            # Versions 1.x of huggingface_hub do not look into the cache by themselves if the commit is known.
+            try:
+                return snapshot_download(self.source, local_files_only=True, **options)
+            except Exception:
+                raise error from None

@@ -67,7 +67,7 @@ def quantize(values: Tensor, bits: int, group: int, search: bool = False) -> Qua
     """
     rows, columns = values.shape
     groups = math.ceil(columns / group)
-    padded = torch.nn.functional.pad(values, (0, groups * group - columns)).view(rows * groups, group)
+    padded = torch.nn.functional.pad(values, (0, groups * group - columns)).reshape(rows * groups, group)
     importance = torch.ones(1, dtype=values.dtype, device=values.device) if search else None
     scale = group_scales(padded, bits, importance).view(rows, groups)
     return Quantized(nearest_codes(values, spread_scale(scale, group, columns), bits), scale, bits, group)

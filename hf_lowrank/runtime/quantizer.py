@@ -137,6 +137,7 @@ class CompressionQuantizer(HfQuantizer):
             raise CompressionError(NOT_SPLIT)
         for name, module in model.named_modules():
             if isinstance(module, CompressedLinear):
+                module.restore_bytes()
                 tensors = dict(module.named_parameters()) | dict(module.named_buffers())
                 check_contents(name, module.spec, module.out_features, module.in_features, tensors)
         check_weights(self.checkpoint_files, self.quantization_config.checksums)

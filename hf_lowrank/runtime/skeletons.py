@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .config_checks import is_own_entry
-from .errors import CheckpointError
+from .errors import CheckpointError, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,7 +67,7 @@ def saved_class(values: Mapping[str, Any]) -> "type[PreTrainedModel]":
     if model_class is None:
         names = values.get("architectures")
         raise CheckpointError(
-            f"config.json: architectures is {names!r}, expected the name of a model class of transformers; "
+            f"config.json: architectures is {quoted(names)}, expected the name of a model class of transformers; "
             "if it is a class of your own, import the module that defines it"
         )
     return model_class
@@ -133,14 +133,14 @@ def _config_class(model_type: Any, model_class: "type[PreTrainedModel]") -> "typ
         return own_class
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"config.json: model_type is {model_type!r}, "
+            f"config.json: model_type is {quoted(model_type)}, "
             f"expected one that transformers {transformers.__version__} knows"
         )
     config_class = transformers.CONFIG_MAPPING[model_type]
     if own_class is None or issubclass(config_class, own_class) or _is_mapped(config_class, model_class):
         return config_class
     raise CheckpointError(
-        f"config.json: model_type is {model_type!r}, expected {own_class.model_type!r}, that of "
+        f"config.json: model_type is {quoted(model_type)}, expected {own_class.model_type!r}, that of "
         f"{model_class.__name__}; the config is damaged"
     )
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config_checks import check_config_dtype, check_generation, check_values
 from .configuration import QUANT_METHOD, CompressionConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, quoted
 from .experts import ExpertBank, is_fused_experts
 from .layer_spec import LayerSpec
 from .safetensors_headers import FLOAT_TYPES, WEIGHTS, StoredTensor, read_headers, weight_files
@@ -222,7 +222,7 @@ def validate_checkpoint(
     compression = _recorded_compression(values)
     if (other := values.get(WEIGHTS_KEY)) is not None:
         raise CheckpointError(
-            f"config.json: {WEIGHTS_KEY} is {other!r}, expected none: the weights are in {WEIGHTS} or its shards"
+            f"config.json: {WEIGHTS_KEY} is {quoted(other)}, expected none: the weights are in {WEIGHTS} or its shards"
         )
     stored: dict[str, StoredTensor] | None = None
     most_modules = MOST_MODULES
@@ -249,7 +249,7 @@ def _recorded_compression(values: Mapping[str, Any]) -> CompressionConfig:
     recorded = values.get("quantization_config")
     if not isinstance(recorded, dict) or recorded.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"config.json: the auto_map is that of a compressed model, but quantization_config is {recorded!r}, "
+            f"config.json: the auto_map is that of a compressed model, but quantization_config is {quoted(recorded)}, "
             f"expected one with quant_method {QUANT_METHOD!r}; the config is damaged, download it again"
         )
     compression: CompressionConfig = CompressionConfig.from_dict(recorded)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..calibration.batches import IGNORED_LABEL
 from ..compression.resume import weights_fingerprint
 from ..execution.work_folder import WorkFolder
-from ..runtime.errors import CompressionError
+from ..runtime.errors import CompressionError, quoted
 from ..runtime.saving import CompleteSave
 
 BATCH_TOKENS = 4096
@@ -49,10 +49,11 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if not temperature > 0:
-            raise CompressionError(f"temperature: found {temperature!r}, expected a number above 0")
+            raise CompressionError(f"temperature: found {quoted(temperature)}, expected a number above 0")
         if not 0 <= lm_weight <= 1:
             raise CompressionError(
-                f"lm_weight: found {lm_weight!r}, expected a number from 0 (the teacher alone) to 1 (the labels alone)"
+                f"lm_weight: found {quoted(lm_weight)}, expected a number from 0 (the teacher alone) to 1 (the "
+                "labels alone)"
             )
         super().__init__(*args, **kwargs)
         self.teacher_model = teacher_model.eval().requires_grad_(False).to(self.args.device)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.calibration import TokenBatch, calibration_batches, fingerprint
+from hf_lowrank.calibration.samples import DOCUMENTS_PER_SAMPLE
 
 from ..support import tiny_models
 
@@ -51,7 +52,8 @@ def test_texts_become_windows_of_their_stream() -> None:
 def test_a_file_a_generator_and_a_dataset_give_what_the_list_gives(tmp_path: Path) -> None:
     from datasets import Dataset
 
-    texts = tiny_models.text()
+    texts = tiny_models.text(12)
+    assert 8 * 32 < len(stream(texts)) < DOCUMENTS_PER_SAMPLE * 8 * 32  # what is read of a generator at most
     file = tmp_path / "texts.txt"
     file.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
     expected = rows_of(calibration_batches(MODEL, config(), TOKENIZER, texts))

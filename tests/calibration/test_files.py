@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -55,11 +56,24 @@ def as_arrow(rows: list[dict[str, Any]], new: Callable[..., Any] = ipc.new_strea
     return sink.getvalue().to_pybytes()
 
 
-def zstandard(data: bytes) -> bytes:
+def by_arrow(data: bytes, compression: str) -> bytes:
     sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+    with pyarrow.CompressedOutputStream(sink, compression) as stream:
         stream.write(data)
     return sink.getvalue().to_pybytes()
+
+
+def zstandard(data: bytes) -> bytes:
+    return by_arrow(data, "zstd")
+
+
+def zipped(*files: bytes) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/", b"")  # the folder itself
+        for number, data in enumerate(files):
+            archive.writestr(f"folder/{number}", data)
+    return sink.getvalue()
 
 
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
@@ -82,6 +96,8 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.compress,
     ".zst": zstandard,
     ".zstd": zstandard,
+    ".lz4": lambda data: by_arrow(data, "lz4"),
+    ".zip": zipped,
 }
 
 
@@ -158,6 +174,9 @@ DAMAGED = {
     "short.arrow": (as_arrow(ROWS)[:-300], "cannot be read as rows of arrow"),
     "short.jsonl.zst": (zstandard(json_lines(ROWS))[:-20], "cannot be read as rows of jsonl"),
     "plain.jsonl.bz2": (b"this is not bzip2", "cannot be read as rows of jsonl"),
+    "plain.jsonl.zip": (b"this is no archive", "cannot be read as rows of jsonl"),
+    "two.jsonl.zip": (zipped(json_lines(ROWS), json_lines(ROWS)), "2 files in one archive, expected one"),
+    "plain.lz4": (b"this is not LZ4", "cannot be read as UTF-8 text"),
     "plain.zst": (b"this is not Zstandard", "cannot be read as UTF-8 text"),
     "wide.txt": ("Text".encode("utf-16"), "cannot be read as UTF-8 text"),
     "rows.txt": (json_lines(ROWS), r"holds rows of JSON, not plain text; give it a name that ends in \.jsonl"),

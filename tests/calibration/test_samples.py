@@ -174,6 +174,24 @@ def test_a_stream_is_read_no_further_than_the_samples_need(item: Any, per_sample
     batches(item if index % 2 else None for index, item in enumerate(stream()))
 
 
+@pytest.mark.parametrize("repeats", [1, 5, 40, 400])
+def test_a_stream_of_texts_of_any_length_is_read_to_a_number_of_tokens(repeats: int) -> None:
+    text = " ".join(TEXTS[:1] * repeats)
+    per_document = len(TOKENIZER(text).input_ids)
+    read = 0
+
+    def stream() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield text
+
+    (batch,) = batches(stream())
+    assert batch.input_ids.shape == (SAMPLES, LENGTH)
+    assert (read - 1) * per_document < DOCUMENTS_PER_SAMPLE * SAMPLES * LENGTH
+    assert read <= DOCUMENTS_PER_SAMPLE * SAMPLES
+
+
 def test_padding_stays_padding_where_a_batch_is_kept() -> None:
     ids = torch.arange(3, 33).reshape(3, 10)
     mask = torch.tensor([[1] * 10, [0] * 4 + [1] * 6, [1] * 2 + [0] * 8])

@@ -102,6 +102,9 @@ def test_statistics_are_those_of_the_models_own_forward(name: str) -> None:
     layers = find_layers(find_blocks(model))  # those of separated experts are for tests/runtime/test_experts.py
     seen = seen_by_layers(model, [layer.name for layer in layers], batches)
     for layer, entry in statistics_of_layers(model, batches):
+        if layer not in seen:  # the router of older versions of transformers, which is read and not called
+            assert entry is None
+            continue
         x = torch.cat([counted(layer, part, batch) for part, batch in zip(seen[layer], batches, strict=True)])
         assert entry is not None
         assert entry.tokens == len(x)
@@ -203,4 +206,7 @@ def test_checkpoints_open_without_the_package(tmp_path: Path) -> None:
 
 
 def test_the_page_about_models_is_current() -> None:
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8")
+    if f"transformers=={transformers.__version__}\n" not in pins:
+        pytest.skip("the page was made with another version of transformers")
     assert (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8") == table()

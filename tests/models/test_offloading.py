@@ -184,7 +184,7 @@ def test_what_needs_the_whole_model_says_so_and_gets_it(
     calibration: str,
     reason: str,
 ) -> None:
-    assert reason in (whole_model_reason(recipe(method, calibration), model, "cpu") or "")
+    assert reason in (whole_model_reason(recipe(method, calibration), model) or "")
     offloaded = load_model(str(tiny_models.saved(model, tmp_path / "opened")), offload_folder=tmp_path / "offloaded")
     ids = None if calibration == "self" else tiny_models.token_ids(2, 24).tolist()
     with pytest.raises(CompressionError, match=f"has its blocks on disk and must be in memory as a whole: .*{reason}"):

@@ -22,7 +22,6 @@ from transformers import (
     TrainingArguments,
     WhisperFeatureExtractor,
 )
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionConfig, compress
@@ -77,7 +76,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model with everything beside it that a folder may have."""
     folder = tmp_path_factory.mktemp("models") / "dense"
     tiny_models.saved(tiny_models.llama(num_hidden_layers=1), folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    # The oldest versions 5.x of transformers have only the one, and the others want torchvision for it.
+    image_processor = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    image_processor(size={"height": 16, "width": 16}).save_pretrained(folder)
     put(folder, TEXTS)
     put(folder, dict.fromkeys(NOT_CARRIED, "not to be carried"))
     return folder

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, LayerSpec
 from hf_lowrank.runtime.configuration import FORMAT_VERSION
+from hf_lowrank.runtime.errors import quoted
 from hf_lowrank.runtime.safetensors_headers import read_header
 
 from .layer_cases import layer_cases, random_layer
@@ -126,7 +127,7 @@ def test_layers_must_be_a_dictionary(layers: Any) -> None:
 def test_a_spec_must_be_a_dictionary(spec: Any) -> None:
     with pytest.raises(CheckpointError) as error:
         LayerSpec.from_dict(LAYER, spec)
-    assert_one_line(error, LAYER, repr(spec), "expected a dictionary")
+    assert_one_line(error, LAYER, quoted(spec), "expected a dictionary")
 
 
 @pytest.mark.parametrize("field", ["kind", "sparse", "kept", "rank", "binary_rank"])

@@ -110,9 +110,12 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if name not in _saved:
         class_name, fields = SAVED[name]
         folder = tmp_path_factory.mktemp("classes")
-        model_class = getattr(transformers, class_name)
         torch.manual_seed(0)
-        model = model_class(model_class.config_class(**fields)).eval()
+        try:
+            model_class = getattr(transformers, class_name)
+            model = model_class(model_class.config_class(**fields)).eval()
+        except AttributeError as error:
+            pytest.skip(f"this version of transformers cannot make it: {error}")
         compress(model, CompressionConfig("magnitude", 0.3), calibration=[[7] * 24] * 2, progress=False)
         model.save_pretrained(folder / "compressed")
         model_class.from_pretrained(folder / "compressed").dequantize().save_pretrained(folder / "dense")

@@ -65,9 +65,10 @@ def test_a_checkpoint_opens_without_the_package_by_its_own_code_alone(
         remote.append(task | {"save_to": str(tmp_path / checkpoint.folder.name)})
     base = {"folder": str(slab.folder), "auto_class": "AutoModel", "arguments": REMOTE}
     reopened = [{"folder": task["save_to"], "arguments": REMOTE} for task in remote]
+    nested = {"folder": str(in_a_subfolder(slab, tmp_path)), "arguments": REMOTE | {"subfolder": "inner"}}
     home = tmp_path / "home"
     home.mkdir()
-    tasks = [*unprepared, tampered, config, *remote, base, *reopened, newer]
+    tasks = [*unprepared, tampered, config, *remote, base, *reopened, nested, newer]
     answers = open_elsewhere(tasks, home, installed=False, imported=False)
 
     for refused in answers[:4]:
@@ -79,7 +80,7 @@ def test_a_checkpoint_opens_without_the_package_by_its_own_code_alone(
         assert refused["error"] == "CheckpointError" and words in refused["message"], refused
         assert "\n" not in refused["message"]
     assert answers[4]["class"].endswith("LlamaConfig")
-    for opened, checkpoint in zip((*answers[5:7], *answers[8:]), (slab, gpt2) * 2, strict=True):
+    for opened, checkpoint in zip((*answers[5:7], *answers[8:]), (slab, gpt2, slab, gpt2, slab), strict=True):
         assert opened["class"].rpartition(".")[2] == type(checkpoint.model).__name__, opened
         assert all(module.startswith("transformers_modules.") for module in opened["layers"])
         assert torch.equal(torch.tensor(opened["logits"]), checkpoint.logits.flatten())
@@ -99,6 +100,13 @@ def with_changed_code(checkpoint: Checkpoint, folder: Path) -> Path:
     with (copied / LOADING_CODE).open("a") as code:
         code.write("# one more line\n")
     return copied
+
+
+def in_a_subfolder(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Return a folder that holds a checkpoint in a subfolder, and its code, where transformers looks for that."""
+    shutil.copytree(checkpoint.folder, folder / "nested" / "inner")
+    shutil.copyfile(checkpoint.folder / LOADING_CODE, folder / "nested" / LOADING_CODE)
+    return folder / "nested"
 
 
 def of_a_newer_format(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, modeling_utils
+from transformers import AutoConfig, PreTrainedModel, modeling_utils
 
 from hf_lowrank import CompressionConfig, CompressionError, compress
 from hf_lowrank.runtime import saving, staging
@@ -142,3 +142,24 @@ def test_a_save_warns_exactly_if_its_dtype_is_wider_than_that_of_the_model(
     # A narrow checkpoint of a wide model is what it was loaded from.
     narrow = type(model).from_pretrained(tmp_path / "cured", dtype=torch.float64)
     assert warned(narrow, "wide")
+
+
+@pytest.mark.parametrize("origin", ["made", "of a state dict", "compressed, of a state dict"])
+def test_a_model_that_comes_from_no_place_asks_for_nothing_and_names_none(
+    origin: str, svd: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_llama()
+    if origin == "of a state dict":
+        model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    if origin.startswith("compressed"):
+        config = AutoConfig.from_pretrained(svd.folder)
+        model = type(model).from_pretrained(None, config=config, state_dict=svd.model.state_dict())
+        assert torch.equal(answer(model), answer(svd.model))
+    else:
+        recipe = CompressionConfig("magnitude", 0.4, samples=2, sequence_length=16)
+        compress(model, recipe, calibration=torch.ones(2, 16, dtype=torch.long), progress=False)
+        assert model.config.quantization_config.provenance["base_model"] == ""
+    model.save_pretrained(tmp_path)
+    assert "None" not in caplog.text
+    assert "`None`" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "tokenizer.json").exists()

@@ -263,8 +263,9 @@ REMARKS = """
   one.
 - Calibration is whatever `forward` takes. A model of texts is calibrated on texts. For models of sounds, pictures or
   both, give batches of tensors as the processor makes them: `calibration=[{"input_values": ...}, ...]` for Wav2Vec2,
-  `input_features` for Whisper, `pixel_values` for ViT, `input_ids` and `pixel_values` for CLIP. What a model cannot be
-  given is said in one line before any work.
+  `input_features` for Whisper, `pixel_values` for ViT, `input_ids` and `pixel_values` for CLIP. Names and shapes are
+  those of the model's own `forward`: MusicGen's `input_ids` hold a row for each of its codebooks, which stay together.
+  What a model cannot be given is said in one line before any work.
 - Blocks may return hidden states by themselves or in a tuple, list, dictionary, `ModelOutput` or dataclass, and take
   them by position or keyword. A block that runs several times (ALBERT) is calibrated on all of its calls. What several
   blocks have in common is compressed once, on the calls in the first of them; single layers in common stay dense.

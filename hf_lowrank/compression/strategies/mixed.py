@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...budget import Layer
 from ...calibration import (
     BlockBatch,
+    CachedTensor,
     CorrectionSums,
     DenseReference,
     TokenBatch,
@@ -152,7 +153,7 @@ class _Survey(Stage[dict[str, Tensor]]):
 
     def solve(self, visit: BlockVisit, statistics: dict[str, Tensor]) -> Iterable[tuple[Layer, BuildResult]]:
         # The losses are those of the matrices that the layers are built with, which are rounded.
-        block_statistics = _BlockStatistics(self.measured.of(visit), statistics, self.session.model.device)
+        block_statistics = _BlockStatistics(self.measured.of(visit), statistics, self.session.device)
         found = survey_layers(self.session, visit.layers, examine=partial(self._examine, block_statistics))
         visit.findings = Record(statistics, found.facts)
         return ()
@@ -262,12 +263,12 @@ class _Fit(Stage[_BlockStatistics]):
             dense_bits=plan.dense_bits,
             spread=spread,
         )
-        self._outputs: list[Tensor] = []
+        self._outputs: list[CachedTensor] = []
 
     def collect(self, visit: BlockVisit) -> _BlockStatistics:
         """Return the statistics that were kept."""
         output_grams = self.surveyed.of(visit).tensors
-        return _BlockStatistics(self.measured.of(visit), output_grams, self.session.model.device)
+        return _BlockStatistics(self.measured.of(visit), output_grams, self.session.device)
 
     def solve(self, visit: BlockVisit, statistics: _BlockStatistics) -> Iterator[tuple[Layer, BuildResult]]:
         session, index, block, batches = self.session, visit.index, visit.block, self.batches
@@ -295,7 +296,7 @@ class _Fit(Stage[_BlockStatistics]):
             twin = batch.compressed_twin
             assert twin is not None
             twin.hidden = run_block(visit.block, visit.index, twin)
-            batch.hidden = hidden
+            batch.hidden = hidden.tensor
         self._outputs = []
 
     def _layers_to_build(self, layers: list[Layer]) -> list[Layer]:

@@ -118,6 +118,9 @@ class _Measure(Stage[dict[str, Statistics]]):
         tensors = {f"{name}.left": factors.left, f"{name}.sigma": factors.sigma, f"{name}.right": factors.right}
         if measurement.weight is not None:
             tensors[f"{name}.weight"] = measurement.weight
+        # The factors of all layers wait where the model is.
+        home = self.session.model.device
+        tensors = {key: tensor.to(home) for key, tensor in tensors.items()}
         return Record(tensors, {name: {"sparse": measurement.sparse, "kept": measurement.kept}})
 
 

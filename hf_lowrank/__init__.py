@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoints.verify import verify
     from .compression.pipeline import compress
     from .evaluation.perplexity import evaluate
+    from .exporting.export import export
     from .models.reference import reference_model, reference_text
     from .peft.recompression import recompress
     from .publishing.html_report import write_html_report
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "inspect",
     "recompress",
     "reference_model",
@@ -56,6 +58,7 @@ _HOME_MODULES = {
     "SparseLowRankLinear": ".runtime.layers",
     "compress": ".compression.pipeline",
     "evaluate": ".evaluation.perplexity",
+    "export": ".exporting.export",
     "inspect": ".checkpoints.inspect",
     "recompress": ".peft.recompression",
     "reference_model": ".models.reference",

@@ -1,4 +1,4 @@
-"""Commands that publish models: push."""
+"""Commands that hand models on: export, push."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,31 @@ import typer
 from ..execution.files import one_line
 from ..runtime.errors import CompressionError
 from .base import app, one_line_errors
+from .options import Overwrite
+from .output import print_table
+
+
+@app.command()
+@one_line_errors
+def export(
+    folder: Annotated[str, typer.Argument(help="compressed checkpoint")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; for gguf, the file")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors or gguf")],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="refuse if a layer would get other values than the checkpoint has")
+    ] = False,
+    dense_type: Annotated[
+        str, typer.Option(help="for gguf, type of what is not stored as integers: auto, f32, f16, bf16 or q8_0")
+    ] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a compressed model in a format of other engines, which need nothing of this package."""
+    from ..exporting.export import export as write
+
+    result = write(folder, output, format, exact=exact, dense_type=dense_type, overwrite=overwrite)
+    rows = [[str(count), form, loss] for count, form, loss in result.summary()]
+    print_table("compressed layers in the exported model", ["layers", "form", "values"], rows)
+    typer.echo(f"wrote {output}: {result.bytes:,} bytes of weights")
 
 
 @app.command()

@@ -172,10 +172,11 @@ class CompressionQuantizer(HfQuantizer):
             CompleteSave.attach(model).stored_dtype = usual_dtype(read_headers(self.checkpoint_files))
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Return how the tensors are renamed while they are loaded.
 
-        Transformers' own conversions are for the names of the dense files of a family.
+        Transformers' own conversions are for the names of the dense files of a family. Not all of its versions give
+        the model, too.
         """
         return weight_conversions if self.renaming is None else [self.renaming]
 

@@ -27,6 +27,8 @@ LOSS = "vLLM serves no compressed checkpoints"
 """What does not work where the format cannot be registered."""
 SHARDS = {"q": 0, "k": 1, "v": 2}
 """vLLM's names of the shards of an attention projection, with their positions. It names other shards by position."""
+TRANSPOSED = "gpt2"
+"""Model type whose weights vLLM transposes when it loads them."""
 DENSE = "hf-lowrank dense DIR -o OUT writes a checkpoint that vLLM serves by itself"
 """The cure that ends every error about a checkpoint that cannot be served."""
 
@@ -44,10 +46,18 @@ class CompressedCheckpoint(QuantizationConfig):
 
     Attributes:
         layers: the spec of each compressed layer, by the name that vLLM gives the layer before fusing.
+
+    Raises:
+        CompressionError: without layers, as vLLM makes the config of a dense model that `--quantization` is given for.
     """
 
-    def __init__(self, layers: dict[str, LayerSpec]) -> None:
+    def __init__(self, layers: dict[str, LayerSpec] | None = None) -> None:
         super().__init__()
+        if layers is None:
+            raise CompressionError(
+                f"--quantization {QUANT_METHOD}: the model is dense, its config.json has no quantization_config; "
+                "leave the option out, or name a compressed checkpoint, for which it is not needed either"
+            )
         self.layers = layers
 
     def get_name(self) -> str:
@@ -67,7 +77,27 @@ class CompressedCheckpoint(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CompressedCheckpoint":
-        return cls(CompressionConfig.from_dict(config).layers)
+        """Read the config of a checkpoint.
+
+        Raises:
+            CheckpointError: if it is damaged.
+            CompressionError: if the checkpoint stores experts one by one.
+        """
+        compression = CompressionConfig.from_dict(config)
+        for name in compression.experts:
+            raise CompressionError(
+                f"{name}: vLLM fuses the experts of a mixture and takes no compressed ones; {DENSE}"
+            )
+        return cls(compression.layers)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, **_: Any) -> None:
+        """Refuse a model whose weights vLLM transposes, which it would do to packed ones, too.
+
+        Raises:
+            CompressionError: for GPT-2, the one model of vLLM that has `Conv1D` layers in Transformers.
+        """
+        if getattr(hf_config, "model_type", None) == TRANSPOSED:
+            raise CompressionError(f"{model_name}: vLLM transposes the weights of {TRANSPOSED}; {DENSE}")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
@@ -208,6 +238,9 @@ class CompressedLinearMethod(LinearMethodBase):
         for name in self.entries:
             delattr(layer, name)
         self.entries = {}
+        # By a tensor of this name, vLLM's LoRA layers find the device of a quantized layer.
+        device = next(layer.shards.parameters()).device
+        layer.register_buffer("qweight", torch.empty(0, device=device), persistent=False)
         for name, shard in zip(self.specs, layer.shards, strict=True):
             if isinstance(shard, CompressedLinear):
                 check_contents(name, shard.spec, shard.out_features, shard.in_features, shard.state_dict())

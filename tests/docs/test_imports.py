@@ -18,7 +18,7 @@ LEVELS = (
     ("cli", "serving"),
     ("publishing",),
     ("evaluation", "training"),
-    ("checkpoints",),
+    ("checkpoints", "exporting"),
     ("compression",),
     ("calibration",),
     ("methods",),

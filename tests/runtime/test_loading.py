@@ -281,3 +281,11 @@ def checkpoint_of_one_process(slab: Checkpoint, monkeypatch: pytest.MonkeyPatch)
     yield slab.folder
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("with_model", [True, False], ids=["with the model", "without it"])
+def test_every_version_of_transformers_may_ask_for_conversions(with_model: bool, slab: Checkpoint) -> None:
+    """Versions up to 5.19 ask without the model, later ones with it."""
+    model = AutoModelForCausalLM.from_pretrained(slab.folder)
+    given = [object()]
+    assert model.hf_quantizer.update_weight_conversions(given, *([model] if with_model else [])) is given

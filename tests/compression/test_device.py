@@ -72,7 +72,8 @@ def test_a_model_in_memory_goes_there_and_back_block_by_block(make: Any, method:
 
 @pytest.mark.parametrize("changes", [{"method": "soco"}, {"method": "slab", "refinement_steps": 2}], ids=str)
 def test_what_needs_the_whole_model_says_so(changes: dict[str, Any]) -> None:
-    with pytest.raises(CompressionError, match="move the LlamaForCausalLM to ipu:0 instead"):
+    message = "move the LlamaForCausalLM to ipu:0 instead"
+    with device(), pytest.raises(CompressionError, match=message):
         compress(tiny_models.llama(), recipe(**changes), tiny_models.tokenizer(), tiny_models.text(9), device=DEVICE)
 
 
@@ -87,3 +88,9 @@ def test_the_stand_in_refuses_what_an_accelerator_refuses() -> None:
         assert (tensor + torch.tensor(1.0)).device == DEVICE  # a single number goes along
         assert tensor.t().contiguous().cpu().equal(torch.ones(4, 3))
         del tensor
+
+
+@pytest.mark.parametrize("name", ["abacus", str(DEVICE)])
+def test_a_device_that_torch_cannot_use_is_one_line(name: str) -> None:
+    with pytest.raises(CompressionError, match=f"device: '{name}' cannot be used on this machine"):
+        compress(tiny_models.llama(), recipe("slab"), tiny_models.tokenizer(), tiny_models.text(9), device=name)

@@ -117,7 +117,9 @@ def test_a_fault_in_any_stage_ends_in_one_line_and_its_exit_code(
 @pytest.mark.parametrize("stage", ["calibration", "saving"])
 def test_a_limit_of_the_system_ends_in_one_line(run: Run, dense: Path, tmp_path: Path, stage: str, fault: str) -> None:
     """Files or memory may not grow, and the system refuses wherever that comes up first."""
-    ending = run("compress", dense, "--method", "svd-llm", *QUICK, "-o", tmp_path / "output", stage=stage, fault=fault)
+    # Text is not sampled by the tokenizer, whose library aborts the process where it gets no memory.
+    recipe = ["--method", "svd-llm", *QUICK, "--calibration", "self"]
+    ending = run("compress", dense, *recipe, "-o", tmp_path / "output", stage=stage, fault=fault)
     if ending["code"] == 0:  # the memory that was left sufficed
         assert fault == "RLIMIT_AS"
         return

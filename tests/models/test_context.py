@@ -62,7 +62,7 @@ def test_the_context_ends_where_the_positions_end(name: str) -> None:
     model = LIMITED[name]().eval()
     length = context_length(model)
     assert length is not None and length <= 20
-    assert sequence_length(model, CompressionConfig()) == length
+    assert sequence_length(model, CompressionConfig(calibration="c4")) == length
     with torch.no_grad():
         model(input_ids=tiny_models.token_ids(1, length))
         with pytest.raises((IndexError, RuntimeError)):
@@ -79,7 +79,7 @@ def test_a_number_that_says_no_limit_is_none(value: Any) -> None:
 @pytest.mark.parametrize("value", [10**30, 1e30], ids=repr)
 def test_a_huge_context_is_no_sequence_length(value: Any) -> None:
     model = without_limit(value)
-    assert sequence_length(model, CompressionConfig()) == LONGEST_SEQUENCE
+    assert sequence_length(model, CompressionConfig(calibration="c4")) == LONGEST_SEQUENCE
     assert sequence_length(model, CompressionConfig(sequence_length=5000)) == 5000
 
 
@@ -87,7 +87,7 @@ def test_a_huge_context_is_no_sequence_length(value: Any) -> None:
 def test_without_a_limit_any_length_is_read(name: str, tmp_path: Any) -> None:
     model = UNLIMITED[name]().eval()
     longer = LONGEST_SEQUENCE + 1
-    assert sequence_length(model, CompressionConfig()) == LONGEST_SEQUENCE
+    assert sequence_length(model, CompressionConfig(calibration="c4")) == LONGEST_SEQUENCE
     (batch,) = calibration_batches(model, CompressionConfig(sequence_length=longer), None, [[5] * 3000])
     assert batch.input_ids.shape == (1, longer)
     assert _prompt_length("model", model, prompt=longer, new=4) == longer

@@ -258,7 +258,8 @@ REMARKS = """
   the tokens that come to it. The report counts the experts that see fewer tokens than they have inputs, and those that
   see none, which are compressed without data. Products run expert by expert, not in one grouped kernel. The family's
   own names are what `hf-lowrank dense` writes.
-- Only models that generate from a text alone calibrate on themselves. The others say so and want data.
+- Models of texts are calibrated on the bundled text if nothing is named. Only models that generate from a text alone
+  calibrate on themselves. The others say so and want data.
 - `soco`, `fwsvd`, `lowrank`, `slab-gram` and `auto` learn from the loss of the next token, and refuse models without
   one.
 - Calibration is whatever `forward` takes. A model of texts is calibrated on texts. For models of sounds, pictures or

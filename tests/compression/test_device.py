@@ -57,7 +57,7 @@ def test_from_disk_one_block_at_a_time_gives_the_bytes_of_the_cpu(tmp_path: Path
     assert digests(tmp_path / "device") == digests(tmp_path / "cpu")
 
 
-@pytest.mark.parametrize("method", ["slab", "svd-llm", "lowrank"])
+@pytest.mark.parametrize("method", ["svd-llm", "lowrank"])
 @pytest.mark.parametrize("make", [tiny_models.gpt2, tiny_models.mixtral], ids=lambda make: make.__name__)
 def test_a_model_in_memory_goes_there_and_back_block_by_block(make: Any, method: str) -> None:
     config, text = recipe(method), tiny_models.text(40)

@@ -282,7 +282,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     for key, name, auto_name, method in trials():
         chosen = not arguments.only or any(word in key for word in arguments.only)
-        known = key in results and not results[key].get("first_pass") and results[key]["status"] not in arguments.again
+        known = key in results and results[key]["status"] not in arguments.again
         if not chosen or (known and not arguments.only):
             continue
         if arguments.inline:

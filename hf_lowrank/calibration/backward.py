@@ -285,11 +285,16 @@ def backward_through_block(
         group: the processes that share the batches.
     """
     with sums.collecting(), frozen_parameters(block):
-        for number in range(numbers):
-            for batch in batches:
-                if batch.number == number:
-                    _backward(block, index, batch, sums)
+        for own in _by_number(batches, numbers):
+            for batch in own:
+                _backward(block, index, batch, sums)
             sums.end_batch(group)
+
+
+def _by_number(batches: Sequence[GradientBatch], numbers: int) -> Iterator[list[GradientBatch]]:
+    """Yield this process's parts of each calibration batch in turn, none where others have all of them."""
+    for number in range(numbers):
+        yield [batch for batch in batches if batch.number == number]
 
 
 def _backward(block: nn.Module, index: int, batch: GradientBatch, sums: GradientSums) -> None:
@@ -323,15 +328,14 @@ def backward_through_model(
     handle = model.get_input_embeddings().register_forward_hook(_require_gradient)
     run: Callable[..., Any] = model
     with sums.collecting(), frozen_parameters(model), temporary_hooks([handle]):
-        for number in range(numbers):
-            for batch in batches:
-                if batch.number == number:
-                    mask = batch.source.attention_mask
-                    sums.mask = None if mask is None else mask.to(model.device).bool()
-                    with torch.enable_grad():
-                        logits = run(**batch.source.arguments(model)).logits
-                    by_logits = logits_gradient(logits.detach().flatten(0, 1), batch, slice(None))
-                    torch.autograd.backward(logits, by_logits.view_as(logits))
+        for own in _by_number(batches, numbers):
+            for batch in own:
+                mask = batch.source.attention_mask
+                sums.mask = None if mask is None else mask.to(model.device).bool()
+                with torch.enable_grad():
+                    logits = run(**batch.source.arguments(model)).logits
+                by_logits = logits_gradient(logits.detach().flatten(0, 1), batch, slice(None))
+                torch.autograd.backward(logits, by_logits.view_as(logits))
             sums.end_batch(group)
 
 

@@ -94,17 +94,25 @@ def whole_model_reason(config: CompressionConfig, dense: PreTrainedModel, calibr
         dense: the model, or its skeleton.
         calibration: what to calibrate on instead of `config.calibration`.
     """
-    method = make_method(config.method, config.options)
     source = config.calibration if calibration is None else calibration
-    if method.trains:
-        return f"{method.name} trains through the whole model"
-    if config.refinement_steps:
-        return "refining compares the blocks with those of the dense model"
+    reason = _many_blocks_reason(config)
+    if reason is not None:
+        return reason
     if isinstance(source, str) and source == "self":
         return "the calibration text is sampled from the model; name a text or a dataset to go block by block"
     lists_of_blocks = {name.rpartition(".")[0] for name in find_blocks(dense)}
     if len(lists_of_blocks) > 1:
         return f"{type(dense).__name__} has more than one list of blocks"
+    return None
+
+
+def _many_blocks_reason(config: CompressionConfig) -> str | None:
+    """Return why a recipe computes with more than one block at a time, or None if it does not."""
+    method = make_method(config.method, config.options)
+    if method.trains:
+        return f"{method.name} trains through the whole model"
+    if config.refinement_steps:
+        return "refining compares the blocks with those of the dense model"
     return None
 
 
@@ -125,10 +133,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 def check_one_block_at_a_time(model: PreTrainedModel, config: CompressionConfig, device: torch.device) -> None:
     """Raise CompressionError if a recipe needs more of a model on the device than one block at a time."""
-    method = make_method(config.method, config.options)
-    reason = f"{method.name} trains through the whole model" if method.trains else None
-    if config.refinement_steps:
-        reason = "refining compares the blocks with those of the dense model"
+    reason = _many_blocks_reason(config)
     if reason is not None:
         raise CompressionError(f"device: {reason}; move the {type(model).__name__} to {device} instead")
 

@@ -92,12 +92,11 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
     waiting = min((streams + 1) * hidden + kept, ACTIVATIONS_IN_MEMORY)
     block = max(_size_under(sizes, [name]) for name in blocks)
     in_block = _batch_bytes(dense, config, layers, length)
-    on_device = in_block
+    outputs = 0
     if method.strategy == "mixed":
         block *= 2  # a dense copy beside the one whose layers are compressed
-        references = _reference_bytes(layers, config.samples * length * dense.dtype.itemsize)
-        in_block += hidden + references
-        on_device += references
+        in_block += _reference_bytes(layers, config.samples * length * dense.dtype.itemsize)
+        outputs = hidden  # of the dense copy, which wait until the block is done
     working = _largest_working_memory(method, layers, len(blocks))
     head, backward = _gradient_bytes(dense, method, layers, sizes)
     rest = total - _size_under(sizes, on_disk)
@@ -105,7 +104,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
     return Estimate(
         resident=rest + LIBRARY_BYTES,
         block=block,
-        activations=waiting + in_block,
+        activations=waiting + outputs + in_block,
         working=max(working, head, backward),
         shard=min(shard_size(dense), output),
         work_folder=_size_under(sizes, expert_banks)
@@ -114,7 +113,7 @@ def estimate(dense: PreTrainedModel, config: CompressionConfig) -> Estimate:
         + max(kept - ACTIVATIONS_IN_MEMORY, 0)
         + strategy_of(method).survey_bytes(layers),
         output=output,
-        device=max(block + on_device + max(working, backward), rest + head if head else 0),
+        device=max(block + in_block + max(working, backward), rest + head if head else 0),
     )
 
 

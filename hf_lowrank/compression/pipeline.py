@@ -183,10 +183,7 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
         return
     work.claim(identity)
     session.work = work
-    is_elsewhere = session.device != session.model.device
-    session.waiting = ActivationCache(
-        work.path, owner=session.group.rank, device=session.device if is_elsewhere else None
-    )
+    session.waiting = ActivationCache(work.path, owner=session.group.rank, device=session.other_device)
     if session.offloaded is not None:
         # Activations of a model that does not fit into memory wait in files, on the machine of each process.
         work.path.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..budget import RATIO, Layer, ModelBudget, Unit
 from ..methods import Method
-from ..methods.allocation import Reach, bits_at, reach_of
+from ..methods.reach import Reach, bits_at, reach_of
 from ..models.architectures import find_layers
 from ..models.linears import dense_weight
 from ..runtime.configuration import CompressionConfig, DefaultRatio, DerivedRatio

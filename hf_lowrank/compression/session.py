@@ -152,14 +152,23 @@ class Session:
     dense_copy: PreTrainedModel | None = None
     tokens: list[TokenBatch] = field(default_factory=list)
     work: WorkFolder | None = None
-    cache: ActivationCache = field(default_factory=ActivationCache)
+    cache: ActivationCache = field(init=False)
     squared_gradients: dict[str, Tensor] = field(default_factory=dict)
     output_grams: Callable[["BlockVisit"], dict[str, Tensor]] = lambda visit: {}
-    waiting: ActivationCache = field(default_factory=lambda: ActivationCache(temporary=True))
+    waiting: ActivationCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = ActivationCache(device=self.other_device)
+        self.waiting = ActivationCache(temporary=True, device=self.other_device)
 
     @property
     def method(self) -> Method:
         return self.plan.method
+
+    @property
+    def other_device(self) -> torch.device | None:
+        """The device where blocks are computed, if the model is not there itself."""
+        return None if self.device == self.model.device else self.device
 
     def dense_weight(self, layer: Layer) -> Tensor:
         """Return the weight of a layer that is still dense, (m, n) float64."""
@@ -214,8 +223,4 @@ def open_session(
     log = RunLog(reasons=dict(plan.reasons), warnings=list(plan.warnings))
     # The copy is taken after the experts were separated: both models then have the same module names.
     dense_copy = copy.deepcopy(model) if config.refinement_steps else None
-    session = Session(model, plan, log, show, device, group, offloaded, dense_copy)
-    if device != model.device:
-        session.cache = ActivationCache(device=device)
-        session.waiting = ActivationCache(temporary=True, device=device)
-    return session
+    return Session(model, plan, log, show, device, group, offloaded, dense_copy)

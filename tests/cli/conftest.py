@@ -1,23 +1,16 @@
 """Checkpoints and texts that commands are tried on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import transformers
 
 from ..support import tiny_models
 from .calls import QUICK, run
 
 
 @pytest.fixture(autouse=True)
-def _logging() -> Iterator[None]:
-    """The command line quiets transformers, which other tests must not notice."""
-    verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
-    yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    if bars:
-        transformers.utils.logging.enable_progress_bar()
+def _logging(kept_logging: None) -> None:
+    """Every test here runs commands."""
 
 
 @pytest.fixture(scope="module")

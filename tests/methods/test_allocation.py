@@ -12,11 +12,11 @@ from hf_lowrank.budget import Layer, ModelBudget
 from hf_lowrank.methods import make_method, registered_methods
 from hf_lowrank.methods.allocation import (
     cheapest_choices,
-    check_reachable,
     fitted_ranks,
     greedy_ranks,
     uniform_budgets,
 )
+from hf_lowrank.methods.reach import check_reachable
 
 SHAPES = [(64, 64), (32, 64), (172, 64), (64, 172), (352, 128), (128, 352), (48, 96)]
 METHODS = [("svd", {}), ("svd-llm", {}), ("slab", {}), ("slab", {"binary_rank": 2})]

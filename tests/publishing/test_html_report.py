@@ -2,13 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from typer.testing import CliRunner
 
 from hf_lowrank import CompressionConfig, CompressionError, cli, compress
@@ -18,6 +16,8 @@ from hf_lowrank.publishing.html_report import write_html_report
 from hf_lowrank.publishing.model_card import record
 
 from ..support import tiny_models
+
+pytestmark = pytest.mark.usefixtures("kept_logging")
 
 VOID = {"meta", "col", "br", "use", "path", "rect", "stop"}
 
@@ -102,16 +102,6 @@ def sola(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def slab_page(slab: Path) -> tuple[str, Page]:
     return page(slab, slab.parent / "slab.html")
-
-
-@pytest.fixture(autouse=True)
-def _logging() -> Iterator[None]:
-    """The command line quiets transformers, which other tests must not notice."""
-    verbosity, bars = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
-    yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    if bars:
-        transformers.utils.logging.enable_progress_bar()
 
 
 def combination(label: str, nats_lost: tuple[float, float]) -> dict[str, Any]:

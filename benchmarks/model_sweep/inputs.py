@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_lowrank.models.architectures import main_input
+
 from .tiny import TOKENS, VOCABULARY
 
 
 def inputs_of(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Yield inputs that a model may run on, the most likely ones first."""
     names = [*inspect.signature(model.forward).parameters]
-    main = model.main_input_name
+    main = main_input(model)
     if "grid_thw" in names:
         patches = _vision_patches(model)
         first_name = next(name for name in names if name in ("hidden_states", "pixel_values"))

@@ -120,10 +120,14 @@ def dense_model(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise Outcome("dense", "transformers does not export it")
-    overrides = OVERRIDES.get(name) or OVERRIDES.get(getattr(model_class.config_class, "model_type", ""), {})
+    try:
+        config_class = model_class.config_class
+    except ImportError as error:  # of a library that the class needs
+        raise Outcome("dense", str(error).strip()) from error
+    overrides = OVERRIDES.get(name) or OVERRIDES.get(getattr(config_class, "model_type", ""), {})
     reasons = []
     try:
-        makers = list(tiny.configs(model_class.config_class, overrides))
+        makers = list(tiny.configs(config_class, overrides))
     except Exception as error:
         raise Outcome("dense", f"its default config: {type(error).__name__}: {error}") from error
     for make_config in makers:

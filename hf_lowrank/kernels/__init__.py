@@ -55,6 +55,7 @@ def load() -> None:
 def unload() -> None:
     """Have plain torch compute every operation from here on, until `load()`."""
     ops.unregister_kernels()
+    _back_ends()["cpu"].withdraw()
 
 
 def load_by_default() -> None:

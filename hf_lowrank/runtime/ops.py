@@ -4,7 +4,8 @@ The functions of `plain_ops` define what an operation means. A faster back end r
 for an operation and a type of device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,8 @@ from .tracing import dispatch_modes, must_decompose
 
 NAMESPACE = "hf_lowrank"
 """Namespace of the operations in `torch.ops`."""
+INFERENCE = "_inference"
+"""Ending of the operations that graphs without gradients call, see `declare_inference`."""
 
 Kernel = Callable[..., Tensor | None]
 _kernels: dict[tuple[str, str], list[tuple[str, Kernel]]] = {}
@@ -127,6 +130,7 @@ def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     dispatcher. Where `must_decompose` holds, it computes by `plain`, whose steps are torch's own operations.
     """
     declared = getattr(getattr(torch.ops, NAMESPACE), name)
+    inference = getattr(getattr(torch.ops, NAMESPACE), name + INFERENCE)
 
     # This function is kept short by measurement. A product takes a few hundred microseconds and reads more memory than
     # the caches hold. So every check, attribute or Python frame between two products has to be read from memory again,
@@ -145,11 +149,36 @@ def operation(name: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
             result = _by_kernel(name, x, *arguments)
             if result is not None:
                 return result
-        result = declared(x, *arguments)
+        result = declared(x, *arguments) if is_grad_enabled() else inference(x, *arguments)
         return cast(Tensor, result)
 
     compute.__name__ = name
     return compute
+
+
+def declare_inference(plain: Mapping[str, Callable[..., Tensor]]) -> None:
+    """Declare `<name>_inference` beside each operation: the same without gradients, which compiled graphs call.
+
+    A call of an operation of `torch.library.custom_op` takes three functions of Python, for gradients, for checks and
+    for the operation itself, which cost a compiled graph more than its fusions gain. This one is a kernel of the
+    dispatcher and nothing else. The C++ back end puts its own in place of it.
+    """
+    namespace = getattr(torch.ops, NAMESPACE)
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name, function in plain.items():
+        declared = getattr(namespace, name).default
+        _, _, signature = str(declared._schema).partition("(")
+        library.define(f"{name}{INFERENCE}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name + INFERENCE, partial(_without_gradient, name, function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}{INFERENCE}", declared, lib=library)
+    # The declarations end with the library, which has to stay for as long as the process does.
+    setattr(namespace, f"_library_of_{'_and_'.join(plain)}", library)
+
+
+def _without_gradient(name: str, plain: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """Compute an operation for a graph without gradients, where C++ has no kernel of the dispatcher for it."""
+    result = _direct[name](x, *arguments) if name in _direct else None
+    return dispatch(name, x, *arguments, plain=plain) if result is None else result
 
 
 # --- declarations: implementation, fake (the shape of the result, for torch.compile) and gradient ------------------
@@ -380,6 +409,17 @@ if not hasattr(getattr(torch.ops, NAMESPACE), "lowrank_linear"):
     _declare_binary()
     _declare_bitmask_binary()
     _declare_lowrank()
+
+if not hasattr(getattr(torch.ops, NAMESPACE), "lowrank_linear" + INFERENCE):
+    declare_inference(
+        {
+            "bitmask_linear": plain_bitmask_linear,
+            "binary_linear": plain_binary_linear,
+            "bitmask_binary_linear": plain_bitmask_binary_linear,
+            "lowrank_linear": plain_lowrank_linear,
+            "pivoted_linear": plain_pivoted_linear,
+        }
+    )
 
 bitmask_linear = operation("bitmask_linear", plain_bitmask_linear)
 binary_linear = operation("binary_linear", plain_binary_linear)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import NAMESPACE, dispatch, empty_output, gradient, operation
+from .ops import INFERENCE, NAMESPACE, declare_inference, dispatch, empty_output, gradient, operation
 from .packing import unpack_bits, unpack_values
 from .plain_ops import as_matrix, compute_dtype, row_tiles, sum_over_tiles
 from .quantization import group_sums, levels, spread_scale, unpack_codes
@@ -141,5 +141,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 # The operations belong to the process, see the end of `ops`.
 if not hasattr(getattr(torch.ops, NAMESPACE), "quantized_linear"):
     _declare()
+if not hasattr(getattr(torch.ops, NAMESPACE), "quantized_linear" + INFERENCE):
+    declare_inference({"quantized_linear": plain_quantized_linear})
 
 quantized_linear = operation("quantized_linear", plain_quantized_linear)

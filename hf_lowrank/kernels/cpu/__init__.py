@@ -1,7 +1,7 @@
 """CPU back end in C++: fused products for a few tokens, unpacked tiles for many."""
 
 from ...runtime.ops import register_direct, register_kernel
-from . import native, products
+from . import native, operators, products
 
 NAME = "cpp"
 ON_BY_DEFAULT = True
@@ -11,12 +11,20 @@ def register() -> None:
     """Offer the kernels for the "cpu" device, if the library was built."""
     if native.library() is None:
         return
+    native.share_instruction_set()
+    operators.use(True)
     functions = native.module()
     for operation, kernel in products.KERNELS.items():
         register_kernel(operation, "cpu", NAME, kernel)
         # The module has functions for the products of few tokens only, and none at all where torch is too old for it.
         if hasattr(functions, operation):
             register_direct(operation, getattr(functions, operation))
+
+
+def withdraw() -> None:
+    """Leave compiled graphs, too, to plain torch. `runtime.ops` forgets the other kernels by itself."""
+    if native.library() is not None:
+        operators.use(False)
 
 
 def describe(operation: str) -> tuple[str, str]:

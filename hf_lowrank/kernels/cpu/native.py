@@ -101,12 +101,9 @@ def module() -> ModuleType | None:
     if library() is None:
         return None
     try:
-        functions = import_module(f"{__package__}._native")
+        return import_module(f"{__package__}._native")
     except ImportError:
         return None
-    # Its functions are called without passing through Python, and so keep the instruction set themselves.
-    functions.use_instruction_set(instruction_set())
-    return functions
 
 
 @cache
@@ -154,15 +151,19 @@ def forced_instruction_set(name: str) -> Iterator[None]:
         ValueError: if it is unknown or this processor lacks it.
     """
     _forced.append(_number(name))
-    functions = module()
     try:
-        if functions is not None:
-            functions.use_instruction_set(instruction_set())
+        share_instruction_set()
         yield
     finally:
         _forced.pop()
-        if functions is not None:
-            functions.use_instruction_set(instruction_set())
+        share_instruction_set()
+
+
+def share_instruction_set() -> None:
+    """Tell the library which instruction set is in use, for calls that do not pass through Python."""
+    native = library()
+    if native is not None:
+        native.hf_lowrank_use_instruction_set(ctypes.c_int32(instruction_set()))
 
 
 def _number(name: str) -> int:

@@ -65,6 +65,9 @@ class SparseLowRankLinear(CompressedLinear):
         spec = self.spec
         if x.shape[-1:] != (self.in_features,):
             self._refuse_columns(x)
+        # A quantized matrix and nothing else is one operation. The way to it is kept short, as that of SLaB's layer.
+        if spec.sparse == "full" and not (spec.rank or spec.binary_rank or spec.bias):
+            return self._quantized("weight", x)
         y = self._sparse_lowrank(x)
         if spec.adapter_rank:
             y = y + lowrank_linear(x, *self._stored("adapter_a", "adapter_b"))
@@ -123,9 +126,12 @@ class SparseLowRankLinear(CompressedLinear):
 
     def _quantized(self, name: str, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the product with a quantized matrix. A mask says where its values lie if it is sparse."""
-        kept = x.shape[-1] if mask is None else self.spec.kept
-        scale = getattr(self, f"{name}_scale")
-        return quantized_linear(x, getattr(self, name), scale, mask, *self._quantization(name), kept)
+        spec = self.spec
+        kept = x.shape[-1] if mask is None else spec.kept
+        codes, scale = self._stored(name, f"{name}_scale")
+        if name == "weight":
+            return quantized_linear(x, codes, scale, mask, spec.weight_bits, spec.weight_group, kept)
+        return quantized_linear(x, codes, scale, mask, spec.lowrank_bits, spec.lowrank_group, kept)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None) -> "SparseLowRankLinear":

@@ -27,8 +27,8 @@ TILE_BYTES = 1 << 23
 SERIAL_BYTES = 1 << 17
 """Layers of fewer bytes are computed by one thread: waking others would cost more than it saves."""
 
-_STORED = {*native.DTYPES, torch.uint8}
-"""Dtypes of the tensors that the loops read. Bitmaps and codes are bytes."""
+_BYTES = {"mask", "signs", "pivots", "codes"}
+"""Parts that are bitmaps and codes, uint8. The others have one of the floating-point dtypes that the loops read."""
 _DTYPE_FIELDS = {
     "values": "values_dtype",
     "scale_in": "scale_dtype",
@@ -238,7 +238,8 @@ def _product(tokens: int, columns: int, rows: int, dtype: torch.dtype, parts: di
     stored_bytes = 0
     for name, part in parts.items():
         if isinstance(part, Tensor):
-            if part.dtype not in _STORED or not part.is_contiguous() or not _is_aligned(part):
+            readable = part.dtype == torch.uint8 if name in _BYTES else part.dtype in native.DTYPES
+            if not readable or not part.is_contiguous() or not _is_aligned(part):
                 return None
             stored_bytes += part.nbytes
             setattr(product, name, part.data_ptr())

@@ -56,11 +56,13 @@ def benchmark(
 ) -> None:
     """Time compressed layers beside dense ones and, given a model, its prefill and decoding, in turn within one run.
 
+    On a CPU, torch's own packed int4 and int8 products stand beside them where this torch has them.
+
     Layers of --shapes have random content, in bfloat16, with the layouts of the papers. "bytes limit" is dense bytes
     per stored byte; "share" says how much of it is reached, against a plain dense product written with the same care
     as the compressed one.
     """
-    from ..evaluation import speed_report
+    from ..evaluation import speed_report, torch_products
     from ..evaluation.generation_speed import ModelSpeed
     from ..evaluation.machine import machine
 
@@ -86,6 +88,8 @@ def benchmark(
         print_json({"machine": machine(), **rows})
         return
     print_table("layers: milliseconds, median (range of the middle half)", *speed_report.layer_table(layers))
+    for line in {torch_products.why_missing(device, row.dtype) for row in layers} - {""}:
+        typer.echo(line)
     if models:
         print_table(
             f"end to end: prompt of {models[0].prompt_tokens} tokens, {new} more generated",

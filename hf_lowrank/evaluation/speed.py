@@ -20,8 +20,9 @@ from ..kernels.cpu import native, products
 from ..runtime.configuration import LayerSpec
 from ..runtime.layers import CompressedLinear, build_layer
 from ..runtime.packing import pack_bits
+from . import torch_products
 
-LinearT = TypeVar("LinearT", bound=nn.Linear)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 Layout = Callable[[int, int], LayerSpec]
 """Function from the shape of a layer (out, in) to its spec."""
@@ -70,6 +71,7 @@ class LayerSpeed:
         rows, columns: shape of the layer (out, in).
         tokens: number of input rows.
         threads: number of torch's threads.
+        dtype: data type of the input and of the dense layer.
         dense_bytes, stored_bytes: size of the dense and of the compressed layer.
         dense: timing of torch's dense product.
         compressed: timing of the compressed layer.
@@ -83,6 +85,7 @@ class LayerSpeed:
     columns: int
     tokens: int
     threads: int
+    dtype: torch.dtype
     dense_bytes: int
     stored_bytes: int
     dense: Timing
@@ -178,7 +181,7 @@ def benchmark_layers(
     clock: Callable[[], float] = time.perf_counter,
     build_timer: TimerBuilder | None = None,
 ) -> list[LayerSpeed]:
-    """Time compressed layers of random content beside `nn.Linear`.
+    """Time compressed layers of random content beside `nn.Linear`, and beside torch's own int4 and int8.
 
     Args:
         shapes: (out, in) of the layers.
@@ -194,9 +197,12 @@ def benchmark_layers(
     results = []
     for rows, columns in shapes:
         dense = _copies(nn.Linear(columns, rows, bias=False, device=device, dtype=dtype))
-        compressed: dict[str, list[CompressedLinear]] = {}
+        compressed: dict[str, list[nn.Module]] = {}
         for name, spec_of_shape in layouts.items():
             compressed[name] = _copies(random_layer(spec_of_shape(rows, columns), rows, columns, dtype, device))
+        if torch_products.fits(rows, columns):
+            for name, build in torch_products.available(device, dtype).items():
+                compressed[name] = _copies(build(dense[0].weight))
         # The copies serve all numbers of threads and tokens, because to create them takes longer than to measure.
         for count in threads or (torch.get_num_threads(),):
             for batch in tokens:
@@ -210,6 +216,7 @@ def benchmark_layers(
                         columns=columns,
                         tokens=batch,
                         threads=count,
+                        dtype=dtype,
                         dense_bytes=stored_bytes(dense[0]),
                         stored_bytes=stored_bytes(copies[0]),
                         dense=timings[DENSE],
@@ -222,7 +229,7 @@ def benchmark_layers(
 
 def _time_variants(
     dense: list[nn.Linear],
-    compressed: Mapping[str, list[CompressedLinear]],
+    compressed: Mapping[str, Sequence[nn.Module]],
     x: Tensor,
     build_timer: TimerBuilder,
     repeats: int,
@@ -303,7 +310,7 @@ def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[
     return clock() - start
 
 
-def _copies(layer: LinearT) -> list[LinearT]:
+def _copies(layer: ModuleT) -> list[ModuleT]:
     """Return the layer and copies of it that fill `WORKING_SET_BYTES` together: at least two, at most `MAX_COPIES`."""
     layer.requires_grad_(False)
     filling = -(-WORKING_SET_BYTES // stored_bytes(layer))

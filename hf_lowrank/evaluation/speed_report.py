@@ -13,6 +13,7 @@ from ..models.loading import load_model
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError, quoted
 from ..runtime.layers import CompressedLinear
+from . import torch_products
 from .generation_speed import ModelSpeed, benchmark_model
 from .speed import PAPER_LAYOUTS, LayerSpeed, Layout, Timing, benchmark_layers
 
@@ -82,6 +83,9 @@ def of_model(
             [(rows, columns)], layouts, tokens, _thread_counts(threads), model_dtype, device, repeats
         )
     models = _model_loaders(source, reference, dtype, device)
+    if all(torch_products.fits(rows, columns) for rows, columns, _ in layer_kinds):
+        for name, build in torch_products.available(device, model_dtype).items():
+            models[name] = partial(_load_with_torch_products, source, dtype, device, build)
     return layers, benchmark_model(models, prompt, new, threads, min(repeats, MODEL_REPEATS))
 
 
@@ -118,6 +122,20 @@ def _model_loaders(source: str, reference: str, dtype: str, device: str) -> dict
 def _load_decompressed(source: str, dtype: str, device: str) -> PreTrainedModel:
     model: Any = load_model(source, dtype, device)
     model.dequantize()
+    return model
+
+
+def _load_with_torch_products(
+    source: str, dtype: str, device: str, build: torch_products.Builder
+) -> PreTrainedModel:
+    """Return a model in which layers of torch's own, rounded without care, stand for the compressed ones.
+
+    They have no bias: this model is there to be timed.
+    """
+    model = load_model(source, dtype, device)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CompressedLinear):
+            model.set_submodule(name, build(module.to_dense()))
     return model
 
 
@@ -160,7 +178,7 @@ def layer_fields(row: LayerSpeed) -> dict[str, Any]:
         "share_of_limit": row.share_of_limit,
         "bandwidth": row.bandwidth,
     }
-    return asdict(row) | derived
+    return asdict(row) | {"dtype": str(row.dtype)} | derived
 
 
 def model_fields(row: ModelSpeed) -> dict[str, Any]:
@@ -209,12 +227,27 @@ def _layer_cells(row: LayerSpeed) -> list[str]:
 
 
 def model_table(rows: Sequence[ModelSpeed]) -> Table:
-    """Return the table of models. The first row is the reference of the others."""
-    columns = ["model", "GB stored", "GB resident", "prefill tokens/s", "decode tokens/s", "× prefill", "× decode"]
+    """Return the table of models. The first row is the reference of the others.
+
+    "share" is how much of the bytes limit decoding reaches, against the reference.
+    """
+    columns = [
+        "model",
+        "GB stored",
+        "GB resident",
+        "prefill tokens/s",
+        "decode tokens/s",
+        "× prefill",
+        "× decode",
+        "bytes limit",
+        "share",
+    ]
     return columns, [_model_cells(row, rows[0]) for row in rows]
 
 
 def _model_cells(row: ModelSpeed, reference: ModelSpeed) -> list[str]:
+    limit = reference.stored_bytes / row.stored_bytes
+    decode_ratio = reference.decode.median / row.decode.median
     resident = ""
     if row.resident_bytes is not None:
         resident = f"{row.resident_bytes / 1e9:.3f}"
@@ -225,7 +258,9 @@ def _model_cells(row: ModelSpeed, reference: ModelSpeed) -> list[str]:
         f"{row.prefill_tokens_per_second:.1f}",
         f"{row.decode_tokens_per_second:.1f}",
         f"{reference.prefill.median / row.prefill.median:.2f}",
-        f"{reference.decode.median / row.decode.median:.2f}",
+        f"{decode_ratio:.2f}",
+        f"{limit:.2f}",
+        f"{decode_ratio / limit:.2f}",
     ]
 
 

@@ -15,8 +15,11 @@ void avx512_kept(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_tiles.cpp
 void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_codes.cpp
-void avx512_dequantize(const Product& product, int64_t row, float* out);
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows);
+void avx512_arrange(int32_t code_bits, int64_t padded, uint16_t* x);
+// avx512_dequantize.cpp
+void avx512_dequantize(const Product& product, int64_t row, float* out);
+void avx512_round(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out);
 // avx512_unpack.cpp
 void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out);
 
@@ -189,6 +192,11 @@ void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
     if (product.values) avx512_kept(product, x, rows);
 }
 
+void codes_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (x.rounds_codes) avx512_tiles(product, x, rows);
+    else avx512_codes(product, x, rows);
+}
+
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
     // An entry adds column j where bit j of its index is set, and subtracts it where the bit is clear.
     const __m512 ones = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
@@ -204,7 +212,8 @@ AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx512_dequantize, avx512_codes, avx512_unpack, true};
+    static const Kernels kernels = {packed_rows, dense_rows,     fill_tables,  avx512_dequantize,
+                                    codes_rows,  avx512_arrange, avx512_round, avx512_unpack,     true};
     return kernels;
 }
 

@@ -1,15 +1,20 @@
-// Products of kept values and signs with 9 to 32 tokens, all bfloat16, with AVX-512 (VBMI2, BF16).
+// Products of kept values, signs and codes with more tokens, all bfloat16, with AVX-512 (VBMI2, BF16).
 //
-// The entries of the sum of both parts are put together in small tiles and rounded to bfloat16. So they are multiplied
-// once, instead of once with the value and once with the sign. A tile, the columns of x that it is multiplied with,
-// and the sums are in the first cache together.
+// The entries of the matrix are put together in small tiles and rounded to bfloat16. So they are unpacked once for all tokens, and
+// multiplied once, instead of once with the value and once with the sign. A tile, the columns of x that it is multiplied
+// with, and the sums are in the first caches together.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include "avx512_unpack.h"
+#include "scratch.h"
 
 namespace hf_lowrank {
+
+// avx512_dequantize.cpp
+void avx512_round(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out);
+
 namespace {
 
 constexpr int64_t kTileRows = 8, kTileColumns = 512;
@@ -22,8 +27,8 @@ struct Tile {
     alignas(64) uint16_t entries[kTileRows][kTileColumns];
     __m512 sums[kTileRows][kBlockTokens];
     const uint16_t* values[kTileRows];  // where the values of the next columns begin
-    // The values of the next rows are fetched from the first to the last, one cache line for each unit of a product.
-    const char* next_values;
+    // What is stored for the next rows is fetched from the first to the last byte, one cache line for each unit of a product.
+    const char* next_bytes;
     int64_t next_step;
 };
 
@@ -35,15 +40,15 @@ AVX512_INLINE void multiply_rows(Tile& tile, int64_t row, int64_t token, int64_t
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) sums.of[r][t] = tile.sums[row + r][token + t];
-    const char* next_values = tile.next_values;
+    const char* next_bytes = tile.next_bytes;
     const int64_t next_step = tile.next_step;
 #pragma GCC unroll 1
-    for (int64_t column = 0; column < columns; column += kUnit, next_values += next_step) {
-        prefetch(next_values, 0);
+    for (int64_t column = 0; column < columns; column += kUnit, next_bytes += next_step) {
+        prefetch(next_bytes, 0);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) Sums<T, R, Values>::add(sums, r, _mm512_load_si512(tile.entries[row + r] + column), x, column);
     }
-    tile.next_values = next_values;
+    tile.next_bytes = next_bytes;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -63,28 +68,74 @@ struct Loop {
     }
 };
 
+// Returns the sums of four registers, side by side.
+AVX512_INLINE __m128 sums_of_four(const __m512& a, const __m512& b, const __m512& c, const __m512& d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+AVX512_INLINE void store_sums(const Tile& tile, int64_t count, int64_t first, const Rows& rows) {
+    for (int64_t t = 0; t < rows.token_count; ++t) {
+        float* out = rows.sums + t * kBlockRows + first;
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            const __m128 sums = sums_of_four(tile.sums[i][t], tile.sums[i + 1][t], tile.sums[i + 2][t], tile.sums[i + 3][t]);
+            _mm_storeu_ps(out + i, _mm_add_ps(_mm_loadu_ps(out + i), sums));
+        }
+        for (; i < count; ++i) out[i] += _mm512_reduce_add_ps(tile.sums[i][t]);
+    }
+}
+
+// Puts the entries of codes without a bitmap together; zeros follow up to a multiple of 32.
+AVX512_INLINE void round_codes(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out) {
+    if ((end - begin) % kUnit) _mm512_storeu_si512(out + (end - begin) / kUnit * kUnit, _mm512_setzero_si512());
+    avx512_round(product, row, begin, end, out);
+}
+
+// Returns rows of codes with a bitmap as a product of values. These are in memory of the calling thread.
+Product rounded(const Product& product, int64_t row, int64_t count) {
+    thread_local Scratch scratch;
+    uint16_t* values = reinterpret_cast<uint16_t*>(scratch.at_least(static_cast<size_t>(count * product.kept * 2 + 64)));
+    for (int64_t i = 0; i < count; ++i) avx512_round(product, row + i, 0, product.kept, values + i * product.kept);
+    Product rows = product;
+    rows.rows = count;
+    rows.values = values;
+    rows.values_dtype = kBFloat16;
+    rows.mask = product.mask + row * ((product.columns + 7) / 8);
+    return rows;
+}
+
 }  // namespace
 
 AVX512 void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows) {
-    const int64_t row_bytes = product.kept * int64_t(sizeof(Values::Element)), units = (x.columns + kUnit - 1) / kUnit;
-    const int64_t token_groups = (rows.token_count + kGroupTokens - 1) / kGroupTokens;
+    const int64_t row_bytes = product.codes ? (product.kept * product.code_bits + 7) / 8 : product.kept * int64_t(sizeof(Values::Element));
+    const char* stored = static_cast<const char*>(product.codes ? product.codes : product.values);
+    const int64_t units = (x.columns + kUnit - 1) / kUnit, token_groups = (rows.token_count + kGroupTokens - 1) / kGroupTokens;
+    const bool masked_codes = product.codes && product.mask;
     Tile tile;
     tile.next_step = kTileRows * row_bytes / (units * token_groups * (kTileRows / kGroupRows)) + 1;
     for (int64_t first = 0; first < rows.count; first += kTileRows) {
-        const int64_t count = rows.count - first < kTileRows ? rows.count - first : kTileRows, row = rows.first + first;
+        const int64_t count = rows.count - first < kTileRows ? rows.count - first : kTileRows;
+        tile.next_bytes = stored + (rows.first + first + kTileRows) * row_bytes;
+        const Product part = masked_codes ? rounded(product, rows.first + first, count) : product;
+        const int64_t row = masked_codes ? 0 : rows.first + first;
         for (int64_t i = 0; i < count; ++i) {
-            tile.values[i] = static_cast<const Values::Element*>(product.values) + (row + i) * product.kept;
+            tile.values[i] = static_cast<const Values::Element*>(part.values) + (row + i) * part.kept;
             for (int64_t t = 0; t < rows.token_count; ++t) tile.sums[i][t] = _mm512_setzero_ps();
         }
-        tile.next_values = reinterpret_cast<const char*>(tile.values[0]) + kTileRows * row_bytes;
         for (int64_t column = 0; column < x.columns; column += kTileColumns) {
             const int64_t end = column + kTileColumns < x.columns ? column + kTileColumns : x.columns;
-            for (int64_t i = 0; i < count; ++i)
-                unpack_bfloat16<true, true>(product, row + i, column, end, tile.values[i], kTileRows, tile.entries[i]);
+            for (int64_t i = 0; i < count; ++i) {
+                if (product.codes && !product.mask) round_codes(part, row + i, column, end, tile.entries[i]);
+                else if (part.signs) unpack_bfloat16<true, true>(part, row + i, column, end, tile.values[i], kTileRows, tile.entries[i]);
+                else unpack_bfloat16<false, true>(part, row + i, column, end, tile.values[i], kTileRows, tile.entries[i]);
+            }
             for_token_groups<Loop>(rows, tile, count, rows.first_token, column, end - column, x);
         }
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t t = 0; t < rows.token_count; ++t) rows.sums[t * kBlockRows + first + i] += _mm512_reduce_add_ps(tile.sums[i][t]);
+        store_sums(tile, count, first, rows);
     }
 }
 

@@ -53,6 +53,26 @@ struct BlockTables {
 };
 constexpr BlockTables kBlockTables;
 
+// From where the words of four products take their columns, among the first or the second 64 of 128.
+struct Arrangement {
+    alignas(64) uint16_t places[3][4][32];
+    uint32_t in_second[3][4];
+    constexpr Arrangement() : places(), in_second() {
+        for (int kind = 0; kind < 3; ++kind) {
+            const int products = kind == kNarrow ? 4 : 2;
+            for (int r = 0; r < 4; ++r)
+                for (int word = 0; word < 8; ++word)
+                    for (int j = 0; j < 4; ++j) {
+                        const int column = r / products * 64 + 4 * (products * word + r % products) + j;
+                        const int place = kind == kWide ? j % 2 * 16 + 2 * word + j / 2 : 4 * word + j;
+                        places[kind][r][place] = static_cast<uint16_t>(column % 64);
+                        in_second[kind][r] |= static_cast<uint32_t>(column / 64) << place;
+                    }
+        }
+    }
+};
+constexpr Arrangement kArrangement;
+
 template <Kind kind>
 struct BlockLevels : Block<kind> {
     using Block<kind>::products;
@@ -89,7 +109,7 @@ struct BlocksFor {
     static constexpr int64_t kPartUnits = kScaleUnits;  // of a row, whose scales are converted together
 
     template <int T>
-    AVX512_INLINE void add_block(__m512 (&sums)[T], const Levels& levels, __m512i codes, const float* scales, const uint16_t* x, int64_t stride) {
+    AVX512_INLINE void add_block(__m512 (&sums)[T], const Levels& levels, __m512i codes, const float* scales, const uint16_t* const (&x)[T], int64_t column) {
         __m512i values[Levels::products];
         Levels::next(levels, codes, values);
         const __m512 scale = _mm512_permutexvar_ps(levels.units, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
@@ -98,7 +118,7 @@ struct BlocksFor {
             __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
             for (int r = 0; r < Levels::products; ++r)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)values[r], (__m512bh)_mm512_load_si512(x + t * stride + r * kUnit));
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)values[r], (__m512bh)_mm512_load_si512(x[t] + column + r * kUnit));
             sums[t] = _mm512_fmadd_ps(sum, scale, sums[t]);
         }
     }
@@ -106,12 +126,14 @@ struct BlocksFor {
     template <int T>
     struct Loop {
         AVX512 static void run(const Product& product, const uint16_t* piece, int64_t stride, const Rows& rows) {
-            const uint16_t* x = piece + rows.first_token * stride;
+            const uint16_t* x[T];
+            for (int t = 0; t < T; ++t) x[t] = piece + (rows.first_token + t) * stride;
             const auto levels = Levels::of(product.code_bits);
             const int64_t width = (product.kept * product.code_bits + 7) / 8, block_bytes = Levels::columns / 8 * product.code_bits;
             const int64_t units = (product.kept + kUnit - 1) / kUnit, groups = (product.kept + product.group - 1) / product.group;
             const int64_t scale_bytes = groups * element_size(DType(product.code_scale_dtype));
             const __mmask64 whole = first_of_64(block_bytes);
+            const auto unit_scales = UnitScales::of(product);
             alignas(64) float scales[kPartUnits + kScalePadding];
             for (int64_t row = 0; row < rows.count; ++row) {
                 const uint8_t* codes = product.codes + (rows.first + row) * width;
@@ -123,16 +145,19 @@ struct BlocksFor {
                 for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
                 for (int64_t unit = 0; unit < units; unit += kPartUnits) {
                     const int64_t part = units - unit < kPartUnits ? units - unit : kPartUnits;
-                    scales_of_units(product, rows.first + row, unit, part, scales);
-                    const uint16_t* at = x + unit * kUnit;
+                    UnitScales::write(unit_scales, product, rows.first + row, unit, part, scales);
                     const float* scale = scales;
-                    for (; scale < scales + part && end - codes >= block_bytes; scale += Levels::columns / kUnit, at += Levels::columns) {
+                    int64_t column = unit * kUnit;
+                    const int64_t whole_blocks = (product.kept - column) / Levels::columns, most = kPartUnits * kUnit / Levels::columns;
+                    for (int64_t block = 0; block < (whole_blocks < most ? whole_blocks : most); ++block) {
                         prefetch(codes, kBytesAhead);
-                        add_block<T>(sums, levels, _mm512_maskz_loadu_epi8(whole, codes), scale, at, stride);
+                        add_block<T>(sums, levels, _mm512_maskz_loadu_epi8(whole, codes), scale, x, column);
                         codes += block_bytes;
+                        scale += Levels::columns / kUnit;
+                        column += Levels::columns;
                     }
                     if (scale < scales + part)
-                        add_block<T>(sums, levels, _mm512_maskz_loadu_epi8(first_of_64(end - codes), codes), scale, at, stride);
+                        add_block<T>(sums, levels, _mm512_maskz_loadu_epi8(first_of_64(end - codes), codes), scale, x, column);
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + row] += _mm512_reduce_add_ps(sums[t]);
@@ -190,22 +215,24 @@ struct MaskedFor {
             const int64_t kept = product.kept, width = (kept * product.code_bits + 7) / 8, mask_width = (product.columns + 7) / 8;
             const int64_t units = (kept + kUnit - 1) / kUnit, row_columns = product.columns + 4 * kUnit;
             thread_local Scratch scratch;
+            const __mmask64 whole = Levels<selected>::present(levels, levels.unit_bytes);
             uint16_t* columns = reinterpret_cast<uint16_t*>(scratch.at_least(T * row_columns * 2));
+            const auto unit_scales = UnitScales::of(product);
             alignas(64) float scales[kScaleUnits + kScalePadding];
             for (int64_t row = 0; row < rows.count; ++row) {
                 const uint8_t* mask = product.mask + (rows.first + row) * mask_width;
-                const uint8_t* codes = product.codes + (rows.first + row) * width;
-                int64_t left = width;
+                const uint8_t *codes = product.codes + (rows.first + row) * width, *end = codes + width;
                 for (int64_t byte = 0; byte < mask_width; byte += 64) prefetch(mask, byte + kRowsAhead * mask_width);
                 side_by_side<T>(product, mask, x, stride, columns, row_columns);
                 __m512 sums[T];
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-                for (int64_t unit = 0; unit < units; ++unit, codes += levels.unit_bytes, left -= levels.unit_bytes) {
+                for (int64_t unit = 0; unit < units; ++unit, codes += levels.unit_bytes) {
                     const int64_t part = unit % kScaleUnits;
-                    if (part == 0) scales_of_units(product, rows.first + row, unit, units - unit < kScaleUnits ? units - unit : kScaleUnits, scales);
+                    if (part == 0) UnitScales::write(unit_scales, product, rows.first + row, unit, units - unit < kScaleUnits ? units - unit : kScaleUnits, scales);
                     prefetch(codes, kBytesAhead);
-                    const __m512i values = Levels<selected>::next(levels, codes, left);
+                    const __mmask64 present = unit + 1 < units ? whole : Levels<selected>::present(levels, end - codes);
+                    const __m512i values = Levels<selected>::next(levels, codes, present);
                     const __m512 scale = _mm512_set1_ps(scales[part]);
 #pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) {
@@ -229,19 +256,17 @@ void for_pieces(const Product& product, const Prepared& x, const Rows& rows) {
 
 }  // namespace
 
-// Brings `padded` columns of one piece of a token, a multiple of 128, into the order of codes of `bits` bits.
-void avx512_arrange(int32_t bits, int64_t padded, uint16_t* x) {
+// Brings `padded` columns of one piece of a token, a multiple of kArrangedUnit, into the order of codes of `bits` bits.
+AVX512 void avx512_arrange(int32_t bits, int64_t padded, uint16_t* x) {
     const Kind kind = kind_of(bits);
-    const int64_t products = kind == kNarrow ? 4 : 2;
-    uint16_t block[128];
-    for (int64_t first = 0; first < padded; first += 32 * products, x += 32 * products) {
-        __builtin_memcpy(block, x, static_cast<size_t>(64 * products));
-        for (int64_t r = 0; r < products; ++r)
-            for (int64_t word = 0; word < 8; ++word)
-                for (int64_t j = 0; j < 4; ++j) {
-                    const int64_t place = kind == kWide ? j % 2 * 16 + 2 * word + j / 2 : 4 * word + j;
-                    x[r * kUnit + place] = block[4 * (products * word + r) + j];
-                }
+    for (uint16_t* end = x + padded; x < end; x += kArrangedUnit) {
+        __m512i from[4];
+        for (int r = 0; r < 4; ++r) from[r] = _mm512_load_si512(x + r * kUnit);
+        for (int r = 0; r < 4; ++r) {
+            const __m512i places = _mm512_load_si512(kArrangement.places[kind][r]);
+            const __m512i first = _mm512_permutex2var_epi16(from[0], places, from[1]), second = _mm512_permutex2var_epi16(from[2], places, from[3]);
+            _mm512_store_si512(x + r * kUnit, _mm512_mask_blend_epi16(kArrangement.in_second[kind][r], first, second));
+        }
     }
 }
 

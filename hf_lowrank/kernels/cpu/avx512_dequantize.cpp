@@ -10,7 +10,7 @@ namespace {
 
 // The codes of the row that lies this many rows ahead are fetched meanwhile: a row is too short for the processor's
 // own prefetchers to help much.
-constexpr int64_t kRowsAhead = 4;
+constexpr int64_t kRowsAhead = 8;
 
 // Positions by which 64 codes of b bits, which are 8 b bytes, reach a byte each. Eight codes make b bytes, which are
 // moved into the same eight-byte word. The unaligned bytes of that word from bit 0, b, 2 b ... on begin with one code
@@ -57,20 +57,26 @@ AVX512 void dequantize_groups(const Product& product, int64_t row, float* out) {
 
 template <bool selected>
 AVX512 void round_units(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out) {
+    if (begin >= end) return;
     const auto levels = Levels<selected>::of(product.code_bits);
     const int64_t width = (product.kept * product.code_bits + 7) / 8;
     const uint8_t* codes = product.codes + row * width + begin / 8 * product.code_bits;
-    int64_t left = width - begin / 8 * product.code_bits;
+    const uint8_t* last_code = product.codes + (row + 1) * width;
+    const __mmask64 whole = Levels<selected>::present(levels, levels.unit_bytes);
+    const auto unit_scales = UnitScales::of(product);
     alignas(64) float scales[kScaleUnits + kScalePadding];
     for (int64_t first = begin; first < end; first += kScaleUnits * kUnit) {
         const int64_t last = end - first < kScaleUnits * kUnit ? end : first + kScaleUnits * kUnit;
-        scales_of_units(product, row, first / kUnit, (last - first + kUnit - 1) / kUnit, scales);
+        UnitScales::write(unit_scales, product, row, first / kUnit, (last - first + kUnit - 1) / kUnit, scales);
         const float* scale = scales;
-        for (int64_t i = first; i < last; i += kUnit, codes += levels.unit_bytes, left -= levels.unit_bytes) {
+        int64_t i = first;
+        for (; i + kUnit <= last; i += kUnit, codes += levels.unit_bytes, out += kUnit, ++scale) {
             prefetch(codes, kRowsAhead * width);
-            const __m512i values = Levels<selected>::next_scaled(levels, codes, left, _mm512_set1_ps(*scale++));
-            _mm512_mask_storeu_epi16(out + (i - begin), first_of_32(last - i), values);
+            _mm512_storeu_si512(out, Levels<selected>::next_scaled(levels, codes, whole, _mm512_set1_ps(*scale)));
         }
+        if (i == last) continue;
+        const __mmask64 present = Levels<selected>::present(levels, last_code - codes);
+        _mm512_mask_storeu_epi16(out, first_of_32(last - i), Levels<selected>::next_scaled(levels, codes, present, _mm512_set1_ps(*scale)));
     }
 }
 

@@ -95,21 +95,24 @@ struct Levels {
                 WideLevels::of(b), 4 * b};
     }
 
-    // Returns the words that begin with the next 32 codes. From `codes` on, `left` bytes of the row remain.
-    AVX512_INLINE __m512i words(const Levels& levels, const uint8_t* codes, int64_t left) {
-        const __m512i packed = _mm512_maskz_loadu_epi8(first_of_64(left < levels.unit_bytes ? left : levels.unit_bytes), codes);
+    // Returns which bytes hold the next 32 codes where `left` bytes of the row remain.
+    AVX512_INLINE __mmask64 present(const Levels& levels, int64_t left) { return first_of_64(left < levels.unit_bytes ? left : levels.unit_bytes); }
+
+    // Returns the words that begin with the next 32 codes.
+    AVX512_INLINE __m512i words(const Levels& levels, const uint8_t* codes, __mmask64 present) {
+        const __m512i packed = _mm512_maskz_loadu_epi8(present, codes);
         return _mm512_multishift_epi64_epi8(levels.bits, _mm512_permutexvar_epi8(levels.bytes, packed));
     }
 
-    AVX512_INLINE __m512i next(const Levels& levels, const uint8_t* codes, int64_t left) {
-        const __m512i at = words(levels, codes, left);
+    AVX512_INLINE __m512i next(const Levels& levels, const uint8_t* codes, __mmask64 present) {
+        const __m512i at = words(levels, codes, present);
         if (selected) return _mm512_permutex2var_epi16(levels.low, at, levels.high);
         return round_in_turn(WideLevels::even(levels.wide, at), WideLevels::odd(levels.wide, at));
     }
 
     // Returns the next 32 levels times a scale, rounded to bfloat16.
-    AVX512_INLINE __m512i next_scaled(const Levels& levels, const uint8_t* codes, int64_t left, __m512 scale) {
-        const __m512i at = words(levels, codes, left);
+    AVX512_INLINE __m512i next_scaled(const Levels& levels, const uint8_t* codes, __mmask64 present, __m512 scale) {
+        const __m512i at = words(levels, codes, present);
         if (!selected)
             return round_in_turn(_mm512_mul_ps(WideLevels::even(levels.wide, at), scale), _mm512_mul_ps(WideLevels::odd(levels.wide, at), scale));
         const __m512i level = _mm512_permutex2var_epi16(levels.low, at, levels.high);
@@ -132,28 +135,42 @@ AVX512_INLINE __m512 load_scales(const Product& product, int64_t index, int64_t 
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
 
-// Writes the scales of `count` units of a row from `unit` on, and zeros for kScalePadding more. Groups are whole units.
-AVX512_INLINE void scales_of_units(const Product& product, int64_t row, int64_t unit, int64_t count, float* out) {
-    const int64_t groups = (product.kept + product.group - 1) / product.group;
-    const int64_t units = (product.kept + kUnit - 1) / kUnit;
-    const int64_t each = groups == 1 ? units : product.group / kUnit;
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t done = 0; done < count; done += 16) {
-        // Among 16 units, the first has had `begun` units of its group before it.
-        const int64_t first = (unit + done) / each, begun = (unit + done) % each;
-        const __m512 scales = load_scales(product, row * groups + first, groups - first < 16 ? groups - first : 16);
-        __m512i group;
-        if (each >= 16) {
-            group = _mm512_maskz_set1_epi32(_mm512_cmpge_epi32_mask(lanes, _mm512_set1_epi32(static_cast<int>(each - begun < 16 ? each - begun : 16))), 1);
-        } else {
-            // Lanes are below 32: dividing is multiplying by the inverse in 1 / 1024, rounded up.
-            const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(begun)));
-            group = _mm512_srli_epi32(_mm512_mullo_epi32(numbers, _mm512_set1_epi32(static_cast<int>((1024 + each - 1) / each))), 10);
-        }
-        _mm512_storeu_ps(out + done, _mm512_permutexvar_ps(group, scales));
+// The scale of each unit of 32 codes of a row. Groups are whole units, of which there are at least one.
+struct UnitScales {
+    int64_t groups, each;  // units of a group
+    int32_t whole, rest;   // 16 units are `whole` groups and `rest` units
+    __m512i lanes, inverse;
+
+    AVX512_INLINE UnitScales of(const Product& product) {
+        UnitScales scales;
+        scales.groups = (product.kept + product.group - 1) / product.group;
+        scales.each = scales.groups > 1 ? product.group / kUnit : (product.kept + kUnit - 1) / kUnit;
+        scales.whole = static_cast<int32_t>(16 / scales.each);
+        scales.rest = static_cast<int32_t>(16 % scales.each);
+        scales.lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        // Dividing a number below 32 is multiplying by the inverse in 1 / 1024, rounded up.
+        scales.inverse = _mm512_set1_epi32(static_cast<int>((1024 + scales.each - 1) / scales.each));
+        return scales;
     }
-    _mm512_storeu_ps(out + count, _mm512_setzero_ps());
-}
+
+    // Writes the scales of `count` units from `unit` on, and zeros for kScalePadding more.
+    AVX512_INLINE void write(const UnitScales& scales, const Product& product, int64_t row, int64_t unit, int64_t count, float* out) {
+        // Of the next 16 units, the first has had `begun` units of its group before it.
+        int64_t group = unit ? unit / scales.each : 0, begun = unit - group * scales.each;
+        for (int64_t done = 0; done < count; done += 16) {
+            const int64_t left = scales.groups - group, ends = scales.each - begun;
+            const __m512 loaded = load_scales(product, row * scales.groups + group, left < 16 ? left : 16);
+            const __m512i numbers = _mm512_add_epi32(scales.lanes, _mm512_set1_epi32(static_cast<int>(begun)));
+            const __m512i later = _mm512_maskz_set1_epi32(_mm512_cmpge_epi32_mask(scales.lanes, _mm512_set1_epi32(static_cast<int>(ends < 16 ? ends : 16))), 1);
+            const __m512i index = scales.each < 16 ? _mm512_srli_epi32(_mm512_mullo_epi32(numbers, scales.inverse), 10) : later;
+            _mm512_storeu_ps(out + done, _mm512_permutexvar_ps(index, loaded));
+            group += scales.whole;
+            begun += scales.rest;
+            if (begun >= scales.each) begun -= scales.each, ++group;
+        }
+        _mm512_storeu_ps(out + count, _mm512_setzero_ps());
+    }
+};
 
 }  // namespace
 }  // namespace hf_lowrank

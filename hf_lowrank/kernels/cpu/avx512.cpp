@@ -17,6 +17,8 @@ void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_codes.cpp
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows);
 void avx512_arrange(int32_t code_bits, int64_t padded, uint16_t* x);
+// avx512_level_tiles.cpp
+void avx512_level_tiles(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_dequantize.cpp
 void avx512_dequantize(const Product& product, int64_t row, float* out);
 void avx512_round(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out);
@@ -193,7 +195,9 @@ void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
 }
 
 void codes_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    const bool many = x.piece_count == 1 && rows.token_count > kTileTokens;
     if (x.rounds_codes) avx512_tiles(product, x, rows);
+    else if (many && !product.mask) avx512_level_tiles(product, x, rows);
     else avx512_codes(product, x, rows);
 }
 

@@ -7,7 +7,7 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include "avx512_levels.h"
+#include "avx512_blocks.h"
 #include "scratch.h"
 
 namespace hf_lowrank {
@@ -20,89 +20,6 @@ constexpr int64_t kRowsAhead = 4;  // of scales and of bitmaps
 
 // --- without a bitmap ------------------------------------------------------------------------------------------------------------
 
-// A block is a register of codes: an eight-byte word of it has `words` whole codes, which are shifted out four at a time
-// to `products` registers of levels. So what is multiplied in one 32-bit lane has one scale.
-enum Kind { kNarrow, kMedium, kWide };  // 2 to 4, 5 and 6, 7 and 8 bits
-
-constexpr Kind kind_of(int bits) { return bits <= 4 ? kNarrow : bits <= kTableBits ? kMedium : kWide; }
-
-template <Kind kind>
-struct Block {
-    static constexpr int words = kind == kNarrow ? 16 : 8, products = words / 4;
-    static constexpr int64_t columns = 8 * words;
-};
-
-// The byte positions of blocks, and the unit of 32 columns from which each lane of a product takes its scale.
-struct BlockTables {
-    alignas(64) uint8_t bytes[9][64], bits[9][4][64];
-    alignas(64) int32_t units[3][16];
-    constexpr BlockTables() : bytes(), bits(), units() {
-        for (int b = 2; b <= 8; ++b) {
-            const int words = kind_of(b) == kNarrow ? 16 : 8, early = kind_of(b) == kWide ? WideLevels::kPosition : 0;
-            for (int i = 0; i < 64; ++i) {
-                bytes[b][i] = static_cast<uint8_t>((i / 8 * (words * b / 8) + i % 8) % 64);
-                for (int r = 0; r < 4; ++r) bits[b][r][i] = static_cast<uint8_t>(((4 * r + i % 8 / 2) * b + i % 2 * 8 - early) & 63);
-            }
-        }
-        for (int lane = 0; lane < 16; ++lane) {
-            units[kNarrow][lane] = lane / 4;
-            units[kMedium][lane] = lane / 8;
-            units[kWide][lane] = lane % 8 / 4;  // even words of all eight-byte words come first, then odd words
-        }
-    }
-};
-constexpr BlockTables kBlockTables;
-
-// From where the words of four products take their columns, among the first or the second 64 of 128.
-struct Arrangement {
-    alignas(64) uint16_t places[3][4][32];
-    uint32_t in_second[3][4];
-    constexpr Arrangement() : places(), in_second() {
-        for (int kind = 0; kind < 3; ++kind) {
-            const int products = kind == kNarrow ? 4 : 2;
-            for (int r = 0; r < 4; ++r)
-                for (int word = 0; word < 8; ++word)
-                    for (int j = 0; j < 4; ++j) {
-                        const int column = r / products * 64 + 4 * (products * word + r % products) + j;
-                        const int place = kind == kWide ? j % 2 * 16 + 2 * word + j / 2 : 4 * word + j;
-                        places[kind][r][place] = static_cast<uint16_t>(column % 64);
-                        in_second[kind][r] |= static_cast<uint32_t>(column / 64) << place;
-                    }
-        }
-    }
-};
-constexpr Arrangement kArrangement;
-
-template <Kind kind>
-struct BlockLevels : Block<kind> {
-    using Block<kind>::products;
-    __m512i bytes, bits[products], low, high, units;
-    WideLevels wide;
-
-    AVX512_INLINE BlockLevels of(int b) {
-        BlockLevels levels;
-        levels.bytes = _mm512_load_si512(kBlockTables.bytes[b]);
-#pragma GCC unroll 4
-        for (int r = 0; r < products; ++r) levels.bits[r] = _mm512_load_si512(kBlockTables.bits[b][r]);
-        levels.low = _mm512_load_si512(kLevelTables.levels[kind == kWide ? kTableBits : b]);
-        levels.high = _mm512_load_si512(kLevelTables.levels[kind == kWide ? kTableBits : b] + kUnit);
-        levels.units = _mm512_load_si512(kBlockTables.units[kind]);
-        levels.wide = WideLevels::of(b);
-        return levels;
-    }
-
-    AVX512_INLINE void next(const BlockLevels& levels, __m512i codes, __m512i (&out)[products]) {
-        const __m512i each = _mm512_permutexvar_epi8(levels.bytes, codes);
-#pragma GCC unroll 4
-        for (int r = 0; r < products; ++r) {
-            const __m512i words = _mm512_multishift_epi64_epi8(levels.bits[r], each);
-            if (kind == kNarrow) out[r] = _mm512_permutexvar_epi16(words, levels.low);
-            else if (kind == kMedium) out[r] = _mm512_permutex2var_epi16(levels.low, words, levels.high);
-            else out[r] = (__m512i)_mm512_cvtne2ps_pbh(WideLevels::odd(levels.wide, words), WideLevels::even(levels.wide, words));
-        }
-    }
-};
-
 template <Kind kind>
 struct BlocksFor {
     using Levels = BlockLevels<kind>;
@@ -112,13 +29,13 @@ struct BlocksFor {
     AVX512_INLINE void add_block(__m512 (&sums)[T], const Levels& levels, __m512i codes, const float* scales, const uint16_t* const (&x)[T], int64_t column) {
         __m512i values[Levels::products];
         Levels::next(levels, codes, values);
-        const __m512 scale = _mm512_permutexvar_ps(levels.units, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+        const __m512 scale = Levels::scales(levels, scales);
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
             __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
             for (int r = 0; r < Levels::products; ++r)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)values[r], (__m512bh)_mm512_load_si512(x[t] + column + r * kUnit));
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)values[r], (__m512bh)_mm512_load_si512(x[t] + column + r % Levels::registers * kUnit));
             sums[t] = _mm512_fmadd_ps(sum, scale, sums[t]);
         }
     }

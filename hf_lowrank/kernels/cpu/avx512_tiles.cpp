@@ -68,27 +68,6 @@ struct Loop {
     }
 };
 
-// Returns the sums of four registers, side by side.
-AVX512_INLINE __m128 sums_of_four(const __m512& a, const __m512& b, const __m512& c, const __m512& d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-AVX512_INLINE void store_sums(const Tile& tile, int64_t count, int64_t first, const Rows& rows) {
-    for (int64_t t = 0; t < rows.token_count; ++t) {
-        float* out = rows.sums + t * kBlockRows + first;
-        int64_t i = 0;
-        for (; i + 4 <= count; i += 4) {
-            const __m128 sums = sums_of_four(tile.sums[i][t], tile.sums[i + 1][t], tile.sums[i + 2][t], tile.sums[i + 3][t]);
-            _mm_storeu_ps(out + i, _mm_add_ps(_mm_loadu_ps(out + i), sums));
-        }
-        for (; i < count; ++i) out[i] += _mm512_reduce_add_ps(tile.sums[i][t]);
-    }
-}
-
 // Puts the entries of codes without a bitmap together; zeros follow up to a multiple of 32.
 AVX512_INLINE void round_codes(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out) {
     if ((end - begin) % kUnit) _mm512_storeu_si512(out + (end - begin) / kUnit * kUnit, _mm512_setzero_si512());
@@ -135,7 +114,7 @@ AVX512 void avx512_tiles(const Product& product, const Prepared& x, const Rows& 
             }
             for_token_groups<Loop>(rows, tile, count, rows.first_token, column, end - column, x);
         }
-        store_sums(tile, count, first, rows);
+        store_sums(tile.sums, count, first, rows);
     }
 }
 

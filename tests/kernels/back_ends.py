@@ -32,16 +32,17 @@ class BackEnd:
     Attributes:
         kernels: its kernels by operation.
         exact_tokens: largest number of tokens for which the entries of the matrix are not rounded.
-        exact_signed_tokens: this number for a matrix with kept values and signs.
+        exact_joined_tokens: this number for a matrix whose entries are put together first, from kept values and signs
+            or from codes and scales.
         largest: largest numbers of rows, columns and tokens to draw at random. The interpreter is slow.
         factor_tokens: largest number of tokens for which it computes low-rank products itself.
     """
 
     kernels: dict[str, Callable[..., Tensor | None]]
     exact_tokens: int
-    exact_signed_tokens: int
+    exact_joined_tokens: int
     device: str = "cpu"
-    largest: tuple[int, int, int] = (150, 1200, 40)
+    largest: tuple[int, int, int] = (150, 1200, 72)
     factor_tokens: int = 16
 
     def kernel(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor | None:
@@ -64,7 +65,8 @@ class BackEnd:
         return [argument.to(self.device) if isinstance(argument, Tensor) else argument for argument in arguments]
 
     def rounds(self, form: str, tokens: int) -> bool:
-        return tokens > (self.exact_signed_tokens if form == "bitmask_binary_linear" else self.exact_tokens)
+        joined = form == "bitmask_binary_linear" or form.startswith("quantized")
+        return tokens > (self.exact_joined_tokens if joined else self.exact_tokens)
 
     def takes(self, form: str, tokens: int) -> bool:
         return form not in FACTORED or tokens <= self.factor_tokens
@@ -92,7 +94,7 @@ def in_use(name: str) -> Iterator[BackEnd]:
 
     if name == "direct" or name in native.INSTRUCTION_SETS:
         avx512 = (native.instruction_set_in_use() if name == "direct" else name) == "avx512"
-        exact = {"exact_tokens": cpp.FEW_TOKENS, "exact_signed_tokens": 8 if avx512 else cpp.FEW_TOKENS}
+        exact = {"exact_tokens": cpp.FEW_TOKENS, "exact_joined_tokens": 8 if avx512 else cpp.FEW_TOKENS}
     if name in native.INSTRUCTION_SETS:
         with native.forced_instruction_set(name):
             yield BackEnd(cpp.KERNELS, **exact)

@@ -122,17 +122,17 @@ AVX512_INLINE void side_by_side(const Product& product, const uint8_t* mask, con
     }
 }
 
-template <bool selected>
+template <LevelKind kind>
 struct MaskedFor {
     template <int T>
     struct Loop {
         AVX512 static void run(const Product& product, const uint16_t* piece, int64_t stride, const Rows& rows) {
             const uint16_t* x = piece + rows.first_token * stride;
-            const auto levels = Levels<selected>::of(product.code_bits);
+            const auto levels = Levels<kind>::of(product.code_bits);
             const int64_t kept = product.kept, width = (kept * product.code_bits + 7) / 8, mask_width = (product.columns + 7) / 8;
             const int64_t units = (kept + kUnit - 1) / kUnit, row_columns = product.columns + 4 * kUnit;
             thread_local Scratch scratch;
-            const __mmask64 whole = Levels<selected>::present(levels, levels.unit_bytes);
+            const __mmask64 whole = Levels<kind>::present(levels, levels.unit_bytes);
             uint16_t* columns = reinterpret_cast<uint16_t*>(scratch.at_least(T * row_columns * 2));
             const auto unit_scales = UnitScales::of(product);
             alignas(64) float scales[kScaleUnits + kScalePadding];
@@ -148,8 +148,8 @@ struct MaskedFor {
                     const int64_t part = unit % kScaleUnits;
                     if (part == 0) UnitScales::write(unit_scales, product, rows.first + row, unit, units - unit < kScaleUnits ? units - unit : kScaleUnits, scales);
                     prefetch(codes, kBytesAhead);
-                    const __mmask64 present = unit + 1 < units ? whole : Levels<selected>::present(levels, end - codes);
-                    const __m512i values = Levels<selected>::next(levels, codes, present);
+                    const __mmask64 present = unit + 1 < units ? whole : Levels<kind>::present(levels, end - codes);
+                    const __m512i values = Levels<kind>::next(levels, codes, present);
                     const __m512 scale = _mm512_set1_ps(scales[part]);
 #pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) {
@@ -171,6 +171,13 @@ void for_pieces(const Product& product, const Prepared& x, const Rows& rows) {
         for_token_groups<Loop>(rows, product, x.pieces + piece * x.tokens * x.padded, x.padded);
 }
 
+template <LevelKind kind>
+struct MaskedPieces {
+    static void run(const Product& product, const Prepared& x, const Rows& rows) {
+        for_pieces<MaskedFor<kind>::template Loop>(product, x, rows);
+    }
+};
+
 }  // namespace
 
 // Brings `padded` columns of one piece of a token, a multiple of kArrangedUnit, into the order of codes of `bits` bits.
@@ -190,11 +197,7 @@ AVX512 void avx512_arrange(int32_t bits, int64_t padded, uint16_t* x) {
 // Multiplies rows of codes whose groups are whole units with the pieces of x, exactly.
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows) {
     if (!product.kept) return;
-    if (product.mask) {
-        if (product.code_bits <= kTableBits) for_pieces<MaskedFor<true>::Loop>(product, x, rows);
-        else for_pieces<MaskedFor<false>::Loop>(product, x, rows);
-        return;
-    }
+    if (product.mask) return for_level_kind<MaskedPieces>(product.code_bits, product, x, rows);
     switch (kind_of(product.code_bits)) {
         case kNarrow: for_pieces<BlocksFor<kNarrow>::Loop>(product, x, rows); break;
         case kMedium: for_pieces<BlocksFor<kMedium>::Loop>(product, x, rows); break;

@@ -55,30 +55,12 @@ AVX512 void dequantize_groups(const Product& product, int64_t row, float* out) {
     }
 }
 
-template <bool selected>
-AVX512 void round_units(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out) {
-    if (begin >= end) return;
-    const auto levels = Levels<selected>::of(product.code_bits);
-    const int64_t width = (product.kept * product.code_bits + 7) / 8;
-    const uint8_t* codes = product.codes + row * width + begin / 8 * product.code_bits;
-    const uint8_t* last_code = product.codes + (row + 1) * width;
-    const __mmask64 whole = Levels<selected>::present(levels, levels.unit_bytes);
-    const auto unit_scales = UnitScales::of(product);
-    alignas(64) float scales[kScaleUnits + kScalePadding];
-    for (int64_t first = begin; first < end; first += kScaleUnits * kUnit) {
-        const int64_t last = end - first < kScaleUnits * kUnit ? end : first + kScaleUnits * kUnit;
-        UnitScales::write(unit_scales, product, row, first / kUnit, (last - first + kUnit - 1) / kUnit, scales);
-        const float* scale = scales;
-        int64_t i = first;
-        for (; i + kUnit <= last; i += kUnit, codes += levels.unit_bytes, out += kUnit, ++scale) {
-            prefetch(codes, kRowsAhead * width);
-            _mm512_storeu_si512(out, Levels<selected>::next_scaled(levels, codes, whole, _mm512_set1_ps(*scale)));
-        }
-        if (i == last) continue;
-        const __mmask64 present = Levels<selected>::present(levels, last_code - codes);
-        _mm512_mask_storeu_epi16(out, first_of_32(last - i), Levels<selected>::next_scaled(levels, codes, present, _mm512_set1_ps(*scale)));
+template <LevelKind kind>
+struct RoundedRow {
+    AVX512 static void run(const Product& product, int64_t row, uint16_t* out) {
+        RoundedCodes<kind>::write(RoundedCodes<kind>::of(product), product, row, 0, product.kept, kRowsAhead, out);
     }
-}
+};
 
 }  // namespace
 
@@ -88,10 +70,9 @@ void avx512_dequantize(const Product& product, int64_t row, float* out) {
     else portable_kernels().dequantize(product, row, out);
 }
 
-// Writes values [begin, end) of a row, where begin is a multiple of kUnit and groups are whole units, rounded to bfloat16.
-void avx512_round(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out) {
-    if (product.code_bits <= kTableBits) round_units<true>(product, row, begin, end, out);
-    else round_units<false>(product, row, begin, end, out);
+// Writes the values of a row, rounded to bfloat16. Groups are whole units.
+void avx512_round(const Product& product, int64_t row, uint16_t* out) {
+    if (product.kept) for_level_kind<RoundedRow>(product.code_bits, product, row, out);
 }
 
 }  // namespace hf_lowrank

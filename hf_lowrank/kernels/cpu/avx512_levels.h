@@ -78,21 +78,28 @@ struct WideLevels {
     AVX512_INLINE __m512 odd(const WideLevels& levels, __m512i words) { return even(levels, _mm512_srli_epi32(words, 16)); }
 };
 
-// Levels in the order of the codes. `selected` says that codes have at most kTableBits.
-template <bool selected>
+// How levels are found: selected among 32 or among 64, or from wide codes.
+enum LevelKind { kFewLevels, kManyLevels, kWideCodes };
+
+constexpr LevelKind level_kind(int bits) { return bits <= 5 ? kFewLevels : bits <= kTableBits ? kManyLevels : kWideCodes; }
+
+// Levels in the order of the codes.
+template <LevelKind kind>
 struct Levels {
     __m512i bytes, bits, low, high;
+    __m512 low_floats, high_floats;  // the first 16 levels and the next 16
     WideLevels wide;
     int64_t unit_bytes;
 
     AVX512_INLINE Levels of(int b) {
-        const int table = b <= kTableBits ? b : kTableBits;
+        const uint16_t* table = kLevelTables.levels[b <= kTableBits ? b : kTableBits];
         // A wide code is taken one bit early, and so stands one bit further up. The junk before the first one of an
         // eight-byte word is cleared.
-        const __m512i early = _mm512_set1_epi8(selected ? 0 : WideLevels::kPosition);
+        const __m512i early = _mm512_set1_epi8(kind == kWideCodes ? WideLevels::kPosition : 0);
+        const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(table)), second = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + 16));
         return {_mm512_load_si512(kLevelTables.bytes[b]), _mm512_sub_epi8(_mm512_load_si512(kLevelTables.bits[b]), early),
-                _mm512_load_si512(kLevelTables.levels[table]), _mm512_load_si512(kLevelTables.levels[table] + kUnit),
-                WideLevels::of(b), 4 * b};
+                _mm512_load_si512(table), _mm512_load_si512(table + kUnit), even_words(_mm512_cvtepu16_epi32(first)),
+                even_words(_mm512_cvtepu16_epi32(second)), WideLevels::of(b), 4 * b};
     }
 
     // Returns which bytes hold the next 32 codes where `left` bytes of the row remain.
@@ -106,19 +113,36 @@ struct Levels {
 
     AVX512_INLINE __m512i next(const Levels& levels, const uint8_t* codes, __mmask64 present) {
         const __m512i at = words(levels, codes, present);
-        if (selected) return _mm512_permutex2var_epi16(levels.low, at, levels.high);
+        if (kind == kFewLevels) return _mm512_permutexvar_epi16(at, levels.low);
+        if (kind == kManyLevels) return _mm512_permutex2var_epi16(levels.low, at, levels.high);
         return round_in_turn(WideLevels::even(levels.wide, at), WideLevels::odd(levels.wide, at));
     }
 
-    // Returns the next 32 levels times a scale, rounded to bfloat16.
+    // Returns the next 32 levels times a scale, rounded to bfloat16. Where levels are few, they are multiplied before one is
+    // selected.
     AVX512_INLINE __m512i next_scaled(const Levels& levels, const uint8_t* codes, __mmask64 present, __m512 scale) {
         const __m512i at = words(levels, codes, present);
-        if (!selected)
-            return round_in_turn(_mm512_mul_ps(WideLevels::even(levels.wide, at), scale), _mm512_mul_ps(WideLevels::odd(levels.wide, at), scale));
-        const __m512i level = _mm512_permutex2var_epi16(levels.low, at, levels.high);
-        return round_in_turn(_mm512_mul_ps(even_words(level), scale), _mm512_mul_ps(odd_words(level), scale));
+        if (kind == kFewLevels) {
+            const __m512bh scaled = _mm512_cvtne2ps_pbh(_mm512_mul_ps(levels.high_floats, scale), _mm512_mul_ps(levels.low_floats, scale));
+            return _mm512_permutexvar_epi16(at, (__m512i)scaled);
+        }
+        if (kind == kManyLevels) {
+            const __m512i level = _mm512_permutex2var_epi16(levels.low, at, levels.high);
+            return round_in_turn(_mm512_mul_ps(even_words(level), scale), _mm512_mul_ps(odd_words(level), scale));
+        }
+        return round_in_turn(_mm512_mul_ps(WideLevels::even(levels.wide, at), scale), _mm512_mul_ps(WideLevels::odd(levels.wide, at), scale));
     }
 };
+
+// Calls Function<kind>::run(arguments...) for codes of `bits` bits.
+template <template <LevelKind> class Function, typename... Arguments>
+inline void for_level_kind(int bits, Arguments&&... arguments) {
+    switch (level_kind(bits)) {
+        case kFewLevels: Function<kFewLevels>::run(arguments...); break;
+        case kManyLevels: Function<kManyLevels>::run(arguments...); break;
+        default: Function<kWideCodes>::run(arguments...);
+    }
+}
 
 // --- scales ----------------------------------------------------------------------------------------------------------------------
 
@@ -169,6 +193,39 @@ struct UnitScales {
             if (begun >= scales.each) begun -= scales.each, ++group;
         }
         _mm512_storeu_ps(out + count, _mm512_setzero_ps());
+    }
+};
+
+// Codes with their scales, rounded to bfloat16. What depends on the product alone is found once.
+template <LevelKind kind>
+struct RoundedCodes {
+    Levels<kind> levels;
+    UnitScales scales;
+    int64_t width;
+
+    AVX512_INLINE RoundedCodes of(const Product& product) {
+        return {Levels<kind>::of(product.code_bits), UnitScales::of(product), (product.kept * product.code_bits + 7) / 8};
+    }
+
+    // Writes values [begin, end) of a row, where begin is a multiple of kUnit. Meanwhile the row `rows_ahead` further on is fetched.
+    AVX512_INLINE void write(const RoundedCodes& codes, const Product& product, int64_t row, int64_t begin, int64_t end, int64_t rows_ahead, uint16_t* out) {
+        const uint8_t *at = product.codes + row * codes.width + begin / 8 * product.code_bits, *last_code = product.codes + (row + 1) * codes.width;
+        const int64_t unit_bytes = codes.levels.unit_bytes, bytes_ahead = rows_ahead * codes.width;
+        const __mmask64 whole = Levels<kind>::present(codes.levels, unit_bytes);
+        alignas(64) float scales[kScaleUnits + kScalePadding];
+        for (int64_t first = begin; first < end; first += kScaleUnits * kUnit) {
+            const int64_t last = end - first < kScaleUnits * kUnit ? end : first + kScaleUnits * kUnit;
+            UnitScales::write(codes.scales, product, row, first / kUnit, (last - first + kUnit - 1) / kUnit, scales);
+            const float* scale = scales;
+            int64_t i = first;
+            for (; i + kUnit <= last; i += kUnit, at += unit_bytes, out += kUnit, ++scale) {
+                prefetch(at, bytes_ahead);
+                _mm512_storeu_si512(out, Levels<kind>::next_scaled(codes.levels, at, whole, _mm512_set1_ps(*scale)));
+            }
+            if (i == last) continue;
+            const __mmask64 present = Levels<kind>::present(codes.levels, last_code - at);
+            _mm512_mask_storeu_epi16(out, first_of_32(last - i), Levels<kind>::next_scaled(codes.levels, at, present, _mm512_set1_ps(*scale)));
+        }
     }
 };
 

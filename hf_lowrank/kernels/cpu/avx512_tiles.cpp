@@ -11,10 +11,6 @@
 #include "scratch.h"
 
 namespace hf_lowrank {
-
-// avx512_dequantize.cpp
-void avx512_round(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out);
-
 namespace {
 
 constexpr int64_t kTileRows = 8, kTileColumns = 512;
@@ -68,54 +64,106 @@ struct Loop {
     }
 };
 
-// Puts the entries of codes without a bitmap together; zeros follow up to a multiple of 32.
-AVX512_INLINE void round_codes(const Product& product, int64_t row, int64_t begin, int64_t end, uint16_t* out) {
-    if ((end - begin) % kUnit) _mm512_storeu_si512(out + (end - begin) / kUnit * kUnit, _mm512_setzero_si512());
-    avx512_round(product, row, begin, end, out);
-}
+// What a tile is unpacked from. `begin_rows` gives the tile's rows, which follow `row`; `unpack` writes the columns
+// [begin, end) of one of them, with zeros up to a multiple of 32.
+template <LevelKind kind>
+struct Codes {
+    const Product& product;
+    RoundedCodes<kind> codes;
+    int64_t first = 0;
 
-// Returns rows of codes with a bitmap as a product of values. These are in memory of the calling thread.
-Product rounded(const Product& product, int64_t row, int64_t count) {
-    thread_local Scratch scratch;
-    uint16_t* values = reinterpret_cast<uint16_t*>(scratch.at_least(static_cast<size_t>(count * product.kept * 2 + 64)));
-    for (int64_t i = 0; i < count; ++i) avx512_round(product, row + i, 0, product.kept, values + i * product.kept);
-    Product rows = product;
-    rows.rows = count;
-    rows.values = values;
-    rows.values_dtype = kBFloat16;
-    rows.mask = product.mask + row * ((product.columns + 7) / 8);
-    return rows;
-}
+    AVX512_INLINE Codes of(const Product& product) { return {product, RoundedCodes<kind>::of(product)}; }
+    AVX512_INLINE void begin_rows(Codes& from, Tile&, int64_t row, int64_t) { from.first = row; }
+    AVX512_INLINE void unpack(const Codes& from, Tile& tile, int64_t i, int64_t begin, int64_t end) {
+        uint16_t* out = tile.entries[i];
+        if ((end - begin) % kUnit) _mm512_store_si512(out + (end - begin) / kUnit * kUnit, _mm512_setzero_si512());
+        RoundedCodes<kind>::write(from.codes, from.product, from.first + i, begin, end, kTileRows, out);
+    }
+};
 
-}  // namespace
+template <bool signs>
+struct Kept {
+    const Product& product;
+    int64_t first = 0;
 
-AVX512 void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows) {
+    AVX512_INLINE Kept of(const Product& product) { return {product}; }
+    AVX512_INLINE void begin_rows(Kept& from, Tile& tile, int64_t row, int64_t count) {
+        from.first = row;
+        for (int64_t i = 0; i < count; ++i)
+            tile.values[i] = static_cast<const Values::Element*>(from.product.values) + (row + i) * from.product.kept;
+    }
+    AVX512_INLINE void unpack(const Kept& from, Tile& tile, int64_t i, int64_t begin, int64_t end) {
+        unpack_bfloat16<signs, true>(from.product, from.first + i, begin, end, tile.values[i], kTileRows, tile.entries[i]);
+    }
+};
+
+// Codes with a bitmap: the values of the tile's rows are converted to memory of the calling thread.
+template <LevelKind kind>
+struct KeptCodes {
+    const Product& product;
+    RoundedCodes<kind> codes;
+    uint16_t* values;
+    Product rows;
+
+    AVX512_INLINE KeptCodes of(const Product& product) {
+        thread_local Scratch scratch;
+        uint16_t* values = reinterpret_cast<uint16_t*>(scratch.at_least(static_cast<size_t>(kTileRows * product.kept * 2)));
+        KeptCodes from = {product, RoundedCodes<kind>::of(product), values, product};
+        from.rows.values = values;
+        return from;
+    }
+    AVX512_INLINE void begin_rows(KeptCodes& from, Tile& tile, int64_t row, int64_t count) {
+        const int64_t kept = from.product.kept;
+        for (int64_t i = 0; i < count; ++i) {
+            tile.values[i] = from.values + i * kept;
+            RoundedCodes<kind>::write(from.codes, from.product, row + i, 0, kept, kTileRows, from.values + i * kept);
+        }
+        from.rows.rows = count;
+        from.rows.mask = from.product.mask + row * ((from.product.columns + 7) / 8);
+    }
+    AVX512_INLINE void unpack(const KeptCodes& from, Tile& tile, int64_t i, int64_t begin, int64_t end) {
+        unpack_bfloat16<false, true>(from.rows, i, begin, end, tile.values[i], kTileRows, tile.entries[i]);
+    }
+};
+
+template <class From>
+AVX512 void multiply(const Product& product, const Prepared& x, const Rows& rows) {
     const int64_t row_bytes = product.codes ? (product.kept * product.code_bits + 7) / 8 : product.kept * int64_t(sizeof(Values::Element));
     const char* stored = static_cast<const char*>(product.codes ? product.codes : product.values);
     const int64_t units = (x.columns + kUnit - 1) / kUnit, token_groups = (rows.token_count + kGroupTokens - 1) / kGroupTokens;
-    const bool masked_codes = product.codes && product.mask;
+    From from = From::of(product);
     Tile tile;
     tile.next_step = kTileRows * row_bytes / (units * token_groups * (kTileRows / kGroupRows)) + 1;
     for (int64_t first = 0; first < rows.count; first += kTileRows) {
         const int64_t count = rows.count - first < kTileRows ? rows.count - first : kTileRows;
         tile.next_bytes = stored + (rows.first + first + kTileRows) * row_bytes;
-        const Product part = masked_codes ? rounded(product, rows.first + first, count) : product;
-        const int64_t row = masked_codes ? 0 : rows.first + first;
-        for (int64_t i = 0; i < count; ++i) {
-            tile.values[i] = static_cast<const Values::Element*>(part.values) + (row + i) * part.kept;
+        From::begin_rows(from, tile, rows.first + first, count);
+        for (int64_t i = 0; i < count; ++i)
             for (int64_t t = 0; t < rows.token_count; ++t) tile.sums[i][t] = _mm512_setzero_ps();
-        }
         for (int64_t column = 0; column < x.columns; column += kTileColumns) {
             const int64_t end = column + kTileColumns < x.columns ? column + kTileColumns : x.columns;
-            for (int64_t i = 0; i < count; ++i) {
-                if (product.codes && !product.mask) round_codes(part, row + i, column, end, tile.entries[i]);
-                else if (part.signs) unpack_bfloat16<true, true>(part, row + i, column, end, tile.values[i], kTileRows, tile.entries[i]);
-                else unpack_bfloat16<false, true>(part, row + i, column, end, tile.values[i], kTileRows, tile.entries[i]);
-            }
+            for (int64_t i = 0; i < count; ++i) From::unpack(from, tile, i, column, end);
             for_token_groups<Loop>(rows, tile, count, rows.first_token, column, end - column, x);
         }
         store_sums(tile.sums, count, first, rows);
     }
+}
+
+template <LevelKind kind>
+struct MultiplyCodes {
+    static void run(const Product& product, const Prepared& x, const Rows& rows) {
+        if (product.mask) multiply<KeptCodes<kind>>(product, x, rows);
+        else multiply<Codes<kind>>(product, x, rows);
+    }
+};
+
+}  // namespace
+
+void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows) {
+    if (product.signs) multiply<Kept<true>>(product, x, rows);
+    else if (!product.kept) return;
+    else if (product.codes) for_level_kind<MultiplyCodes>(product.code_bits, product, x, rows);
+    else multiply<Kept<false>>(product, x, rows);
 }
 
 }  // namespace hf_lowrank

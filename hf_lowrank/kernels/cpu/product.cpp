@@ -35,10 +35,6 @@ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit -
 // Returns how many bfloat16 pieces are needed to make any value of the dtype as their sum.
 int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
 
-// With more tokens than this, bfloat16 x is multiplied with entries of codes that are rounded to bfloat16. Codes with a
-// bitmap take more work for each token until then.
-constexpr int64_t kExactTokens = 16, kExactMaskedTokens = 8;
-
 // Returns whether each unit of the codes of a row has one scale.
 bool has_whole_units(const Product& product) { return product.group % kUnit == 0 || product.group >= product.kept; }
 
@@ -63,7 +59,7 @@ struct Forms {
             return;
         }
         pieces = exact_pieces(DType(product.x_dtype));
-        rounds_codes = pieces == 1 && tokens > (product.mask ? kExactMaskedTokens : kExactTokens);
+        rounds_codes = pieces == 1 && tokens > kExactTokens;
         if (product.mask || rounds_codes) return;
         arranged_bits = product.code_bits;
         padded = round_up(columns, kArrangedUnit);
@@ -165,6 +161,18 @@ bool prepare(const void* x, DType dtype, const Product& product, const Kernels& 
     return finite;
 }
 
+// Stores `count` sums side by side. Each dtype has a loop of its own, which a compiler can vectorize.
+void store_row(void* y, int64_t first, DType dtype, const float* sums, int64_t count) {
+    if (dtype == kFloat32) {
+        std::copy_n(sums, count, static_cast<float*>(y) + first);
+    } else if (dtype == kBFloat16) {
+        uint16_t* out = static_cast<uint16_t*>(y) + first;
+        for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(sums[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) store_from_float(y, first + i, dtype, sums[i]);
+    }
+}
+
 // Calls step(rows) for every block of rows and group of tokens, with float32 sums that start at zero, and stores them.
 template <class Step, class Store>
 void for_each_block(const Product& product, int64_t row_count, const Step& step, const Store& store) {
@@ -200,7 +208,7 @@ Product dequantized(const Product& product, const Kernels& kernels, int64_t firs
 Product rounded(const Product& product, const Kernels& kernels, int64_t index) {
     thread_local Scratch scratch;
     uint16_t* values = reinterpret_cast<uint16_t*>(scratch.at_least(product.kept * 2 + 1));
-    kernels.round(product, index, 0, product.kept, values);
+    kernels.round(product, index, values);
     Product row = product;
     row.rows = 1;
     row.values = values;
@@ -269,7 +277,7 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
         if (product.pivots)
             for (int64_t i = 0; i < count; ++i) store_from_float(product.y, start + order[first + i], dtype, sums[i]);
         else
-            for (int64_t i = 0; i < count; ++i) store_from_float(product.y, start + first + i, dtype, sums[i]);
+            store_row(product.y, start + first, dtype, sums, count);
     };
 
     Prepared inner = chained ? inner_forms.in(memory + forms.bytes()) : x;
@@ -316,7 +324,7 @@ extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const P
         char* out = static_cast<char*>(product.y) + index * row_bytes;
         if (!product.codes) return kernels.unpack(product, scale_in, padded, row, out);
         const bool rounds = kernels.round && product.x_dtype == kBFloat16 && has_whole_units(product);
-        if (rounds && !product.mask) return kernels.round(product, row, 0, product.kept, reinterpret_cast<uint16_t*>(out));
+        if (rounds && !product.mask) return kernels.round(product, row, reinterpret_cast<uint16_t*>(out));
         Product values = rounds ? rounded(product, kernels, row) : dequantized(product, kernels, row, 1);
         if (!product.mask) values.mask = all.data();
         kernels.unpack(values, scale_in, padded, 0, out);

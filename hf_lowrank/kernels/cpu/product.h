@@ -16,6 +16,9 @@ constexpr int64_t kBlockRows = 64, kBlockTokens = 64;
 // Maximum number of tokens that are multiplied in one pass over a few rows. More tokens take several passes, while the
 // rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
+// With more tokens than this, AVX-512 multiplies bfloat16 x with the entries of signs and codes rounded to bfloat16: it puts
+// them together once for all tokens.
+constexpr int64_t kExactTokens = 8;
 // Codes are dequantized in steps of this many.
 constexpr int64_t kCodeStep = 64;
 // Columns of x are padded with zeros to a multiple of this.
@@ -72,7 +75,7 @@ struct Prepared {
     int piece_count;
     uint16_t* scale_in;     // (padded,) bfloat16, where multiplies_signs
     bool multiplies_signs;  // ± scale_in is multiplied with the piece of x, instead of looking up `tables`
-    bool rounds_codes;      // entries of codes are rounded to bfloat16, which pays for many tokens
+    bool rounds_codes;      // entries of codes are rounded to bfloat16
 };
 
 struct Rows {
@@ -95,8 +98,8 @@ struct Kernels {
     void (*codes)(const Product&, const Prepared&, const Rows&);
     // Brings `padded` columns into the order in which `codes` multiplies codes without a bitmap.
     void (*arrange)(int32_t code_bits, int64_t padded, uint16_t* x);
-    // Writes values [begin, end) of one row of codes, rounded to bfloat16.
-    void (*round)(const Product&, int64_t row, int64_t begin, int64_t end, uint16_t* out);
+    // Writes the `kept` values of one row of codes, rounded to bfloat16.
+    void (*round)(const Product&, int64_t row, uint16_t* out);
     // Writes one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in is
     // (binary_rank, padded).
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);

@@ -26,6 +26,8 @@ void avx512_unpack(const Product& product, const float* scale_in, int64_t padded
 namespace {
 
 constexpr int64_t kGroupRows = 4;
+// With more tokens than this it is faster to spread kept values once for all of them.
+constexpr int64_t kSpreadTokens = 16;
 // In bytes. In rows of kLongRow or more the processor's own prefetchers do better. In shorter ones the loop fetches
 // what lies kBytesAhead.
 constexpr int64_t kLongRow = 8192, kBytesAhead = 2048;
@@ -186,6 +188,8 @@ struct BinaryLoop {
 
 void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
     if (x.multiplies_signs && x.tokens > kExactTokens) return avx512_tiles(product, x, rows);
+    const bool bfloat16 = product.values && product.values_dtype == kBFloat16 && x.piece_count == 1;
+    if (bfloat16 && !product.signs && x.tokens > kSpreadTokens) return avx512_tiles(product, x, rows);
     if (product.signs && !x.multiplies_signs) for_token_groups<BinaryLoop>(rows, product, x);
     if (product.values) avx512_kept(product, x, rows);
 }

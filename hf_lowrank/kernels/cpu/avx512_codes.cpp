@@ -47,16 +47,14 @@ struct BlocksFor {
             for (int t = 0; t < T; ++t) x[t] = piece + (rows.first_token + t) * stride;
             const auto levels = Levels::of(product.code_bits);
             const int64_t width = (product.kept * product.code_bits + 7) / 8, block_bytes = Levels::columns / 8 * product.code_bits;
-            const int64_t units = (product.kept + kUnit - 1) / kUnit, groups = (product.kept + product.group - 1) / product.group;
-            const int64_t scale_bytes = groups * element_size(DType(product.code_scale_dtype));
+            const int64_t units = (product.kept + kUnit - 1) / kUnit;
             const __mmask64 whole = first_of_64(block_bytes);
             const auto unit_scales = UnitScales::of(product);
             alignas(64) float scales[kPartUnits + kScalePadding];
             for (int64_t row = 0; row < rows.count; ++row) {
                 const uint8_t* codes = product.codes + (rows.first + row) * width;
                 const uint8_t* end = codes + width;
-                const char* next_scales = static_cast<const char*>(product.code_scale) + (rows.first + row + kRowsAhead) * scale_bytes;
-                for (int64_t byte = 0; byte < scale_bytes; byte += 64) prefetch(next_scales, byte);
+                UnitScales::fetch(unit_scales, product, rows.first + row + kRowsAhead, 1);
                 __m512 sums[T];
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
@@ -140,6 +138,7 @@ struct MaskedFor {
                 const uint8_t* mask = product.mask + (rows.first + row) * mask_width;
                 const uint8_t *codes = product.codes + (rows.first + row) * width, *end = codes + width;
                 for (int64_t byte = 0; byte < mask_width; byte += 64) prefetch(mask, byte + kRowsAhead * mask_width);
+                UnitScales::fetch(unit_scales, product, rows.first + row + kRowsAhead, 1);
                 side_by_side<T>(product, mask, x, stride, columns, row_columns);
                 __m512 sums[T];
 #pragma GCC unroll 4

@@ -177,6 +177,13 @@ struct UnitScales {
         return scales;
     }
 
+    // Fetches the scales of rows [row, row + count).
+    AVX512_INLINE void fetch(const UnitScales& scales, const Product& product, int64_t row, int64_t count) {
+        const int64_t row_bytes = scales.groups * element_size(DType(product.code_scale_dtype));
+        const char* at = static_cast<const char*>(product.code_scale) + row * row_bytes;
+        for (int64_t byte = 0; byte < count * row_bytes; byte += 64) prefetch(at, byte);
+    }
+
     // Writes the scales of `count` units from `unit` on, and zeros for kScalePadding more.
     AVX512_INLINE void write(const UnitScales& scales, const Product& product, int64_t row, int64_t unit, int64_t count, float* out) {
         // Of the next 16 units, the first has had `begun` units of its group before it.

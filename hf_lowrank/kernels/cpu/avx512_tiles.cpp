@@ -13,7 +13,7 @@
 namespace hf_lowrank {
 namespace {
 
-constexpr int64_t kTileRows = 8, kTileColumns = 512;
+constexpr int64_t kTileRows = 8, kTileColumns = 1024;
 // This many rows are multiplied together with a group of tokens, so that what is loaded is used several times.
 constexpr int64_t kGroupRows = 4;
 
@@ -73,7 +73,10 @@ struct Codes {
     int64_t first = 0;
 
     AVX512_INLINE Codes of(const Product& product) { return {product, RoundedCodes<kind>::of(product)}; }
-    AVX512_INLINE void begin_rows(Codes& from, Tile&, int64_t row, int64_t) { from.first = row; }
+    AVX512_INLINE void begin_rows(Codes& from, Tile&, int64_t row, int64_t count) {
+        from.first = row;
+        UnitScales::fetch(from.codes.scales, from.product, row + count, count);
+    }
     AVX512_INLINE void unpack(const Codes& from, Tile& tile, int64_t i, int64_t begin, int64_t end) {
         uint16_t* out = tile.entries[i];
         if ((end - begin) % kUnit) _mm512_store_si512(out + (end - begin) / kUnit * kUnit, _mm512_setzero_si512());
@@ -114,6 +117,7 @@ struct KeptCodes {
     }
     AVX512_INLINE void begin_rows(KeptCodes& from, Tile& tile, int64_t row, int64_t count) {
         const int64_t kept = from.product.kept;
+        UnitScales::fetch(from.codes.scales, from.product, row + count, count);
         for (int64_t i = 0; i < count; ++i) {
             tile.values[i] = from.values + i * kept;
             RoundedCodes<kind>::write(from.codes, from.product, row + i, 0, kept, kTileRows, from.values + i * kept);

@@ -45,7 +45,9 @@ struct Forms {
     bool floats = false, multiplies_signs = false, multiplies_codes = false, rounds_codes = false;
     int32_t arranged_bits = 0;  // of the codes in whose order the pieces are arranged
 
-    Forms(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)) {}
+    // Many tokens lie one unit further apart: with a power of two in between, they would share few lines of the first cache.
+    Forms(int64_t tokens, int64_t columns)
+        : tokens(tokens), columns(columns), padded(round_up(columns, kUnit) + (tokens > kExactTokens ? kUnit : 0)) {}
 
     void add_matrix(DType dtype, const Kernels& kernels, int piece_count) {
         if (kernels.multiplies_bfloat16 && dtype == kBFloat16) pieces = piece_count;
@@ -59,7 +61,7 @@ struct Forms {
             return;
         }
         pieces = exact_pieces(DType(product.x_dtype));
-        rounds_codes = pieces == 1 && tokens > kExactTokens;
+        rounds_codes = pieces == 1 && tokens > (product.mask ? kExactMaskedTokens : kExactTokens);
         if (product.mask || rounds_codes) return;
         arranged_bits = product.code_bits;
         padded = round_up(columns, kArrangedUnit);

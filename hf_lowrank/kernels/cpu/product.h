@@ -17,8 +17,8 @@ constexpr int64_t kBlockRows = 64, kBlockTokens = 64;
 // rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
 // With more tokens than this, AVX-512 multiplies bfloat16 x with the entries of signs and codes rounded to bfloat16: it puts
-// them together once for all tokens.
-constexpr int64_t kExactTokens = 8;
+// them together once for all tokens. Where codes have a bitmap, each token takes more work until then.
+constexpr int64_t kExactTokens = 8, kExactMaskedTokens = 4;
 // Codes are dequantized in steps of this many.
 constexpr int64_t kCodeStep = 64;
 // Columns of x are padded with zeros to a multiple of this.

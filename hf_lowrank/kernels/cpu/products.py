@@ -167,8 +167,8 @@ def _multiply_tiles(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
         return None
     y, y_matrix = empty_result(x, rows)
     for covered, tile in tiles:
-        if len(tile) == rows and tile.dtype == x.dtype:  # a single tile: its product is the result, with no copy
-            torch.mm(inputs, tile.T, out=y_matrix)
+        if tile.dtype == x.dtype:  # the product is written in its place, with no copy
+            torch.mm(inputs, tile.T, out=y_matrix[:, covered])
         else:
             y_matrix[:, covered] = F.linear(inputs.to(tile.dtype), tile)
     return y

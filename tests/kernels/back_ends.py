@@ -32,16 +32,19 @@ class BackEnd:
     Attributes:
         kernels: its kernels by operation.
         exact_tokens: largest number of tokens for which the entries of the matrix are not rounded.
-        exact_signed_tokens: this number for a matrix with kept values and signs.
+        exact_joined_tokens: this number for a matrix whose entries are put together first, from kept values and signs
+            or from codes and scales.
+        exact_masked_codes: this number for codes with a bitmap.
         largest: largest numbers of rows, columns and tokens to draw at random. The interpreter is slow.
         factor_tokens: largest number of tokens for which it computes low-rank products itself.
     """
 
     kernels: dict[str, Callable[..., Tensor | None]]
     exact_tokens: int
-    exact_signed_tokens: int
+    exact_joined_tokens: int
+    exact_masked_codes: int
     device: str = "cpu"
-    largest: tuple[int, int, int] = (150, 1200, 40)
+    largest: tuple[int, int, int] = (150, 1200, 72)
     factor_tokens: int = 16
 
     def kernel(self, form: str, x: Tensor, layer: PackedLayer) -> Tensor | None:
@@ -64,7 +67,9 @@ class BackEnd:
         return [argument.to(self.device) if isinstance(argument, Tensor) else argument for argument in arguments]
 
     def rounds(self, form: str, tokens: int) -> bool:
-        return tokens > (self.exact_signed_tokens if form == "bitmask_binary_linear" else self.exact_tokens)
+        joined = form == "bitmask_binary_linear" or form.startswith("quantized")
+        exact = self.exact_joined_tokens if joined else self.exact_tokens
+        return tokens > (self.exact_masked_codes if form == "quantized_linear, bitmask" else exact)
 
     def takes(self, form: str, tokens: int) -> bool:
         return form not in FACTORED or tokens <= self.factor_tokens
@@ -92,7 +97,11 @@ def in_use(name: str) -> Iterator[BackEnd]:
 
     if name == "direct" or name in native.INSTRUCTION_SETS:
         avx512 = (native.instruction_set_in_use() if name == "direct" else name) == "avx512"
-        exact = {"exact_tokens": cpp.FEW_TOKENS, "exact_signed_tokens": 8 if avx512 else cpp.FEW_TOKENS}
+        exact = {
+            "exact_tokens": cpp.FEW_TOKENS,
+            "exact_joined_tokens": 8 if avx512 else cpp.FEW_TOKENS,
+            "exact_masked_codes": 4 if avx512 else cpp.FEW_TOKENS,
+        }
     if name in native.INSTRUCTION_SETS:
         with native.forced_instruction_set(name):
             yield BackEnd(cpp.KERNELS, **exact)
@@ -111,7 +120,13 @@ def in_use(name: str) -> Iterator[BackEnd]:
         with nullcontext() if device == "cuda" else multiplying_bfloat16():
             exact = products.VECTOR_TOKENS
             yield BackEnd(
-                products.KERNELS, exact, exact, device, largest=(20, 400, 20), factor_tokens=products.FACTOR_TOKENS
+                products.KERNELS,
+                exact,
+                exact,
+                exact,
+                device,
+                largest=(20, 400, 20),
+                factor_tokens=products.FACTOR_TOKENS,
             )
     finally:
         ops.unregister_kernels()

@@ -38,7 +38,7 @@ int main(int count, char** arguments) {
     for (int round = 0; round < 400; ++round) {
         for (int32_t instruction_set = 0; instruction_set <= hf_lowrank_instruction_set(); ++instruction_set) {
             DType dtype = DType(between(0, 2)), x_dtype = between(0, 1) ? dtype : DType(between(0, 2));
-            int64_t rows = between(1, 150), columns = between(1, between(0, 3) ? 400 : 1200), tokens = between(1, 20);
+            int64_t rows = between(1, 150), columns = between(1, between(0, 3) ? 400 : 1200), tokens = between(1, between(0, 3) ? 20 : 70);
             int64_t kept = between(0, columns), terms = between(0, 1) ? 1 : between(2, 3), rank = between(1, 40), width = (columns + 7) / 8;
             auto x = tensor(tokens * columns, x_dtype), y = tensor(tokens * (rows + rank), x_dtype), values = tensor(rows * kept, dtype);
             auto mask = bits(rows * width), signs = bits(rows * width);

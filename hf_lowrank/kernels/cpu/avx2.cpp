@@ -355,7 +355,7 @@ AVX2 void dequantize(const Product& product, int64_t row, float* out) { dequanti
 }  // namespace
 
 const Kernels& avx2_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize, nullptr, portable_kernels().unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize, nullptr, nullptr, nullptr, portable_kernels().unpack, false};
     return kernels;
 }
 

@@ -15,16 +15,19 @@ void avx512_kept(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_tiles.cpp
 void avx512_tiles(const Product& product, const Prepared& x, const Rows& rows);
 // avx512_codes.cpp
-void avx512_dequantize(const Product& product, int64_t row, float* out);
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows);
+void avx512_arrange(int32_t code_bits, int64_t padded, uint16_t* x);
+// avx512_dequantize.cpp
+void avx512_dequantize(const Product& product, int64_t row, float* out);
+void avx512_round(const Product& product, int64_t row, uint16_t* out);
 // avx512_unpack.cpp
 void avx512_unpack(const Product& product, const float* scale_in, int64_t padded, int64_t row, void* out);
 
 namespace {
 
 constexpr int64_t kGroupRows = 4;
-// With more tokens than this it is faster to put the entries of kept values and signs together.
-constexpr int64_t kTileTokens = 8;
+// With more tokens than this it is faster to spread kept values once for all of them.
+constexpr int64_t kSpreadTokens = 16;
 // In bytes. In rows of kLongRow or more the processor's own prefetchers do better. In shorter ones the loop fetches
 // what lies kBytesAhead.
 constexpr int64_t kLongRow = 8192, kBytesAhead = 2048;
@@ -184,9 +187,16 @@ struct BinaryLoop {
 };
 
 void packed_rows(const Product& product, const Prepared& x, const Rows& rows) {
-    if (x.multiplies_signs && rows.token_count > kTileTokens) return avx512_tiles(product, x, rows);
+    if (x.multiplies_signs && x.tokens > kExactTokens) return avx512_tiles(product, x, rows);
+    const bool bfloat16 = product.values && product.values_dtype == kBFloat16 && x.piece_count == 1;
+    if (bfloat16 && !product.signs && x.tokens > kSpreadTokens) return avx512_tiles(product, x, rows);
     if (product.signs && !x.multiplies_signs) for_token_groups<BinaryLoop>(rows, product, x);
     if (product.values) avx512_kept(product, x, rows);
+}
+
+void codes_rows(const Product& product, const Prepared& x, const Rows& rows) {
+    if (x.rounds_codes) avx512_tiles(product, x, rows);
+    else avx512_codes(product, x, rows);
 }
 
 AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
@@ -204,7 +214,8 @@ AVX512 void fill_tables(const float* scaled, int64_t padded, float* out) {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx512_dequantize, avx512_codes, avx512_unpack, true};
+    static const Kernels kernels = {packed_rows, dense_rows,     fill_tables,  avx512_dequantize,
+                                    codes_rows,  avx512_arrange, avx512_round, avx512_unpack,     true};
     return kernels;
 }
 

@@ -1,146 +1,78 @@
-// Quantized rows with AVX-512: converted to float32, and multiplied from their codes.
+// Products of codes with few tokens, with AVX-512.
+//
+// Levels are multiplied with x as bfloat16, which is exact, and the sums of a few columns with their scales. Codes
+// without a bitmap are multiplied in an order of their own: whatever takes the fewest steps to unpack. x is brought into that
+// order once per call (`avx512_arrange`). With a bitmap, the columns of x that have a value are put side by side for each row.
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include "avx512_values.h"
+#include "avx512_blocks.h"
+#include "scratch.h"
 
 namespace hf_lowrank {
 namespace {
 
-// Positions by which 64 codes of b bits, which are 8 b bytes, reach a byte each. Eight codes make b bytes, which are
-// moved into the same eight-byte word. The unaligned bytes of that word from bit 0, b, 2 b ... on begin with one code
-// each.
-struct CodePositions {
-    alignas(64) uint8_t bytes[9][64], bits[9][64];
-    constexpr CodePositions() : bytes(), bits() {
-        for (int b = 2; b <= 8; ++b) {
-            for (int i = 0; i < 64; ++i) {
-                bytes[b][i] = static_cast<uint8_t>((i / 8 * b + i % 8) % 64);
-                bits[b][i] = static_cast<uint8_t>(i % 8 * b);
-            }
-        }
-    }
-};
-constexpr CodePositions kCodePositions;
-// The codes of the row that lies this many rows ahead are fetched meanwhile: a row is too short for the processor's
-// own prefetchers to help much.
-constexpr int64_t kRowsAhead = 4;
+// What lies this much further on is fetched meanwhile, from the first byte to the last: rows are too short for the
+// processor's own prefetchers to help much.
+constexpr int64_t kBytesAhead = 8192;
+constexpr int64_t kRowsAhead = 4;  // of scales and of bitmaps
 
-AVX512 void dequantize_groups(const Product& product, int64_t row, float* out) {
-    const int bits = product.code_bits;
-    const int64_t width = (product.kept * bits + 7) / 8, groups = (product.kept + product.group - 1) / product.group;
-    const uint8_t* codes = product.codes + row * width;
-    const __m512i bytes = _mm512_load_si512(kCodePositions.bytes[bits]), positions = _mm512_load_si512(kCodePositions.bits[bits]);
-    const __m512i code_mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
-    const __m512 center = _mm512_set1_ps(((1 << bits) - 1) / 2.0f);
-    for (int64_t group = 0, first = 0; first < product.kept; ++group, first += product.group) {
-        const __m512 scale = _mm512_set1_ps(load_as_float(product.code_scale, row * groups + group, DType(product.code_scale_dtype)));
-        const int64_t last = product.kept - first < product.group ? product.kept : first + product.group;
-        for (int64_t i = first; i < last; i += kCodeStep) {
-            const int64_t byte = i / 8 * bits;
-            _mm_prefetch(reinterpret_cast<const char*>(codes + byte + kRowsAhead * width), _MM_HINT_T0);
-            __m512i packed = _mm512_maskz_loadu_epi8(first_of_64(width - byte), codes + byte);
-            __m512i spread = _mm512_multishift_epi64_epi8(positions, _mm512_permutexvar_epi8(bytes, packed));
-            __m512i each = _mm512_and_si512(spread, code_mask);
-            const __m128i sixteens[4] = {_mm512_castsi512_si128(each), _mm512_extracti32x4_epi32(each, 1), _mm512_extracti32x4_epi32(each, 2),
-                                         _mm512_extracti32x4_epi32(each, 3)};
+// --- without a bitmap ------------------------------------------------------------------------------------------------------------
+
+template <Kind kind>
+struct BlocksFor {
+    using Levels = BlockLevels<kind>;
+    static constexpr int64_t kPartUnits = kScaleUnits;  // of a row, whose scales are converted together
+
+    template <int T>
+    AVX512_INLINE void add_block(__m512 (&sums)[T], const Levels& levels, __m512i codes, const float* scales, const uint16_t* const (&x)[T], int64_t column) {
+        __m512i values[Levels::products];
+        Levels::next(levels, codes, values);
+        const __m512 scale = Levels::scales(levels, scales);
 #pragma GCC unroll 4
-            for (int part = 0; part < 4; ++part) {
-                __m512 levels = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteens[part])), center);
-                _mm512_storeu_ps(out + i + 16 * part, _mm512_mul_ps(levels, scale));
-            }
+        for (int t = 0; t < T; ++t) {
+            __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int r = 0; r < Levels::products; ++r)
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)values[r], (__m512bh)_mm512_load_si512(x[t] + column + r % Levels::registers * kUnit));
+            sums[t] = _mm512_fmadd_ps(sum, scale, sums[t]);
         }
     }
-}
 
-// --- products of bfloat16 x with codes that fill whole units ------------------------------------------------------------------------
-
-// A level q − (2ᵇ − 1)/2 has at most eight significant bits: it is a bfloat16, and vdpbf16ps multiplies it exactly.
-constexpr uint16_t level(int code, int bits) {
-    const int twice = 2 * code - ((1 << bits) - 1);
-    const uint32_t magnitude = static_cast<uint32_t>(twice < 0 ? -twice : twice);
-    int top = 0;
-    while (magnitude >> (top + 1)) ++top;
-    const uint32_t fraction = (magnitude << (7 - top)) & 0x7fu, exponent = static_cast<uint32_t>(top - 1 + 127);
-    return static_cast<uint16_t>((twice < 0 ? 0x8000u : 0u) | exponent << 7 | fraction);
-}
-
-// Positions by which 32 codes, which are 4 b bytes, reach a word each: four codes go to an eight-byte word, from which
-// they are shifted out. Codes of up to six bits then select among the levels, which are repeated to fill 64 places:
-// the bits above the code's own select an equal level, and need not be cleared.
-struct WordPositions {
-    alignas(64) uint8_t bytes[9][64], bits[9][64];
-    alignas(64) uint16_t levels[7][64];
-    constexpr WordPositions() : bytes(), bits(), levels() {
-        for (int b = 2; b <= 8; ++b) {
-            for (int i = 0; i < 64; ++i) {
-                const int start = 4 * (i / 8) * b;
-                bytes[b][i] = static_cast<uint8_t>((start / 8 + i % 8) % 64);
-                bits[b][i] = static_cast<uint8_t>(start % 8 + i % 8 / 2 * b);
-                if (b <= 6) levels[b][i] = level(i % (1 << b), b);
-            }
-        }
-    }
-};
-constexpr WordPositions kWordPositions;
-
-template <bool selected>
-struct Levels {
-    __m512i bytes, bits, low, high, code_mask;
-    __m512 center;
-
-    AVX512_INLINE Levels of(int b) {
-        const int table = b <= 6 ? b : 6;
-        return {_mm512_load_si512(kWordPositions.bytes[b]),       _mm512_load_si512(kWordPositions.bits[b]),
-                _mm512_load_si512(kWordPositions.levels[table]),  _mm512_load_si512(kWordPositions.levels[table] + 32),
-                _mm512_set1_epi16(static_cast<short>((1 << b) - 1)), _mm512_set1_ps(((1 << b) - 1) / 2.0f)};
-    }
-
-    // Returns the next 32 levels in bfloat16. From `codes` on, `left` bytes of the row remain.
-    AVX512_INLINE __m512i next(const Levels& levels, const uint8_t* codes, int64_t left) {
-        __m512i packed = left >= 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(first_of_64(left), codes);
-        __m512i words = _mm512_multishift_epi64_epi8(levels.bits, _mm512_permutexvar_epi8(levels.bytes, packed));
-        if (selected) return _mm512_permutex2var_epi16(levels.low, words, levels.high);
-        words = _mm512_and_si512(words, levels.code_mask);
-        __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)));
-        __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)));
-        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_sub_ps(second, levels.center), _mm512_sub_ps(first, levels.center));
-    }
-};
-
-template <bool selected>
-struct CodesFor {
     template <int T>
     struct Loop {
-        AVX512 static void run(const Product& product, const Prepared& x, const Rows& rows) {
-            const auto levels = Levels<selected>::of(product.code_bits);
-            const int64_t kept = product.kept, width = (kept * product.code_bits + 7) / 8, unit_bytes = 4 * product.code_bits;
-            const int64_t groups = (kept + product.group - 1) / product.group;
-            const uint16_t* inputs = x.pieces + rows.first_token * x.padded;
+        AVX512 static void run(const Product& product, const uint16_t* piece, int64_t stride, const Rows& rows) {
+            const uint16_t* x[T];
+            for (int t = 0; t < T; ++t) x[t] = piece + (rows.first_token + t) * stride;
+            const auto levels = Levels::of(product.code_bits);
+            const int64_t width = (product.kept * product.code_bits + 7) / 8, block_bytes = Levels::columns / 8 * product.code_bits;
+            const int64_t units = (product.kept + kUnit - 1) / kUnit;
+            const __mmask64 whole = first_of_64(block_bytes);
+            const auto unit_scales = UnitScales::of(product);
+            alignas(64) float scales[kPartUnits + kScalePadding];
             for (int64_t row = 0; row < rows.count; ++row) {
                 const uint8_t* codes = product.codes + (rows.first + row) * width;
-                int64_t left = width;
+                const uint8_t* end = codes + width;
+                UnitScales::fetch(unit_scales, product, rows.first + row + kRowsAhead, 1);
                 __m512 sums[T];
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-                for (int64_t group = 0, column = 0; group < groups; ++group) {
-                    const int64_t index = (rows.first + row) * groups + group;
-                    const __m512 scale = _mm512_set1_ps(load_as_float(product.code_scale, index, DType(product.code_scale_dtype)));
-                    const int64_t last = kept - column < product.group ? kept : column + product.group;
-                    __m512 group_sums[T];
-#pragma GCC unroll 4
-                    for (int t = 0; t < T; ++t) group_sums[t] = _mm512_setzero_ps();
-                    for (; column < last; column += kUnit, codes += unit_bytes, left -= unit_bytes) {
-                        _mm_prefetch(reinterpret_cast<const char*>(codes + kRowsAhead * width), _MM_HINT_T0);
-                        __m512i values = Levels<selected>::next(levels, codes, left);
-#pragma GCC unroll 4
-                        for (int t = 0; t < T; ++t)
-                            group_sums[t] = _mm512_dpbf16_ps(group_sums[t], (__m512bh)values,
-                                                             (__m512bh)_mm512_load_si512(inputs + t * x.padded + column));
+                for (int64_t unit = 0; unit < units; unit += kPartUnits) {
+                    const int64_t part = units - unit < kPartUnits ? units - unit : kPartUnits;
+                    UnitScales::write(unit_scales, product, rows.first + row, unit, part, scales);
+                    const float* scale = scales;
+                    int64_t column = unit * kUnit;
+                    const int64_t whole_blocks = (product.kept - column) / Levels::columns, most = kPartUnits * kUnit / Levels::columns;
+                    for (int64_t block = 0; block < (whole_blocks < most ? whole_blocks : most); ++block) {
+                        prefetch(codes, kBytesAhead);
+                        add_block<T>(sums, levels, _mm512_maskz_loadu_epi8(whole, codes), scale, x, column);
+                        codes += block_bytes;
+                        scale += Levels::columns / kUnit;
+                        column += Levels::columns;
                     }
-#pragma GCC unroll 4
-                    for (int t = 0; t < T; ++t) sums[t] = _mm512_fmadd_ps(group_sums[t], scale, sums[t]);
+                    if (scale < scales + part)
+                        add_block<T>(sums, levels, _mm512_maskz_loadu_epi8(first_of_64(end - codes), codes), scale, x, column);
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + row] += _mm512_reduce_add_ps(sums[t]);
@@ -149,18 +81,127 @@ struct CodesFor {
     };
 };
 
-}  // namespace
+// --- with a bitmap ---------------------------------------------------------------------------------------------------------------
 
-void avx512_dequantize(const Product& product, int64_t row, float* out) {
-    // Groups that do not begin with a whole byte are left to the plain loop.
-    if (product.group % 8 == 0 || product.group >= product.kept) dequantize_groups(product, row, out);
-    else portable_kernels().dequantize(product, row, out);
+AVX512_INLINE __m512i compress_words(__m512i words, __mmask32 mask) {
+    __m512i out;
+    __asm__("vpxord %x0, %x0, %x0\n\tvpcompressw %1, %0%{%2%}%{z%}" : "=&v"(out) : "v"(words), "Yk"(mask));
+    return out;
 }
 
-// Multiplies rows of codes. Called where x is bfloat16, there is no bitmap, and groups are whole units.
+// Writes those columns of T tokens side by side whose bits of a bitmap row are set, as many as there are values. Zeros
+// follow up to a whole unit, or where bits are too few.
+template <int T>
+AVX512_INLINE void side_by_side(const Product& product, const uint8_t* mask, const uint16_t* x, int64_t stride, uint16_t* out, int64_t out_stride) {
+    const int64_t columns = product.columns, width = (columns + 7) / 8;
+    int64_t count = 0, column = 0;
+    for (; column + 2 * kUnit <= columns; column += 2 * kUnit) {
+        const __mmask64 bits = load_mask(mask + column / 8);
+        const BitCounts counts = count_bits(mask + column / 8);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            uint16_t* at = out + t * out_stride + count;
+            const uint16_t* from = x + t * stride + column;
+            _mm512_storeu_si512(at, compress_words(_mm512_load_si512(from), static_cast<__mmask32>(bits)));
+            _mm512_storeu_si512(at + counts.first_half, compress_words(_mm512_load_si512(from + kUnit), static_cast<__mmask32>(_kshiftri_mask64(bits, 32))));
+        }
+        count += counts.all;
+    }
+    for (; column < columns; column += kUnit) {
+        const uint32_t bits = load_bits(mask, width, column / 8) & first_of_32(columns - column);
+        for (int t = 0; t < T; ++t) _mm512_storeu_si512(out + t * out_stride + count, compress_words(_mm512_load_si512(x + t * stride + column), bits));
+        count += _mm_popcnt_u32(bits);
+    }
+    if (count > product.kept) count = product.kept;
+    for (int t = 0; t < T; ++t) {
+        uint16_t* at = out + t * out_stride;
+        for (int64_t i = count; i < product.kept; i += kUnit) _mm512_storeu_si512(at + i, _mm512_setzero_si512());
+        _mm512_storeu_si512(at + product.kept, _mm512_setzero_si512());
+    }
+}
+
+template <LevelKind kind>
+struct MaskedFor {
+    template <int T>
+    struct Loop {
+        AVX512 static void run(const Product& product, const uint16_t* piece, int64_t stride, const Rows& rows) {
+            const uint16_t* x = piece + rows.first_token * stride;
+            const auto levels = Levels<kind>::of(product.code_bits);
+            const int64_t kept = product.kept, width = (kept * product.code_bits + 7) / 8, mask_width = (product.columns + 7) / 8;
+            const int64_t units = (kept + kUnit - 1) / kUnit, row_columns = product.columns + 4 * kUnit;
+            thread_local Scratch scratch;
+            const __mmask64 whole = Levels<kind>::present(levels, levels.unit_bytes);
+            uint16_t* columns = reinterpret_cast<uint16_t*>(scratch.at_least(T * row_columns * 2));
+            const auto unit_scales = UnitScales::of(product);
+            alignas(64) float scales[kScaleUnits + kScalePadding];
+            for (int64_t row = 0; row < rows.count; ++row) {
+                const uint8_t* mask = product.mask + (rows.first + row) * mask_width;
+                const uint8_t *codes = product.codes + (rows.first + row) * width, *end = codes + width;
+                for (int64_t byte = 0; byte < mask_width; byte += 64) prefetch(mask, byte + kRowsAhead * mask_width);
+                UnitScales::fetch(unit_scales, product, rows.first + row + kRowsAhead, 1);
+                side_by_side<T>(product, mask, x, stride, columns, row_columns);
+                __m512 sums[T];
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+                for (int64_t unit = 0; unit < units; ++unit, codes += levels.unit_bytes) {
+                    const int64_t part = unit % kScaleUnits;
+                    if (part == 0) UnitScales::write(unit_scales, product, rows.first + row, unit, units - unit < kScaleUnits ? units - unit : kScaleUnits, scales);
+                    prefetch(codes, kBytesAhead);
+                    const __mmask64 present = unit + 1 < units ? whole : Levels<kind>::present(levels, end - codes);
+                    const __m512i values = Levels<kind>::next(levels, codes, present);
+                    const __m512 scale = _mm512_set1_ps(scales[part]);
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; ++t) {
+                        const __m512i at = _mm512_loadu_si512(columns + t * row_columns + unit * kUnit);
+                        sums[t] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)values, (__m512bh)at), scale, sums[t]);
+                    }
+                }
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + row] += _mm512_reduce_add_ps(sums[t]);
+            }
+        }
+    };
+};
+
+// Multiplies each of the pieces whose sum is x.
+template <template <int> class Loop>
+void for_pieces(const Product& product, const Prepared& x, const Rows& rows) {
+    for (int piece = 0; piece < x.piece_count; ++piece)
+        for_token_groups<Loop>(rows, product, x.pieces + piece * x.tokens * x.padded, x.padded);
+}
+
+template <LevelKind kind>
+struct MaskedPieces {
+    static void run(const Product& product, const Prepared& x, const Rows& rows) {
+        for_pieces<MaskedFor<kind>::template Loop>(product, x, rows);
+    }
+};
+
+}  // namespace
+
+// Brings `padded` columns of one piece of a token, a multiple of kArrangedUnit, into the order of codes of `bits` bits.
+AVX512 void avx512_arrange(int32_t bits, int64_t padded, uint16_t* x) {
+    const Kind kind = kind_of(bits);
+    for (uint16_t* end = x + padded; x < end; x += kArrangedUnit) {
+        __m512i from[4];
+        for (int r = 0; r < 4; ++r) from[r] = _mm512_load_si512(x + r * kUnit);
+        for (int r = 0; r < 4; ++r) {
+            const __m512i places = _mm512_load_si512(kArrangement.places[kind][r]);
+            const __m512i first = _mm512_permutex2var_epi16(from[0], places, from[1]), second = _mm512_permutex2var_epi16(from[2], places, from[3]);
+            _mm512_store_si512(x + r * kUnit, _mm512_mask_blend_epi16(kArrangement.in_second[kind][r], first, second));
+        }
+    }
+}
+
+// Multiplies rows of codes whose groups are whole units with the pieces of x, exactly.
 void avx512_codes(const Product& product, const Prepared& x, const Rows& rows) {
-    if (product.code_bits <= 6) for_token_groups<CodesFor<true>::Loop>(rows, product, x);
-    else for_token_groups<CodesFor<false>::Loop>(rows, product, x);
+    if (!product.kept) return;
+    if (product.mask) return for_level_kind<MaskedPieces>(product.code_bits, product, x, rows);
+    switch (kind_of(product.code_bits)) {
+        case kNarrow: for_pieces<BlocksFor<kNarrow>::Loop>(product, x, rows); break;
+        case kMedium: for_pieces<BlocksFor<kMedium>::Loop>(product, x, rows); break;
+        default: for_pieces<BlocksFor<kWide>::Loop>(product, x, rows);
+    }
 }
 
 }  // namespace hf_lowrank

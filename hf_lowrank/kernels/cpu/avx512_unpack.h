@@ -1,29 +1,17 @@
 // Unpacks bfloat16 rows of the dense matrix from kept values, and signs with bfloat16 scales, with AVX-512.
 #pragma once
 
-#include "avx512_values.h"
+#include "avx512_levels.h"
 
 namespace hf_lowrank {
 namespace {
 
-// The order that takes 32 words in turn from one half of a register and from the other.
-struct InTurn {
-    alignas(64) uint16_t lanes[32];
-    constexpr InTurn() : lanes() {
-        for (int word = 0; word < 32; ++word) lanes[word] = static_cast<uint16_t>(word / 2 + word % 2 * 16);
-    }
-};
-constexpr InTurn kInTurn;
-
 // Returns unit + scale_out · signed_scale for 32 columns. Meanwhile two neighbors are float32 in the same lane of two
 // registers.
 AVX512_INLINE __m512i add_signed(__m512i unit, __m512i signed_scale, __m512 scale_out) {
-    const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    const __m512 even_sum = _mm512_fmadd_ps(scale_out, _mm512_castsi512_ps(_mm512_slli_epi32(signed_scale, 16)),
-                                            _mm512_castsi512_ps(_mm512_slli_epi32(unit, 16)));
-    const __m512 odd_sum = _mm512_fmadd_ps(scale_out, _mm512_castsi512_ps(_mm512_and_si512(signed_scale, odd)),
-                                           _mm512_castsi512_ps(_mm512_and_si512(unit, odd)));
-    return _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn.lanes), (__m512i)_mm512_cvtne2ps_pbh(odd_sum, even_sum));
+    const __m512 even = _mm512_fmadd_ps(scale_out, even_words(signed_scale), even_words(unit));
+    const __m512 odd = _mm512_fmadd_ps(scale_out, odd_words(signed_scale), odd_words(unit));
+    return round_in_turn(even, odd);
 }
 
 // Unpacks columns [begin, end) of a row, where begin is a multiple of 64. With `in_tile`, zeros follow up to a

@@ -191,6 +191,28 @@ AVX512_INLINE void prefetch(const void* from, int64_t bytes_ahead) {
 
 // --- sums of several rows and tokens ---------------------------------------------------------------------------------------------
 
+// Returns the sums of four registers, side by side.
+AVX512_INLINE __m128 sums_of_four(const __m512& a, const __m512& b, const __m512& c, const __m512& d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Adds the sums of `count` rows to those of a block from row `first` on.
+AVX512_INLINE void store_sums(const __m512 (*of)[kBlockTokens], int64_t count, int64_t first, const Rows& rows) {
+    for (int64_t t = 0; t < rows.token_count; ++t) {
+        float* out = rows.sums + t * kBlockRows + first;
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            const __m128 sums = sums_of_four(of[i][t], of[i + 1][t], of[i + 2][t], of[i + 3][t]);
+            _mm_storeu_ps(out + i, _mm_add_ps(_mm_loadu_ps(out + i), sums));
+        }
+        for (; i < count; ++i) out[i] += _mm512_reduce_add_ps(of[i][t]);
+    }
+}
+
 // Rows multiplied together: each part of x is loaded once for all of them, and their sums hide the multiply-add's
 // latency.
 template <int T, int R, class Values>

@@ -144,7 +144,7 @@ void unpack(const Product& product, const float* scale_in, int64_t padded, int64
 }  // namespace
 
 const Kernels& portable_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize_row, nullptr, unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize_row, nullptr, nullptr, nullptr, unpack, false};
     return kernels;
 }
 

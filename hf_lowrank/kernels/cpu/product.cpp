@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <vector>
 
+#include "scratch.h"
 #include "threads.h"
 
 namespace hf_lowrank {
@@ -30,38 +30,24 @@ const Kernels& kernels_of(int32_t instruction_set) {
     return portable_kernels();
 }
 
-// Memory of one thread for x in its prepared forms, kept between calls.
-class Scratch {
-   public:
-    ~Scratch() { std::free(memory_); }
-
-    char* at_least(size_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = (bytes + 63) / 64 * 64;
-            memory_ = static_cast<char*>(std::aligned_alloc(64, size_));
-            if (!memory_) size_ = 0;
-        }
-        return memory_;
-    }
-
-   private:
-    char* memory_ = nullptr;
-    size_t size_ = 0;
-};
-
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Returns how many bfloat16 pieces are needed to make any value of the dtype as their sum.
 int exact_pieces(DType dtype) { return dtype == kBFloat16 ? 1 : dtype == kFloat16 ? 2 : 3; }
 
+// Returns whether each unit of the codes of a row has one scale.
+bool has_whole_units(const Product& product) { return product.group % kUnit == 0 || product.group >= product.kept; }
+
 // The forms of x that a product's loops read, and where they lie in memory of the calling thread.
 struct Forms {
     int64_t tokens, columns, padded, terms = 0;
     int pieces = 0;
-    bool floats = false, multiplies_signs = false, multiplies_codes = false;
+    bool floats = false, multiplies_signs = false, multiplies_codes = false, rounds_codes = false;
+    int32_t arranged_bits = 0;  // of the codes in whose order the pieces are arranged
 
-    Forms(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), padded(round_up(columns, kUnit)) {}
+    // Many tokens lie one unit further apart: with a power of two in between, they would share few lines of the first cache.
+    Forms(int64_t tokens, int64_t columns)
+        : tokens(tokens), columns(columns), padded(round_up(columns, kUnit) + (tokens > kExactTokens ? kUnit : 0)) {}
 
     void add_matrix(DType dtype, const Kernels& kernels, int piece_count) {
         if (kernels.multiplies_bfloat16 && dtype == kBFloat16) pieces = piece_count;
@@ -69,10 +55,16 @@ struct Forms {
     }
 
     void add_codes(const Product& product, const Kernels& kernels) {
-        multiplies_codes = kernels.codes && product.x_dtype == kBFloat16 && !product.mask &&
-                           (product.group % kUnit == 0 || product.group >= product.kept);
-        if (multiplies_codes) pieces = 1;
-        else floats = true;
+        multiplies_codes = kernels.codes && has_whole_units(product) && !product.values && !product.signs && !product.lowrank_b;
+        if (!multiplies_codes) {
+            floats = true;
+            return;
+        }
+        pieces = exact_pieces(DType(product.x_dtype));
+        rounds_codes = pieces == 1 && tokens > (product.mask ? kExactMaskedTokens : kExactTokens);
+        if (product.mask || rounds_codes) return;
+        arranged_bits = product.code_bits;
+        padded = round_up(columns, kArrangedUnit);
     }
 
     void add_signs(const Product& product, const Kernels& kernels) {
@@ -90,7 +82,7 @@ struct Forms {
         float* scaled = values + tokens * padded;
         float* tables = scaled + tokens * padded;
         uint16_t* parts = reinterpret_cast<uint16_t*>(tables + terms * tokens * table_size());
-        return {tokens, columns, padded, values, scaled, tables, parts, pieces, parts + pieces * tokens * padded, multiplies_signs};
+        return {tokens, columns, padded, values, scaled, tables, parts, pieces, parts + pieces * tokens * padded, multiplies_signs, rounds_codes};
     }
 };
 
@@ -154,6 +146,9 @@ bool prepare(const void* x, DType dtype, const Product& product, const Kernels& 
             finite = false;
             return;
         }
+        if (forms.arranged_bits)
+            for (int piece = 0; piece < forms.pieces; ++piece)
+                kernels.arrange(forms.arranged_bits, forms.padded, prepared.pieces + (piece * forms.tokens + token) * forms.padded);
         const float* values = prepared.values + token * forms.padded;
         float* scaled = prepared.scaled + token * forms.padded;
         for (int64_t term = 0; term < forms.terms; ++term) {
@@ -166,6 +161,18 @@ bool prepare(const void* x, DType dtype, const Product& product, const Kernels& 
     if (forms.multiplies_signs) copy(static_cast<const uint16_t*>(product.scale_in), forms.columns, forms.padded, prepared.scale_in);
     parallel_for(forms.terms ? product.threads : 1, forms.tokens, prepare_token);
     return finite;
+}
+
+// Stores `count` sums side by side. Each dtype has a loop of its own, which a compiler can vectorize.
+void store_row(void* y, int64_t first, DType dtype, const float* sums, int64_t count) {
+    if (dtype == kFloat32) {
+        std::copy_n(sums, count, static_cast<float*>(y) + first);
+    } else if (dtype == kBFloat16) {
+        uint16_t* out = static_cast<uint16_t*>(y) + first;
+        for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(sums[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) store_from_float(y, first + i, dtype, sums[i]);
+    }
 }
 
 // Calls step(rows) for every block of rows and group of tokens, with float32 sums that start at zero, and stores them.
@@ -197,6 +204,19 @@ Product dequantized(const Product& product, const Kernels& kernels, int64_t firs
     rows.values_dtype = kFloat32;
     if (product.mask) rows.mask = product.mask + first * ((product.columns + 7) / 8);
     return rows;
+}
+
+// Returns one row of codes as a product of its own, with its values rounded to bfloat16.
+Product rounded(const Product& product, const Kernels& kernels, int64_t index) {
+    thread_local Scratch scratch;
+    uint16_t* values = reinterpret_cast<uint16_t*>(scratch.at_least(product.kept * 2 + 1));
+    kernels.round(product, index, values);
+    Product row = product;
+    row.rows = 1;
+    row.values = values;
+    row.values_dtype = kBFloat16;
+    row.mask = product.mask + index * ((product.columns + 7) / 8);
+    return row;
 }
 
 // Dequantizes a few rows at a time, and multiplies them while they are in the cache.
@@ -259,7 +279,7 @@ extern "C" __attribute__((visibility("default"))) int32_t hf_lowrank_multiply(co
         if (product.pivots)
             for (int64_t i = 0; i < count; ++i) store_from_float(product.y, start + order[first + i], dtype, sums[i]);
         else
-            for (int64_t i = 0; i < count; ++i) store_from_float(product.y, start + first + i, dtype, sums[i]);
+            store_row(product.y, start + first, dtype, sums, count);
     };
 
     Prepared inner = chained ? inner_forms.in(memory + forms.bytes()) : x;
@@ -305,7 +325,9 @@ extern "C" __attribute__((visibility("default"))) void hf_lowrank_unpack(const P
         const int64_t row = first_row + index;
         char* out = static_cast<char*>(product.y) + index * row_bytes;
         if (!product.codes) return kernels.unpack(product, scale_in, padded, row, out);
-        Product values = dequantized(product, kernels, row, 1);
+        const bool rounds = kernels.round && product.x_dtype == kBFloat16 && has_whole_units(product);
+        if (rounds && !product.mask) return kernels.round(product, row, reinterpret_cast<uint16_t*>(out));
+        Product values = rounds ? rounded(product, kernels, row) : dequantized(product, kernels, row, 1);
         if (!product.mask) values.mask = all.data();
         kernels.unpack(values, scale_in, padded, 0, out);
     };

@@ -12,14 +12,19 @@ enum DType : int32_t { kNone = -1, kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Maximum numbers of rows and tokens that one call of a loop takes. Its sums are float[kBlockTokens][kBlockRows].
-constexpr int64_t kBlockRows = 64, kBlockTokens = 32;
+constexpr int64_t kBlockRows = 64, kBlockTokens = 64;
 // Maximum number of tokens that are multiplied in one pass over a few rows. More tokens take several passes, while the
 // rows are in the first cache.
 constexpr int64_t kGroupTokens = 4;
+// With more tokens than this, AVX-512 multiplies bfloat16 x with the entries of signs and codes rounded to bfloat16: it puts
+// them together once for all tokens. Where codes have a bitmap, each token takes more work until then.
+constexpr int64_t kExactTokens = 8, kExactMaskedTokens = 4;
 // Codes are dequantized in steps of this many.
 constexpr int64_t kCodeStep = 64;
 // Columns of x are padded with zeros to a multiple of this.
 constexpr int64_t kUnit = 32;
+// With codes in an order of their own, they are padded to a multiple of this.
+constexpr int64_t kArrangedUnit = 128;
 // Number of columns that share one lookup table of signed sums, and of the table's entries. AVX2 arranges the same
 // memory in its own way.
 constexpr int64_t kTableColumns = 4;
@@ -70,6 +75,7 @@ struct Prepared {
     int piece_count;
     uint16_t* scale_in;     // (padded,) bfloat16, where multiplies_signs
     bool multiplies_signs;  // ± scale_in is multiplied with the piece of x, instead of looking up `tables`
+    bool rounds_codes;      // entries of codes are rounded to bfloat16
 };
 
 struct Rows {
@@ -87,9 +93,13 @@ struct Kernels {
     void (*tables)(const float* scaled, int64_t padded, float* out);
     // Writes the `kept` values of one row of codes, and up to kCodeStep − 1 more.
     void (*dequantize)(const Product&, int64_t row, float* out);
-    // Multiplies rows of codes without a bitmap, in groups of whole units, with bfloat16 x. Null where that is no
-    // faster.
+    // Multiplies rows of codes whose groups are whole units with the pieces of x. Null where an instruction set has no
+    // such loop; so are the next two.
     void (*codes)(const Product&, const Prepared&, const Rows&);
+    // Brings `padded` columns into the order in which `codes` multiplies codes without a bitmap.
+    void (*arrange)(int32_t code_bits, int64_t padded, uint16_t* x);
+    // Writes the `kept` values of one row of codes, rounded to bfloat16.
+    void (*round)(const Product&, int64_t row, uint16_t* out);
     // Writes one row of the dense matrix S + Σ_b scale_out_b scale_in_b ⊙ (±1), of dtype product.x_dtype; scale_in is
     // (binary_rank, padded).
     void (*unpack)(const Product&, const float* scale_in, int64_t padded, int64_t row, void* out);

@@ -125,9 +125,7 @@ def _load_decompressed(source: str, dtype: str, device: str) -> PreTrainedModel:
     return model
 
 
-def _load_with_torch_products(
-    source: str, dtype: str, device: str, build: torch_products.Builder
-) -> PreTrainedModel:
+def _load_with_torch_products(source: str, dtype: str, device: str, build: torch_products.Builder) -> PreTrainedModel:
     """Return a model in which layers of torch's own, rounded without care, stand for the compressed ones.
 
     They have no bias: this model is there to be timed.

@@ -9,7 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from hf_lowrank import LayerSpec, cli, kernels
-from hf_lowrank.evaluation import speed, speed_report
+from hf_lowrank.evaluation import speed, speed_report, torch_products
 from hf_lowrank.runtime.errors import CompressionError
 from hf_lowrank.runtime.layers import build_layer
 from tests.support.tiny_models import llama
@@ -60,13 +60,42 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_checkpoint_is_measured_beside_itself_decompressed(checkpoint: Path) -> None:
+def test_a_checkpoint_is_measured_beside_itself_decompressed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {"torch's own": (lambda weight: nn.Linear(*weight.T.shape, bias=False), ())}
+    monkeypatch.setattr(torch_products, "PRODUCTS", plain)
+    monkeypatch.setattr(torch_products, "MULTIPLE", 1)
     layers, models = speed_report.of_model(str(checkpoint), "dense", [1], 1, 1, 4, 2, "auto", "cpu")
-    assert {row.layout.partition(" × ")[2].split()[0] for row in layers} == {"bitmask"}
-    assert [row.name for row in models] == ["dense", str(checkpoint)]
+    assert {row.layout.partition(" × ")[2].split(" ")[0] for row in layers} == {"bitmask", ""}
+    assert [row.name for row in models] == ["dense", str(checkpoint), *plain]
     assert models[1].stored_bytes < models[0].stored_bytes
     for table in (speed_report.layer_table(layers), speed_report.model_table(models)):
         assert all(len(row) == len(table[0]) for row in table[1])
+
+
+@pytest.mark.parametrize("dtype", torch_products.DTYPES, ids=str)
+@pytest.mark.parametrize("name", torch_products.PRODUCTS)
+def test_torchs_own_products_are_those_of_the_rounded_matrix(name: str, dtype: torch.dtype) -> None:
+    build = torch_products.available("cpu", dtype).get(name)
+    if build is None:
+        pytest.skip(f"this torch has no such product of {dtype}")
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (
+        torch.randn(64, 96, generator=generator).to(dtype),
+        torch.randn(2, 3, 96, generator=generator).to(dtype),
+    )
+    dense = nn.functional.linear(x, weight)
+    error = (build(weight)(x) - dense).float().norm() / dense.float().norm()
+    assert 0 < error < (0.15 if "int4" in name else 0.02)
+
+
+def test_products_that_torch_lacks_are_left_out_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_products, "PRODUCTS", {"int5": (nn.Identity, ("_no_such_operation",))})
+    assert torch_products.available("cpu", torch.bfloat16) == {}
+    answer = CliRunner().invoke(cli.app, ["benchmark", "--shapes", "32x32", "--tokens", "1", "--repeats", "1"])
+    assert answer.exit_code == 0
+    assert answer.output.count("int5: not in torch") == 1
 
 
 def test_a_dense_model_alone_is_refused(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_tensors_that_do_not_fit_are_left_to_torch(form: str) -> None:
     tensors = [index for index, argument in enumerate(arguments) if isinstance(argument, Tensor)]
     assert kernel(inputs(1), *arguments) is not None
     for x in (
-        inputs(17),
+        inputs(65),
         inputs(0),
         inputs(1)[:, 9:],
         inputs(1).double(),

@@ -8,8 +8,8 @@ std::atomic<int32_t> instruction_set{kAvx512};
 
 namespace {
 
-// The values of SERIAL_BYTES and FEW_TOKENS in products.py, which multiplies more tokens.
-constexpr int64_t kSerialBytes = 1 << 17, kFewTokens = 16;
+// The values of SERIAL_BYTES, FEW_TOKENS and FEW_TOKENS_BY_BFLOAT16 in products.py, which multiplies more tokens.
+constexpr int64_t kSerialBytes = 1 << 17, kFewTokens = 16, kFewTokensByBfloat16 = 64;
 constexpr int64_t kLargestGroup = INT32_MAX;  // so that no sum of sizes overflows
 
 bool is_contiguous(const dlpack::Tensor& tensor) {
@@ -62,7 +62,7 @@ bool Call::input(const View& x) {
     product_.x = x_.data, product_.x_dtype = float_type(x_);
     product_.columns = x_.shape[x_.dimensions - 1];
     product_.tokens = product_.columns ? elements(x_) / product_.columns : 0;
-    return product_.tokens >= 1 && product_.tokens <= kFewTokens;
+    return product_.tokens >= 1 && product_.tokens <= kFewTokensByBfloat16;
 }
 
 bool Call::bitmask(const View& values, const View& mask) {
@@ -102,7 +102,9 @@ bool Call::quantized(const View& codes, const View& scale, const View* mask, int
 }
 
 bool Call::complete() {
-    if (product_.rows < 1) return false;
+    const bool by_bfloat16 = product_.x_dtype == kBFloat16 && instruction_set == kAvx512;
+    const bool many = by_bfloat16 && (product_.values || product_.codes);
+    if (product_.rows < 1 || product_.tokens > (many ? kFewTokensByBfloat16 : kFewTokens)) return false;
     for (int64_t* size : {&product_.kept, &product_.binary_rank, &product_.rank}) *size = *size < 0 ? 0 : *size;
     if (!product_.outputs) product_.outputs = product_.rows;
     return true;

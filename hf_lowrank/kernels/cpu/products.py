@@ -125,7 +125,11 @@ def _linear(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
 def _few_tokens(x: Tensor, parts: dict[str, Any]) -> int:
     """Return up to how many tokens the packed form is faster than tiles."""
     # AVX-512 has an instruction that multiplies bfloat16.
-    if ("values" in parts or "codes" in parts) and x.dtype == torch.bfloat16 and native.instruction_set_in_use() == "avx512":
+    if (
+        ("values" in parts or "codes" in parts)
+        and x.dtype == torch.bfloat16
+        and native.instruction_set_in_use() == "avx512"
+    ):
         return FEW_TOKENS_BY_BFLOAT16
     return FEW_TOKENS
 

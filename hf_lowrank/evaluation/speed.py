@@ -262,6 +262,8 @@ def random_layer(
         layer.get_buffer("weight_mask").copy_(packed.repeat(repetitions, 1)[:rows])
     if spec.binary_rank:
         layer.get_buffer("sign_bits").random_(0, 256)
+    if spec.weight_bits and spec.sparse == "full" and columns * spec.weight_bits % 8 == 0:  # no bits of padding
+        layer.get_buffer("weight").random_(0, 256)
     return layer.to(device)
 
 

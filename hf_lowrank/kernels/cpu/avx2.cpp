@@ -1,18 +1,17 @@
 // AVX2 (with FMA and F16C) loops: eight columns at a time, converted to float32.
-#include "dequantize.h"
 #include "product.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <immintrin.h>
-
-#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
-#define AVX2_INLINE AVX2 __attribute__((always_inline)) static inline
+#include "avx2.h"
 
 namespace hf_lowrank {
-namespace {
 
-constexpr int kLanes = 8;
+// avx2_codes.cpp
+void avx2_codes(const Product& product, const Prepared& x, const Rows& rows);
+void avx2_dequantize(const Product& product, int64_t row, float* out);
+
+namespace {
 
 // For every mask byte, the index of the value that each of eight columns takes, or 0x80 where the column's bit is
 // clear.
@@ -92,12 +91,7 @@ struct Sums {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) {
-                __m256 sum = sums.of[r][t];
-                __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-                __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-                rows.sums[t * kBlockRows + first + r] += _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-            }
+            for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + first + r] += sum_of_lanes(sums.of[r][t]);
         }
     }
 };
@@ -350,12 +344,11 @@ AVX2 void fill_tables(const float* scaled, int64_t padded, float* out) {
     }
 }
 
-AVX2 void dequantize(const Product& product, int64_t row, float* out) { dequantize_row(product, row, out); }
-
 }  // namespace
 
 const Kernels& avx2_kernels() {
-    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, dequantize, nullptr, nullptr, nullptr, portable_kernels().unpack, false};
+    static const Kernels kernels = {packed_rows, dense_rows, fill_tables, avx2_dequantize, avx2_codes,
+                                    nullptr,     nullptr,    portable_kernels().unpack,     false};
     return kernels;
 }
 

@@ -55,8 +55,9 @@ struct Forms {
     }
 
     void add_codes(const Product& product, const Kernels& kernels) {
-        multiplies_codes = kernels.codes && has_whole_units(product) && !product.values && !product.signs && !product.lowrank_b;
-        if (!multiplies_codes) {
+        const bool alone = !product.values && !product.signs && !product.lowrank_b;
+        multiplies_codes = kernels.codes && alone && has_whole_units(product) && (kernels.multiplies_bfloat16 || !product.mask);
+        if (!multiplies_codes || !kernels.multiplies_bfloat16) {
             floats = true;
             return;
         }

@@ -93,8 +93,8 @@ struct Kernels {
     void (*tables)(const float* scaled, int64_t padded, float* out);
     // Writes the `kept` values of one row of codes, and up to kCodeStep − 1 more.
     void (*dequantize)(const Product&, int64_t row, float* out);
-    // Multiplies rows of codes whose groups are whole units with the pieces of x. Null where an instruction set has no
-    // such loop; so are the next two.
+    // Multiplies rows of codes whose groups are whole units: with the pieces of x where multiplies_bfloat16, otherwise without
+    // a bitmap and with its values. Null where an instruction set has no such loop; so are the next two.
     void (*codes)(const Product&, const Prepared&, const Rows&);
     // Brings `padded` columns into the order in which `codes` multiplies codes without a bitmap.
     void (*arrange)(int32_t code_bits, int64_t padded, uint16_t* x);

@@ -47,7 +47,8 @@ NAMES = {
 LLAMA_WORKER = """
 import sys, time, llama_cpp
 file, threads, prompt = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = llama_cpp.Llama(file, n_ctx=prompt + 512, n_batch=prompt, n_threads=threads, n_threads_batch=threads, verbose=False)
+size = {"n_ctx": prompt + 512, "n_batch": prompt, "n_threads": threads, "n_threads_batch": threads}
+model = llama_cpp.Llama(file, **size, verbose=False)
 for line in sys.stdin:
     model.reset()
     start = time.perf_counter()
@@ -213,12 +214,11 @@ def gguf_file(folder: Path, name: str, options: argparse.Namespace) -> Path:
 def report(seconds: dict[str, list[tuple[float, float]]], sizes: dict[str, int], options: argparse.Namespace) -> None:
     """Print the medians, without the first round, which compiles and warms up."""
     first = next(iter(seconds))
-    medians = {
-        name: [statistics.median(part) for part in zip(*rounds[1:], strict=True)] for name, rounds in seconds.items()
-    }
-    print(
-        "| | GB | prefill tokens/s | decode tokens/s | × the first row | bytes limit | share |\n|---|---|---|---|---|---|---|"
-    )
+    medians = {}
+    for name, rounds in seconds.items():
+        medians[name] = [statistics.median(part) for part in zip(*rounds[1:], strict=True)]
+    print("| | GB | prefill tokens/s | decode tokens/s | × the first row | bytes limit | share |")
+    print("|---|---|---|---|---|---|---|")
     for name, (prefill, decode) in medians.items():
         ratio, limit = medians[first][1] / decode, sizes[first] / sizes[name]
         print(

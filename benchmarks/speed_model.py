@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank.evaluation import speed
 from hf_lowrank.evaluation.generation_speed import ModelSpeed, benchmark_model
-from hf_lowrank.evaluation.speed import PAPER_LAYOUTS, random_layer
+from hf_lowrank.evaluation.speed import random_layer
 from hf_lowrank.runtime.configuration import LayerSpec
 
 CONFIG = LlamaConfig(
@@ -36,19 +36,10 @@ HEADER = (
     "|---|---|---|---|---|---|---|"
 )
 
-
-def quantized(bits: int, group: int) -> speed.Layout:
-    """Return the layout of a matrix of integers."""
-    return lambda rows, columns: LayerSpec(sparse="full", weight_bits=bits, weight_group=group)
-
-
 LAYOUTS = {
-    "int8, groups of 32": quantized(8, 32),
-    "int4, groups of 32": quantized(4, 32),
-    "int3, groups of 128": quantized(3, 128),
     "SLaB 50 % of the bits": speed.layout("slab", 0.5, "bits"),
     "low rank 50 %": speed.layout("lowrank", 0.5),
-    **PAPER_LAYOUTS,
+    **speed.LAYOUTS,
 }
 
 

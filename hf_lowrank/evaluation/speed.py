@@ -167,12 +167,30 @@ PAPER_LAYOUTS: dict[str, Layout] = {
     "bitmask 50 %": layout("bitmask", 0.5),
     "low rank 30 %": layout("lowrank", 0.3),
 }
+"""Layouts of the papers' methods."""
+
+
+def quantized_layout(bits: int, group: int) -> Layout:
+    """Return the layout of a matrix of integers."""
+    return partial(_quantized_spec, bits, group)
+
+
+def _quantized_spec(bits: int, group: int, rows: int, columns: int) -> LayerSpec:
+    return LayerSpec(sparse="full", weight_bits=bits, weight_group=group)
+
+
+INTEGER_LAYOUTS: dict[str, Layout] = {
+    "int8, groups of 32": quantized_layout(8, 32),
+    "int4, groups of 32": quantized_layout(4, 32),
+    "int3, groups of 128": quantized_layout(3, 128),
+}
+LAYOUTS = PAPER_LAYOUTS | INTEGER_LAYOUTS
 """Layouts whose speed is reported by default."""
 
 
 def benchmark_layers(
     shapes: Sequence[tuple[int, int]],
-    layouts: Mapping[str, Layout] = PAPER_LAYOUTS,
+    layouts: Mapping[str, Layout] = LAYOUTS,
     tokens: Sequence[int] = (1,),
     threads: Sequence[int] = (),
     dtype: torch.dtype = torch.bfloat16,

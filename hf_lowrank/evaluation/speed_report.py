@@ -15,7 +15,7 @@ from ..runtime.errors import CompressionError, quoted
 from ..runtime.layers import CompressedLinear
 from . import torch_products
 from .generation_speed import ModelSpeed, benchmark_model
-from .speed import PAPER_LAYOUTS, LayerSpeed, Layout, Timing, benchmark_layers
+from .speed import LAYOUTS, LayerSpeed, Layout, Timing, benchmark_layers
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows of a table."""
@@ -40,8 +40,8 @@ def parse_shape(text: str) -> tuple[int, int]:
 def of_shapes(
     shapes: Sequence[tuple[int, int]], tokens: Sequence[int], threads: int | None, repeats: int, device: str
 ) -> list[LayerSpeed]:
-    """Measure layers of random content with the papers' layouts."""
-    return benchmark_layers(shapes, PAPER_LAYOUTS, tokens, _thread_counts(threads), device=device, repeats=repeats)
+    """Measure layers of random content, with the layouts of the papers and with integers."""
+    return benchmark_layers(shapes, LAYOUTS, tokens, _thread_counts(threads), device=device, repeats=repeats)
 
 
 def of_model(

@@ -35,10 +35,10 @@ def test_a_layout_stores_no_more_than_its_ratio_leaves(method: str, ratio: float
 def test_layers_are_measured_once_for_every_variant_with_their_stored_bytes() -> None:
     rows = speed.benchmark_layers([(48, 64)], tokens=[1, 20], threads=[1], repeats=1)
     assert [(row.layout, row.tokens) for row in rows] == [
-        (name, tokens) for tokens in (1, 20) for name in speed.PAPER_LAYOUTS
+        (name, tokens) for tokens in (1, 20) for name in speed.LAYOUTS
     ]
     for row in rows:
-        spec = speed.PAPER_LAYOUTS[row.layout](48, 64)
+        spec = speed.LAYOUTS[row.layout](48, 64)
         assert row.stored_bytes * 8 == spec.stored_bits(48, 64, 16)
         assert row.bytes_limit == 48 * 64 * 2 / row.stored_bytes
 
@@ -120,7 +120,7 @@ def test_env_says_of_every_operation_what_computes_it_and_why() -> None:
 def test_the_benchmark_prints_one_row_per_layout_and_number_of_tokens() -> None:
     answer = CliRunner().invoke(cli.app, ["benchmark", "--shapes", "32x32", "--tokens", "1", "--repeats", "1"])
     assert answer.exit_code == 0
-    assert all(answer.output.count(name) == 1 for name in speed.PAPER_LAYOUTS)
+    assert all(answer.output.count(name) == 1 for name in speed.LAYOUTS)
 
 
 def test_dense_bytes_are_those_of_a_linear_layer() -> None:

@@ -122,6 +122,19 @@ AVX512_INLINE void side_by_side(const Product& product, const uint8_t* mask, con
 
 template <LevelKind kind>
 struct MaskedFor {
+    static constexpr int kTurns = 2;
+
+    template <int T>
+    AVX512_INLINE void add_unit(__m512 (&sums)[T], const Levels<kind>& levels, const uint8_t* codes, __mmask64 present, float scale,
+                                const uint16_t* columns, int64_t stride) {
+        const __m512i values = Levels<kind>::next(levels, codes, present);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            const __m512bh at = (__m512bh)_mm512_loadu_si512(columns + t * stride);
+            sums[t] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)values, at), _mm512_set1_ps(scale), sums[t]);
+        }
+    }
+
     template <int T>
     struct Loop {
         AVX512 static void run(const Product& product, const uint16_t* piece, int64_t stride, const Rows& rows) {
@@ -140,24 +153,29 @@ struct MaskedFor {
                 for (int64_t byte = 0; byte < mask_width; byte += 64) prefetch(mask, byte + kRowsAhead * mask_width);
                 UnitScales::fetch(unit_scales, product, rows.first + row + kRowsAhead, 1);
                 side_by_side<T>(product, mask, x, stride, columns, row_columns);
-                __m512 sums[T];
+                // Units take turns with kTurns sums, so that none waits for the one before it.
+                __m512 sums[kTurns][T];
 #pragma GCC unroll 4
-                for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-                for (int64_t unit = 0; unit < units; ++unit, codes += levels.unit_bytes) {
-                    const int64_t part = unit % kScaleUnits;
-                    if (part == 0) UnitScales::write(unit_scales, product, rows.first + row, unit, units - unit < kScaleUnits ? units - unit : kScaleUnits, scales);
-                    prefetch(codes, kBytesAhead);
-                    const __mmask64 present = unit + 1 < units ? whole : Levels<kind>::present(levels, end - codes);
-                    const __m512i values = Levels<kind>::next(levels, codes, present);
-                    const __m512 scale = _mm512_set1_ps(scales[part]);
+                for (auto& turn : sums)
 #pragma GCC unroll 4
-                    for (int t = 0; t < T; ++t) {
-                        const __m512i at = _mm512_loadu_si512(columns + t * row_columns + unit * kUnit);
-                        sums[t] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)values, (__m512bh)at), scale, sums[t]);
+                    for (auto& sum : turn) sum = _mm512_setzero_ps();
+                for (int64_t first = 0; first < units; first += kScaleUnits) {
+                    const int64_t part = units - first < kScaleUnits ? units - first : kScaleUnits;
+                    UnitScales::write(unit_scales, product, rows.first + row, first, part, scales);
+                    const uint16_t* at = columns + first * kUnit;
+                    int64_t unit = 0;
+                    for (; unit + kTurns < part; unit += kTurns) {
+                        prefetch(codes, kBytesAhead);
+#pragma GCC unroll 4
+                        for (int turn = 0; turn < kTurns; ++turn, codes += levels.unit_bytes)
+                            add_unit<T>(sums[turn], levels, codes, whole, scales[unit + turn], at + (unit + turn) * kUnit, row_columns);
                     }
+                    for (; unit < part; ++unit, codes += levels.unit_bytes)
+                        add_unit<T>(sums[0], levels, codes, Levels<kind>::present(levels, end - codes), scales[unit], at + unit * kUnit, row_columns);
                 }
 #pragma GCC unroll 4
-                for (int t = 0; t < T; ++t) rows.sums[t * kBlockRows + row] += _mm512_reduce_add_ps(sums[t]);
+                for (int t = 0; t < T; ++t)
+                    rows.sums[t * kBlockRows + row] += _mm512_reduce_add_ps(_mm512_add_ps(sums[0][t], sums[1][t]));
             }
         }
     };

@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Take all that the imports left out of garbage collection, which otherwise is a third of the time of the tests."""
+    """Take what the imports left out of garbage collection, which is otherwise a third of the time of the tests."""
     gc.collect()
     gc.freeze()
 

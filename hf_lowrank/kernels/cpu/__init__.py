@@ -38,6 +38,6 @@ def describe(operation: str) -> tuple[str, str]:
     if operation in ("lowrank_linear", "pivoted_linear"):
         many = "two products of torch"
     few = f"up to {products.FEW_TOKENS} tokens"
-    if operation.startswith("bitmask") and native.instruction_set_in_use() == "avx512":
+    if operation.startswith(("bitmask", "quantized")) and native.instruction_set_in_use() == "avx512":
         few += f" (bfloat16: {products.FEW_TOKENS_BY_BFLOAT16})"
     return name, f"{few} from the packed form, more: {many}; bfloat16, float16, float32"

@@ -26,7 +26,8 @@ struct BlocksFor {
     static constexpr int64_t kPartUnits = kScaleUnits;  // of a row, whose scales are converted together
 
     template <int T>
-    AVX512_INLINE void add_block(__m512 (&sums)[T], const Levels& levels, __m512i codes, const float* scales, const uint16_t* const (&x)[T], int64_t column) {
+    AVX512_INLINE void add_block(__m512 (&sums)[T], const Levels& levels, __m512i codes, const float* scales,
+                                 const uint16_t* const (&x)[T], int64_t column) {
         __m512i values[Levels::products];
         Levels::next(levels, codes, values);
         const __m512 scale = Levels::scales(levels, scales);
@@ -92,7 +93,8 @@ AVX512_INLINE __m512i compress_words(__m512i words, __mmask32 mask) {
 // Writes those columns of T tokens side by side whose bits of a bitmap row are set, as many as there are values. Zeros
 // follow up to a whole unit, or where bits are too few.
 template <int T>
-AVX512_INLINE void side_by_side(const Product& product, const uint8_t* mask, const uint16_t* x, int64_t stride, uint16_t* out, int64_t out_stride) {
+AVX512_INLINE void side_by_side(const Product& product, const uint8_t* mask, const uint16_t* x, int64_t stride, uint16_t* out,
+                                int64_t out_stride) {
     const int64_t columns = product.columns, width = (columns + 7) / 8;
     int64_t count = 0, column = 0;
     for (; column + 2 * kUnit <= columns; column += 2 * kUnit) {
@@ -102,14 +104,18 @@ AVX512_INLINE void side_by_side(const Product& product, const uint8_t* mask, con
         for (int t = 0; t < T; ++t) {
             uint16_t* at = out + t * out_stride + count;
             const uint16_t* from = x + t * stride + column;
-            _mm512_storeu_si512(at, compress_words(_mm512_load_si512(from), static_cast<__mmask32>(bits)));
-            _mm512_storeu_si512(at + counts.first_half, compress_words(_mm512_load_si512(from + kUnit), static_cast<__mmask32>(_kshiftri_mask64(bits, 32))));
+            const __mmask32 low = static_cast<__mmask32>(bits), high = static_cast<__mmask32>(_kshiftri_mask64(bits, 32));
+            _mm512_storeu_si512(at, compress_words(_mm512_load_si512(from), low));
+            _mm512_storeu_si512(at + counts.first_half, compress_words(_mm512_load_si512(from + kUnit), high));
         }
         count += counts.all;
     }
     for (; column < columns; column += kUnit) {
         const uint32_t bits = load_bits(mask, width, column / 8) & first_of_32(columns - column);
-        for (int t = 0; t < T; ++t) _mm512_storeu_si512(out + t * out_stride + count, compress_words(_mm512_load_si512(x + t * stride + column), bits));
+        for (int t = 0; t < T; ++t) {
+            const __m512i chosen = compress_words(_mm512_load_si512(x + t * stride + column), bits);
+            _mm512_storeu_si512(out + t * out_stride + count, chosen);
+        }
         count += _mm_popcnt_u32(bits);
     }
     if (count > product.kept) count = product.kept;
@@ -170,8 +176,10 @@ struct MaskedFor {
                         for (int turn = 0; turn < kTurns; ++turn, codes += levels.unit_bytes)
                             add_unit<T>(sums[turn], levels, codes, whole, scales[unit + turn], at + (unit + turn) * kUnit, row_columns);
                     }
-                    for (; unit < part; ++unit, codes += levels.unit_bytes)
-                        add_unit<T>(sums[0], levels, codes, Levels<kind>::present(levels, end - codes), scales[unit], at + unit * kUnit, row_columns);
+                    for (; unit < part; ++unit, codes += levels.unit_bytes) {
+                        const __mmask64 present = Levels<kind>::present(levels, end - codes);
+                        add_unit<T>(sums[0], levels, codes, present, scales[unit], at + unit * kUnit, row_columns);
+                    }
                 }
 #pragma GCC unroll 4
                 for (int t = 0; t < T; ++t)
@@ -205,7 +213,8 @@ AVX512 void avx512_arrange(int32_t bits, int64_t padded, uint16_t* x) {
         for (int r = 0; r < 4; ++r) from[r] = _mm512_load_si512(x + r * kUnit);
         for (int r = 0; r < 4; ++r) {
             const __m512i places = _mm512_load_si512(kArrangement.places[kind][r]);
-            const __m512i first = _mm512_permutex2var_epi16(from[0], places, from[1]), second = _mm512_permutex2var_epi16(from[2], places, from[3]);
+            const __m512i first = _mm512_permutex2var_epi16(from[0], places, from[1]);
+            const __m512i second = _mm512_permutex2var_epi16(from[2], places, from[3]);
             _mm512_store_si512(x + r * kUnit, _mm512_mask_blend_epi16(kArrangement.in_second[kind][r], first, second));
         }
     }

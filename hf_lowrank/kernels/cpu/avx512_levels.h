@@ -96,14 +96,17 @@ struct Levels {
         // A wide code is taken one bit early, and so stands one bit further up. The junk before the first one of an
         // eight-byte word is cleared.
         const __m512i early = _mm512_set1_epi8(kind == kWideCodes ? WideLevels::kPosition : 0);
-        const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(table)), second = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + 16));
+        const __m256i first = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
+        const __m256i second = _mm256_load_si256(reinterpret_cast<const __m256i*>(table + 16));
         return {_mm512_load_si512(kLevelTables.bytes[b]), _mm512_sub_epi8(_mm512_load_si512(kLevelTables.bits[b]), early),
                 _mm512_load_si512(table), _mm512_load_si512(table + kUnit), even_words(_mm512_cvtepu16_epi32(first)),
                 even_words(_mm512_cvtepu16_epi32(second)), WideLevels::of(b), 4 * b};
     }
 
     // Returns which bytes hold the next 32 codes where `left` bytes of the row remain.
-    AVX512_INLINE __mmask64 present(const Levels& levels, int64_t left) { return first_of_64(left < levels.unit_bytes ? left : levels.unit_bytes); }
+    AVX512_INLINE __mmask64 present(const Levels& levels, int64_t left) {
+        return first_of_64(left < levels.unit_bytes ? left : levels.unit_bytes);
+    }
 
     // Returns the words that begin with the next 32 codes.
     AVX512_INLINE __m512i words(const Levels& levels, const uint8_t* codes, __mmask64 present) {
@@ -192,7 +195,8 @@ struct UnitScales {
             const int64_t left = scales.groups - group, ends = scales.each - begun;
             const __m512 loaded = load_scales(product, row * scales.groups + group, left < 16 ? left : 16);
             const __m512i numbers = _mm512_add_epi32(scales.lanes, _mm512_set1_epi32(static_cast<int>(begun)));
-            const __m512i later = _mm512_maskz_set1_epi32(_mm512_cmpge_epi32_mask(scales.lanes, _mm512_set1_epi32(static_cast<int>(ends < 16 ? ends : 16))), 1);
+            const __m512i next_group = _mm512_set1_epi32(static_cast<int>(ends < 16 ? ends : 16));
+            const __m512i later = _mm512_maskz_set1_epi32(_mm512_cmpge_epi32_mask(scales.lanes, next_group), 1);
             const __m512i index = scales.each < 16 ? _mm512_srli_epi32(_mm512_mullo_epi32(numbers, scales.inverse), 10) : later;
             _mm512_storeu_ps(out + done, _mm512_permutexvar_ps(index, loaded));
             group += scales.whole;
@@ -215,8 +219,10 @@ struct RoundedCodes {
     }
 
     // Writes values [begin, end) of a row, where begin is a multiple of kUnit. Meanwhile the row `rows_ahead` further on is fetched.
-    AVX512_INLINE void write(const RoundedCodes& codes, const Product& product, int64_t row, int64_t begin, int64_t end, int64_t rows_ahead, uint16_t* out) {
-        const uint8_t *at = product.codes + row * codes.width + begin / 8 * product.code_bits, *last_code = product.codes + (row + 1) * codes.width;
+    AVX512_INLINE void write(const RoundedCodes& codes, const Product& product, int64_t row, int64_t begin, int64_t end,
+                             int64_t rows_ahead, uint16_t* out) {
+        const uint8_t* at = product.codes + row * codes.width + begin / 8 * product.code_bits;
+        const uint8_t* last_code = product.codes + (row + 1) * codes.width;
         const int64_t unit_bytes = codes.levels.unit_bytes, bytes_ahead = rows_ahead * codes.width;
         const __mmask64 whole = Levels<kind>::present(codes.levels, unit_bytes);
         alignas(64) float scales[kScaleUnits + kScalePadding];
@@ -231,7 +237,8 @@ struct RoundedCodes {
             }
             if (i == last) continue;
             const __mmask64 present = Levels<kind>::present(codes.levels, last_code - at);
-            _mm512_mask_storeu_epi16(out, first_of_32(last - i), Levels<kind>::next_scaled(codes.levels, at, present, _mm512_set1_ps(*scale)));
+            const __m512i values = Levels<kind>::next_scaled(codes.levels, at, present, _mm512_set1_ps(*scale));
+            _mm512_mask_storeu_epi16(out, first_of_32(last - i), values);
         }
     }
 };

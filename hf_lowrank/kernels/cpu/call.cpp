@@ -103,7 +103,7 @@ bool Call::quantized(const View& codes, const View& scale, const View* mask, int
 
 bool Call::complete() {
     const bool by_bfloat16 = product_.x_dtype == kBFloat16 && instruction_set == kAvx512;
-    const bool many = by_bfloat16 && (product_.values || product_.codes);
+    const bool many = by_bfloat16 && (product_.values || (product_.codes && product_.group % kUnit == 0));
     if (product_.rows < 1 || product_.tokens > (many ? kFewTokensByBfloat16 : kFewTokens)) return false;
     for (int64_t* size : {&product_.kept, &product_.binary_rank, &product_.rank}) *size = *size < 0 ? 0 : *size;
     if (!product_.outputs) product_.outputs = product_.rows;

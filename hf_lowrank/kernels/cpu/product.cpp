@@ -160,7 +160,7 @@ bool prepare(const void* x, DType dtype, const Product& product, const Kernels& 
         }
     };
     if (forms.multiplies_signs) copy(static_cast<const uint16_t*>(product.scale_in), forms.columns, forms.padded, prepared.scale_in);
-    parallel_for(forms.terms ? product.threads : 1, forms.tokens, prepare_token);
+    parallel_for(forms.terms || forms.tokens > kExactTokens ? product.threads : 1, forms.tokens, prepare_token);
     return finite;
 }
 

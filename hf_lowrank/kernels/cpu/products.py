@@ -21,7 +21,9 @@ from . import native
 FEW_TOKENS = 16
 """Largest number of tokens for which a layer is multiplied from its packed form."""
 FEW_TOKENS_BY_BFLOAT16 = 64
-"""This limit is for kept values and codes where the processor multiplies bfloat16 itself, which pays for more tokens."""
+"""This limit is for kept values, and codes in groups of `UNIT`, where the processor multiplies bfloat16 itself."""
+UNIT = 32
+"""Codes whose groups are multiples of this are multiplied in units of this many."""
 TILE_BYTES = 1 << 23
 """Size of the dense tile of rows that many tokens are multiplied by. It must stay in the processor's cache."""
 SERIAL_BYTES = 1 << 17
@@ -125,11 +127,8 @@ def _linear(x: Tensor, rows: int, **parts: Any) -> Tensor | None:
 def _few_tokens(x: Tensor, parts: dict[str, Any]) -> int:
     """Return up to how many tokens the packed form is faster than tiles."""
     # AVX-512 has an instruction that multiplies bfloat16.
-    if (
-        ("values" in parts or "codes" in parts)
-        and x.dtype == torch.bfloat16
-        and native.instruction_set_in_use() == "avx512"
-    ):
+    stored = "values" in parts or parts.get("group", 1) % UNIT == 0
+    if stored and x.dtype == torch.bfloat16 and native.instruction_set_in_use() == "avx512":
         return FEW_TOKENS_BY_BFLOAT16
     return FEW_TOKENS
 

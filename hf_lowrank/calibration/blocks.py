@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..methods import Statistics
 from .activations import ActivationCache, CachedTensor
+from .attention import CausalAttention
 from .batches import TokenBatch
 from .hooks import temporary_hooks
 from .statistics import CompressedInputSums, Context, Routing, StatisticsCollector
@@ -47,10 +48,11 @@ class BlockCall(NamedTuple):
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call the block in this way once, on the device of the hidden states, and return its own, (B, T, d)."""
         args, kwargs = send_to_device((self.args, self.kwargs), hidden.device)
-        if isinstance(self.place, str):
-            output = block(*args, **kwargs, **{self.place: hidden})
-        else:
-            output = block(*args[: self.place], hidden, *args[self.place :], **kwargs)
+        with CausalAttention():
+            if isinstance(self.place, str):
+                output = block(*args, **kwargs, **{self.place: hidden})
+            else:
+                output = block(*args[: self.place], hidden, *args[self.place :], **kwargs)
         states = hidden_states(output)
         assert states is not None, "checked when the block was captured"
         return states

@@ -111,7 +111,8 @@ def refit_values(
 def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tensor, residual: float) -> Tensor:
     """Return the S, zero off the mask, with C_MM s_M = `right` in every row, up to `residual` of all rows together."""
     S = start
-    r = right - torch.where(mask, S @ gram, 0.0)
+    kept = mask.to(right)  # a product with it takes a fraction of the time of `torch.where`
+    r = right - (S @ gram).mul_(kept)
     tolerance = residual**2 * right.square().sum()
     tiny = torch.finfo(right.dtype).tiny  # for rows that are solved, whose p and energy are zero
     p, energy = r, r.square().sum(dim=1, keepdim=True)
@@ -119,7 +120,7 @@ def _conjugate_gradients(right: Tensor, gram: Tensor, mask: Tensor, start: Tenso
     for _ in range(LARGEST_STEPS):
         if not bool(energy.sum() > tolerance):
             break
-        q = torch.where(mask, p @ gram, 0.0)
+        q = (p @ gram).mul_(kept)
         step = energy / (p * q).sum(dim=1, keepdim=True).clamp(min=tiny)
         S, r = S + step * p, r - step * q
         last_energy, energy = energy, r.square().sum(dim=1, keepdim=True)

@@ -60,6 +60,10 @@ class SLaB(Method):
         (Perron–Frobenius), and signs and magnitudes are jointly optimal. For r > 1 magnitudes may be negative, and
         these signs are the best ones for them.
 
+        R then keeps the signs of W: it is W where nothing is kept, and |W_L| with the sign that it had where a value
+        is. So the alternation runs on magnitudes alone, with |Y| = ||W| − |W_L||, in float32. Values and signs follow
+        at its end.
+
         With `weighted` the problem is solved for A = W diag(c), whose signs are those of W because c > 0, and c is
         divided out at the end. Every step then lowers the loss. Without it, as in the paper, magnitudes are fitted to
         |R| itself and only the sparse step sees c.
@@ -73,22 +77,32 @@ class SLaB(Method):
         if self.weighted:
             A, score_weight = weight * c, torch.ones_like(c)
 
-        S = torch.zeros_like(A)  # W_S
-        mask = torch.zeros(A.shape, dtype=torch.bool, device=A.device)
-        signs = torch.empty_like(mask)  # W_B, True for +1
-        V: Tensor | None = None
-        for _ in range(self.iterations):
-            # W_L = U V. Power iteration starts from the last V, as |R| changes little between alternations.
-            U, V = leading_components((A - S).abs_(), self.binary_rank, V)
-            # All that follows is row by row. Whole matrices of it would be most of the memory.
-            for rows in row_chunks(A):
-                R, L = A[rows] - S[rows], U[rows] @ V
-                signs[rows] = (R >= 0) == (L >= 0)  # sign(R ⊙ W_L), sign(0) := +1
-                Y = A[rows] - torch.where(signs[rows], L, -L)
-                mask[rows] = largest_per_row((Y * score_weight).abs(), kept, self.pattern)
-                S[rows] = torch.where(mask[rows], Y, 0.0)
-
-        assert V is not None, "there is at least one iteration"
+        magnitudes = A.abs()
+        unit = magnitudes.mean().clamp(min=torch.finfo(A.dtype).tiny)  # squares of its multiples fit float32
+        U, V, mask = self._alternate((magnitudes / unit).float(), score_weight.float(), kept)
+        U, V = U.to(A) * unit.sqrt(), V.to(A) * unit.sqrt()
+        S, signs = torch.empty_like(A), torch.empty_like(mask)  # W_S, and W_B with True for +1
+        for rows in row_chunks(A):  # whole matrices of what follows would be most of the memory
+            L = U[rows] @ V
+            signs[rows] = (A[rows] >= 0) == (L >= 0)  # sign(0) := +1
+            S[rows] = (A[rows] - torch.where(signs[rows], L, -L)) * mask[rows]
         if self.weighted:
             S, V = S / c, V / c
         return Decomposition(sparse="bitmask", weight=S, mask=mask, signs=signs, scale_in=V, scale_out=U)
+
+    def _alternate(self, magnitudes: Tensor, score_weight: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U (m, r), V (r, n) and the mask (m, n) of the kept entries, for |A| (m, n) and weights (n,)."""
+        residual = magnitudes.clone()  # |R|
+        mask = torch.zeros(magnitudes.shape, dtype=torch.bool, device=magnitudes.device)
+        U: Tensor | None = None
+        V: Tensor | None = None
+        for _ in range(self.iterations):
+            # W_L = U V. Power iteration starts from the last V, as |R| changes little between alternations.
+            U, V = leading_components(residual, self.binary_rank, V)
+            for rows in row_chunks(magnitudes):
+                L = (U[rows] @ V).abs_()
+                Y = (magnitudes[rows] - L).abs_()
+                mask[rows] = largest_per_row(Y.mul_(score_weight), kept, self.pattern)
+                torch.lerp(magnitudes[rows], L, mask[rows].float(), out=residual[rows])  # |L| where a value is kept
+        assert U is not None and V is not None, "there is at least one iteration"
+        return U, V, mask

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -70,13 +71,32 @@ def largest_per_row(scores: Tensor, kept: int | Tensor, pattern: str = "unstruct
     if pattern != "unstructured":
         # Entries that the pattern rules out come after all others, whose scores are not below zero.
         scores = torch.where(_allowed_by(pattern, scores), scores, -1.0)
-    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    # Sorting is only needed where rows keep different numbers.
     if isinstance(kept, int):
-        return mask.scatter_(1, scores.topk(kept, dim=1, sorted=False).indices, True)
+        return _largest_equally_many(scores, kept)
     # As many entries are sorted as the longest row keeps. Every other row takes the first ones of its own.
     chosen = scores.topk(int(kept.max()), dim=1).indices
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     return mask.scatter_(1, chosen, torch.arange(chosen.shape[1], device=chosen.device) < kept[:, None])
+
+
+def _largest_equally_many(scores: Tensor, kept: int) -> Tensor:
+    """Return the mask (m, n) of the `kept` largest scores of every row."""
+    if not kept:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if scores.device.type == "cpu":
+        # NumPy finds the smallest of the largest in a fraction of the time in which torch finds all of them.
+        place = scores.shape[1] - kept
+        ordered = np.partition(scores.numpy(), place, axis=1)
+        smallest = torch.from_numpy(ordered[:, place])
+    else:
+        smallest = scores.topk(kept, dim=1, sorted=False).values.amin(dim=1)
+    mask = scores >= smallest[:, None]
+    # Where more scores are as small as the smallest one, not all of them are kept.
+    tied = mask.sum(dim=1) != kept
+    if bool(tied.any()):
+        largest = scores[tied].topk(kept, dim=1, sorted=False).indices
+        mask[tied] = torch.zeros_like(mask[tied]).scatter_(1, largest, True)
+    return mask
 
 
 def _allowed_by(pattern: str, scores: Tensor) -> Tensor:

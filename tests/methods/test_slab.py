@@ -142,4 +142,4 @@ def test_what_fits_the_form_is_recovered() -> None:
     """±1 times a positive matrix of rank one, with any column weights."""
     magnitudes = torch.outer(gaussian(64, seed=1).abs() + 0.5, gaussian(96, seed=2).abs() + 0.5)
     weight = torch.where(gaussian(64, 96, seed=3) > 0, magnitudes, -magnitudes)
-    assert weighted_error(weight, spread(96), 0.9) < 1e-12
+    assert weighted_error(weight, spread(96), 0.9) < 1e-6  # the precision of float32

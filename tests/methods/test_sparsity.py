@@ -76,3 +76,13 @@ def test_layers_without_room_for_the_pattern_stay_dense(method: str) -> None:
     narrow, wide = (Layer("layer", 0, 1, "other", 32, inputs) for inputs in (7, 8))
     assert "no room for the pattern 4:8" in (pruning.leaves_dense(narrow, 0.5) or "")
     assert pruning.leaves_dense(wide, 0.5) is None
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 11, 12])
+@pytest.mark.parametrize("values", [1, 2, 3])
+def test_equal_scores_are_kept_as_often_as_asked(kept: int, values: int) -> None:
+    scores = (gaussian(20, 12, seed=0).abs() * values).floor()
+    mask = largest_per_row(scores, kept)
+    assert mask.sum(dim=1).eq(kept).all()
+    smallest_kept = torch.where(mask, scores, torch.inf).amin(dim=1)
+    assert bool((smallest_kept >= torch.where(mask, -1.0, scores).amax(dim=1)).all())

@@ -42,7 +42,7 @@ def part_of(layer: CompressedLinear, dim: int, start: int, stop: int) -> nn.Line
     columns = stop - start if dim else layer.in_features
     rows = layer.out_features if dim else stop - start
     parts = _parts_by_columns(layer, start, stop) if dim else _parts_by_rows(layer, start, stop)
-    bias = layer.bias
+    bias: Tensor | None = layer.bias
     if bias is not None:
         bias = bias[start:stop] if dim == 0 else bias if start == 0 else None
     if _is_plain(parts, rows, columns):
@@ -121,7 +121,10 @@ def _parts_by_columns(layer: CompressedLinear, start: int, stop: int) -> dict[st
         parts["weight"] = _columns(weight, start, stop)
     if spec.factor_rank and last > first:
         a, b = _columns(_stored(layer, "lowrank_a"), first, last), _stored(layer, "lowrank_b")
-        parts |= {"lowrank_a": a, "lowrank_b": _regrouped(b, a.group) if isinstance(a, Quantized) else b}
+        parts |= {
+            "lowrank_a": a,
+            "lowrank_b": _regrouped(b, a.group) if isinstance(a, Quantized) and isinstance(b, Quantized) else b,
+        }
         if spec.pivoted:
             rows, _ = spec.lowrank_shape(layer.out_features, layer.in_features)
             parts["pivots"] = unpack_bits(layer.lowrank_pivots, rows)
@@ -197,7 +200,8 @@ def _columns(values: Values, start: int, stop: int) -> Any:
     if not isinstance(values, Quantized):
         return values[:, start:stop]
     is_one_group = values.group >= values.codes.shape[1]
-    whole = values if is_one_group else _regrouped(values, math.gcd(values.group, start))
+    quantized: Quantized = values
+    whole = quantized if is_one_group else _regrouped(quantized, math.gcd(quantized.group, start))
     scale = whole.scale if is_one_group else whole.scale[:, start // whole.group : -(-stop // whole.group)]
     return Quantized(whole.codes[:, start:stop], scale, whole.bits, whole.group)
 

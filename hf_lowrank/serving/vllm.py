@@ -288,7 +288,8 @@ def _part(shard: nn.Module, dim: int, start: int, stop: int) -> nn.Module:
     """Return a part of a shard, compressed or dense, see `part_of`."""
     if isinstance(shard, CompressedLinear):
         return part_of(shard, dim, start, stop)
-    return plain_linear(shard.weight.detach().narrow(dim, start, stop - start), None)
+    weight = shard.get_parameter("weight").detach()
+    return plain_linear(weight.narrow(dim, start, stop - start), None)
 
 
 def _empty_shard(spec: LayerSpec | None, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:

@@ -22,6 +22,7 @@ from ..runtime.configuration import QUANT_METHOD, CompressionConfig, LayerSpec
 from ..runtime.content_checks import check_contents
 from ..runtime.errors import CheckpointError, CompressionError
 from ..runtime.layers import CompressedLinear, build_layer
+from .sharding import part_of, plain_linear
 
 LOSS = "vLLM serves no compressed checkpoints"
 """What does not work where the format cannot be registered."""
@@ -159,15 +160,11 @@ class CompressedLinearMethod(LinearMethodBase):
         name of the shards' tensors, whose loader passes what is loaded on to the shard.
 
         Raises:
-            CompressionError: if vLLM splits the layer over devices, or the layer has a bias that vLLM's model does not
-                have.
+            CompressionError: if the layer has a bias that vLLM's model does not have.
         """
-        if (input_size_per_partition, sum(output_partition_sizes)) != (input_size, output_size):
-            raise CompressionError(
-                f"{next(iter(self.specs))}: compressed layers are not split over devices; "
-                f"use --tensor-parallel-size 1, or {DENSE}"
-            )
-        sizes = self._shard_sizes(output_partition_sizes, output_size)
+        self.inputs_per_rank = input_size_per_partition if input_size_per_partition != input_size else 0
+        self.output_ranges = _output_ranges(layer, output_partition_sizes, output_size)
+        sizes = self._shard_sizes([whole for whole, _, _ in self.output_ranges])
         layer.shards = nn.ModuleList()
         for (name, spec), size in zip(self.specs.items(), sizes, strict=True):
             if spec is not None and spec.bias and not layer.has_bias:
@@ -185,7 +182,7 @@ class CompressedLinearMethod(LinearMethodBase):
             set_weight_attrs(entry, {"weight_loader": self._loader(layer, name)})
             layer.register_parameter(name, entry)
 
-    def _shard_sizes(self, output_partition_sizes: list[int], output_size: int) -> list[int]:
+    def _shard_sizes(self, whole_sizes: list[int]) -> list[int]:
         """Return the outputs of each shard.
 
         A single layer of the checkpoint may be all of a layer that vLLM divides, such as a fused query, key and value.
@@ -195,13 +192,13 @@ class CompressedLinearMethod(LinearMethodBase):
         """
         names = list(self.specs)
         if len(names) == 1:
-            return [output_size]
-        if len(output_partition_sizes) != len(names):
+            return [sum(whole_sizes)]
+        if len(whole_sizes) != len(names):
             raise CompressionError(
-                f"{', '.join(names)}: vLLM fuses {len(output_partition_sizes)} layers here, "
+                f"{', '.join(names)}: vLLM fuses {len(whole_sizes)} layers here, "
                 f"the checkpoint has {len(names)}; {DENSE}"
             )
-        return output_partition_sizes
+        return whole_sizes
 
     def _loader(self, layer: Any, name: str) -> Any:
         """Return the function by which vLLM loads the tensors of one name, with the shard that each belongs to."""
@@ -244,6 +241,27 @@ class CompressedLinearMethod(LinearMethodBase):
         for name, shard in zip(self.specs, layer.shards, strict=True):
             if isinstance(shard, CompressedLinear):
                 check_contents(name, shard.spec, shard.out_features, shard.in_features, shard.state_dict())
+        layer.shards = nn.ModuleList(self._parts(layer))
+
+    def _parts(self, layer: Any) -> list[nn.Module]:
+        """Return what this process computes of the shards, which were loaded whole: the shards, if it is the only one.
+
+        Tensor parallelism divides the inputs, or the outputs of every layer that vLLM fuses. These may be rows of one
+        layer of the checkpoint, such as a fused query, key and value.
+        """
+        if self.inputs_per_rank:
+            start = layer.tp_rank * self.inputs_per_rank
+            return [_part(shard, 1, start, start + self.inputs_per_rank) for shard in layer.shards]
+        if all(stop - start == whole for whole, start, stop in self.output_ranges):
+            return list(layer.shards)
+        if len(layer.shards) > 1:
+            pairs = zip(layer.shards, self.output_ranges, strict=True)
+            return [_part(shard, 0, start, stop) for shard, (_, start, stop) in pairs]
+        parts, offset = [], 0
+        for whole, start, stop in self.output_ranges:
+            parts.append(_part(layer.shards[0], 0, offset + start, offset + stop))
+            offset += whole
+        return parts
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return y (..., m): the outputs of all shards for x (..., n), side by side, plus the bias."""
@@ -251,6 +269,27 @@ class CompressedLinearMethod(LinearMethodBase):
         # One output is not copied.
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if bias is None else y + bias
+
+
+def _output_ranges(layer: Any, per_rank: list[int], total: int) -> list[tuple[int, int, int]]:
+    """Return all outputs of each layer that vLLM fuses into one, and from where to where this process has them."""
+    if sum(per_rank) == total:
+        return [(size, 0, size) for size in per_rank]
+    ranges = []
+    for index, size in enumerate(per_rank):
+        # With more processes than heads of keys and values, several have the same head.
+        replicas = layer.num_kv_head_replicas if index and hasattr(layer, "num_kv_head_replicas") else 1
+        start = layer.tp_rank // replicas * size
+        ranges.append((size * layer.tp_size // replicas, start, start + size))
+    return ranges
+
+
+def _part(shard: nn.Module, dim: int, start: int, stop: int) -> nn.Module:
+    """Return a part of a shard, compressed or dense, see `part_of`."""
+    if isinstance(shard, CompressedLinear):
+        return part_of(shard, dim, start, stop)
+    weight = shard.get_parameter("weight").detach()
+    return plain_linear(weight.narrow(dim, start, stop - start), None)
 
 
 def _empty_shard(spec: LayerSpec | None, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:

@@ -205,9 +205,6 @@ def test_what_cannot_be_served_is_one_line() -> None:
     assert checkpoint.get_quant_method(nn.ModuleList(), "block.attn") is None
     with pytest.raises(CompressionError, match=r"^block\.o_proj: stores a bias.*$"):
         RowParallelLinear(8, 8, bias=False, quant_config=checkpoint, prefix="block.o_proj")
-    split = CompressedLinearMethod({"block.o_proj": spec})
-    with pytest.raises(CompressionError, match=r"^block\.o_proj: compressed layers are not split over devices.*$"):
-        split.create_weights(nn.Module(), 4, [8], 8, 8, torch.float32)
     fused = CompressedLinearMethod({"a": spec, "b": spec})
     with pytest.raises(CompressionError, match=r"^a, b: vLLM fuses 3 layers here, the checkpoint has 2.*$"):
         fused.create_weights(nn.Module(), 8, [8, 8, 8], 8, 24, torch.float32)

@@ -46,6 +46,7 @@ from .checks import (
 )
 from .embeddings import compress_embeddings
 from .finishing import finish
+from .head_inputs import head_gram
 from .refinement import refine
 from .resume import run_identity
 from .session import Session, open_session
@@ -128,7 +129,7 @@ def compress(
                 fuse_experts(model)
             raise
         on_disk = None if session.offloaded is None else session.offloaded.weights
-        session.log.embeddings = compress_embeddings(model, session.plan.embeddings, on_disk)
+        session.log.embeddings = compress_embeddings(model, session.plan.embeddings, on_disk, session.head_gram)
         if work is not None:
             work.finish()
         if session.offloaded is not None:
@@ -195,6 +196,8 @@ def use_work_folder(session: Session, work: WorkFolder | None) -> None:
 def compress_blocks(session: Session) -> None:
     """Capture the inputs of the blocks, compress them by the strategy of the method, and refine them if asked."""
     batches = capture_inputs(session)
+    if session.plan.embeddings:
+        session.head_gram = head_gram(session, batches)
     strategy_of(session.method).compress(session, batches)
     if session.dense_copy is not None:
         refine(session, session.dense_copy)

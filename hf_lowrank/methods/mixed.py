@@ -16,6 +16,7 @@ from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from .base import Decomposition, Method, Statistics, single_layer, too_small
+from .second_order import shrunk
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class MixedMethod(Method):
             raise CompressionError(
                 f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1"
             )
+
+    def input_gram(self, statistics: Statistics) -> Tensor:
+        """Return the Gram matrix C of the inputs, (n, n), as layers are fitted to it: with its correlations shrunk."""
+        return shrunk(statistics.require("gram", self.name), statistics.tokens)
 
     def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
         """Return what the layer could become, in any order. The dense layer is always possible and not listed.

@@ -151,7 +151,7 @@ class LossGradients:
 
 
 def head_of(session: Session, batches: list[BlockBatch]) -> Head | None:
-    """Return the head of a model that is a chain of its blocks, as `chain_head`. None for a process without batches."""
+    """Return the head of a model that is a chain of its blocks, as `chain_head`. Without batches there is none."""
     if not session.head_is_known:
         # A model on disk can be asked once: it no longer runs as a whole after its head was used.
         session.head = chain_head(session.model, session.plan.blocks, batches) if batches else None

@@ -48,7 +48,7 @@ class MixedMethod(Method):
     """
 
     unigram_share: float = field(
-        default=0.25,
+        default=0.1,
         metadata={
             "help": "share of the calibration sequences whose tokens are drawn at random from all of them, "
             "for text unlike it"

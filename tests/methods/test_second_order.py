@@ -118,9 +118,7 @@ def test_lowrank_loses_the_tail_of_the_two_sided_spectrum() -> None:
         layer_built = method.build(weight, statistics, choice.spec).to_layer(30, 22)  # type: ignore[attr-defined]
         difference = root @ (weight - layer_built.to_dense(torch.float64))
         C = shrunk(statistics.gram, statistics.tokens)
-        assert float(row_errors(difference, C).sum()) / statistics.tokens == pytest.approx(
-            choice.loss, rel=1e-6
-        )
+        assert float(row_errors(difference, C).sum()) / statistics.tokens == pytest.approx(choice.loss, rel=1e-6)
         rank = choice.spec.rank
         assert (
             layer_built.stored_bits() == rank * (30 + 22 - rank) * 64 + 32

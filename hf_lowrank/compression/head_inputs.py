@@ -11,6 +11,7 @@ from ..calibration import BlockBatch, Head, run_block
 from ..calibration.grams import add_product, fill_upper_triangle
 from ..calibration.hooks import temporary_hooks
 from ..execution.work_folder import Record
+from ..methods.second_order import shrunk
 from .fallback import BuildResult
 from .loss import head_of, head_on_device
 from .session import BlockVisit, Session
@@ -21,7 +22,7 @@ GRAM = "gram"
 
 
 def head_gram(session: Session, batches: list[BlockBatch]) -> Tensor | None:
-    """Return Σ x xᵀ over the inputs x of the head of the dense model, (n, n) float64.
+    """Return Σ x xᵀ over the inputs x of the head of the dense model, `shrunk`, (n, n) float64.
 
     The batches are at the first block, before and after. Return None for a model that reads other things than text,
     or whose head reads other things than what the last block gives.
@@ -36,7 +37,8 @@ def head_gram(session: Session, batches: list[BlockBatch]) -> Tensor | None:
     walk(session, stage, batches)
     for batch in batches:
         batch.rewind()
-    return stage.gram
+    assert stage.gram is not None
+    return shrunk(stage.gram, sum(batch.tokens for batch in session.tokens))
 
 
 class _HeadInputs(Stage[None]):

@@ -112,7 +112,8 @@ def test_the_bundled_model_compresses_and_reopens(tmp_path: Path, method: str) -
 def test_a_seed_always_gives_the_same_bytes(tmp_path: Path, method: str) -> None:
     def compressed_files(run: str, seed: int) -> dict[str, str]:
         folder = tmp_path / run / "model"
-        compress(tiny_models.llama(), config(method, seed=seed), tiny_models.tokenizer()).save_pretrained(folder)
+        model = compress(tiny_models.llama(), config(method, seed=seed), tiny_models.tokenizer(), tiny_models.text(40))
+        model.save_pretrained(folder)
         return digests(folder)
 
     torch.manual_seed(17)

@@ -28,6 +28,12 @@ KEPT_GROUP = 32
 LARGEST_QUANTIZED_SHARE = 0.3
 """Largest share of values kept beside signs. Beyond it a quantized matrix is the better use of the bytes."""
 
+ENOUGH_FOR_QUANTIZED = 5.0
+"""Stored bits per weight from which on quantized matrices are all that is measured: they are what is chosen there.
+
+On a model of 135 million parameters at 5 bits, one layer of 210 is chosen otherwise.
+"""
+
 
 @register_method("auto")
 @dataclass
@@ -59,11 +65,15 @@ class Auto(MixedMethod):
     def fullest_spec(self, layer: Layer) -> LayerSpec:
         return kept_spec(1, KEPT_BITS, KEPT_GROUP) if self.quantised else kept_spec(1)
 
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+    def choices(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int, affordable: float = 0.0
+    ) -> list[Choice]:
         """Return all that the layer could become, with tr(G D C Dᵀ) of each.
 
         G is taken as diagonal where the errors of different outputs are independent.
         """
+        if self.quantised and affordable >= ENOUGH_FOR_QUANTIZED:
+            return self.full_choices(weight, statistics)
         lowrank = LowRank().choices(layer, weight, statistics, value_bits)
         if not self.quantised:
             return [*SLaBGram().choices(layer, weight, statistics, value_bits), *lowrank]

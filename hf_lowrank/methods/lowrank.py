@@ -32,7 +32,9 @@ class LowRank(MixedMethod):
         """Return the steps up to the last rank below full. With pivots r (m + n − r) < m n holds for all of them."""
         return max(min(layer.out_features, layer.in_features) - 2, 0)
 
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+    def choices(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int, affordable: float = 0.0
+    ) -> list[Choice]:
         """Return every rank r. Truncation loses tr(G D C Dᵀ) = Σ_{i>r} σ_i², with σ the spectrum of G^½ W C^½.
 
         Whitening both sides is IO-SVD's (arXiv 2605.15626).

@@ -69,13 +69,17 @@ class MixedMethod(Method):
         """Return the Gram matrix C of the inputs, (n, n), as layers are fitted to it: with its correlations shrunk."""
         return shrunk(statistics.require("gram", self.name), statistics.tokens)
 
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+    def choices(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int, affordable: float = 0.0
+    ) -> list[Choice]:
         """Return what the layer could become, in any order. The dense layer is always possible and not listed.
 
         Args:
             weight: (m, n), float64, of the dense layer.
             statistics: of the dense model.
             value_bits: bits of one value in the checkpoint's dtype.
+            affordable: stored bits per weight that all layers may take on average, 0 if that is not known. What would
+                not be chosen at so many bits need not be measured.
         """
         raise NotImplementedError
 

@@ -98,7 +98,9 @@ class SLaBGram(MixedMethod):
     def max_steps(self, layer: Layer) -> int:
         return layer.in_features - 1
 
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+    def choices(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int, affordable: float = 0.0
+    ) -> list[Choice]:
         """Return every number of kept values per row, with losses from `interpolated_losses`."""
         C, d = damped(self.input_gram(statistics))
         row_weights = output_weights(statistics.output_gram, weight.shape[0]) / max(statistics.tokens, 1)

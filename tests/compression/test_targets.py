@@ -24,7 +24,7 @@ from hf_lowrank.compression.from_disk import compress_checkpoint
 from hf_lowrank.evaluation.candidates import candidates
 from hf_lowrank.evaluation.comparison_records import asked_of
 from hf_lowrank.execution.files import files_size
-from hf_lowrank.methods import make_method, registered_methods
+from hf_lowrank.methods import auto, make_method, registered_methods
 from hf_lowrank.runtime.configuration import DerivedRatio, size_in_bytes
 
 from ..support import tiny_models
@@ -262,3 +262,15 @@ def test_nothing_but_a_model_is_compressed_as_its_defaults_say(tmp_path: Path) -
     stored = inspect(tmp_path / "out")
     assert (stored.method, stored.bits_asked) == ("auto", 6) and stored.bits_per_weight <= 6
     assert " 6.00 bits per weight" in describe(str(dense), recipe)
+
+
+def test_what_would_not_be_chosen_is_not_measured_and_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With enough bits `auto` measures quantized matrices only, and chooses what it chooses among everything."""
+    made = []
+    for enough in (auto.ENOUGH_FOR_QUANTIZED, float("inf")):
+        monkeypatch.setattr(auto, "ENOUGH_FOR_QUANTIZED", enough)
+        model = tiny_models.llama(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        config = CompressionConfig("auto", bits=6, samples=4, sequence_length=24)
+        made.append(compress(model, config, calibration=IDS, progress=False).state_dict())
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])

@@ -5,6 +5,12 @@ tokens drawn from the dense model's own distribution. With such tokens the mean 
 matrix, the curvature of KL(dense ‖ compressed). With C = Σ x xᵀ of the layer's inputs, a change D of its weight costs
 about tr(G D C Dᵀ) / 2T. G and C are the Kronecker factors of K-FAC (Martens and Grosse, arXiv 1503.05671). IO-SVD
 (arXiv 2605.15626) truncates by both.
+
+K-FAC takes inputs and gradients to be independent. They are not where attention sinks: all queries look at the first
+token, so that its value has a gradient larger than all others together, and its normalized input is nearly zero. So
+each g_t g_tᵀ is weighted by how large x_t is among the inputs. With the errors of SLaB on a model of 135 million
+parameters, tr(G D C Dᵀ) / 2T then is within 2 percent of Σ_t (g_tᵀ D x_t)² / 2T for each kind of layer. Without
+weights it is six times as much for the value projections.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,14 +42,14 @@ class OutputGramSums(GradientSums):
 
     def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
         if self.mask is not None and gradient.shape[:2] == self.mask.shape:
-            g = gradient[self.mask]
+            g, x = gradient[self.mask], x[self.mask]
         else:  # the layer of an expert, whose tokens are a part of the batch in an order of their own
-            g = gradient.flatten(0, -2)
+            g, x = gradient.flatten(0, -2), x.flatten(0, -2)
         if name not in self._sums:
             self._sums[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
         # Float32 is precise enough: the matrix is damped wherever it is used.
         with products_of(g.dtype):
-            add_product(self._sums[name], g.float())
+            add_product(self._sums[name], g.float() * relative_energies(x).sqrt()[:, None])
 
     def end_batch(self, group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Nothing is done between two batches, as the sums are over tokens."""
@@ -56,6 +62,13 @@ class OutputGramSums(GradientSums):
         # This is checked after the sum over processes, so that all of them raise the same error.
         check_finite_gradients(totals)
         return totals
+
+
+def relative_energies(x: Tensor) -> Tensor:
+    """Return the energy of each input in x (T, n), (T,) float32: 1 on average, with all channels counted alike."""
+    squares = x.float().square()
+    means = squares.mean(dim=0)
+    return squares @ torch.where(means > 0, 1 / means, 0.0) / (means > 0).sum().clamp(min=1)
 
 
 def first_batches(batches: Sequence[TokenBatch]) -> list[TokenBatch]:

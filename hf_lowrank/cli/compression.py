@@ -41,7 +41,7 @@ def methods(as_json: Json = False) -> None:
 def compress(
     model: Annotated[str, typer.Argument(help="dense model: a folder or a name on the Hub")],
     output: Output,
-    method: Annotated[str, typer.Option(help=RECIPE_HELP["method"])] = "slab",
+    method: Annotated[str | None, typer.Option(help=RECIPE_HELP["method"])] = None,
     ratio: Annotated[float | None, typer.Option(help=RECIPE_HELP["ratio"])] = None,
     bits: Annotated[float | None, typer.Option(help=RECIPE_HELP["bits"])] = None,
     size: Annotated[str | None, typer.Option(help=RECIPE_HELP["size"])] = None,
@@ -75,7 +75,7 @@ def compress(
     from ..runtime.privacy import public_command
 
     config = CompressionConfig(
-        method=method,
+        method=CompressionConfig.method if method is None else method,
         ratio=CompressionConfig.ratio if ratio is None else ratio,
         options=_key_values(settings or []),
         calibration=calibration,

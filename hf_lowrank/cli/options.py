@@ -7,9 +7,10 @@ import typer
 import typer.core
 
 RECIPE_HELP = {
-    "method": "compression method; `hf-lowrank methods` lists all",
+    "method": "compression method; `hf-lowrank methods` lists all; default: auto, or slab for a model that predicts "
+    "no next tokens",
     "ratio": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1); "
-    "default: what the method's options lead to (as bits do), else 0.5",
+    "default: what the method's options lead to (as bits do), else 6 bits with auto, 0.5 with other methods",
     "bits": "in place of the ratio: stored bits per weight of the linear layers of the blocks, with scales, masks and "
     "all",
     "size": "in place of the ratio: bytes of the weight files, embeddings and all, also as '80MB' or '1.5GiB'",

@@ -8,6 +8,7 @@ from ..models.architectures import find_blocks, separate_experts
 from ..models.loading import load_config, skeleton
 from ..runtime.configuration import CompressionConfig
 from .checks import check_reads_text, whole_model_reason
+from .defaults import with_defaults
 from .estimate import estimate
 from .planning import Plan, make_plan
 from .time_estimate import estimate_time
@@ -25,6 +26,7 @@ def describe(source: str, config: CompressionConfig, device: str = "cpu", dtype:
     """
     dense = skeleton(load_config(source), dtype)
     check_reads_text(dense, config.calibration)
+    config = with_defaults(dense, config)
     blocks = find_blocks(dense)
     plan = make_plan(dense, config, make_method(config.method, config.options), blocks, separate_experts(blocks))
     config = plan.config

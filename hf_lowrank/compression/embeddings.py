@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..methods import Decomposition
+from ..methods.gptq import compensated
 from ..models.architectures import find_blocks, input_embeddings
 from ..models.linears import replace_layer
 from ..runtime.configuration import CompressionConfig
@@ -23,6 +24,8 @@ EMBEDDING_GROUP = 32
 """Values of a row that share a scale."""
 USUAL_BITS = 8
 """Bits of a value where a recipe asks for compressed embeddings and says no more."""
+HEAD_DAMPING = 0.01
+"""λ that is added to the Gram matrix of the inputs of the head, as a share of its mean diagonal."""
 CHOICES = (0, USUAL_BITS, 6, 4)
 """Bits of a value of the embeddings among which a size chooses. 0: they stay dense."""
 
@@ -126,13 +129,17 @@ def embedding_savings(model: PreTrainedModel, config: CompressionConfig) -> int:
 
 @torch.no_grad()
 def compress_embeddings(
-    model: PreTrainedModel, bits: int, on_disk: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    bits: int,
+    on_disk: Mapping[str, Tensor] | None = None,
+    head_gram: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Put compressed embeddings, and a compressed head, in the place of the dense ones.
 
     Args:
         bits: bits of a value, 0 to leave them dense.
         on_disk: the weights of the model that are not in memory, by name.
+        head_gram: Gram matrix (n, n) of the inputs of the head. What it multiplies by is rounded to suit them.
 
     Returns:
         One entry for each weight that was compressed, as the report has it.
@@ -149,7 +156,8 @@ def compress_embeddings(
             weight = on_disk[f"{name}.weight"].clone()
         rows, columns = dense_shape(module)
         spec = embedding_spec(bits, columns)
-        quantized = _quantized_rows(weight, spec)
+        is_multiplied = name == found.head or bool(found.tied)
+        quantized = _quantized_rows(weight, spec, head_gram if is_multiplied else None)
         stored: Any
         if name == found.name:
             stored = compress_embedding(model, name, spec, found.tied)
@@ -171,11 +179,24 @@ def compress_embeddings(
     return entries
 
 
-def _quantized_rows(weight: Tensor, spec: LayerSpec) -> Quantized:
-    """Return a weight (V, n) quantized row by row. Few levels get the scales of least squared error."""
-    search = spec.weight_bits < USUAL_BITS
-    parts = [
-        quantize(rows.float(), spec.weight_bits, spec.weight_group, search) for rows in weight.split(CHUNK_OF_ROWS)
-    ]
+def _quantized_rows(weight: Tensor, spec: LayerSpec, gram: Tensor | None) -> Quantized:
+    """Return a weight (V, n) quantized row by row.
+
+    Args:
+        gram: Gram matrix C (n, n) of what the rows are multiplied by. The error of a row is then made small in the
+            metric of C, as by GPTQ. Without one each value goes to its nearest level, and few levels get the scales
+            of least squared error.
+    """
+    bits, group = spec.weight_bits, spec.weight_group
+    if gram is not None:
+        # The rows of tied embeddings are looked up, too. Damping keeps each value near what it was.
+        gram = gram + HEAD_DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        gram = gram.to(weight.device)
+    parts = []
+    for rows in weight.split(CHUNK_OF_ROWS):
+        if gram is None:
+            parts.append(quantize(rows.float(), bits, group, search=bits < USUAL_BITS))
+        else:
+            parts.append(compensated(rows.double(), gram, bits, group))
     codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
     return Quantized(codes, scale, spec.weight_bits, spec.weight_group)

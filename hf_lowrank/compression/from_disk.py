@@ -22,6 +22,7 @@ from ..runtime.configuration import CompressionConfig
 from ..runtime.errors import CompressionError, path_in_message
 from ..runtime.saving import CompleteSave
 from .checks import check_reads_text, usable_device, whole_model_reason
+from .defaults import with_defaults
 from .loss import WholeModelNeeded
 from .pipeline import compress
 
@@ -58,6 +59,7 @@ def compress_checkpoint(
     usable_device(device)
     dense = skeleton(load_config(source))
     check_reads_text(dense, config.calibration)
+    config = with_defaults(dense, config)
     reason = whole_model_reason(config, dense)
     with ExitStack() as stack:
         work = work_dir

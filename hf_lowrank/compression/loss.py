@@ -11,6 +11,7 @@ from ..calibration import (
     BlockBatch,
     GradientBatch,
     GradientSums,
+    Head,
     OutputGramSums,
     SquaredGradientSums,
     backward_through_block,
@@ -65,7 +66,7 @@ class LossGradients:
         self.batches = gradient_batches
         self._numbers = numbers
         self._make_sums = make_sums
-        self._head = chain_head(session.model, session.plan.blocks, batches) if batches else None
+        self._head = head_of(session, batches)
         self._is_chain = all(session.group.gather(self._head is not None or not batches))
         self._of_all_blocks: dict[str, Tensor] | None = None  # of a model that is no chain
         if session.offloaded is not None and not self._is_chain:
@@ -118,7 +119,7 @@ class LossGradients:
         """Take the gradient from the loss to the output of the last block."""
         session = self.session
         session.show("measuring the loss", 0, len(session.plan.compressed))
-        with _head_on_device(session):
+        with head_on_device(session):
             for batch in self.batches:
                 assert self._head is not None
                 hidden = batch.inputs[len(session.plan.blocks)].tensor
@@ -149,8 +150,17 @@ class LossGradients:
         self.keep_inputs(last)
 
 
+def head_of(session: Session, batches: list[BlockBatch]) -> Head | None:
+    """Return the head of a model that is a chain of its blocks, as `chain_head`. Without batches there is none."""
+    if not session.head_is_known:
+        # A model on disk can be asked once: it no longer runs as a whole after its head was used.
+        session.head = chain_head(session.model, session.plan.blocks, batches) if batches else None
+        session.head_is_known = True
+    return session.head
+
+
 @contextmanager
-def _head_on_device(session: Session) -> Iterator[None]:
+def head_on_device(session: Session) -> Iterator[None]:
     """Have all of the model but its blocks on the device where blocks are computed, while active."""
     offloaded, name = session.offloaded, _name_of_head(session)
     if offloaded is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..budget import Layer
-from ..calibration import ActivationCache, TokenBatch
+from ..calibration import ActivationCache, Head, TokenBatch
 from ..execution.process_group import SINGLE_PROCESS, ProcessGroup
 from ..execution.progress import Step
 from ..execution.work_folder import Record, WorkFolder
@@ -140,6 +140,8 @@ class Session:
             they were measured before the walk.
         waiting: where activations of all blocks wait, and what was measured of them: in memory, and in files beyond a
             limit.
+        head: what the model computes after its last block, once `head_is_known` (`head_of` in loss.py).
+        head_gram: Gram matrix (n, n) of the inputs of the head, where embeddings are compressed and it is known.
     """
 
     model: PreTrainedModel
@@ -156,6 +158,9 @@ class Session:
     squared_gradients: dict[str, Tensor] = field(default_factory=dict)
     output_grams: Callable[["BlockVisit"], dict[str, Tensor]] = lambda visit: {}
     waiting: ActivationCache = field(init=False)
+    head: Head | None = None
+    head_is_known: bool = False
+    head_gram: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.cache = ActivationCache(device=self.other_device)

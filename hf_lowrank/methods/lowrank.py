@@ -32,13 +32,15 @@ class LowRank(MixedMethod):
         """Return the steps up to the last rank below full. With pivots r (m + n − r) < m n holds for all of them."""
         return max(min(layer.out_features, layer.in_features) - 2, 0)
 
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+    def choices(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int, affordable: float = 0.0
+    ) -> list[Choice]:
         """Return every rank r. Truncation loses tr(G D C Dᵀ) = Σ_{i>r} σ_i², with σ the spectrum of G^½ W C^½.
 
         Whitening both sides is IO-SVD's (arXiv 2605.15626).
         """
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
-        energies = whitened_energies(root @ weight, statistics.require("gram", self.name)) / max(statistics.tokens, 1)
+        energies = whitened_energies(root @ weight, self.input_gram(statistics)) / max(statistics.tokens, 1)
         tails = energies.cumsum(0).flip(0).tolist()  # entry r: Σ_{i>r} σ_i²
         choices = []
         for rank in range(1, min(self.max_steps(layer) + 2, len(tails))):
@@ -48,7 +50,7 @@ class LowRank(MixedMethod):
     def build(self, weight: Tensor, statistics: Statistics, spec: LayerSpec) -> Decomposition:
         """W ≈ B A of rank r, minimizing tr(G D C Dᵀ): the whitened SVD of G^½ W, with G^½ undone in B."""
         root = output_root(statistics.output_gram, weight.shape[0]).to(weight)
-        a, b = whitened_factors(root @ weight, statistics.require("gram", self.name), spec.rank)
+        a, b = whitened_factors(root @ weight, self.input_gram(statistics), spec.rank)
         # Pivoted factors store r (m + n − r) values in place of r (m + n): r rows of B become the identity.
         lowrank_a, lowrank_b, pivots = pivot(a, torch.linalg.solve_triangular(root, b, upper=True))
         return Decomposition(lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=pivots)

@@ -16,6 +16,7 @@ from ..budget import Budget, Layer
 from ..runtime.configuration import LayerSpec
 from ..runtime.errors import CompressionError
 from .base import Decomposition, Method, Statistics, single_layer, too_small
+from .second_order import shrunk
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class MixedMethod(Method):
     """
 
     unigram_share: float = field(
-        default=0.25,
+        default=0.1,
         metadata={
             "help": "share of the calibration sequences whose tokens are drawn at random from all of them, "
             "for text unlike it"
@@ -64,13 +65,21 @@ class MixedMethod(Method):
                 f"{self.name}: option unigram_share is {self.unigram_share}, expected a number from 0 to 1"
             )
 
-    def choices(self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int) -> list[Choice]:
+    def input_gram(self, statistics: Statistics) -> Tensor:
+        """Return the Gram matrix C of the inputs, (n, n), as layers are fitted to it: with its correlations shrunk."""
+        return shrunk(statistics.require("gram", self.name), statistics.tokens)
+
+    def choices(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, value_bits: int, affordable: float = 0.0
+    ) -> list[Choice]:
         """Return what the layer could become, in any order. The dense layer is always possible and not listed.
 
         Args:
             weight: (m, n), float64, of the dense layer.
             statistics: of the dense model.
             value_bits: bits of one value in the checkpoint's dtype.
+            affordable: stored bits per weight that all layers may take on average, 0 if that is not known. What would
+                not be chosen at so many bits need not be measured.
         """
         raise NotImplementedError
 

@@ -11,6 +11,9 @@ from .sparsity import largest_per_row
 DAMPING = 1e-3
 """λ that is added to the diagonal of C, as a share of its mean."""
 
+SHRINKAGE = 0.1
+"""Share by which the correlations of inputs are shrunk for T → ∞. With few tokens they are shrunk further."""
+
 JITTER = 1e-9
 """The share of its mean diagonal that is added to the diagonal of a small system before it is solved."""
 
@@ -37,6 +40,18 @@ ADMM_STEPS = 20
 FIRST_PENALTY = 0.1
 PENALTY_GROWTH = 1.4
 STEPS_PER_PENALTY = 3
+
+
+def shrunk(gram: Tensor, tokens: int) -> Tensor:
+    """Return C (n, n) with every entry off its diagonal made smaller, by `SHRINKAGE` and by the noise of few tokens.
+
+    A fit to C itself spends what it has on correlations that the calibration has by chance, or that other text lacks.
+    """
+    noise = len(gram) / max(tokens, 1)
+    kept = (1 - SHRINKAGE) / (1 + noise)
+    result = gram * kept
+    result.diagonal().copy_(gram.diagonal())
+    return result
 
 
 def damped(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,10 @@ UNITS_OF_SIZE = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2
 """Bytes of the units in which a size may be given, before the B."""
 
 
+class DefaultMethod(str):
+    """The method of a recipe that names none. Some models need another one."""
+
+
 class DefaultRatio(float):
     """The ratio of a recipe that names none. Options of the method may lead to another one."""
 
@@ -46,12 +50,18 @@ class CompressionConfig(QuantizationConfigMixin):
         CompressionError: if a field is out of its range.
     """
 
-    method: str = field(default="slab", metadata={"help": "compression method; `hf-lowrank methods` lists all"})
+    method: str = field(
+        default=DefaultMethod("auto"),
+        metadata={
+            "help": "compression method; `hf-lowrank methods` lists all; default: auto, or slab for a model that "
+            "predicts no next tokens"
+        },
+    )
     ratio: float = field(
         default=DefaultRatio(0.5),
         metadata={
             "help": "fraction of stored bits removed from the linear layers of the blocks, in (0, 1); "
-            "default: what the method's options lead to (as bits do), else 0.5"
+            "default: what the method's options lead to (as bits do), else 6 bits with auto, 0.5 with other methods"
         },
     )
     options: dict[str, Any] = field(
@@ -157,7 +167,8 @@ class CompressionConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, str) or not value or not value.isprintable():
                 raise CompressionError(f"{name}: found {quoted(value)}, expected a name")
-        self.method = canonical_method_name(self.method)
+        if not isinstance(self.method, DefaultMethod):
+            self.method = canonical_method_name(self.method)
         for name in ("options", "provenance", "checksums", "companions"):
             if not isinstance(getattr(self, name), dict):
                 raise CompressionError(f"{name}: found {quoted(getattr(self, name))}, expected a dictionary")

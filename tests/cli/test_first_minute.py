@@ -87,7 +87,7 @@ def test_the_options_of_compress_are_the_fields_of_the_recipe() -> None:
     fields = {field.name: field for field in dataclasses.fields(CompressionConfig)}
     assert {name: fields[name].metadata["help"] for name in RECIPE_HELP} == RECIPE_HELP
     parameters = inspect.signature(compress).parameters
-    # Without a ratio, the bits, the size or the options of the method decide.
-    for name in RECIPE_HELP.keys() - {"modules_to_not_convert", "ratio"}:
+    # Without a method the model decides. Without a ratio, the bits, the size or the options of the method do.
+    for name in RECIPE_HELP.keys() - {"modules_to_not_convert", "ratio", "method"}:
         assert parameters[name].default == fields[name].default, name
     assert parameters["skip"].default is None

@@ -58,10 +58,12 @@ def expected(model: PreTrainedModel, method: str, tokens: Iterable[TokenBatch], 
     modules = {name: model.get_submodule(name) for name in names}
     sums: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
-    tokens = list(tokens)
+    # An input is large or small among those of its pass.
+    tokens = batches.split_into_passes(tokens) if method == "lowrank" else list(tokens)
     for batch in tokens:
+        inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
-        handles = [module.register_forward_hook(keep(outputs, name)) for name, module in modules.items()]
+        handles = [module.register_forward_hook(keep(inputs, outputs, name)) for name, module in modules.items()]
         mask = batch.attention_mask if batch.attention_mask is not None else torch.ones_like(batch.input_ids)
         logits = model(**batch.inputs).logits
         for handle in handles:
@@ -74,8 +76,10 @@ def expected(model: PreTrainedModel, method: str, tokens: Iterable[TokenBatch], 
             total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             found = torch.autograd.grad(total, [*outputs.values()])
             for name, gradient in zip(outputs, found, strict=True):
-                g = gradient[mask.bool()] if gradient.shape[:2] == mask.shape else gradient.flatten(0, -2)
-                sums[name] = sums.get(name, 0) + g.double().T @ g.double()
+                counted = mask.bool() if gradient.shape[:2] == mask.shape else torch.ones(gradient.shape[:-1]).bool()
+                g, x = gradient[counted].double(), inputs[name][counted].double()
+                energies = (x.square() / x.square().mean(dim=0)).nanmean(dim=1, keepdim=True)
+                sums[name] = sums.get(name, 0) + g.T @ (energies * g)
         else:
             targets = batch.input_ids[:, 1:].masked_fill(mask[:, 1:] * mask[:, :-1] == 0, -100)
             mean = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
@@ -87,9 +91,9 @@ def expected(model: PreTrainedModel, method: str, tokens: Iterable[TokenBatch], 
     return sums
 
 
-def keep(outputs: dict[str, Tensor], name: str) -> Any:
+def keep(kept_inputs: dict[str, Tensor], outputs: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        outputs[name] = output
+        kept_inputs[name], outputs[name] = inputs[0].detach(), output
 
     return hook
 

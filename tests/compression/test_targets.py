@@ -17,18 +17,25 @@ from typer.testing import CliRunner
 from hf_lowrank import CheckpointError, CompressionConfig, CompressionError, compress, inspect
 from hf_lowrank.budget import Layer, ModelBudget, Unit
 from hf_lowrank.cli import app
+from hf_lowrank.compression.checks import check_predicts_next_token
+from hf_lowrank.compression.defaults import with_defaults
+from hf_lowrank.compression.dry_run import describe
+from hf_lowrank.compression.from_disk import compress_checkpoint
 from hf_lowrank.evaluation.candidates import candidates
 from hf_lowrank.evaluation.comparison_records import asked_of
 from hf_lowrank.execution.files import files_size
-from hf_lowrank.methods import registered_methods
+from hf_lowrank.methods import auto, make_method, registered_methods
 from hf_lowrank.runtime.configuration import DerivedRatio, size_in_bytes
 
 from ..support import tiny_models
+from ..support.model_families import FAMILIES
 from .recipes import IDS
 from .test_ratios import QUICK, every_variant, plan, refusal
 
 HAIRS = {"bits": 1e-3, "size": 1}
 """The steps in which messages name bits and sizes."""
+SOME_FAMILIES = ["T5", *list(FAMILIES)[::9]]
+"""Families that predict next tokens, and others."""
 MOST_UNUSED_HEADER = 450
 """Bytes of the names of four tensors, which a mixed method may make of a layer or not."""
 
@@ -227,3 +234,43 @@ def test_a_comparison_takes_bits_and_sizes() -> None:
         candidates(["slab"], [], [0])
     with pytest.raises(CompressionError, match="size: found 'much'"):
         candidates(["slab"], [], [], ["much"])
+
+
+@pytest.mark.parametrize("name", SOME_FAMILIES)
+def test_a_recipe_that_names_no_method_gets_one_that_the_model_can_have(name: str) -> None:
+    """`auto` where there is a loss of next tokens to learn from, at a few bits unless something else is asked for."""
+    family = FAMILIES[name].make()
+    try:
+        check_predicts_next_token(family, make_method("auto"))
+        expected = "auto"
+    except CompressionError:
+        expected = "slab"
+    targets: list[dict[str, Any]] = [{}, {"bits": 5}, {"ratio": 0.6}, {"size": "1MB"}]
+    for target in targets:
+        for recipe in (CompressionConfig(**target), CompressionConfig.from_dict(target)):
+            found = with_defaults(family, recipe)
+            assert found.method == expected and type(found.method) is str
+            assert found.bits == (target.get("bits") or (6 if expected == "auto" and not target else None))
+            assert with_defaults(family, CompressionConfig("wanda", **target)).method == "wanda"
+
+
+def test_nothing_but_a_model_is_compressed_as_its_defaults_say(tmp_path: Path) -> None:
+    dense = tiny_models.saved(tiny_models.llama(num_hidden_layers=1), tmp_path / "dense")
+    recipe = CompressionConfig(samples=2, sequence_length=8, calibration=str(tmp_path / "text.txt"))
+    (tmp_path / "text.txt").write_text("\n".join(tiny_models.text(20)))
+    compress_checkpoint(str(dense), tmp_path / "out", recipe, tiny_models.tokenizer())
+    stored = inspect(tmp_path / "out")
+    assert (stored.method, stored.bits_asked) == ("auto", 6) and stored.bits_per_weight <= 6
+    assert " 6.00 bits per weight" in describe(str(dense), recipe)
+
+
+def test_what_would_not_be_chosen_is_not_measured_and_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With enough bits `auto` measures quantized matrices only, and chooses what it chooses among everything."""
+    made = []
+    for enough in (auto.ENOUGH_FOR_QUANTIZED, float("inf")):
+        monkeypatch.setattr(auto, "ENOUGH_FOR_QUANTIZED", enough)
+        model = tiny_models.llama(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        config = CompressionConfig("auto", bits=6, samples=4, sequence_length=24)
+        made.append(compress(model, config, calibration=IDS, progress=False).state_dict())
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])

@@ -173,7 +173,7 @@ def test_dtypes_and_the_type_asked_for_decide_on_dense_matrices(tmp_path: Path) 
 
 def test_layers_that_no_type_holds_are_dense_and_said(tmp_path: Path) -> None:
     model = tiny_models.llama(num_hidden_layers=1)
-    compress(model, CompressionConfig(samples=2, sequence_length=8), calibration=[tiny_models.token_ids(2, 8)])
+    compress(model, CompressionConfig("slab", samples=2, sequence_length=8), calibration=[tiny_models.token_ids(2, 8)])
     folder = saved(model, tmp_path / "model")
     result = export(folder, tmp_path / "model.gguf", "gguf")
     assert {(layer.form, layer.loss) for layer in result.layers} == {
@@ -252,7 +252,9 @@ def test_what_llama_cpp_does_not_know_is_refused(change: dict[str, Any], message
     tokenizer = change.pop("tokenizer", byte_tokenizer)()
     if change.get("kind") == "gpt2":
         model = tiny_models.gpt2()
-        compress(model, CompressionConfig(samples=2, sequence_length=8), calibration=[tiny_models.token_ids(2, 8)])
+        compress(
+            model, CompressionConfig("slab", samples=2, sequence_length=8), calibration=[tiny_models.token_ids(2, 8)]
+        )
     else:
         model = build("llama", **change)
     folder = saved(model, tmp_path / "model", tokenizer)

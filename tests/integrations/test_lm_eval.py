@@ -32,7 +32,7 @@ def autoload(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "slab"
-    config = CompressionConfig(ratio=0.5, samples=4, sequence_length=16, options={"iterations": 2})
+    config = CompressionConfig("slab", ratio=0.5, samples=4, sequence_length=16, options={"iterations": 2})
     tokenizer = tiny_models.tokenizer()
     compress(tiny_models.llama(), config, tokenizer, tiny_models.text(8), progress=False).save_pretrained(folder)
     return folder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.budget import Layer
-from hf_lowrank.methods import make_method
+from hf_lowrank.methods import make_method, mixed
 from hf_lowrank.methods.factorization import inverse_cholesky
 from hf_lowrank.methods.lowrank import output_root
 from hf_lowrank.methods.rounding import compensated_both, rounded_values
@@ -18,13 +18,14 @@ from hf_lowrank.methods.second_order import (
     refit_scales,
     refit_values,
     row_errors,
+    shrunk,
     sign_descent,
 )
 from hf_lowrank.methods.slab_gram import first_guess, fit
 from hf_lowrank.methods.sparsity import largest_per_row
 from hf_lowrank.runtime.quantization import levels, nearest_codes, quantize, spread_scale
 
-from .problems import VALUE_BITS, correlated_tokens, gaussian, problem
+from .problems import VALUE_BITS, budget_of, correlated_tokens, gaussian, problem, relative_error, statistics_of
 
 
 def scaled_problem(out_features: int = 24, in_features: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def test_refitted_scale_in_is_that_of_least_squares() -> None:
 @pytest.mark.parametrize("kept", [0, 3, 12])
 def test_no_step_raises_the_error(kept: int) -> None:
     weight, C = scaled_problem()
-    parts = first_guess(weight, kept)
+    parts = first_guess(weight, torch.ones(weight.shape[1], dtype=weight.dtype), kept)
 
     def error(values: Tensor, binary: Tensor) -> float:
         return float(row_errors(weight - values - binary, C).sum())
@@ -89,7 +90,7 @@ def test_no_step_raises_the_error(kept: int) -> None:
     u, v = refit_scales(weight - values, C, signs, parts.scale_in)
     errors.append(error(values, torch.outer(u, v) * signs))
     for rounds in (1, 2, 3):
-        fitted = fit(weight, C, kept, rounds=rounds)
+        fitted = fit(weight, C, torch.ones(len(C), dtype=C.dtype), kept, rounds=rounds)
         errors.append(error(fitted.values, fitted.binary()))
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < errors[0]
@@ -116,9 +117,8 @@ def test_lowrank_loses_the_tail_of_the_two_sided_spectrum() -> None:
     for choice in method.choices(layer, weight, statistics, VALUE_BITS)[::5]:  # type: ignore[attr-defined]
         layer_built = method.build(weight, statistics, choice.spec).to_layer(30, 22)  # type: ignore[attr-defined]
         difference = root @ (weight - layer_built.to_dense(torch.float64))
-        assert float(row_errors(difference, statistics.gram).sum()) / statistics.tokens == pytest.approx(
-            choice.loss, rel=1e-6
-        )
+        C = shrunk(statistics.gram, statistics.tokens)
+        assert float(row_errors(difference, C).sum()) / statistics.tokens == pytest.approx(choice.loss, rel=1e-6)
         rank = choice.spec.rank
         assert (
             layer_built.stored_bits() == rank * (30 + 22 - rank) * 64 + 32
@@ -167,3 +167,18 @@ def test_rounded_values_are_their_codes_and_descend() -> None:
     assert float(row_errors(weight - dense, C).sum()) <= float(row_errors(weight - nearest / unscale, C).sum()) * (
         1 + 1e-9
     )
+
+
+@pytest.mark.parametrize("method", ["slab-gram", "auto"])
+def test_a_fit_to_few_tokens_serves_other_text_better_than_one_to_their_own_correlations(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, few = gaussian(48, 64, seed=5), statistics_of(correlated_tokens(96, 64))
+    x = correlated_tokens(9000, 64)[96:]
+    errors = []
+    for shrinks in (True, False):
+        if not shrinks:
+            monkeypatch.setattr(mixed, "shrunk", lambda gram, tokens: gram)
+        built = make_method(method).decompose(weight, few, budget_of(48, 64, 0.5)).to_layer(48, 64)
+        errors.append(relative_error(built.to_dense(torch.float64), weight, x.T @ x))
+    assert errors[0] < errors[1]

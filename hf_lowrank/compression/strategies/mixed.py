@@ -133,6 +133,7 @@ class _Survey(Stage[dict[str, Tensor]]):
     Attributes:
         choices: what each layer could become, by name.
         findings: the Gram matrices of the output gradients, in their compact form, beside the choices.
+        affordable: stored bits per weight that the layers may take on average.
     """
 
     name = "choices"
@@ -147,6 +148,8 @@ class _Survey(Stage[dict[str, Tensor]]):
         self.measured = measured
         self.choices: dict[str, list[Choice]] = {}
         self.findings = KeptFindings(session, self.name)
+        weights = sum(layer.out_features * layer.in_features for layer in session.plan.compressed)
+        self.affordable = session.plan.available_bits / max(weights, 1)
 
     def collect(self, visit: BlockVisit) -> dict[str, Tensor]:
         return packed_output_grams(self.gradients.at_layers(visit))
@@ -167,7 +170,7 @@ class _Survey(Stage[dict[str, Tensor]]):
     def _examine(self, statistics: "_BlockStatistics", layer: Layer) -> Record:
         value_bits = self.session.plan.budget.value_bits[layer.name]
         weight = self.session.dense_weight(layer)
-        choices = self.method.choices(layer, weight, statistics.of(layer), value_bits)
+        choices = self.method.choices(layer, weight, statistics.of(layer), value_bits, self.affordable)
         return Record({}, {layer.name: _choice_entries(choices)})
 
 

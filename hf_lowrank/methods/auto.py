@@ -28,10 +28,10 @@ KEPT_GROUP = 32
 LARGEST_QUANTIZED_SHARE = 0.3
 """Largest share of values kept beside signs. Beyond it a quantized matrix is the better use of the bytes."""
 
-ENOUGH_FOR_QUANTIZED = 5.0
-"""Stored bits per weight from which on quantized matrices are all that is measured: they are what is chosen there.
+FOR_QUANTIZED = (5.0, 8.0)
+"""Stored bits per weight between which quantized matrices are all that is measured: they are what is chosen there.
 
-On a model of 135 million parameters at 5 bits, one layer of 210 is chosen otherwise.
+On a model of 135 million parameters at 5 bits, one layer of 210 is chosen otherwise. Above, they leave bits unused.
 """
 
 
@@ -72,7 +72,8 @@ class Auto(MixedMethod):
 
         G is taken as diagonal where the errors of different outputs are independent.
         """
-        if self.quantised and affordable >= ENOUGH_FOR_QUANTIZED:
+        fewest, most = FOR_QUANTIZED
+        if self.quantised and fewest <= affordable <= most:
             return self.full_choices(weight, statistics)
         lowrank = LowRank().choices(layer, weight, statistics, value_bits)
         if not self.quantised:

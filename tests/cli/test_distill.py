@@ -22,6 +22,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [
         "compress",
         str(folder / "dense"),
+        "--method",
+        "slab",
         "-o",
         str(folder / "small"),
         "--samples",

@@ -17,10 +17,13 @@ MISTAKES = {
     "ratio in percent": ("ratio: found 30.0", ["--ratio", "30"]),
     "negative ratio": ("ratio: found -0.5", ["--ratio", "-0.5"]),
     "ratio out of reach": ("ratio 0.99 is out of reach of svd", ["--method", "svd", "--ratio", "0.99"]),
-    "unknown option": ("slab has no option 'iteration'; did you mean 'iterations'?", ["--set", "iteration=3"]),
+    "unknown option": (
+        "slab has no option 'iteration'; did you mean 'iterations'?",
+        ["--method", "slab", "--set", "iteration=3"],
+    ),
     "value of another type": (
         "option iterations is 'many', expected a value of type int",
-        ["--set", "iterations=many"],
+        ["--method", "slab", "--set", "iterations=many"],
     ),
     "no value": ("--set: found 'iterations', expected key=value", ["--set", "iterations"]),
     "unknown dtype": ("dtype: found 'int8', expected one of auto, float32, bfloat16, float16", ["--dtype", "int8"]),

@@ -193,7 +193,8 @@ def tiny(shape: str, weights: str) -> PreTrainedModel:
 def largest_step(model: PreTrainedModel, recipe: CompressionConfig) -> float:
     """Return the ratio that the largest step of a layer stands for, beside the tolerance of the plan.
 
-    Every layer of a method that fits two parts to its own share may leave a rank of it unused.
+    Every layer of a method that fits two parts to its own share may leave a rank of it unused. `auto` may find nothing
+    between 8 bits and the dense layer that loses less than 8 bits.
     """
     made = plan(model, recipe)
     steps, ranks = [], []
@@ -203,6 +204,8 @@ def largest_step(model: PreTrainedModel, recipe: CompressionConfig) -> float:
         steps.append(made.budget.stored_bits(layer, larger) - made.budget.stored_bits(layer, smallest))
         ranks.append((layer.out_features + layer.in_features) * 32)
     unused = sum(ranks) if recipe.method == "oats" else max(steps)
+    if recipe.method == "auto":
+        unused = max(made.budget.total_dense_bits([layer]) for layer in made.compressed)
     return unused / made.budget.total_dense_bits(made.compressed + made.dense) + 0.005
 
 

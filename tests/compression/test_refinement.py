@@ -38,7 +38,8 @@ def block_output(block: nn.Module, hidden: Tensor, call: Any) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_block_comes_nearer_to_the_dense_one(name: str, method: str) -> None:
     dense = MODELS[name]()
-    model = refined(copy.deepcopy(dense), method, 30, ratio=0.8 if method == "gptq" else 0.45)
+    ratio = {"gptq": 0.8, "auto": 0.85}.get(method, 0.45)
+    model = refined(copy.deepcopy(dense), method, 30, ratio)
     report = model.compression_report  # type: ignore[attr-defined]
     blocks = find_blocks(dense)
     assert [entry["name"] for entry in report["refinement"]] == list(blocks)

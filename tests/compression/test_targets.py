@@ -267,8 +267,8 @@ def test_nothing_but_a_model_is_compressed_as_its_defaults_say(tmp_path: Path) -
 def test_what_would_not_be_chosen_is_not_measured_and_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With enough bits `auto` measures quantized matrices only, and chooses what it chooses among everything."""
     made = []
-    for enough in (auto.ENOUGH_FOR_QUANTIZED, float("inf")):
-        monkeypatch.setattr(auto, "ENOUGH_FOR_QUANTIZED", enough)
+    for measured in (auto.FOR_QUANTIZED, (1.0, 0.0)):
+        monkeypatch.setattr(auto, "FOR_QUANTIZED", measured)
         model = tiny_models.llama(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
         config = CompressionConfig("auto", bits=6, samples=4, sequence_length=24)
         made.append(compress(model, config, calibration=IDS, progress=False).state_dict())

@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speed") / "slab"
     dense = tmp_path_factory.mktemp("dense")
     llama().save_pretrained(dense)
-    options = ["--samples", "2", "--sequence-length", "8", "-o", str(folder)]
+    options = ["--method", "slab", "--samples", "2", "--sequence-length", "8", "-o", str(folder)]
     assert CliRunner().invoke(cli.app, ["compress", str(dense), *options]).exit_code == 0
     return folder
 

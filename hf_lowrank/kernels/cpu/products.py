@@ -62,14 +62,17 @@ def quantized_linear(
 
 
 def lowrank_linear(x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor) -> Tensor | None:
-    """Return B (A x), with A x kept in float32, or None for many tokens, whose two products are left to torch."""
+    """Return B (A x), or None for many tokens, whose two products are left to torch.
+
+    A x keeps 16 significant bits, in float32 those of float32.
+    """
     return _multiply_few(x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b)
 
 
 def pivoted_linear(
     x: Tensor, lowrank_a: Tensor, lowrank_b: Tensor, lowrank_pivots: Tensor, rows: int
 ) -> Tensor | None:
-    """Return P [I, B'ᵀ]ᵀ (A' x), with A' x kept in float32, or None for many tokens."""
+    """Return P [I, B'ᵀ]ᵀ (A' x), with A' x as precise as in `lowrank_linear`, or None for many tokens."""
     return _multiply_few(
         x, lowrank_b.shape[0], lowrank_a=lowrank_a, lowrank_b=lowrank_b, pivots=lowrank_pivots, outputs=rows
     )

@@ -62,7 +62,7 @@ def test_damage_goes_no_further_than_the_folder(sources: list[Path], tmp_path: P
     assert outside.read_text() == "{}"
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False), route=st.sampled_from(sorted(ROUTES)))
 def test_any_mutation_is_opened_or_refused(
     sources: list[Path], tmp_path: Path, rng: random.Random, route: str

@@ -165,7 +165,8 @@ def test_a_model_pushes_itself_complete(hub, folder, tmp_path):
 PUSH_COMMAND = """
 import sys
 from hf_lowrank.cli import app
-app(sys.argv[1:])
+app([*sys.argv[1:], "--private"], standalone_mode=False)
+app(sys.argv[1:])  # the repo is there now
 """
 
 
@@ -180,20 +181,21 @@ def test_a_push_says_what_it_uploads_before_it_does(hub, folder, tmp_path):
     for name, text in {**dict.fromkeys(left_out, "secret"), **kept}.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(text)
-    for options, visibility in (["--private"], "private"), ([], "private"):  # the second finds the repo there
-        said = hub.client(
-            PUSH_COMMAND, "push", folder, "tester/said", *options, home=tmp_path / "home", token=WRITE_TOKEN
-        ).splitlines()
-        commit = Repository(hub.root / "tester/said").read_commit("main")
-        assert commit is not None and commit.files.keys() & left_out == set()
-        assert set(kept) <= set(commit.files)
-        files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - set(left_out)
-        assert said[0].startswith(f"pushing {len(files)} files, ")
-        assert f"to tester/said ({visibility}): " in said[0]
-        assert set(said[0].partition("): ")[2].split(", ")) == files == commit.files.keys()
-        shown = {".env", ".cache/", "checkpoint-5/", "training_args.bin", "token", "optimizer.pt", "runs/"}
-        assert set(said[1].removeprefix("left out: ").split(", ")) == shown | {"__pycache__/", "id_rsa", "[x].log"}
-        assert said[-1].startswith("pushed ")
+    said = hub.client(
+        PUSH_COMMAND, "push", folder, "tester/said", home=tmp_path / "home", token=WRITE_TOKEN
+    ).splitlines()
+    commit = Repository(hub.root / "tester/said").read_commit("main")
+    assert commit is not None and commit.files.keys() & left_out == set()
+    assert set(kept) <= set(commit.files)
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - set(left_out)
+    shown = {".env", ".cache/", "checkpoint-5/", "training_args.bin", "token", "optimizer.pt", "runs/"}
+    half = len(said) // 2
+    for lines in (said[:half], said[half:]):
+        assert lines[0].startswith(f"pushing {len(files)} files, ")
+        assert "to tester/said (private): " in lines[0]
+        assert set(lines[0].partition("): ")[2].split(", ")) == files == commit.files.keys()
+        assert set(lines[1].removeprefix("left out: ").split(", ")) == shown | {"__pycache__/", "id_rsa", "[x].log"}
+        assert lines[-1].startswith("pushed ")
     assert announcement(folder, "repo", left_out)[-1].startswith("warning: plan.md names a folder")
 
 

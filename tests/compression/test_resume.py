@@ -90,7 +90,7 @@ def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(soco_training, "STEPS_BETWEEN_STATES", 3)
     config = recipe(method, refinement_steps=steps)
-    expected = saved(compress(tiny_models.llama(), config, calibration=IDS), tmp_path / "whole")
+    expected = saved(compress(tiny_models.llama(num_hidden_layers=3), config, calibration=IDS), tmp_path / "whole")
     work = tmp_path / "work"
     kills = 0
     for complete in (False, True):
@@ -99,14 +99,14 @@ def test_a_run_killed_at_every_record_goes_on_to_the_same_bytes(
             with monkeypatch.context() as patch:
                 killing(patch, 1 if complete else 2, complete)
                 try:
-                    resumed = compress(tiny_models.llama(), config, calibration=IDS, work_dir=work)
+                    resumed = compress(tiny_models.llama(num_hidden_layers=3), config, calibration=IDS, work_dir=work)
                     break
                 except Killed:
                     kills += 1
         assert saved(resumed, tmp_path / f"resumed-{complete}") == expected
         with WorkFolder(work) as folder:
             folder.clear()
-    assert kills >= 6
+    assert kills >= 4  # two or more of both kinds
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Rounding to grouped levels by second-order means: compensation along inputs and outputs, descent over codes."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +15,9 @@ INPUT_DAMPING = 0.01
 
 OUTPUT_DAMPING = 0.3
 """λ that is added to the diagonal of the Gram matrix of the output gradients, as a share of its mean."""
+
+TILE = 64
+"""Side of the tiles of `compensated_both`. What one tile leaves to others is a product of matrices."""
 
 LARGEST_MEASURED_BITS = 4
 """Largest number of bits at which the loss of rounding is measured. Beyond it the law of fine rounding holds."""
@@ -65,29 +70,70 @@ def compensated_both(weight: Tensor, input_root: Tensor, output_root: Tensor, bi
     """
     m, n = weight.shape
     scale = searched_scales(weight, bits, group, input_root.diagonal() ** -2)
-    # Entries of an antidiagonal do not depend on each other and are rounded together. Transposed, and with columns
-    # from last to first, an antidiagonal is a diagonal. Float32 is enough, as codes are coarse.
-    W = _columns_from_last_to_first(weight)
-    spread = _columns_from_last_to_first(spread_scale(scale, group, n))
-    L_C = _unit_diagonal(input_root).flip(0, 1)
-    L_G = _unit_diagonal(output_root).T.contiguous()
-    pushed = torch.zeros_like(W)  # (E L_C)ᵀ
+    spread = spread_scale(scale, group, n)
+    # Float32 is enough, as codes are coarse. Zeros fill up the last tiles: they are rounded to zeros.
+    rows, columns = (0, -m % TILE), (0, -n % TILE)
+    W, scales = (F.pad(each.float(), columns + rows) for each in (weight, spread))
+    L_C = F.pad(_unit_diagonal(input_root), columns + columns)
+    L_G = F.pad(_unit_diagonal(output_root), rows + rows)
+    E = torch.zeros_like(W)
+    pushed = torch.zeros_like(W)  # E L_C
     restored = torch.zeros_like(W)  # the levels that the codes stand for
-    for diagonal in range(1 - n, m):
-        i = slice(max(0, diagonal), min(m, n + diagonal))
-        j = slice(max(0, -diagonal), min(n, m - diagonal))
-        compensation = torch.linalg.vecdot(L_G[i, : i.stop], pushed[j, : i.stop])
-        adjusted = W.diagonal(diagonal) - compensation
-        rounded = nearest_levels(adjusted, spread.diagonal(diagonal), bits)
-        restored.diagonal(diagonal).copy_(rounded)
-        pushed[: j.stop, i] += L_C[j, : j.stop].T * (adjusted - rounded)
-    codes = nearest_codes(restored.flip(0).T.to(weight), spread_scale(scale, group, n), bits)
+    for tiles in _independent_tiles(*W.shape):
+        # What the tiles to the left and above have left; the tiles' own errors follow entry by entry.
+        pushed_before = torch.stack([E[i, : j.start] @ L_C[: j.start, j] for i, j in tiles])
+        targets = torch.stack([W[i, j] - L_G[: i.start, i].T @ pushed[: i.start, j] for i, j in tiles])
+        levels, errors = _rounded_tiles(
+            targets,
+            torch.stack([scales[tile] for tile in tiles]),
+            pushed_before,
+            torch.stack([L_C[j, j] for _, j in tiles]),
+            torch.stack([L_G[i, i] for i, _ in tiles]),
+            bits,
+        )
+        for number, (i, j) in enumerate(tiles):
+            restored[i, j], E[i, j] = levels[number], errors[number]
+            pushed[i, j] = pushed_before[number] + errors[number] @ L_C[j, j]
+    codes = nearest_codes(restored[:m, :n].to(weight), spread, bits)
     return Quantized(codes, scale, bits, group)
 
 
-def _columns_from_last_to_first(matrix: Tensor) -> Tensor:
-    """Return the transpose of a matrix (m, n), with its columns, which are rows now, in reverse order, in float32."""
-    return matrix.T.flip(0).float()
+def _independent_tiles(rows: int, columns: int) -> Iterator[list[tuple[slice, slice]]]:
+    """Yield the tiles of a matrix by antidiagonals. Those of one do not depend on each other."""
+    down, across = rows // TILE, columns // TILE
+    for number in range(down + across - 1):
+        first, last = max(0, number - across + 1), min(down, number + 1)
+        starts = [(a * TILE, (number - a) * TILE) for a in range(first, last)]
+        yield [(slice(i, i + TILE), slice(j, j + TILE)) for i, j in starts]
+
+
+def _rounded_tiles(
+    targets: Tensor, scales: Tensor, pushed: Tensor, L_C: Tensor, L_G: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Return the levels of tiles and their errors E, by `compensated_both` within each tile.
+
+    All arguments and results are (tiles, t, t).
+
+    Args:
+        targets: the tiles of W less what the rows above have left.
+        pushed: the tiles of E L_C that the columns to the left have left.
+    """
+    # Entries of an antidiagonal do not depend on each other and are rounded together. Transposed, and with columns
+    # from last to first, an antidiagonal is a diagonal.
+    W, spread, pushed = (each.mT.flip(1).contiguous() for each in (targets, scales, pushed))
+    L_C, L_G = L_C.flip(1, 2), L_G.mT.contiguous()
+    restored, E = torch.zeros_like(W), torch.zeros_like(W)
+    for diagonal in range(1 - TILE, TILE):
+        i = slice(max(0, diagonal), min(TILE, TILE + diagonal))
+        j = slice(max(0, -diagonal), min(TILE, TILE - diagonal))
+        compensation = torch.linalg.vecdot(L_G[:, i, : i.stop], pushed[:, j, : i.stop])
+        adjusted = W.diagonal(diagonal, 1, 2) - compensation
+        rounded = nearest_levels(adjusted, spread.diagonal(diagonal, 1, 2), bits)
+        errors = adjusted - rounded
+        restored.diagonal(diagonal, 1, 2).copy_(rounded)
+        E.diagonal(diagonal, 1, 2).copy_(errors)
+        pushed[:, : j.stop, i] += L_C[:, j, : j.stop].mT * errors[:, None]
+    return restored.flip(1).mT, E.flip(1).mT
 
 
 def _unit_diagonal(root: Tensor) -> Tensor:
